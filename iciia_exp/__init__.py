@@ -1,0 +1,21 @@
+"""Client-adaptive image recognition: ICIIA and its rivals, trained once and evaluated on every client.
+
+``python -m iciia_exp --help`` shows the commands; ``Run.load(path)`` rebuilds a trained method from its run directory.
+"""
+
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+__all__ = ["Run", "__version__"]
+
+if TYPE_CHECKING:
+    from iciia_exp.engine.run import Run
+
+
+def __getattr__(name: str) -> Any:
+    # Late, because it imports torch: `--help` and the cache command stay quick.
+    if name == "Run":
+        from iciia_exp.engine.run import Run
+
+        return Run
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,0 +1,56 @@
+"""``python -m iciia_exp``: compose a configuration with Hydra and hand it to the engine."""
+
+from __future__ import annotations
+
+import os
+import sys
+
+import hydra
+from hydra.errors import HydraException
+from omegaconf import DictConfig
+from omegaconf.errors import OmegaConfBaseException
+
+from iciia_exp.engine.paths import CONF_DIR
+from iciia_exp.errors import UserError
+
+
+@hydra.main(version_base="1.3", config_path=str(CONF_DIR), config_name="config")
+def job(config: DictConfig) -> float | None:
+    """Run one composed configuration."""
+    from iciia_exp.engine.jobs import run_job
+
+    return run_job(config)
+
+
+def main() -> None:
+    """Run the command line; errors that a user can put right are one line, and the exit status says so."""
+    tracebacks = os.environ.get("HYDRA_FULL_ERROR") == "1"
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra hands its errors up, instead of printing them its own way
+    os.environ.setdefault("ICIIA_EXP_PID", str(os.getpid()))  # two sweeps in one second get two folders
+    try:
+        job()
+        if "iciia_exp.engine.jobs" in sys.modules:  # not for --help and the like, which import nothing heavy
+            from iciia_exp.engine.jobs import failure
+
+            if (error := failure()) is not None:
+                raise error
+    except (UserError, HydraException, OmegaConfBaseException) as error:
+        if tracebacks:
+            raise
+        from iciia_exp.engine.overrides import explain
+
+        print(f"error: {explain(error)}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        if tracebacks:
+            raise
+        print("interrupted; the same command goes on from here", file=sys.stderr)
+        sys.exit(130)
+    if "iciia_exp.engine.sweeps" in sys.modules:
+        from iciia_exp.engine.sweeps import exit_status
+
+        sys.exit(exit_status())
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,113 @@
+"""Files and folders that are either whole or absent: write aside, then rename; one maker at a time.
+
+A folder under construction is ``<name>.partial`` beside its final place. It survives a kill, so that its maker can
+continue; a reader never looks at it. The lock ``.<name>.lock`` is released by the operating system when its holder dies.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import math
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import IO, Any
+
+from filelock import FileLock, Timeout
+
+from iciia_exp.errors import UserError
+
+__all__ = ["atomic_write", "finished_folder", "locked", "make_folder", "read_json", "write_json"]
+
+log = logging.getLogger(__name__)
+
+
+@contextlib.contextmanager
+def locked(path: Path, what: str) -> Iterator[None]:
+    """Hold the lock beside ``path``. If another process has it, say so once and wait."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(path.with_name(f".{path.name}.lock"))
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        log.info("waiting for another process that is making %s", what)
+        lock.acquire()
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+@contextlib.contextmanager
+def atomic_write(path: Path, mode: str = "w") -> Iterator[IO[Any]]:
+    """Open a temporary file that takes the place of ``path`` when the block ends without an error."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, mode, encoding=None if "b" in mode else "utf-8") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        umask = os.umask(0)
+        os.umask(umask)
+        os.chmod(name, 0o666 & ~umask)  # mkstemp makes files that only their owner can read
+        os.replace(name, path)
+    except BaseException:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(name)
+        raise
+
+
+def _plain(value: Any) -> Any:
+    """Strict JSON has no NaN or infinity: they become null, so that every reader can open the file."""
+    if isinstance(value, dict):
+        return {k: _plain(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(v) for v in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write ``value`` as indented strict JSON, whole or not at all."""
+    with atomic_write(path) as file:
+        json.dump(_plain(value), file, indent=2, ensure_ascii=False, allow_nan=False)
+        file.write("\n")
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Read a JSON object; a damaged file is a `UserError` that names it."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise UserError(f"{path}: not valid JSON ({error}); delete it and repeat the command") from error
+
+
+def finished_folder(path: Path, marker: str = "manifest.json") -> bool:
+    """Whether the artifact at ``path`` is complete."""
+    return (path / marker).is_file()
+
+
+def make_folder(path: Path, what: str, build: Callable[[Path], None]) -> bool:
+    """Make the folder ``path`` through ``build(partial)`` unless it is there; return whether it was made here.
+
+    ``build`` gets ``<path>.partial``, which may hold what an earlier, killed build left, and must write
+    ``manifest.json`` into it as its last file.
+    """
+    if finished_folder(path):
+        return False
+    with locked(path, what):
+        if finished_folder(path):  # another process made it while this one waited
+            return False
+        partial = path.with_name(path.name + ".partial")
+        partial.mkdir(parents=True, exist_ok=True)
+        build(partial)
+        if not finished_folder(partial):
+            raise RuntimeError(f"{what}: its maker wrote no manifest.json into {partial}")
+        if path.exists():  # a folder without its manifest: not ours to read, in the way of the rename
+            shutil.rmtree(path)
+        os.replace(partial, path)
+    return True

@@ -1,0 +1,79 @@
+"""What a method costs, in multiply-accumulates (MACs): closed forms, and a counter for backbones.
+
+One multiply-accumulate counts as one operation. Norms, softmax, residuals and biases are left out; the classifier
+belongs to the backbone's cost (paper, Table 2 and supplement).
+
+Legend: S images of a client, D features, G groups, N layers.
+
+Derivation, per image and layer: the fused q/k/v projection maps D to 3 D, the output projection and the two of the
+MLP map D to D, together 6 D^2 weights; with G groups every weight matrix is block-diagonal with G blocks of
+(D/G)^2 entries for each D x D, which leaves 6 D^2 / G. Attention of one query against S keys is S D for the scores
+and S D for the weighted sum: 2 S D. The count of heads cancels.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch
+
+__all__ = ["CONVENTIONS", "attention_macs", "count_macs", "overheads", "streaming_attention_macs"]
+
+CONVENTIONS: dict[str, str] = {
+    "published": "the whole sequence of S images, divided by the backbone's cost of one image",
+    "per_image": "the sequence's cost shared by its S images",
+    "streaming": "one more image while the history's keys and values are kept (causal attention, or one layer)",
+}
+
+
+def attention_macs(images: int, dim: int, groups: int, layers: int) -> int:
+    """Return the MACs of ICIIA's encoder on a sequence of ``images``: (6 S D^2 / G + 2 S^2 D) N.
+
+    Swin-B with ICIIA-B (D = 1024, N = 3, 16 images) is published as 0.30 G:
+
+    >>> round(attention_macs(16, 1024, 1, 3) / 1e9, 2)
+    0.3
+    """
+    return (6 * images * dim * dim // groups + 2 * images * images * dim) * layers
+
+
+def streaming_attention_macs(images: int, dim: int, groups: int, layers: int) -> int:
+    """Return the MACs of the newest of ``images`` when the others' keys and values are kept: (6 D^2 / G + 2 S D) N.
+
+    >>> streaming_attention_macs(16, 1024, 1, 3) * 16 == attention_macs(16, 1024, 1, 3)
+    True
+    """
+    return (6 * dim * dim // groups + 2 * images * dim) * layers
+
+
+def overheads(sequence_macs: int, streaming_macs: int | None, images: int, backbone_macs: int) -> dict[str, float | None]:
+    """Return the added cost in percent of the backbone's cost of one image, by convention (see `CONVENTIONS`).
+
+    ``streaming`` is None for a method that cannot keep state.
+    """
+    share = 100.0 / backbone_macs
+    return {
+        "published": sequence_macs * share,
+        "per_image": sequence_macs / images * share,
+        "streaming": None if streaming_macs is None else streaming_macs * share,
+    }
+
+
+def count_macs(module: torch.nn.Module, *inputs: Any) -> int:
+    """Count the MACs of one forward pass with PyTorch's counter (matrix products and convolutions; biases are free).
+
+    The counter sees nothing of the fused encoder fast path; `torch.nn.TransformerEncoderLayer` must be in training
+    mode or have the fast path off to be counted.
+    """
+    import torch
+    from torch.utils.flop_counter import FlopCounterMode
+
+    mode = module.training
+    module.eval()
+    try:
+        with torch.no_grad(), FlopCounterMode(display=False) as counter:
+            module(*inputs)
+    finally:
+        module.train(mode)
+    return int(counter.get_total_flops()) // 2  # the counter reports 2 operations per multiply-accumulate

@@ -1,0 +1,134 @@
+"""Client batches: chunks of a client's images, padded, many clients to a batch.
+
+Legend: C chunks of a batch (each of one client), S images of a chunk, D features.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset, Sampler
+
+from iciia_exp.data.clients import Ragged
+from iciia_exp.seeding import generator
+
+__all__ = ["ClientBatch", "ClientBatchSampler", "FeatureBatches", "cut_chunks"]
+
+
+class ClientBatch(NamedTuple):
+    """Images of C clients, padded to S."""
+
+    x_CSD: Tensor  # float32, zero where padded
+    y_CS: Tensor  # int64, 0 where padded
+    mask_CS: Tensor  # bool, True = a real image
+    client_C: Tensor  # int64, number of the client in its partition
+
+
+class Selection(NamedTuple):
+    """What the sampler asks for: image numbers (-1 = padding) and whose they are."""
+
+    index_CS: np.ndarray
+    client_C: np.ndarray
+
+
+def cut_chunks(ragged: Ragged, size: int, order: np.ndarray | None = None) -> Selection:
+    """Cut every client's images into chunks of ``size``; the last of a client may be short.
+
+    Args:
+        ragged: image numbers by client.
+        size: S, images of a chunk.
+        order: optional permutation of positions in ``ragged.values`` that keeps every client's images together.
+
+    Returns:
+        Image numbers [chunks, S] padded with -1, and the client of each chunk.
+    """
+    values = ragged.values if order is None else ragged.values[order]
+    chunks = -(-ragged.lengths // size)
+    client_C = np.repeat(np.arange(len(ragged)), chunks)
+    index_CS = np.full((len(client_C), size), -1, dtype=np.int64)
+    position = np.arange(len(values)) - np.repeat(ragged.offsets[:-1], ragged.lengths)  # within the client
+    first_chunk = np.cumsum(chunks) - chunks
+    index_CS[np.repeat(first_chunk, ragged.lengths) + position // size, position % size] = values
+    return Selection(index_CS, client_C)
+
+
+class ClientBatchSampler(Sampler[Selection]):
+    """Yields batches of chunks; the order depends on (seed, epoch) alone, so a resumed run continues it.
+
+    Args:
+        ragged: image numbers by client.
+        images: S, images of a chunk.
+        batch_size: C, chunks of a batch, over all processes together.
+        shuffle: draw a new order of chunks each epoch.
+        shuffle_images: also draw a new order of each client's images before cutting (published: false).
+        seed: seed of the orders.
+        rank, world_size: this process and the number of processes; each gets its share of every batch. When
+            shuffling, the last batch is filled up from the first so that all processes take equally many steps.
+    """
+
+    def __init__(
+        self,
+        ragged: Ragged,
+        images: int,
+        batch_size: int,
+        *,
+        shuffle: bool = False,
+        shuffle_images: bool = False,
+        seed: int = 0,
+        rank: int = 0,
+        world_size: int = 1,
+    ) -> None:
+        self.ragged, self.images, self.batch_size = ragged, images, batch_size
+        self.shuffle, self.shuffle_images, self.seed = shuffle, shuffle_images, seed
+        self.rank, self.world_size = rank, world_size
+        self.epoch = 0
+        self._chunks = int((-(-ragged.lengths // images)).sum())
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the epoch's order; Lightning calls it before each epoch."""
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return -(-self._chunks // self.batch_size)
+
+    def __iter__(self) -> Iterator[Selection]:
+        rng = generator("client_batches", self.seed, self.epoch)
+        order = None
+        if self.shuffle_images:
+            order = np.lexsort((rng.random(len(self.ragged.values)), self.ragged.row_numbers))
+        index_CS, client_C = cut_chunks(self.ragged, self.images, order)
+        chunk_order = rng.permutation(len(client_C)) if self.shuffle else np.arange(len(client_C))
+        if self.shuffle and self.world_size > 1:
+            short = -len(chunk_order) % self.world_size
+            chunk_order = np.concatenate([chunk_order, chunk_order[:short]])
+        for start in range(0, len(chunk_order), self.batch_size):
+            mine = chunk_order[start : start + self.batch_size][self.rank :: self.world_size]
+            if len(mine):
+                yield Selection(index_CS[mine], client_C[mine])
+
+
+class FeatureBatches(Dataset[ClientBatch]):
+    """Gathers a `ClientBatch` from stored features for each `Selection`; use with ``DataLoader(batch_size=None)``.
+
+    Args:
+        features: [M, D] array, memory-mapped or in memory, float16 or float32.
+        labels: int64 [M].
+    """
+
+    def __init__(self, features: np.ndarray, labels: np.ndarray) -> None:
+        self.features, self.labels = features, labels
+
+    def __getitem__(self, selection: Selection) -> ClientBatch:
+        index_CS, client_C = selection
+        mask_CS = index_CS >= 0
+        used = int(mask_CS.any(axis=0).nonzero()[0][-1]) + 1  # do not carry columns that are padding for all
+        index_CS, mask_CS = index_CS[:, :used], mask_CS[:, :used]
+        x_CSD = np.zeros((*index_CS.shape, self.features.shape[1]), dtype=np.float32)
+        x_CSD[mask_CS] = self.features[index_CS[mask_CS]]
+        y_CS = np.where(mask_CS, self.labels[index_CS], 0)
+        arrays = (x_CSD, y_CS, mask_CS, client_C)
+        return ClientBatch(*(torch.from_numpy(np.ascontiguousarray(a)) for a in arrays))

@@ -1,0 +1,72 @@
+"""scikit-learn's embedded handwritten digits, seen through a noisy sensor.
+
+1,797 real scans of 8x8 pixels (UCI "Optical Recognition of Handwritten Digits", test part), shipped inside
+scikit-learn: no download. Gaussian noise, drawn once per image from a fixed seed, makes a single image ambiguous, as
+far or dark images are for a large model; otherwise there would be nothing to gain from a client's other images.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import cached_property
+
+import numpy as np
+import pandas as pd
+
+from iciia_exp.data.dataset import SPLITS, ImageDataset
+from iciia_exp.errors import ConfigError, check_float, check_int
+from iciia_exp.seeding import generator
+
+__all__ = ["Digits"]
+
+IMAGES = 1797
+
+# Parent categories by the strokes of the digit, for clients by parent category.
+_PARENTS = {"loops": (0, 6, 8, 9), "curves": (2, 3, 5), "straight": (1, 4, 7)}
+
+
+class Digits(ImageDataset):
+    """8x8 digits with sensor noise.
+
+    Args:
+        noise_std: standard deviation of the noise, in units of the full scale of a pixel (0 black, 1 white).
+            Nothing is clipped: a sensor's noise goes both ways.
+        seed: seed of the noise and of the assignment of images to splits.
+        sizes: number of images for the backbone's training, the methods' training, selection and test; disjoint.
+    """
+
+    name = "digits"
+    num_classes = 10
+
+    def __init__(self, sizes: Mapping[str, int], noise_std: float = 0.4, seed: int = 0) -> None:
+        self.noise_std = check_float("noise_std", noise_std, 0.0)
+        self.seed = check_int("seed", seed, 0)
+        if set(sizes) != set(SPLITS):
+            raise ConfigError("sizes", dict(sizes), f"must give the number of images for each of {', '.join(SPLITS)}")
+        self.sizes = {s: check_int(f"sizes.{s}", sizes[s], 1) for s in SPLITS}
+        if (total := sum(self.sizes.values())) > IMAGES:
+            raise ConfigError("sizes", self.sizes, f"asks for {total} images, the dataset has {IMAGES}")
+
+    @cached_property
+    def _data(self) -> tuple[np.ndarray, np.ndarray]:
+        from sklearn.datasets import load_digits
+
+        digits = load_digits()
+        rng = generator("digits", self.seed)
+        order = rng.permutation(IMAGES)[: sum(self.sizes.values())]
+        noise = rng.normal(0.0, self.noise_std, size=digits.images.shape)
+        images = (digits.images / 16.0 + noise).astype(np.float32)
+        return images[order], digits.target[order].astype(np.int64)
+
+    def load_table(self) -> pd.DataFrame:
+        """Return label, split and the parent category by stroke; the digits' writers are not recorded."""
+        labels = self._data[1]
+        parents = np.empty(10, dtype=object)
+        for parent, classes in _PARENTS.items():
+            parents[list(classes)] = parent
+        splits = np.repeat(np.array(SPLITS, dtype=object), [self.sizes[s] for s in SPLITS])
+        return pd.DataFrame({"label": labels, "split": splits, "owner": None, "parent": parents[labels]})
+
+    def __getitem__(self, index: int) -> np.ndarray:
+        """Return one image as float32 [1, 8, 8], full scale 0 to 1 plus noise."""
+        return self._data[0][index][None]

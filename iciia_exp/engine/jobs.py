@@ -1,0 +1,73 @@
+"""One Hydra job: a composed configuration in, a finished run out, failures recorded where it is part of a sweep."""
+
+from __future__ import annotations
+
+import logging
+import time
+import traceback
+from pathlib import Path
+from typing import Any
+
+from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
+from omegaconf import DictConfig
+
+from iciia_exp.engine.console import setup_logging
+from iciia_exp.errors import UserError
+
+__all__ = ["failure", "run_job"]
+
+log = logging.getLogger(__name__)
+
+_failure: UserError | None = None
+
+
+def failure() -> UserError | None:
+    """Return what stopped this process's last job outside a sweep, where the user can put it right."""
+    return _failure
+
+
+def run_job(config: DictConfig) -> float | None:
+    """Run one configuration and return its selection accuracy (for search over hyper-parameters), if it has one.
+
+    Alone, an error of the user's is kept for `failure` (Hydra would print more than one line about it). In a sweep
+    every error is recorded and logged, so that the other jobs go on.
+    """
+    global _failure
+    setup_logging()
+    hydra = HydraConfig.get()
+    if hydra.mode != RunMode.MULTIRUN:
+        try:
+            row = _execute(config)[1]
+        except UserError as error:
+            _failure = error
+            return None
+        return row["selection_accuracy"] if row else None
+
+    from iciia_exp.engine.sweeps import record_job
+
+    folder, number = Path(hydra.sweep.dir).resolve(), int(hydra.job.num)
+    overrides = list(hydra.overrides.task)
+    log.info("\njob %s: %s", number, " ".join(overrides) or "no overrides")
+    start = time.monotonic()
+    outcome: dict[str, Any] = {"status": "failed", "run_dir": None, "error": "interrupted"}
+    row = None
+    try:
+        run_dir, row = _execute(config)
+        outcome = {"status": "done", "run_dir": str(run_dir), "error": None}
+    except Exception as error:
+        text = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
+        outcome |= {"error": text.strip().splitlines()[0] if text.strip() else type(error).__name__}
+        outcome["traceback"] = traceback.format_exc()
+        log.error("%s", outcome["error"])
+    finally:
+        record_job(folder, number, overrides, {**outcome, "seconds": round(time.monotonic() - start, 2)})
+    return row["selection_accuracy"] if row else None
+
+
+def _execute(config: DictConfig) -> tuple[Path, dict[str, Any] | None]:
+    from iciia_exp.engine.build import Plan
+    from iciia_exp.engine.stages import execute
+
+    plan = Plan(config)
+    return plan.run_dir, execute(plan)

@@ -1,0 +1,90 @@
+"""Hydra's composition errors in one line that names the nearest valid key or option."""
+
+from __future__ import annotations
+
+import re
+import sys
+
+from hydra.errors import ConfigCompositionException, MissingConfigException, OverrideParseException
+from omegaconf import DictConfig, OmegaConf
+
+from iciia_exp.engine.paths import CONF_DIR
+from iciia_exp.errors import UserError, nearest
+
+__all__ = ["explain", "option_names"]
+
+
+def option_names(group: str) -> list[str]:
+    """Return the options of a configuration group."""
+    return sorted(path.stem for path in (CONF_DIR / group).glob("*.yaml"))
+
+
+def _groups() -> list[str]:
+    return sorted(path.name for path in CONF_DIR.iterdir() if path.is_dir() and any(path.glob("*.yaml")))
+
+
+def _keys() -> list[str]:
+    """Return all keys of the default configuration, dotted."""
+    from hydra import compose, initialize_config_dir
+    from hydra.core.global_hydra import GlobalHydra
+
+    GlobalHydra.instance().clear()
+    with initialize_config_dir(str(CONF_DIR), version_base="1.3"):
+        config = compose("config")
+    found: list[str] = []
+
+    def walk(node: DictConfig, prefix: str) -> None:
+        for key in node:
+            found.append(f"{prefix}{key}")
+            child = node._get_node(key)
+            if isinstance(child, DictConfig) and not child._is_none():
+                walk(child, f"{found[-1]}.")
+
+    walk(config, "")
+    return found
+
+
+def _did_you_mean(word: str, choices: list[str], listed: str) -> str:
+    near = nearest(word, choices)
+    return f"did you mean {near}?" if near else f"{listed}: {', '.join(choices)}"
+
+
+def explain(error: Exception) -> str:
+    """Return one line: what is wrong and what would be right."""
+    if isinstance(error, UserError):
+        return str(error)
+    text = str(error)
+    if isinstance(error, MissingConfigException):
+        if error.missing_cfg_file is None:
+            return _first(text)
+        group, _, option = error.missing_cfg_file.rpartition("/")
+        options = [o for o in (error.options or option_names(group)) if o]
+        if options:
+            return f"{group}={option}: no such option; {_did_you_mean(option, options, 'valid')}"
+        return f"{group}: no such group; {_did_you_mean(group, _groups(), 'valid')}"
+    if match := re.search(r"Could not override '([^']+)'", text):
+        key = match.group(1)
+        if re.search(r"No match in the defaults list", text):
+            return f"{key}: no such group; {_did_you_mean(key, _groups(), 'valid')}"
+        if key in _groups() and "experiment" in key:
+            return f"{key}: add a plus sign, +{key}=NAME; valid: {', '.join(option_names(key))}"
+        keys = _keys()
+        return f"{key}: no such key; {_did_you_mean(key, keys, 'valid') if nearest(key, keys) else _help()}"
+    if match := re.search(r"Could not (?:append to|find) .*?'([^']+)'", text):
+        return _first(text)
+    if isinstance(error, OverrideParseException) or "Ambiguous value" in text:
+        if match := re.search(r"Ambiguous value for argument '([^']+)'", text):
+            return f"{match.group(1)}: several values are a sweep; add -m (or write key=[a,b] for a list)"
+        return _first(text).replace("\n", " ")
+    if isinstance(error, ConfigCompositionException) and error.__cause__ is not None:
+        return f"{_first(text)} ({_first(str(error.__cause__))})"
+    return _first(text)
+
+
+def _first(text: str) -> str:
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    return lines[0] if lines else "unknown error"
+
+
+def _help() -> str:
+    return f"see {' '.join(['python -m iciia_exp', '--help'])}"

@@ -1,0 +1,130 @@
+"""Plots of a run and of a sweep, as PNG: gain per client, and accuracy against overhead."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from iciia_exp.artifacts import atomic_write
+
+__all__ = ["accuracy_vs_overhead", "gain_per_client"]
+
+# Colours that differ in lightness too, so that the plots read in grey.
+_BLUE, _ORANGE, _GREY, _DARK = "#1f5fa8", "#e8912d", "#9a9a9a", "#333333"
+_MARKERS = ["o", "s", "^", "D", "v", "P", "X", "*"]
+
+
+def _figure(width: float = 7.0, height: float = 4.2) -> tuple[Any, Any]:
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), dpi=150, layout="constrained")  # no pyplot: no global state, no window
+    FigureCanvasAgg(figure)
+    axes = figure.subplots()
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(axis="y", color="#dddddd", linewidth=0.8)
+    axes.set_axisbelow(True)
+    return figure, axes
+
+
+def _save(figure: Any, path: Path) -> Path:
+    with atomic_write(path, "wb") as file:
+        figure.savefig(file, format="png")
+    return path
+
+
+def gain_per_client(clients: pd.DataFrame, row: dict[str, Any], path: Path) -> Path:
+    """Draw every test client's gain over the backbone, sorted, with the mean and its interval."""
+    gains = np.sort(((clients["method_hits"] - clients["backbone_hits"]) / clients["images"]).to_numpy())[::-1] * 100
+    figure, axes = _figure()
+    position = np.arange(1, len(gains) + 1)
+    many = len(gains) > 200
+    for part, colour, label in (
+        (gains > 0, _BLUE, "better than the backbone"),
+        (gains < 0, _ORANGE, "worse"),
+        (gains == 0, _GREY, "equal"),
+    ):
+        if not part.any():
+            continue
+        label = f"{label}: {part.sum():,} clients"
+        if many:
+            axes.fill_between(position, np.where(part, gains, 0), step="mid", color=colour, linewidth=0, label=label)
+        elif colour == _GREY:
+            axes.plot(position[part], gains[part], "_", color=_DARK, markersize=6, label=label)
+        else:
+            hatch = "////" if colour == _ORANGE else None
+            axes.bar(position[part], gains[part], width=0.85, color=colour, hatch=hatch, edgecolor="white", label=label)
+    low, high, mean = (100 * row[k] for k in ("client_gain_low", "client_gain_high", "client_gain"))
+    axes.axhspan(low, high, color=_DARK, alpha=0.15, linewidth=0)
+    axes.axhline(mean, color=_DARK, linewidth=1.2, label=f"mean {mean:+.1f} points (95 % interval {low:+.1f} to {high:+.1f})")
+    axes.axhline(0, color="black", linewidth=0.8)
+    axes.set_xlim(0.3, len(gains) + 0.7)
+    axes.set_xlabel("test clients, sorted by gain")
+    axes.set_ylabel("gain in accuracy (percentage points)")
+    axes.set_title(f"{row['method']} on {row['dataset']}: gain of every client over {row['backbone']}", loc="left", fontsize=11)
+    axes.legend(frameon=False, fontsize=8.5, loc="best")
+    return _save(figure, path)
+
+
+def accuracy_vs_overhead(rows: Sequence[dict[str, Any]], path: Path, highlight: str | None = None) -> Path:
+    """Draw accuracy against overhead (published convention), one point per setting, the backbone as a line.
+
+    Runs that differ only in seeds are one point, their mean; error bars are the standard error over those runs where
+    there are several, else the 95 % interval over clients.
+
+    Args:
+        rows: rows of ``results.json`` on the same dataset and backbone.
+        path: the PNG to write.
+        highlight: ``setting_digest`` of the run to draw in front; the others fade.
+    """
+    from matplotlib.ticker import FuncFormatter, NullLocator
+
+    frame = pd.DataFrame(list(rows))
+    figure, axes = _figure()
+    backbone = frame.drop_duplicates(["partition_digest"])  # one backbone value per partition and backbone seed
+    base = 100 * backbone["backbone_accuracy"].mean()
+    axes.axhline(base, color=_DARK, linestyle="--", linewidth=1.2, label=f"{frame['backbone'].iloc[0]} alone: {base:.1f} %")
+    if len(backbone) == 1:
+        low, high = (100 * backbone[k].iloc[0] for k in ("backbone_accuracy_low", "backbone_accuracy_high"))
+        axes.axhspan(low, high, color=_DARK, alpha=0.08, linewidth=0)
+    costs, several = [], False
+    methods = {m: i for i, m in enumerate(sorted(set(frame["method"]) - {"backbone"}))}
+    labelled = set()
+    for setting, runs in frame[frame["method"] != "backbone"].groupby("setting_digest", sort=False):
+        first = runs.iloc[0]
+        y = 100 * runs["accuracy"].mean()
+        if len(runs) > 1:
+            several = True
+            error = np.full((2, 1), 100 * runs["accuracy"].std(ddof=1) / np.sqrt(len(runs)))
+        else:
+            error = 100 * np.array([[first["accuracy"] - first["accuracy_low"]], [first["accuracy_high"] - first["accuracy"]]])
+        number = methods[first["method"]]
+        front = highlight is None or setting == highlight
+        colour = [_BLUE, _ORANGE, "#4c9f70", "#7b4ea3"][number % 4]
+        label = first["method"] if first["method"] not in labelled else None
+        labelled.add(first["method"])
+        marker = _MARKERS[number % len(_MARKERS)]
+        style: dict[str, Any] = {"marker": marker, "markersize": 7, "capsize": 3, "linestyle": "none"}
+        x = first["overhead_percent"]
+        costs.append(x)
+        axes.errorbar([x], [y], yerr=error, color=colour, alpha=1 if front else 0.45, label=label, **style)
+        if pd.notna(first.get("groups")) and len(frame) <= 24:
+            text = f"G={int(first['groups'])}"
+            axes.annotate(text, (x, y), xytext=(7, 4), textcoords="offset points", fontsize=8, color=colour)
+    positive = [c for c in costs if c > 0]
+    edge = 10 ** np.floor(np.log10(min(positive))) if positive else 1.0
+    axes.set_xscale("symlog", linthresh=edge, linscale=0.4)
+    axes.set_xlim(-0.15 * edge, max([*costs, edge]) * 3)
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g} %"))
+    axes.xaxis.set_minor_locator(NullLocator())
+    images = int(frame["cost_images"].iloc[0])
+    axes.set_xlabel(f"added MACs, % of the backbone's for one image (published convention, {images} images)")
+    axes.set_ylabel("top-1 accuracy (%)")
+    bars = "standard error over seeds" if several else "95 % interval over clients"
+    axes.set_title(f"{frame['dataset'].iloc[0]}: accuracy against overhead (bars: {bars})", loc="left", fontsize=11)
+    axes.legend(frameon=False, fontsize=8.5, loc="best")
+    return _save(figure, path)

@@ -1,0 +1,23 @@
+"""How a method is trained and evaluated on clients."""
+
+from __future__ import annotations
+
+from iciia_exp.errors import check_bool, check_int
+from iciia_exp.recipe import Recipe
+
+__all__ = ["Protocol"]
+
+
+class Protocol:
+    """Batch protocol: a client's images in chunks; the images of a chunk see each other.
+
+    Args:
+        recipe: optimisation; ``batch_size`` counts clients.
+        images: S, images of a chunk, in training and in evaluation.
+        shuffle_images: cut every client's training images in a new order each epoch (published: false).
+    """
+
+    def __init__(self, recipe: Recipe, images: int = 16, shuffle_images: bool = True) -> None:
+        self.recipe = recipe
+        self.images = check_int("images", images, 1)
+        self.shuffle_images = check_bool("shuffle_images", shuffle_images)

@@ -1,0 +1,297 @@
+"""The stages of a run: backbone, features, train, evaluate. Each makes its artifact once and finds it afterwards."""
+
+from __future__ import annotations
+
+import logging
+import shutil
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import yaml
+from torch import nn
+from torch.utils.data import DataLoader
+from torch.utils.data.distributed import DistributedSampler
+
+from iciia_exp.artifacts import atomic_write, finished_folder, locked, make_folder, read_json, write_json
+from iciia_exp.data.batches import ClientBatchSampler, FeatureBatches
+from iciia_exp.data.clients import Clients
+from iciia_exp.data.store import FeatureStore
+from iciia_exp.digest import file_digest
+from iciia_exp.engine.build import Plan, build
+from iciia_exp.engine.console import console, partition_table, result_table
+from iciia_exp.engine.run import Run, save_method
+from iciia_exp.errors import UserError
+from iciia_exp.methods.base import Method
+from iciia_exp.seeding import derive_seed
+
+__all__ = ["execute"]
+
+log = logging.getLogger(__name__)
+
+
+def execute(plan: Plan) -> dict[str, Any] | None:
+    """Do what ``plan.stage`` asks for and is missing; return the results row once there is one.
+
+    Prints the partition and the result table.
+    """
+    todo = ("backbone", "features", "train", "evaluate") if plan.stage == "all" else (plan.stage,)
+    if "evaluate" in todo and (plan.run_dir / "results.json").is_file():
+        log.info("%s: finished before", _shown(plan.run_dir))
+        return _show(plan)
+    clients = plan.assign_clients()  # every error in the partition shows before the first long computation
+    log.info("%s", _shown(plan.run_dir))
+    console().print(partition_table(clients.statistics(plan.dataset.table["label"].to_numpy())))
+    if "backbone" in todo:
+        _backbone(plan)
+    if "features" in todo:
+        _require(finished_folder(plan.backbone_dir), plan, "features", "backbone", plan.backbone_dir)
+        _features(plan)
+    if "train" in todo or "evaluate" in todo:
+        stage = "train" if "train" in todo else "evaluate"
+        _require(finished_folder(plan.features_dir), plan, stage, "features", plan.features_dir)
+        _run(plan, clients, todo)
+        if "evaluate" in todo:
+            return _show(plan)
+    return None
+
+
+def _require(there: bool, plan: Plan, stage: str, needed: str, path: Path) -> None:
+    if not there:
+        raise UserError(
+            f"stage={stage}: needs the {needed} stage first ({path} is not there); "
+            f"repeat the command with stage={needed}, or without stage for all that is missing"
+        )
+
+
+def _shown(path: Path) -> Path:
+    """Return ``path`` as the user would type it from here."""
+    return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
+
+
+# ---- backbone
+
+
+def _backbone(plan: Plan) -> None:
+    spec = plan.backbone_spec
+
+    def make(folder: Path) -> None:
+        from safetensors.torch import save
+
+        from iciia_exp.engine.features import TransformedImages
+        from iciia_exp.engine.training import BackboneModule, fit
+
+        torch.manual_seed(derive_seed("backbone", spec.seed))
+        backbone = plan.make_backbone()
+        rows = np.flatnonzero(plan.dataset.table["split"].to_numpy() == "backbone")
+        log.info("backbone: training %s on %s images", spec.name, f"{len(rows):,}")
+        images = TransformedImages(plan.dataset, backbone, rows)
+        sampler = DistributedSampler(images, 1, 0, seed=derive_seed("order", spec.seed) % 2**31)
+        workers = plan.extraction.num_workers
+        loader = DataLoader(images, spec.recipe.batch_size, sampler=sampler, num_workers=workers)
+        module = BackboneModule(backbone, spec.recipe)
+        record = fit(
+            module,
+            loader,
+            None,
+            seed=derive_seed("backbone", spec.seed),
+            folder=folder,
+            trainer_config=plan.config["trainer"],
+            loggers=[],
+            title=f"backbone {spec.name}",
+        )
+        with atomic_write(folder / "weights.safetensors", "wb") as file:
+            file.write(save({name: t.detach().cpu().contiguous() for name, t in backbone.state_dict().items()}))
+        manifest = {
+            "format": 1,
+            "name": spec.name,
+            "digest": plan.backbone_digest,
+            "weights_digest": file_digest(folder / "weights.safetensors"),
+            "dim": backbone.dim,
+            "num_classes": backbone.num_classes,
+            "images": len(rows),
+            **record,
+            "config": {"backbone": plan.config["backbone"], "dataset": plan.config["dataset"]},
+        }
+        (folder / "last.ckpt").unlink(missing_ok=True)
+        write_json(folder / "manifest.json", manifest)
+        log.info("backbone: %s epochs in %.1f s", record["epochs"], record["seconds"])
+
+    if not make_folder(plan.backbone_dir, f"backbone {spec.name}", make):
+        log.info("backbone: %s, made before", spec.name)
+
+
+def _load_backbone(plan: Plan) -> tuple[Any, dict[str, Any]]:
+    from safetensors.torch import load_file
+
+    backbone = plan.make_backbone()
+    path = plan.backbone_dir / "weights.safetensors"
+    try:
+        backbone.load_state_dict(load_file(path))
+    except Exception as error:
+        raise UserError(f"{path}: cannot be loaded ({str(error).splitlines()[0]}); delete its folder and repeat") from error
+    return backbone, read_json(plan.backbone_dir / "manifest.json")
+
+
+# ---- features
+
+
+def _features(plan: Plan) -> None:
+    def make(folder: Path) -> None:
+        from iciia_exp.engine.features import extract
+
+        backbone, made = _load_backbone(plan)
+        manifest = {
+            "digest": plan.features_digest,
+            "dataset": type(plan.dataset).name,
+            "backbone": plan.backbone_spec.name,
+            "backbone_digest": plan.backbone_digest,
+            "weights_digest": made["weights_digest"],
+            "backbone_seconds": made["seconds"],
+        }
+        extract(plan.dataset, backbone, plan.extraction, folder, plan.config["trainer"], manifest)
+
+    if not make_folder(plan.features_dir, f"features of {plan.backbone_spec.name}", make):
+        log.info("features: made before")
+    accuracy = FeatureStore.open(plan.features_dir).manifest["accuracy"]
+    log.info("features: the backbone alone gets %s", ", ".join(f"{100 * a:.1f} % of {s}" for s, a in accuracy.items()))
+
+
+# ---- train and evaluate
+
+
+def _head(store: FeatureStore) -> nn.Linear:
+    head = nn.Linear(store.dim, store.num_classes)
+    head.load_state_dict(store.head())
+    return head.requires_grad_(False)
+
+
+def _loader(
+    plan: Plan, store: FeatureStore, clients: Clients, role: str, batch_size: int = 64, **order: Any
+) -> DataLoader[Any]:
+    batches = FeatureBatches(store.array(), store.table["label"].to_numpy())
+    sampler = ClientBatchSampler(clients[role], plan.protocol.images, batch_size, **order)
+    return DataLoader(batches, batch_size=None, sampler=sampler)  # type: ignore[arg-type]
+
+
+def _run(plan: Plan, clients: Clients, todo: tuple[str, ...]) -> None:
+    folder = plan.run_dir
+    with locked(folder, f"run {folder.name}"):
+        store = FeatureStore.open(plan.features_dir)
+        folder.mkdir(parents=True, exist_ok=True)
+        tracker = _tracker(plan)
+        failed = True
+        try:
+            if not (folder / "weights.safetensors").is_file():
+                if "train" not in todo:
+                    _require(False, plan, "evaluate", "train", folder / "weights.safetensors")
+                _train(plan, store, clients, tracker)
+            if "evaluate" in todo and not (folder / "results.json").is_file():
+                _evaluate(plan, store, clients, tracker)
+            failed = False
+        finally:
+            tracker.close(failed)
+
+
+def _tracker(plan: Plan) -> Any:
+    from iciia_exp.engine.tracking import Tracker
+
+    return Tracker(
+        plan.tracking,
+        plan.run_dir,
+        run_id=plan.run_digest,
+        name=plan.run_dir.name,
+        group=plan.name,
+        tags=[type(plan.dataset).name, plan.backbone_spec.name, plan.method_class.name],
+        config={**plan.config, "method": plan.method_config},
+    )
+
+
+def _train(plan: Plan, store: FeatureStore, clients: Clients, tracker: Any) -> None:
+    folder, protocol = plan.run_dir, plan.protocol
+    with atomic_write(folder / "config.yaml") as file:
+        yaml.safe_dump(plan.config, file, sort_keys=False)
+    clients.save(folder / "partition.parquet")
+    statistics = clients.statistics(store.table["label"].to_numpy())
+    write_json(folder / "partition.json", {row["role"]: row for row in statistics.to_dict("records")})
+    head = _head(store)
+    torch.manual_seed(derive_seed("method", plan.seed))
+    method: Method = build(plan.method_config, "method", head=head)
+    record: dict[str, Any] = {"epochs": 0, "seconds": 0.0}
+    if plan.method_class.trainable:
+        from iciia_exp.engine.training import MethodModule, fit
+
+        module = MethodModule(method, head, protocol.recipe, len(clients))
+        order = {"shuffle": True, "shuffle_images": protocol.shuffle_images, "seed": plan.seed}
+        record = fit(
+            module,
+            _loader(plan, store, clients, "train", protocol.recipe.batch_size, **order),
+            _loader(plan, store, clients, "selection"),
+            seed=plan.seed,
+            folder=folder / "checkpoints",
+            trainer_config=plan.config["trainer"],
+            loggers=tracker.loggers(),
+            title=f"{plan.method_class.name}",
+        )
+        note = f"train: {record['epochs']} epochs in {record['seconds']:.1f} s"
+        if record["best_epoch"]:
+            note += f", best selection accuracy {100 * record['selection_accuracy']:.1f} % after {record['best_epoch']}"
+        log.info(note)
+    write_json(folder / "training.json", record)
+    save_method(folder, method, head, plan.method_config, plan.features_dir, protocol.images)
+    shutil.rmtree(folder / "checkpoints", ignore_errors=True)
+
+
+def _evaluate(plan: Plan, store: FeatureStore, clients: Clients, tracker: Any) -> None:
+    from iciia_exp.engine.plots import accuracy_vs_overhead, gain_per_client
+    from iciia_exp.engine.results import client_table, result_row
+    from iciia_exp.engine.training import MethodModule, make_trainer, quiet_lightning
+
+    folder = plan.run_dir
+    run = Run.load(folder)
+    start = time.monotonic()
+    module = MethodModule(run.method, run.head, plan.protocol.recipe, len(clients))
+    limits = {k: v for k, v in plan.config["trainer"].items() if k not in ("max_epochs", "limit_test_batches")}
+    with quiet_lightning():
+        trainer = make_trainer(limits)
+        trainer.test(module, _loader(plan, store, clients, "test"), verbose=False)
+    numbers, counts = module.test_counts.counts()
+    seconds = time.monotonic() - start
+    labels_M = store.table["label"].to_numpy()
+    table = client_table(clients, numbers, counts, labels_M)
+    row = result_row(plan, run.method, store, counts, read_json(folder / "training.json"), seconds)
+    with atomic_write(folder / "clients.parquet", "wb") as file:
+        table.to_parquet(file, index=False)
+    plots = {
+        "gain_per_client": gain_per_client(table, row, folder / "plots" / "gain_per_client.png"),
+        "accuracy_vs_overhead": accuracy_vs_overhead(
+            [*_siblings(plan, row), row], folder / "plots" / "accuracy_vs_overhead.png", row["setting_digest"]
+        ),
+    }
+    tracker.results(row, table, plots)
+    write_json(folder / "results.json", row)
+
+
+def _siblings(plan: Plan, row: dict[str, Any]) -> list[dict[str, Any]]:
+    """Return the rows of the experiment's other finished runs on the same clients, for comparison in the plot."""
+    rows = []
+    for path in sorted(plan.run_dir.parent.glob("*/results.json")):
+        if path.parent != plan.run_dir:
+            try:
+                other = read_json(path)
+            except (OSError, UserError):
+                continue
+            if other.get("partition_digest") == row["partition_digest"]:
+                rows.append(other)
+    return rows
+
+
+def _show(plan: Plan) -> dict[str, Any]:
+    row = read_json(plan.run_dir / "results.json")
+    out = console()
+    out.print(result_table([row]))
+    chance = f"{row['test_clients']:,} test clients, {row['test_images']:,} test images, chunks of {row['cost_images']}"
+    out.print(f"[dim]{chance}; results and plots in {_shown(plan.run_dir)}[/dim]", soft_wrap=True)
+    return row

@@ -1,0 +1,75 @@
+"""Sweeps: what became of every job, one table over all of them, and the exit status.
+
+A job that fails is recorded and the others go on. Each job leaves one file ``jobs/<number>.json`` in the sweep's
+folder, so that this works the same in one process, in several and on a cluster.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+from hydra.experimental.callback import Callback
+from omegaconf import DictConfig
+
+from iciia_exp.artifacts import read_json, write_json
+
+__all__ = ["SweepReport", "exit_status", "record_job"]
+
+log = logging.getLogger(__name__)
+
+_status = 0
+
+
+def exit_status() -> int:
+    """Return 1 if a job of this process's last sweep failed, else 0."""
+    return _status
+
+
+def record_job(folder: Path, number: int, overrides: list[str], outcome: dict[str, Any]) -> None:
+    """Write down what became of job ``number``."""
+    write_json(folder / "jobs" / f"{number:05d}.json", {"job": number, "overrides": overrides, **outcome})
+
+
+class SweepReport(Callback):
+    """At a sweep's end, prints the table over its runs, draws accuracy against overhead, and lists the failures."""
+
+    def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
+        """Forget the status of an earlier sweep."""
+        global _status
+        _status = 0
+
+    def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
+        """Report."""
+        global _status
+        from iciia_exp.engine.console import console, result_table, setup_logging
+        from iciia_exp.engine.plots import accuracy_vs_overhead
+
+        setup_logging()
+        folder = Path(config.hydra.sweep.dir)
+        jobs = [read_json(path) for path in sorted((folder / "jobs").glob("*.json"))]
+        failures = [job for job in jobs if job["status"] != "done"]
+        rows = []
+        for job in jobs:
+            if job.get("run_dir"):
+                with contextlib.suppress(OSError, json.JSONDecodeError):
+                    rows.append(read_json(Path(job["run_dir"]) / "results.json"))
+        out = console()
+        out.print()
+        by_setting: dict[tuple[str, str, str], list[dict[str, Any]]] = {}
+        for row in rows:
+            by_setting.setdefault((row["name"], row["dataset"], row["backbone"]), []).append(row)
+        for (name, dataset, backbone), group in by_setting.items():
+            if len(by_setting) > 1:
+                out.print(f"[bold]{name}[/bold]: {dataset}, {backbone}")
+            out.print(result_table(group))
+            plot = "accuracy_vs_overhead.png" if len(by_setting) == 1 else f"accuracy_vs_overhead-{name}-{backbone}.png"
+            accuracy_vs_overhead(list({r["digest"]: r for r in group}.values()), folder / plot)
+        done = len(jobs) - len(failures)
+        out.print(f"[dim]{done} of {len(jobs)} jobs done; plot and records in {folder}[/dim]", soft_wrap=True)
+        for job in failures:
+            log.error("job %s failed (%s): %s", job["job"], " ".join(job["overrides"]) or "no overrides", job["error"])
+        _status = int(bool(failures))

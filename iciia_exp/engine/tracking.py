@@ -1,0 +1,192 @@
+"""Loggers: Lightning's CSV logger always, wandb where asked for; neither may ever cost a run its results.
+
+wandb summary keys (stable): ``test/accuracy``, ``test/client_accuracy``, ``test/gain``, ``test/client_gain``,
+``test/worst_decile``, ``test/log_loss``, ``test/harmed_share``, ``backbone/accuracy``, ``backbone/client_accuracy``,
+``cost/overhead_percent`` (published convention), ``cost/per_image_overhead_percent``,
+``cost/streaming_overhead_percent``, ``cost/parameters``.
+"""
+
+from __future__ import annotations
+
+import logging
+import netrc
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, ClassVar
+from urllib.parse import urlparse
+
+import pandas as pd
+
+from iciia_exp.errors import check_bool, check_choice
+
+__all__ = ["Tracker", "Tracking", "wandb_logged_in"]
+
+log = logging.getLogger(__name__)
+
+MODES = ("auto", "online", "offline", "disabled")
+
+SUMMARY = {
+    "test/accuracy": "accuracy",
+    "test/client_accuracy": "client_accuracy",
+    "test/gain": "gain",
+    "test/client_gain": "client_gain",
+    "test/worst_decile": "worst_decile",
+    "test/log_loss": "log_loss",
+    "test/harmed_share": "harmed_share",
+    "backbone/accuracy": "backbone_accuracy",
+    "backbone/client_accuracy": "backbone_client_accuracy",
+    "cost/overhead_percent": "overhead_percent",
+    "cost/per_image_overhead_percent": "per_image_overhead_percent",
+    "cost/streaming_overhead_percent": "streaming_overhead_percent",
+    "cost/parameters": "parameters",
+}
+
+
+def wandb_logged_in() -> bool:
+    """Whether wandb would find an API key (environment or netrc) without asking for one."""
+    if os.environ.get("WANDB_API_KEY"):
+        return True
+    host = urlparse(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).hostname or "api.wandb.ai"
+    files = [os.environ["NETRC"]] if os.environ.get("NETRC") else ["~/.netrc", "~/_netrc"]
+    for file in files:
+        try:
+            if netrc.netrc(os.path.expanduser(file)).authenticators(host):
+                return True
+        except (OSError, netrc.NetrcParseError):
+            continue
+    return False
+
+
+class Tracking:
+    """Which loggers a run has.
+
+    Args:
+        wandb: log to wandb too.
+        project, entity: where in wandb.
+        mode: ``auto``: online if this machine is logged in, else offline; ``online``, ``offline`` or ``disabled``.
+            The environment variable WANDB_MODE goes before ``auto``.
+        tags: for wandb; backbone, dataset and method are always among them.
+    """
+
+    cosmetic: ClassVar[frozenset[str]] = frozenset({"wandb", "project", "entity", "mode", "tags"})
+
+    def __init__(
+        self,
+        wandb: bool = False,
+        project: str = "iciia_exp",
+        entity: str | None = None,
+        mode: str = "auto",
+        tags: list[str] | None = None,
+    ) -> None:
+        self.wandb = check_bool("wandb", wandb)
+        self.project, self.entity, self.tags = project, entity, list(tags or [])
+        self.mode = check_choice("mode", mode, MODES)
+
+    def resolved_mode(self) -> str:
+        """Return ``online``, ``offline`` or ``disabled``; never a mode that would ask the user something."""
+        mode = self.mode
+        if mode == "auto":
+            mode = {"dryrun": "offline", "run": "online"}.get(m := os.environ.get("WANDB_MODE", ""), m)
+            if mode not in MODES[1:]:
+                mode = "online" if wandb_logged_in() else "offline"
+        if mode == "online" and not wandb_logged_in():
+            log.warning("wandb: no API key on this machine, logging offline (`wandb login`, then `wandb sync` uploads it)")
+            mode = "offline"
+        return mode
+
+
+class Tracker:
+    """The loggers of one run, opened when first needed and closed by `close`.
+
+    Any failure inside wandb is reported once and turns it off; the run goes on.
+    """
+
+    def __init__(
+        self, tracking: Tracking, run_dir: Path, *, run_id: str, name: str, group: str, tags: list[str], config: dict
+    ) -> None:
+        self.tracking, self.run_dir = tracking, run_dir
+        self._init = {
+            "id": run_id,
+            "name": name,
+            "group": group,
+            "job_type": "train",
+            "tags": [*tags, *tracking.tags],
+            "config": config,
+            "project": tracking.project,
+            "entity": tracking.entity,
+            "dir": str(run_dir),
+            "resume": "allow",
+        }
+        self._run: Any = None
+        self._off = not tracking.wandb
+
+    def _guard(self, what: str, action: Callable[[], Any]) -> Any:
+        if self._off:
+            return None
+        try:
+            return action()
+        except Exception as error:  # whatever happens in there, the results are on disk without it
+            self._off = True
+            first = (str(error).splitlines() or [""])[0]
+            log.warning("wandb: %s failed (%s: %s); the run goes on without it", what, type(error).__name__, first)
+            return None
+
+    def _start(self) -> Any:
+        if self._run is None:
+            import wandb
+
+            mode = self.tracking.resolved_mode()
+            if mode == "disabled":
+                self._off = True
+                return None
+            settings = wandb.Settings(silent=True, console="off", init_timeout=30)
+            try:
+                self._run = wandb.init(**self._init, mode=mode, settings=settings)
+            except Exception as error:
+                if mode != "online":
+                    raise
+                first = (str(error).splitlines() or [""])[0]
+                log.warning("wandb: no connection (%s), logging offline", first)
+                self._run = wandb.init(**self._init, mode="offline", settings=settings)
+        return self._run
+
+    def loggers(self) -> list[Any]:
+        """Return the Lightning loggers for a training."""
+        from lightning.pytorch.loggers import CSVLogger, WandbLogger
+
+        loggers: list[Any] = [CSVLogger(self.run_dir, name="csv")]  # a resumed training gets its next version
+        if (run := self._guard("start", self._start)) is not None:
+
+            class Guarded(WandbLogger):
+                """Metrics go to wandb through the tracker's guard."""
+
+                def log_metrics(inner, metrics: Any, step: int | None = None) -> None:  # noqa: N805
+                    self._guard("logging", lambda: super(Guarded, inner).log_metrics(metrics, step))
+
+            if (logger := self._guard("start", lambda: Guarded(experiment=run))) is not None:
+                loggers.append(logger)
+        return loggers
+
+    def results(self, row: dict[str, Any], clients: pd.DataFrame, plots: dict[str, Path]) -> None:
+        """Log the results: summary keys, the plots as images and one table with a row per client."""
+
+        def send() -> None:
+            import wandb
+
+            if (run := self._start()) is None:
+                return
+            run.summary.update({key: row[name] for key, name in SUMMARY.items() if row.get(name) is not None})
+            media = {f"plots/{name}": wandb.Image(str(path)) for name, path in plots.items()}
+            run.log({**media, "clients": wandb.Table(dataframe=clients)})
+
+        self._guard("logging the results", send)
+
+    def close(self, failed: bool = False) -> None:
+        """Finish the wandb run, if there is one."""
+        if self._run is not None:
+            run, self._run = self._run, None
+            try:
+                run.finish(exit_code=int(failed), quiet=True)
+            except Exception as error:
+                log.warning("wandb: finishing failed (%s)", type(error).__name__)

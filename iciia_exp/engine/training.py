@@ -1,0 +1,264 @@
+"""Training with Lightning: modules for backbones and methods, and one way to fit either.
+
+A training that is killed and repeated gives the result of an uninterrupted one: checkpoints are written at the end of
+every epoch, and all randomness of an epoch comes from (seed, epoch).
+
+Legend: B images, C clients, S images of a client, D features, K classes.
+"""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.data import DataLoader
+
+from iciia_exp.counts import ClientCountsMetric
+from iciia_exp.data.batches import ClientBatch
+from iciia_exp.engine.build import check_keys, parameters_of
+from iciia_exp.engine.progress import TrainingProgress
+from iciia_exp.errors import ConfigError, UserError
+from iciia_exp.methods.base import Method
+from iciia_exp.models.backbone import Backbone
+from iciia_exp.recipe import Recipe
+from iciia_exp.seeding import derive_seed
+
+__all__ = ["BackboneModule", "MethodModule", "fit", "make_trainer", "quiet_lightning"]
+
+MONITOR = "selection/accuracy"
+
+
+class _Module(pl.LightningModule):
+    """What both trainings share: the recipe's optimiser and schedule."""
+
+    #: metrics to show beside the progress bar
+    shown: tuple[str, ...] = ()
+
+    def __init__(self, recipe: Recipe) -> None:
+        super().__init__()
+        self.recipe = recipe
+
+    def configure_optimizers(self) -> Any:
+        """Build what the recipe says, over the parameters that are trained."""
+        optimizer = self.recipe.make_optimizer(p for p in self.parameters() if p.requires_grad)
+        schedule = self.recipe.make_schedule(optimizer, int(self.trainer.estimated_stepping_batches))
+        if schedule is None:
+            return optimizer
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+
+class BackboneModule(_Module):
+    """Trains a backbone, trunk and head, by cross-entropy on single images."""
+
+    shown = ("backbone/loss", "backbone/train_accuracy")
+
+    def __init__(self, backbone: Backbone, recipe: Recipe) -> None:
+        super().__init__(recipe)
+        self.backbone = backbone
+
+    def training_step(self, batch: tuple[Tensor, Tensor, Tensor], batch_idx: int) -> Tensor:
+        """Return the loss of images [B, ...] with labels [B] (and image numbers [B], unused)."""
+        images, y_B, _ = batch
+        logits_BK = self.backbone(images)
+        loss = F.cross_entropy(logits_BK, y_B)
+        accuracy = (logits_BK.argmax(-1) == y_B).float().mean()
+        log = partial(self.log, on_step=False, on_epoch=True, batch_size=len(y_B))
+        log("backbone/loss", loss)
+        log("backbone/train_accuracy", accuracy)
+        return loss
+
+
+class MethodModule(_Module):
+    """Trains a method on client batches, watches the selection clients, and counts per client in testing.
+
+    Args:
+        method: the method.
+        head: the backbone's frozen classifier, for the paired counts.
+        recipe: optimisation.
+        clients: number of clients in the partition.
+    """
+
+    shown = ("train/loss", MONITOR)
+
+    def __init__(self, method: Method, head: nn.Linear, recipe: Recipe, clients: int) -> None:
+        super().__init__(recipe)
+        self.method = method
+        self._head = [head.requires_grad_(False)]  # in a list: not part of the checkpoint
+        self.selection_counts = ClientCountsMetric(clients)
+        self.test_counts = ClientCountsMetric(clients)
+
+    def training_step(self, batch: ClientBatch, batch_idx: int) -> Tensor:
+        """Return the method's loss on a client batch."""
+        logits_CSK = self.method(batch.x_CSD, batch.mask_CS)
+        loss = self.method.loss(logits_CSK, batch.y_CS, batch.mask_CS)
+        self.log("train/loss", loss, on_step=False, on_epoch=True, batch_size=int(batch.mask_CS.sum()))
+        return loss
+
+    def _count(self, metric: ClientCountsMetric, batch: ClientBatch) -> None:
+        head = self._head[0].to(batch.x_CSD.device)
+        metric.update(
+            head(batch.x_CSD), self.method(batch.x_CSD, batch.mask_CS), batch.y_CS, batch.mask_CS, batch.client_C
+        )
+
+    def on_validation_epoch_start(self) -> None:
+        """Start counting afresh."""
+        self.selection_counts.reset()
+
+    def validation_step(self, batch: ClientBatch, batch_idx: int) -> None:
+        """Count hits and losses on selection clients."""
+        self._count(self.selection_counts, batch)
+
+    def on_validation_epoch_end(self) -> None:
+        """Log accuracy and log-loss over all selection images."""
+        _, counts = self.selection_counts.counts()
+        images = counts.images_C.sum()
+        self.log(MONITOR, float(counts.method_hits_C.sum() / images))
+        self.log("selection/log_loss", float(counts.method_loss_C.sum() / images))
+
+    def on_test_epoch_start(self) -> None:
+        """Start counting afresh."""
+        self.test_counts.reset()
+
+    def test_step(self, batch: ClientBatch, batch_idx: int) -> None:
+        """Count hits and losses on test clients."""
+        self._count(self.test_counts, batch)
+
+
+class _SeedEpochs(pl.Callback):
+    """Seed every epoch from (seed, epoch), so that dropout does not depend on how often training was interrupted."""
+
+    def __init__(self, seed: int) -> None:
+        self.seed = seed
+
+    def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        torch.manual_seed(derive_seed("epoch", self.seed, trainer.current_epoch, trainer.global_rank))
+
+
+class _EarlyStopping(EarlyStopping):
+    """Early stopping that stays stopped: Lightning forgets the decision when training resumes after it."""
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if self.wait_count >= self.patience:
+            trainer.should_stop = True
+
+
+@contextmanager
+def quiet_lightning() -> Iterator[None]:
+    """Silence what Lightning says on every start and a user cannot act on (devices found, tips, few workers)."""
+    logger = logging.getLogger("lightning.pytorch")
+    fabric = logging.getLogger("lightning.fabric")
+    levels = logger.level, fabric.level
+    logger.setLevel(logging.ERROR)
+    fabric.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            for message in (
+                ".*does not have many workers.*",
+                ".*exists and is not empty.*",
+                ".*The number of training batches.*is smaller than the logging interval.*",
+                ".*Checkpoint directory.*",
+                ".*isinstance.treespec, LeafSpec.*",
+                ".*GPU available but not used.*",
+                ".*tensorboardX.*",
+                ".*litlogger.*",
+                ".*lr_scheduler.step.*",
+            ):
+                warnings.filterwarnings("ignore", message=message)
+            yield
+    finally:
+        logger.setLevel(levels[0])
+        fabric.setLevel(levels[1])
+
+
+def make_trainer(config: dict[str, Any], **arguments: Any) -> pl.Trainer:
+    """Build Lightning's Trainer from the `trainer` group, with the engine's ``arguments`` on top."""
+    check_keys(config, "trainer")
+    own = {k: v for k, v in config.items() if not k.startswith("_")}
+    if taken := sorted(set(own) & {"callbacks", "logger", "default_root_dir", "gradient_clip_val", "inference_mode"}):
+        raise UserError(f"trainer.{taken[0]}: is set by the engine; leave it out")
+    known = parameters_of(pl.Trainer)
+    arguments = {
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+        "num_sanity_val_steps": 0,
+        "use_distributed_sampler": False,  # our samplers share the work out themselves
+        "log_every_n_steps": 10,
+        "logger": False,
+        "enable_checkpointing": False,
+        **own,
+        **arguments,
+    }
+    arguments = {k: v for k, v in arguments.items() if k in known}
+    try:
+        return pl.Trainer(**arguments)
+    except Exception as error:  # Lightning raises many kinds, each with a clear first line
+        text = str(error).splitlines()[0]
+        for key, value in own.items():
+            if key in text or (key == "accelerator" and "accelerator" in text.lower()):
+                raise ConfigError(f"trainer.{key}", value, text) from error
+        raise UserError(f"trainer: {text}") from error
+
+
+def fit(
+    module: _Module,
+    train: DataLoader[Any],
+    validation: DataLoader[Any] | None,
+    *,
+    seed: int,
+    folder: Path,
+    trainer_config: dict[str, Any],
+    loggers: list[Any],
+    title: str,
+) -> dict[str, Any]:
+    """Train ``module``, continuing from ``folder/last.ckpt`` where there is one; leave the weights to keep in it.
+
+    With ``validation`` the weights of the epoch with the best selection accuracy are kept, else those of the last.
+
+    Returns:
+        epochs run, best epoch (from 1) and its selection accuracy (None without validation), and seconds of training.
+    """
+    recipe = module.recipe
+    progress = TrainingProgress(title)
+    best: ModelCheckpoint | None = None
+    callbacks: list[pl.Callback] = [_SeedEpochs(seed), progress]
+    if validation is not None:
+        if recipe.patience:
+            callbacks.append(_EarlyStopping(MONITOR, mode="max", patience=recipe.patience, check_on_train_epoch_end=True))
+        keep: dict[str, Any] = {"monitor": MONITOR, "mode": "max", "filename": "best"}
+        best = ModelCheckpoint(folder, save_on_train_epoch_end=True, enable_version_counter=False, **keep)
+        callbacks.append(best)
+    # after `best`, so that its memory of the best epoch is in the checkpoint that training resumes from
+    callbacks.append(ModelCheckpoint(folder, "last", save_on_train_epoch_end=True, enable_version_counter=False))
+    epochs = min(recipe.epochs, trainer_config.get("max_epochs") or recipe.epochs)
+    last = folder / "last.ckpt"
+    with quiet_lightning():
+        trainer = make_trainer(
+            trainer_config,
+            max_epochs=epochs,
+            callbacks=callbacks,
+            logger=loggers,
+            enable_checkpointing=True,
+            gradient_clip_val=recipe.clip_norm or None,
+            default_root_dir=folder,
+        )
+        trainer.fit(module, train, validation, ckpt_path=last if last.is_file() else None, weights_only=True)
+        if trainer.interrupted:
+            raise KeyboardInterrupt
+    record: dict[str, Any] = {"epochs": trainer.current_epoch, "best_epoch": None, "selection_accuracy": None}
+    if best is not None and best.best_model_path:
+        state = torch.load(best.best_model_path, weights_only=True, map_location="cpu")
+        module.load_state_dict(state["state_dict"])
+        record["best_epoch"] = state["epoch"] + 1
+        record["selection_accuracy"] = float(best.best_model_score)  # type: ignore[arg-type]
+    record["seconds"] = round(progress.seconds, 2)
+    return record

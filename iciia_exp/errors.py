@@ -1,0 +1,96 @@
+"""Errors that a user can act on: one line that names the key or file, what is wrong and what would be right."""
+
+from __future__ import annotations
+
+import difflib
+import math
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+__all__ = [
+    "ConfigError",
+    "UserError",
+    "check_bool",
+    "check_choice",
+    "check_float",
+    "check_int",
+    "nearest",
+]
+
+
+class UserError(Exception):
+    """Something the user can put right. The command line prints it as one line, without a traceback."""
+
+
+class ConfigError(UserError):
+    """A configuration value that cannot be used.
+
+    Constructors name their own argument (``key="groups"``); ``engine.build`` adds the group in front of it.
+    """
+
+    def __init__(self, key: str, value: Any, problem: str) -> None:
+        self.key, self.value, self.problem = key, value, problem
+        super().__init__(key, value, problem)  # the arguments, so that the error survives pickling between processes
+
+    def __str__(self) -> str:
+        return f"{self.key}={self.value}: {self.problem}"
+
+
+def nearest(word: str, choices: Iterable[str]) -> str | None:
+    """Return the choice most like ``word``, or None when nothing is close.
+
+    >>> nearest("grups", ["groups", "heads", "seed"])
+    'groups'
+    >>> nearest("xyz", ["groups", "heads"]) is None
+    True
+    """
+    choices = list(choices)
+    found = difflib.get_close_matches(word, choices, n=1, cutoff=0.6)
+    if not found and "." not in word:  # `lr` for `protocol.lr`: compare with the last part alone
+        by_leaf: dict[str, str] = {}
+        for choice in choices:
+            by_leaf.setdefault(choice.rsplit(".", 1)[-1], choice)
+        leaf = difflib.get_close_matches(word, list(by_leaf), n=1, cutoff=0.75)
+        found = [by_leaf[leaf[0]]] if leaf else []
+    return found[0] if found else None
+
+
+def check_int(key: str, value: Any, low: int, high: int | None = None, why: str = "") -> int:
+    """Return ``value`` as an integer of ``low..high``, or raise a `ConfigError` that says the range.
+
+    >>> check_int("heads", 4, 1)
+    4
+    >>> check_int("heads", 0, 1)
+    Traceback (most recent call last):
+    iciia_exp.errors.ConfigError: heads=0: must be a whole number of at least 1
+    """
+    span = f"at least {low}" if high is None else f"{low} to {high}"
+    wrong = isinstance(value, bool) or not isinstance(value, int)
+    if wrong or value < low or (high is not None and value > high):
+        raise ConfigError(key, value, f"must be a whole number of {span}" + (f" ({why})" if why else ""))
+    return value
+
+
+def check_float(key: str, value: Any, low: float, high: float = math.inf, *, open_low: bool = False) -> float:
+    """Return ``value`` as a finite float in [low, high], or (low, high] with ``open_low``."""
+    good = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    if not good or value < low or value > high or (open_low and value == low):
+        span = (f"above {low:g}" if open_low else f"at least {low:g}") + ("" if high == math.inf else f", at most {high:g}")
+        raise ConfigError(key, value, f"must be a number {span}")
+    return float(value)
+
+
+def check_bool(key: str, value: Any) -> bool:
+    """Return ``value`` if it is true or false."""
+    if not isinstance(value, bool):
+        raise ConfigError(key, value, "must be true or false")
+    return value
+
+
+def check_choice(key: str, value: Any, choices: Sequence[Any]) -> Any:
+    """Return ``value`` if it is one of ``choices``; the error names them all and the nearest."""
+    if value not in choices:
+        near = nearest(str(value), [str(c) for c in choices])
+        hint = f"; did you mean {near}?" if near else ""
+        raise ConfigError(key, value, f"must be one of {', '.join(map(str, choices))}{hint}")
+    return value

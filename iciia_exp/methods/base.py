@@ -1,0 +1,65 @@
+"""The interface of a method: features of a client's images in, logits out, and a cost in closed form.
+
+Legend: C clients, S images of a client, D features, K classes.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import Any, ClassVar
+
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+__all__ = ["Method"]
+
+
+class Method(nn.Module, ABC):
+    """A way to use a client's images together. Built by the engine as ``Method(head, **config)``.
+
+    ``head`` is the backbone's classifier; its sizes give D and K. A method without a cost cannot exist: `macs` and
+    `streaming_macs` are abstract.
+    """
+
+    #: Short name for folders and tables.
+    name: ClassVar[str]
+    #: Whether the method is trained on the cloud; others are evaluated as they are built.
+    trainable: ClassVar[bool] = True
+
+    @classmethod
+    def canonical(cls, config: dict[str, Any], dim: int) -> dict[str, Any]:
+        """Return ``config`` with every value in the one form that names a run (``groups: max`` becomes D).
+
+        Raises `ConfigError` for values that do not fit D; called before anything is computed.
+        """
+        return config
+
+    @abstractmethod
+    def forward(self, x_CSD: Tensor, mask_CS: Tensor | None = None) -> Tensor:
+        """Return logits [C, S, K]; ``mask_CS`` is True where an image is real, None when all are.
+
+        One client is never another's context: a client's logits are those of running it alone.
+        """
+
+    def loss(self, logits_CSK: Tensor, y_CS: Tensor, mask_CS: Tensor) -> Tensor:
+        """Return the mean cross-entropy over the real images of the batch."""
+        return F.cross_entropy(logits_CSK[mask_CS], y_CS[mask_CS])
+
+    @abstractmethod
+    def macs(self, images: int) -> int:
+        """Return what the method adds to backbone and classifier on a sequence of ``images``, in MACs."""
+
+    @abstractmethod
+    def streaming_macs(self, images: int) -> int | None:
+        """Return what one more image adds when state is kept for the other ``images - 1``; None if it cannot be."""
+
+    def num_parameters(self) -> int:
+        """Return the number of parameters that come on top of the backbone and its classifier."""
+        return sum(p.numel() for p in self.parameters())
+
+
+def copy_of(head: nn.Linear) -> nn.Linear:
+    """Return a linear layer of its own with the backbone's classifier in it."""
+    copy = nn.Linear(head.in_features, head.out_features)
+    copy.load_state_dict(head.state_dict())
+    return copy

@@ -1,0 +1,85 @@
+"""ICIIA as a method: the published module on client batches, with its cost.
+
+Source: ICIIA (ACML 2024, PMLR 260:223-238).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+
+from iciia_exp.cost import attention_macs, streaming_attention_macs
+from iciia_exp.errors import ConfigError, check_bool, check_float, check_int
+from iciia_exp.methods.base import Method
+from iciia_exp.models.iciia import ICIIA, divisors
+
+__all__ = ["IciiaMethod"]
+
+
+class IciiaMethod(Method):
+    """Every image of a chunk attends to all images of the chunk.
+
+    Args:
+        head: the backbone's classifier, for its sizes only: the module trains a classifier of its own.
+        num_layers: N.
+        heads: H, a divisor of D.
+        groups: G, a divisor of D, or ``max`` for D.
+        dropout: on attention probabilities, hidden units and both branches, while training.
+        shuffle: interleave the groups after every projection.
+    """
+
+    name = "iciia"
+
+    def __init__(
+        self,
+        head: nn.Linear,
+        num_layers: int = 1,
+        heads: int = 4,
+        groups: int | str = 1,
+        dropout: float = 0.1,
+        shuffle: bool = True,
+    ) -> None:
+        super().__init__()
+        settings = {"num_layers": num_layers, "heads": heads, "groups": groups, "dropout": dropout, "shuffle": shuffle}
+        settings = self.canonical(settings, head.in_features)
+        self.groups, self.num_layers = settings["groups"], num_layers
+        self.model = ICIIA(
+            head.in_features, head.out_features, num_layers, heads, self.groups, float(dropout), settings["shuffle"]
+        )
+
+    @classmethod
+    def canonical(cls, config: dict[str, Any], dim: int) -> dict[str, Any]:
+        """Check the values against D; ``max`` becomes D, and with one group shuffle changes nothing."""
+        config = dict(config)
+        check_int("num_layers", config.get("num_layers", 1), 1)
+        check_float("dropout", config.get("dropout", 0.1), 0.0, 1.0)
+        check_bool("shuffle", config.get("shuffle", True))
+        if config.get("groups") == "max":
+            config["groups"] = dim
+        valid = divisors(dim)
+        for key, extra in (("heads", ""), ("groups", ", or max")):
+            value = config.get(key, valid[0])
+            if isinstance(value, bool) or not isinstance(value, int) or value not in valid:
+                choices = ", ".join(map(str, valid)) + extra
+                raise ConfigError(key, value, f"must divide the feature width D={dim}; valid: {choices}")
+        if config.get("groups") == 1 or config.get("groups") is None:
+            config["shuffle"] = True
+        return config
+
+    def forward(self, x_CSD: Tensor, mask_CS: Tensor | None = None) -> Tensor:
+        return self.model(x_CSD, mask_CS)
+
+    def macs(self, images: int) -> int:
+        """(6 S D^2 / G + 2 S^2 D) N."""
+        return attention_macs(images, self.model.dim, self.groups, self.num_layers)
+
+    def streaming_macs(self, images: int) -> int | None:
+        """(6 D^2 / G + 2 S D) N with one layer; None with more: full attention changes what old images mean."""
+        if self.num_layers > 1:
+            return None
+        return streaming_attention_macs(images, self.model.dim, self.groups, self.num_layers)
+
+    def num_parameters(self) -> int:
+        """Encoder only: the classifier takes the place of the backbone's."""
+        return sum(p.numel() for p in self.model.layers.parameters())

@@ -1,0 +1,159 @@
+"""Averages over images and over clients, their intervals, and how much harm chance alone would do.
+
+Everything is computed from integer counts per client, so clients, batches and processes add up.
+
+Legend: C clients, R bootstrap resamples.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from typing import Any
+
+import numpy as np
+
+from iciia_exp.seeding import generator
+
+__all__ = ["ClientCounts", "averages", "harmed_by_chance", "summarise", "worst_decile"]
+
+RESAMPLES = 2000
+
+
+@dataclass(frozen=True)
+class ClientCounts:
+    """Sufficient statistics of one evaluation, one entry per client (arrays of length C)."""
+
+    images_C: np.ndarray  # int64, images evaluated
+    backbone_hits_C: np.ndarray  # int64, right answers of the plain backbone
+    method_hits_C: np.ndarray  # int64
+    both_hits_C: np.ndarray  # int64, images on which both are right: pairs the two, image by image
+    backbone_loss_C: np.ndarray  # float64, sum of -log p(label), nats
+    method_loss_C: np.ndarray  # float64
+
+    def __post_init__(self) -> None:
+        sizes = {f.name: len(getattr(self, f.name)) for f in fields(self)}
+        if len(set(sizes.values())) != 1:
+            raise ValueError(f"all arrays have one entry per client, got {sizes}")
+        if (self.images_C <= 0).any():
+            raise ValueError("every client in the counts needs at least one image")
+
+    def __len__(self) -> int:
+        return len(self.images_C)
+
+    @property
+    def gained_C(self) -> np.ndarray:
+        """Images that the method gets right and the backbone wrong."""
+        return self.method_hits_C - self.both_hits_C
+
+    @property
+    def lost_C(self) -> np.ndarray:
+        """Images that the backbone gets right and the method wrong."""
+        return self.backbone_hits_C - self.both_hits_C
+
+
+def _lowest_tenth(accuracy_C: np.ndarray) -> np.ndarray:
+    """Indices of the tenth (rounded up) of the clients with the lowest accuracy; ties by position, so repeatable."""
+    count = -(-len(accuracy_C) // 10)
+    return np.argsort(accuracy_C, kind="stable")[:count]
+
+
+def worst_decile(hits_C: np.ndarray, images_C: np.ndarray) -> float:
+    """Return the mean accuracy over the tenth of the clients (rounded up) with the lowest accuracy.
+
+    >>> worst_decile(np.array([1, 2, 4, 4, 4, 4, 4, 4, 4, 4]), np.full(10, 4))
+    0.25
+    """
+    accuracy_C = hits_C / images_C
+    return float(accuracy_C[_lowest_tenth(accuracy_C)].mean())
+
+
+def averages(hits_C: np.ndarray, loss_C: np.ndarray, images_C: np.ndarray) -> dict[str, float]:
+    """Return ``accuracy`` (weighs images), ``client_accuracy`` (weighs clients), ``worst_decile`` and ``log_loss``.
+
+    >>> averages(np.array([1, 0]), np.array([0.3, 0.9]), np.array([1, 3]))
+    {'accuracy': 0.25, 'client_accuracy': 0.5, 'worst_decile': 0.0, 'log_loss': 0.3}
+    """
+    return {
+        "accuracy": float(hits_C.sum() / images_C.sum()),
+        "client_accuracy": float((hits_C / images_C).mean()),
+        "worst_decile": worst_decile(hits_C, images_C),
+        "log_loss": float(loss_C.sum() / images_C.sum()),
+    }
+
+
+def _bootstrap_weights(clients: int, resamples: int, rng: np.random.Generator, chunk: int = 1 << 24) -> Any:
+    """Yield [r, C] counts of how often each client is drawn; about 128 MiB at a time."""
+    step = max(1, chunk // clients)
+    for start in range(0, resamples, step):
+        rows = min(step, resamples - start)
+        yield rng.multinomial(clients, np.full(clients, 1.0 / clients), size=rows)
+
+
+def _bootstrap(counts: ClientCounts, resamples: int, seed: int) -> dict[str, np.ndarray]:
+    """Return [R] resampled values of the accuracies and paired gains, clients drawn with replacement."""
+    n_C = counts.images_C
+    per_client_C2 = np.stack([counts.backbone_hits_C / n_C, counts.method_hits_C / n_C], axis=1)
+    sums_C3 = np.stack([n_C, counts.backbone_hits_C, counts.method_hits_C], axis=1).astype(np.float64)
+    by_client, by_image = [], []
+    for weights_rC in _bootstrap_weights(len(counts), resamples, generator("bootstrap", seed)):
+        weights_rC = weights_rC.astype(np.float64)
+        by_client.append(weights_rC @ per_client_C2 / len(counts))
+        totals_r3 = weights_rC @ sums_C3
+        by_image.append(totals_r3[:, 1:] / totals_r3[:, :1])
+    client_R2, image_R2 = np.concatenate(by_client), np.concatenate(by_image)
+    return {
+        "backbone_accuracy": image_R2[:, 0],
+        "accuracy": image_R2[:, 1],
+        "gain": image_R2[:, 1] - image_R2[:, 0],
+        "backbone_client_accuracy": client_R2[:, 0],
+        "client_accuracy": client_R2[:, 1],
+        "client_gain": client_R2[:, 1] - client_R2[:, 0],
+    }
+
+
+def harmed_by_chance(counts: ClientCounts, resamples: int = RESAMPLES, seed: int = 0) -> float:
+    """Return the share of clients that would lose accuracy if all clients had the same true gain.
+
+    Every image is one of three pairs: gained (only the method is right), lost (only the backbone is), or even. Each
+    client keeps its number of images and draws their pairs from the pool of all clients. What remains of harm is what
+    small test sets produce by themselves.
+    """
+    total = counts.images_C.sum()
+    p_lost, p_gained = counts.lost_C.sum() / total, counts.gained_C.sum() / total
+    rng = generator("harm", seed)
+    resamples = min(resamples, max(20, 20_000_000 // len(counts)))  # 100,000 clients need fewer repeats
+    harmed = 0
+    for _ in range(resamples):
+        lost_C = rng.binomial(counts.images_C, p_lost)
+        rest = p_gained / (1.0 - p_lost) if p_lost < 1.0 else 0.0
+        gained_C = rng.binomial(counts.images_C - lost_C, min(1.0, rest))
+        harmed += int((lost_C > gained_C).sum())
+    return harmed / (resamples * len(counts))
+
+
+def summarise(counts: ClientCounts, resamples: int = RESAMPLES, seed: int = 0) -> dict[str, float | int]:
+    """Return the flat row of averages: method, backbone, paired gains with 95 % bootstrap intervals, and harm.
+
+    Accuracies and gains are fractions (0 to 1); intervals end in ``_low`` and ``_high``; ``se_clients`` is the
+    bootstrap standard error of ``client_accuracy`` over clients (not over seeds).
+    """
+    n_C = counts.images_C
+    method = averages(counts.method_hits_C, counts.method_loss_C, n_C)
+    backbone = averages(counts.backbone_hits_C, counts.backbone_loss_C, n_C)
+    backbone_C, method_C = counts.backbone_hits_C / n_C, counts.method_hits_C / n_C
+    worst_C = _lowest_tenth(backbone_C)
+    row: dict[str, float | int] = dict(method)
+    row |= {f"backbone_{name}": value for name, value in backbone.items()}
+    row |= {
+        "gain": method["accuracy"] - backbone["accuracy"],
+        "client_gain": method["client_accuracy"] - backbone["client_accuracy"],
+        "gain_where_backbone_is_worst": float((method_C - backbone_C)[worst_C].mean()),
+        "harmed_share": float((counts.lost_C > counts.gained_C).mean()),
+        "harmed_share_by_chance": harmed_by_chance(counts, resamples, seed),
+    }
+    draws = _bootstrap(counts, resamples, seed)
+    for name, values_R in draws.items():
+        row[f"{name}_low"], row[f"{name}_high"] = (float(v) for v in np.percentile(values_R, [2.5, 97.5]))
+    row["se_clients"] = float(draws["client_accuracy"].std(ddof=1))
+    row["test_clients"], row["test_images"] = len(counts), int(n_C.sum())
+    return row

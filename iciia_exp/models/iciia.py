@@ -1,0 +1,108 @@
+"""ICIIA: intra-client and inter-image attention between a frozen backbone and its classifier.
+
+Source: "Adapting the Attention of Cloud-Based Recognition Model to Client-Side Images without Local Re-Training"
+(ACML 2024, PMLR 260:223-238). The images of one client are the tokens; there are no positions and no class token.
+Differs from the released code in that every layer is initialised on its own (there, all layers start equal).
+
+Legend: C clients, S images of a client, D features, K classes, N layers, H heads, G groups.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from iciia_exp.models.layers import EncoderLayer
+
+__all__ = ["ICIIA", "divisors"]
+
+
+def divisors(number: int) -> list[int]:
+    """Return all divisors in increasing order.
+
+    >>> divisors(12)
+    [1, 2, 3, 4, 6, 12]
+    """
+    return [d for d in range(1, number + 1) if number % d == 0]
+
+
+class ICIIA(nn.Module):
+    """N post-norm encoder layers over a client's images, ReLU, and a linear classifier of its own.
+
+    Args:
+        dim: D, width of a feature; divisible by ``num_heads`` and ``num_groups``.
+        num_classes: K.
+        num_layers: N.
+        num_heads: H.
+        num_groups: G; 1 is "base" (ICIIA-B), 256 "tiny" (ICIIA-T), ``dim`` "max".
+        dropout: on attention probabilities, hidden units and both branches.
+        shuffle: interleave the groups after every projection; without it groups never mix inside a projection.
+
+    Shapes: ``x_CSD`` [C, S, D] and ``mask_CS`` [C, S] (True = a real image; None = all are) to logits [C, S, K].
+    Logits at padded positions mean nothing.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        num_classes: int,
+        num_layers: int = 3,
+        num_heads: int = 4,
+        num_groups: int = 1,
+        dropout: float = 0.1,
+        shuffle: bool = True,
+    ) -> None:
+        super().__init__()
+        for name, count in (("num_heads", num_heads), ("num_groups", num_groups)):
+            if count < 1 or dim % count:
+                raise ValueError(f"{name}={count} does not divide D={dim}; valid: {', '.join(map(str, divisors(dim)))}")
+        self.dim, self.num_classes = dim, num_classes
+        self.layers = nn.ModuleList(
+            EncoderLayer(dim, num_heads, num_groups, dropout, shuffle) for _ in range(num_layers)
+        )
+        self.classifier = nn.Linear(dim, num_classes)
+
+    def encode(self, x_CSD: Tensor, mask_CS: Tensor | None = None) -> Tensor:
+        """Return what the classifier sees, [C, S, D]."""
+        for layer in self.layers:
+            x_CSD = layer(x_CSD, mask_CS)
+        return F.relu(x_CSD)
+
+    def forward(self, x_CSD: Tensor, mask_CS: Tensor | None = None) -> Tensor:
+        return self.classifier(self.encode(x_CSD, mask_CS))
+
+    @classmethod
+    def from_reference(cls, state: Mapping[str, Tensor], num_heads: int = 4, shuffle: bool = True) -> ICIIA:
+        """Build the module from a checkpoint in the released layout; sizes are read from the tensors.
+
+        Args:
+            state: tensors named ``encoder.layers.{i}...`` and ``classifier.*``, one group or several.
+            num_heads: H; the checkpoint does not record it.
+            shuffle: whether it was trained with shuffle; not recorded either.
+        """
+        # One group: the layer is wrapped in PyTorch's encoder and its projections are called as PyTorch calls them.
+        renames = {
+            "encoder_layers.0.": "",
+            "self_attn.in_proj_": "attention.qkv.",
+            "self_attn.out_proj_": "attention.out.",
+            "self_attn.out_proj.": "attention.out.",
+        }
+        ours = {}
+        for name, tensor in state.items():
+            new = name.removeprefix("encoder.")
+            for old, replacement in renames.items():
+                new = new.replace(old, replacement)
+            ours[new] = tensor
+        try:
+            num_classes, dim = ours["classifier.weight"].shape
+            first = ours["layers.0.linear1.weight"]
+        except KeyError as error:
+            raise ValueError(f"not a checkpoint in the released layout: it has no {error}") from None
+        num_layers = 1 + max(int(name.split(".")[1]) for name in ours if name.startswith("layers."))
+        groups = 1 if first.ndim == 2 else first.shape[0]
+        model = cls(dim, num_classes, num_layers, num_heads, groups, shuffle=shuffle)
+        model.load_state_dict({name: tensor.to(torch.float32) for name, tensor in ours.items()})
+        return model

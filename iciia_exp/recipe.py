@@ -1,0 +1,74 @@
+"""How a network is optimised: the same few keys for backbones and for methods."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import TYPE_CHECKING
+
+from iciia_exp.errors import check_choice, check_float, check_int
+
+if TYPE_CHECKING:
+    import torch
+
+__all__ = ["OPTIMIZERS", "SCHEDULES", "Recipe"]
+
+OPTIMIZERS = ("sgd", "adam", "adamw")
+SCHEDULES = ("constant", "cosine", "onecycle")
+
+
+class Recipe:
+    """Optimiser, schedule and length of a training.
+
+    Args:
+        optimizer: ``sgd``, ``adam`` or ``adamw``.
+        lr: learning rate; the peak of a schedule.
+        epochs: at most so many passes over the data.
+        batch_size: items of one step: images for a backbone, clients for a method.
+        momentum: for ``sgd``.
+        weight_decay: on all parameters.
+        schedule: ``constant``, ``cosine`` (to zero) or ``onecycle``; stepped every batch.
+        clip_norm: largest norm of the gradient; 0 turns clipping off.
+        patience: stop after so many epochs without a better selection accuracy; 0 never stops early.
+    """
+
+    def __init__(
+        self,
+        optimizer: str = "adamw",
+        lr: float = 1e-3,
+        epochs: int = 10,
+        batch_size: int = 32,
+        momentum: float = 0.0,
+        weight_decay: float = 0.0,
+        schedule: str = "constant",
+        clip_norm: float = 0.0,
+        patience: int = 0,
+    ) -> None:
+        self.optimizer = check_choice("optimizer", optimizer, OPTIMIZERS)
+        self.lr = check_float("lr", lr, 0.0, open_low=True)
+        self.epochs = check_int("epochs", epochs, 1)
+        self.batch_size = check_int("batch_size", batch_size, 1)
+        self.momentum = check_float("momentum", momentum, 0.0, 1.0)
+        self.weight_decay = check_float("weight_decay", weight_decay, 0.0)
+        self.schedule = check_choice("schedule", schedule, SCHEDULES)
+        self.clip_norm = check_float("clip_norm", clip_norm, 0.0)
+        self.patience = check_int("patience", patience, 0)
+
+    def make_optimizer(self, parameters: Iterable[torch.nn.Parameter]) -> torch.optim.Optimizer:
+        """Return the optimiser over ``parameters``."""
+        import torch
+
+        if self.optimizer == "sgd":
+            return torch.optim.SGD(parameters, self.lr, momentum=self.momentum, weight_decay=self.weight_decay)
+        kind = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[self.optimizer]
+        return kind(parameters, self.lr, weight_decay=self.weight_decay)
+
+    def make_schedule(self, optimizer: torch.optim.Optimizer, steps: int) -> torch.optim.lr_scheduler.LRScheduler | None:
+        """Return a scheduler that is stepped every batch, for ``steps`` batches in all; None for a constant rate."""
+        from torch.optim import lr_scheduler
+
+        if self.schedule == "cosine":
+            return lr_scheduler.CosineAnnealingLR(optimizer, steps)
+        if self.schedule == "onecycle":
+            # A scheduler is stepped once after the last batch, one step more than OneCycleLR allows.
+            return lr_scheduler.OneCycleLR(optimizer, self.lr, total_steps=steps + 1)
+        return None
