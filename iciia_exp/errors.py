@@ -50,7 +50,7 @@ def nearest(word: str, choices: Iterable[str]) -> str | None:
         by_leaf: dict[str, str] = {}
         for choice in choices:
             by_leaf.setdefault(choice.rsplit(".", 1)[-1], choice)
-        leaf = difflib.get_close_matches(word, list(by_leaf), n=1, cutoff=0.75)
+        leaf = difflib.get_close_matches(word, list(by_leaf), n=1, cutoff=0.7)
         found = [by_leaf[leaf[0]]] if leaf else []
     return found[0] if found else None
 

@@ -128,6 +128,9 @@ class Plan:
                 near = nearest(str(key), [k for k in _leaves(config) if k != key])
                 hint = f"did you mean {near}?" if near else f"valid: {', '.join(TOP_LEVEL)}"
                 raise UserError(f"{key}: no such key; {hint}")
+        for key in TOP_LEVEL:
+            if key not in config or (key in GROUPS and config[key] is None):
+                raise UserError(f"{key}: is missing; choose one of its options, or give it a value")
         try:
             self.config: dict[str, Any] = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)  # type: ignore[assignment]
         except OmegaConfBaseException as error:
@@ -180,8 +183,9 @@ class Plan:
 
     def _canonical_method(self) -> dict[str, Any]:
         config = {k: v for k, v in self.config["method"].items() if k != "_target_"}
+        dim = self.dim
         try:
-            canonical = self.method_class.canonical(config, self.dim)
+            canonical = self.method_class.canonical(config, dim)
         except ConfigError as error:
             key = f"method.{error.key}"
             raise ConfigError(self._aliases.get(key, key), error.value, error.problem) from error

@@ -15,9 +15,9 @@ __all__ = ["console", "partition_table", "result_table", "setup_logging"]
 
 
 def console() -> Console:
-    """Return a console on the current standard output; at least 110 columns where that is no terminal."""
+    """Return a console on the current standard output; wide enough for every table where that is no terminal."""
     out = Console(highlight=False)
-    return out if out.is_terminal else Console(highlight=False, width=max(110, out.width))
+    return out if out.is_terminal else Console(highlight=False, width=120)
 
 
 class _Stdout(logging.StreamHandler):
@@ -83,7 +83,7 @@ def _mean_row(rows: Sequence[dict[str, Any]]) -> tuple[list[str], float]:
     first = rows[0]
     cells = [
         _label(first),
-        *([str(len(rows))]),
+        str(len(rows)),
         _percent(mean["accuracy"]) + spread("accuracy"),
         f"{100 * mean['gain']:+.1f}" + spread("gain"),
         _percent(mean["client_accuracy"]),
@@ -98,16 +98,16 @@ def _mean_row(rows: Sequence[dict[str, Any]]) -> tuple[list[str], float]:
 def result_table(rows: Sequence[dict[str, Any]]) -> Table:
     """Return a table with the backbone's line and one line per setting, seeds averaged.
 
-    Percent. Gains are over the backbone on the same images; the interval (one run) is the 95 % bootstrap over clients,
+    In percent. Gains are over the backbone on the same images; the interval (one run) is the 95 % bootstrap over clients,
     ``±`` (several runs) the standard error over runs. In brackets behind the harmed clients: what chance alone gives.
     """
     several = len({r["digest"] for r in rows}) > len({r["setting_digest"] for r in rows})
     table = Table(box=None, pad_edge=False, header_style="bold")
-    table.add_column("method", no_wrap=True)
-    gain = "gain (± s.e.)" if several else "gain [95 %]"
-    heads = ("runs", "accuracy %", gain, "client acc.", "worst decile", "harmed (chance)", "overhead", "per image")
+    table.add_column("method", overflow="fold")
+    gain = "gain\n± s.e." if several else "gain\n[95 %]"
+    heads = ("runs", "accuracy", gain, "client\naccuracy", "worst\ndecile", "harmed\n(chance)", "over-\nhead", "per\nimage")
     for name in heads:
-        table.add_column(name, justify="right", no_wrap=True)
+        table.add_column(name, justify="right", overflow="fold")
     bases = list({r["partition_digest"]: r for r in rows}.values())
     base = pd.DataFrame(bases).mean(numeric_only=True)
     cells = [_percent(base[f"backbone_{k}"]) for k in ("accuracy", "client_accuracy", "worst_decile")]

@@ -42,6 +42,12 @@ def run_job(config: DictConfig) -> float | None:
         except UserError as error:
             _failure = error
             return None
+        except OSError as error:  # a folder that cannot be written, a full disk
+            if error.filename is None and error.strerror is None:
+                raise
+            _failure = UserError(f"{error.filename or 'disk'}: {error.strerror}")
+            _failure.__cause__ = error
+            return None
         return row["selection_accuracy"] if row else None
 
     from iciia_exp.engine.sweeps import record_job
@@ -53,7 +59,7 @@ def run_job(config: DictConfig) -> float | None:
     outcome: dict[str, Any] = {"status": "failed", "run_dir": None, "error": "interrupted"}
     row = None
     try:
-        run_dir, row = _execute(config)
+        run_dir, row = _execute(config, brief=True)
         outcome = {"status": "done", "run_dir": str(run_dir), "error": None}
     except Exception as error:
         text = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
@@ -65,9 +71,9 @@ def run_job(config: DictConfig) -> float | None:
     return row["selection_accuracy"] if row else None
 
 
-def _execute(config: DictConfig) -> tuple[Path, dict[str, Any] | None]:
+def _execute(config: DictConfig, brief: bool = False) -> tuple[Path, dict[str, Any] | None]:
     from iciia_exp.engine.build import Plan
     from iciia_exp.engine.stages import execute
 
     plan = Plan(config)
-    return plan.run_dir, execute(plan)
+    return plan.run_dir, execute(plan, brief)

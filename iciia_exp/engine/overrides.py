@@ -24,13 +24,18 @@ def _groups() -> list[str]:
 
 
 def _keys() -> list[str]:
-    """Return all keys of the default configuration, dotted."""
+    """Return all keys of the configuration, dotted, with the groups' options as the command line chose them."""
     from hydra import compose, initialize_config_dir
     from hydra.core.global_hydra import GlobalHydra
 
+    choices = {}
+    for argument in sys.argv[1:]:
+        group, _, option = argument.partition("=")
+        if option in option_names(group.lstrip("+")) and group.lstrip("+") in _groups():
+            choices[group] = argument
     GlobalHydra.instance().clear()
     with initialize_config_dir(str(CONF_DIR), version_base="1.3"):
-        config = compose("config")
+        config = compose("config", overrides=list(choices.values()))
     found: list[str] = []
 
     def walk(node: DictConfig, prefix: str) -> None:
@@ -70,12 +75,12 @@ def explain(error: Exception) -> str:
             return f"{key}: add a plus sign, +{key}=NAME; valid: {', '.join(option_names(key))}"
         keys = _keys()
         return f"{key}: no such key; {_did_you_mean(key, keys, 'valid') if nearest(key, keys) else _help()}"
-    if match := re.search(r"Could not (?:append to|find) .*?'([^']+)'", text):
-        return _first(text)
-    if isinstance(error, OverrideParseException) or "Ambiguous value" in text:
-        if match := re.search(r"Ambiguous value for argument '([^']+)'", text):
-            return f"{match.group(1)}: several values are a sweep; add -m (or write key=[a,b] for a list)"
-        return _first(text).replace("\n", " ")
+    if match := re.search(r"Ambiguous value for argument '([^']+)'", text):
+        return f"{match.group(1)}: several values are a sweep; add -m (or write key=[a,b] for a list)"
+    if isinstance(error, OverrideParseException):
+        return f"{error.override}: not of the form key=value ({_first(error.message)}); quote special characters"
+    if isinstance(error, ValueError):
+        return f"{_first(text)}: a group cannot be null; choose one of its options"
     if isinstance(error, ConfigCompositionException) and error.__cause__ is not None:
         return f"{_first(text)} ({_first(str(error.__cause__))})"
     return _first(text)

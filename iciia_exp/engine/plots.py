@@ -50,7 +50,7 @@ def gain_per_client(clients: pd.DataFrame, row: dict[str, Any], path: Path) -> P
     ):
         if not part.any():
             continue
-        label = f"{label}: {part.sum():,} clients"
+        label = f"{label}: {part.sum():,} of {len(gains):,} clients"
         if many:
             axes.fill_between(position, np.where(part, gains, 0), step="mid", color=colour, linewidth=0, label=label)
         elif colour == _GREY:
@@ -63,6 +63,7 @@ def gain_per_client(clients: pd.DataFrame, row: dict[str, Any], path: Path) -> P
     axes.axhline(mean, color=_DARK, linewidth=1.2, label=f"mean {mean:+.1f} points (95 % interval {low:+.1f} to {high:+.1f})")
     axes.axhline(0, color="black", linewidth=0.8)
     axes.set_xlim(0.3, len(gains) + 0.7)
+    axes.set_ylim(min(gains.min(), 0) - 2, max(gains.max(), 0) + 2)
     axes.set_xlabel("test clients, sorted by gain")
     axes.set_ylabel("gain in accuracy (percentage points)")
     axes.set_title(f"{row['method']} on {row['dataset']}: gain of every client over {row['backbone']}", loc="left", fontsize=11)

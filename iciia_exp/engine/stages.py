@@ -32,18 +32,24 @@ __all__ = ["execute"]
 log = logging.getLogger(__name__)
 
 
-def execute(plan: Plan) -> dict[str, Any] | None:
+def execute(plan: Plan, brief: bool = False) -> dict[str, Any] | None:
     """Do what ``plan.stage`` asks for and is missing; return the results row once there is one.
 
-    Prints the partition and the result table.
+    Prints the partition and the result table; ``brief``, as in a sweep, prints neither.
     """
     todo = ("backbone", "features", "train", "evaluate") if plan.stage == "all" else (plan.stage,)
     if "evaluate" in todo and (plan.run_dir / "results.json").is_file():
         log.info("%s: finished before", _shown(plan.run_dir))
-        return _show(plan)
-    clients = plan.assign_clients()  # every error in the partition shows before the first long computation
+        return _results(plan, brief)
+    from iciia_exp.engine.training import make_trainer, quiet_lightning  # late: a finished run needs no Lightning
+
+    # errors in the partition or in the trainer show before the first long computation
+    clients = plan.assign_clients()
+    with quiet_lightning():
+        make_trainer(plan.config["trainer"])
     log.info("%s", _shown(plan.run_dir))
-    console().print(partition_table(clients.statistics(plan.dataset.table["label"].to_numpy())))
+    if not brief:
+        console().print(partition_table(clients.statistics(plan.dataset.table["label"].to_numpy())))
     if "backbone" in todo:
         _backbone(plan)
     if "features" in todo:
@@ -54,7 +60,7 @@ def execute(plan: Plan) -> dict[str, Any] | None:
         _require(finished_folder(plan.features_dir), plan, stage, "features", plan.features_dir)
         _run(plan, clients, todo)
         if "evaluate" in todo:
-            return _show(plan)
+            return _results(plan, brief)
     return None
 
 
@@ -69,6 +75,10 @@ def _require(there: bool, plan: Plan, stage: str, needed: str, path: Path) -> No
 def _shown(path: Path) -> Path:
     """Return ``path`` as the user would type it from here."""
     return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
+
+
+def _epochs(count: int) -> str:
+    return "1 epoch" if count == 1 else f"{count} epochs"
 
 
 # ---- backbone
@@ -117,7 +127,7 @@ def _backbone(plan: Plan) -> None:
         }
         (folder / "last.ckpt").unlink(missing_ok=True)
         write_json(folder / "manifest.json", manifest)
-        log.info("backbone: %s epochs in %.1f s", record["epochs"], record["seconds"])
+        log.info("backbone: %s in %.1f s", _epochs(record["epochs"]), record["seconds"])
 
     if not make_folder(plan.backbone_dir, f"backbone {spec.name}", make):
         log.info("backbone: %s, made before", spec.name)
@@ -235,9 +245,9 @@ def _train(plan: Plan, store: FeatureStore, clients: Clients, tracker: Any) -> N
             loggers=tracker.loggers(),
             title=f"{plan.method_class.name}",
         )
-        note = f"train: {record['epochs']} epochs in {record['seconds']:.1f} s"
+        note = f"train: {_epochs(record['epochs'])} in {record['seconds']:.1f} s"
         if record["best_epoch"]:
-            note += f", best selection accuracy {100 * record['selection_accuracy']:.1f} % after {record['best_epoch']}"
+            note += f", best selection accuracy {100 * record['selection_accuracy']:.1f} % after {_epochs(record['best_epoch'])}"
         log.info(note)
     write_json(folder / "training.json", record)
     save_method(folder, method, head, plan.method_config, plan.features_dir, protocol.images)
@@ -288,10 +298,14 @@ def _siblings(plan: Plan, row: dict[str, Any]) -> list[dict[str, Any]]:
     return rows
 
 
-def _show(plan: Plan) -> dict[str, Any]:
+def _results(plan: Plan, brief: bool) -> dict[str, Any]:
     row = read_json(plan.run_dir / "results.json")
+    if brief:
+        log.info("accuracy %.1f %%, gain %+.1f points", 100 * row["accuracy"], 100 * row["gain"])
+        return row
     out = console()
+    out.print()
     out.print(result_table([row]))
-    chance = f"{row['test_clients']:,} test clients, {row['test_images']:,} test images, chunks of {row['cost_images']}"
-    out.print(f"[dim]{chance}; results and plots in {_shown(plan.run_dir)}[/dim]", soft_wrap=True)
+    tested = f"{row['test_clients']:,} test clients, {row['test_images']:,} test images, chunks of {row['cost_images']}"
+    out.print(f"[dim]{tested}; results and plots in {_shown(plan.run_dir)}[/dim]", soft_wrap=True)
     return row

@@ -187,6 +187,6 @@ class Tracker:
         if self._run is not None:
             run, self._run = self._run, None
             try:
-                run.finish(exit_code=int(failed), quiet=True)
+                run.finish(exit_code=int(failed))
             except Exception as error:
-                log.warning("wandb: finishing failed (%s)", type(error).__name__)
+                log.warning("wandb: finishing failed (%s: %s)", type(error).__name__, error)

@@ -204,7 +204,7 @@ def make_trainer(config: dict[str, Any], **arguments: Any) -> pl.Trainer:
     except Exception as error:  # Lightning raises many kinds, each with a clear first line
         text = str(error).splitlines()[0]
         for key, value in own.items():
-            if key in text or (key == "accelerator" and "accelerator" in text.lower()):
+            if key in text or (isinstance(value, str) and value in text):
                 raise ConfigError(f"trainer.{key}", value, text) from error
         raise UserError(f"trainer: {text}") from error
 

@@ -1,0 +1,75 @@
+"""Shared fixtures: nothing outside a test's own folder is read or written, and nothing reaches a network."""
+
+import os
+
+os.environ["OMP_WAIT_POLICY"] = "passive"  # before torch is imported: tests that start processes would crawl
+os.environ.setdefault("MPLBACKEND", "Agg")
+
+from pathlib import Path
+
+import pytest
+
+SHARED = Path(__file__).resolve().parents[2] / "shared"
+
+
+@pytest.fixture(autouse=True)
+def own_environment(tmp_path, monkeypatch):
+    """Every test has its own cache, output and working folder, and no wandb login."""
+    monkeypatch.setenv("ICIIA_EXP_CACHE", str(tmp_path / "cache"))
+    monkeypatch.delenv("ICIIA_EXP_OUTPUT", raising=False)
+    monkeypatch.delenv("WANDB_API_KEY", raising=False)
+    monkeypatch.delenv("HYDRA_FULL_ERROR", raising=False)
+    monkeypatch.setenv("ICIIA_EXP_PID", "0")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("NETRC", str(tmp_path / "no-netrc"))
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.fixture
+def compose():
+    """Compose the configuration with overrides, in this process."""
+    import hydra
+    from hydra.core.global_hydra import GlobalHydra
+
+    from iciia_exp.engine.paths import CONF_DIR
+
+    def make(*overrides):
+        GlobalHydra.instance().clear()
+        with hydra.initialize_config_dir(str(CONF_DIR), version_base="1.3"):
+            return hydra.compose("config", overrides=list(overrides))
+
+    return make
+
+
+@pytest.fixture
+def plan(compose):
+    """Make a plan from overrides on the smallest useful setting: seconds become a tenth of a second."""
+    from iciia_exp.engine.build import Plan
+
+    def make(*overrides):
+        return Plan(compose(*SMALL, *overrides))
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def reference():
+    """Return the folder with the published method's test vectors and tables, or skip."""
+    folder = SHARED / "reference"
+    if not folder.is_dir():
+        pytest.skip("the reference vectors and tables of the published method are not on this machine")
+    return folder
+
+
+#: A real but tiny main job.
+SMALL = (
+    "logger=csv",
+    "trainer=cpu",
+    "backbone.model.dim=32",
+    "backbone.model.width=4",
+    "backbone.recipe.epochs=2",
+    "dataset.sizes={backbone: 100, train: 100, selection: 60, test: 100}",
+    "partition.deals=1",
+    "protocol.recipe.epochs=3",
+    "protocol.recipe.lr=0.003",
+)

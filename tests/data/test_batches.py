@@ -1,0 +1,83 @@
+import numpy as np
+import pytest
+from torch.utils.data import DataLoader
+
+from iciia_exp.data.batches import ClientBatchSampler, FeatureBatches, cut_chunks
+from iciia_exp.data.clients import Ragged
+
+
+@pytest.fixture
+def ragged():
+    rng = np.random.default_rng(0)
+    images = rng.permutation(200)
+    return Ragged.from_rows(np.split(images, [1, 17, 33, 33, 70, 150]))  # lengths 1, 16, 16, 0, 37, 80, 50
+
+
+def test_chunks_equal_a_plain_loop(ragged):
+    want = []
+    for i in range(len(ragged)):
+        row = ragged[i]
+        want += [(i, row[s : s + 16].tolist()) for s in range(0, len(row), 16)]
+    chunks = cut_chunks(ragged, 16)
+    got = [(int(c), index[index >= 0].tolist()) for index, c in zip(*chunks, strict=True)]
+    assert got == want
+
+
+def loader(ragged, **options):
+    features = np.random.default_rng(1).normal(size=(200, 5)).astype(np.float16)
+    labels = np.arange(200) % 7
+    sampler = ClientBatchSampler(ragged, 16, 3, **options)
+    return DataLoader(FeatureBatches(features, labels), batch_size=None, sampler=sampler), features, labels
+
+
+@pytest.mark.parametrize("options", [{}, {"shuffle": True}, {"shuffle": True, "shuffle_images": True}])
+def test_every_image_comes_once_with_its_own_label_and_client(ragged, options):
+    batches, features, labels = loader(ragged, **options)
+    owner = dict(zip(ragged.values.tolist(), ragged.row_numbers.tolist(), strict=True))
+    row_of = {features[i].tobytes(): i for i in range(200)}
+    seen = []
+    for batch in batches:
+        assert batch.x_CSD.shape[:2] == batch.y_CS.shape == batch.mask_CS.shape
+        assert (batch.x_CSD[~batch.mask_CS] == 0).all()
+        assert (batch.y_CS[~batch.mask_CS] == 0).all()
+        for c, client in enumerate(batch.client_C.tolist()):
+            for s in batch.mask_CS[c].nonzero().flatten().tolist():
+                i = row_of[batch.x_CSD[c, s].numpy().astype(np.float16).tobytes()]
+                assert labels[i] == batch.y_CS[c, s]
+                assert owner[i] == client
+                seen.append(i)
+    assert sorted(seen) == sorted(ragged.values.tolist())
+    assert len(list(batches)) == len(batches.sampler)
+
+
+def order(sampler):
+    return [tuple(s.index_CS.flatten()) for s in sampler]
+
+
+def test_the_order_depends_on_seed_and_epoch_alone(ragged):
+    def sampler(seed, epoch, **options):
+        made = ClientBatchSampler(ragged, 16, 3, shuffle=True, seed=seed, **options)
+        made.set_epoch(epoch)
+        return made
+
+    assert order(sampler(0, 1)) == order(sampler(0, 1))
+    assert order(sampler(0, 1)) != order(sampler(0, 2))
+    assert order(sampler(0, 1)) != order(sampler(1, 0))
+    plain, mixed = ({frozenset(row[row >= 0]) for s in sampler(0, 1, **o) for row in s.index_CS} for o in ({}, {"shuffle_images": True}))
+    assert plain != mixed  # other chunks, not only another order of chunks
+
+
+@pytest.mark.parametrize("shuffle", [False, True])
+def test_processes_share_every_batch(ragged, shuffle):
+    whole = ClientBatchSampler(ragged, 16, 4, shuffle=shuffle)
+    parts = [ClientBatchSampler(ragged, 16, 4, shuffle=shuffle, rank=r, world_size=2) for r in range(2)]
+    seen = [set(np.concatenate([s.index_CS.ravel() for s in part])) for part in parts]
+    assert seen[0] | seen[1] == set(np.concatenate([s.index_CS.ravel() for s in whole]))
+    if shuffle:
+        assert len({len(list(part)) for part in parts}) == 1
+
+
+def test_columns_that_are_padding_for_all_are_not_carried():
+    batches = FeatureBatches(np.ones((4, 2), np.float32), np.arange(4))
+    chunks = cut_chunks(Ragged.from_rows([np.array([0, 1]), np.array([2])]), 16)
+    assert batches[chunks].x_CSD.shape == (2, 2, 2)

@@ -1,0 +1,39 @@
+import pandas as pd
+import pytest
+
+from iciia_exp.data.dataset import ImageDataset
+
+
+class Broken(ImageDataset):
+    name = "broken"
+    num_classes = 2
+
+    def __init__(self, **columns):
+        self.columns = columns
+
+    def load_table(self):
+        return pd.DataFrame(self.columns)
+
+    def __getitem__(self, index):
+        return None
+
+
+GOOD = {"label": [0, 1], "split": ["train", "test"], "owner": [None, None], "parent": [None, None]}
+
+
+def test_a_good_table_passes():
+    assert len(Broken(**GOOD)) == 2
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [({"label": [0, 2]}, "outside"), ({"label": [-1, 0]}, "outside"), ({"split": ["train", "val"]}, "val")],
+)
+def test_tables_are_checked(change, message):
+    with pytest.raises(ValueError, match=message):
+        Broken(**GOOD | change).table  # noqa: B018
+
+
+def test_missing_columns_are_named():
+    with pytest.raises(ValueError, match="owner"):
+        Broken(label=[0], split=["train"], parent=[None]).table  # noqa: B018

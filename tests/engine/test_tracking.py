@@ -1,0 +1,136 @@
+"""wandb offline, read back with wandb's own tool; and every way in which it must not get in the way."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pandas as pd
+import pytest
+
+from iciia_exp import Run
+from iciia_exp.engine.stages import execute
+from iciia_exp.engine.tracking import SUMMARY, Tracking, wandb_logged_in
+from iciia_exp.errors import ConfigError
+
+
+def inspect(run_dir):
+    """Return the records of the run directory's only offline wandb run."""
+    (file,) = Path(run_dir).glob("wandb/offline-run-*/run-*.wandb")
+    command = [str(Path(sys.executable).with_name("wandb")), "leet", "inspect", "--json", str(file)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
+    return done.stdout
+
+
+def test_an_offline_run_holds_everything(plan):
+    made = plan("logger=wandb", "logger.tags=[mine]")
+    row = execute(made)
+    text = inspect(made.run_dir)
+    for key in SUMMARY:
+        if row.get(SUMMARY[key]) is not None:
+            assert key in text, key
+    for word in (made.run_digest, '"digits"', "small_cnn", "mine", "selection/accuracy", "gain_per_client", "clients"):
+        assert word in text, word
+    tables = list(Path(made.run_dir).glob("wandb/offline-run-*/files/media/table/clients*.json"))
+    assert len(tables) == 1
+    table = json.loads(tables[0].read_text())
+    clients = Run.load(made.run_dir).clients
+    assert table["columns"] == list(clients)
+    assert len(table["data"]) == len(clients)
+    assert len(list(Path(made.run_dir).glob("wandb/offline-run-*/files/media/images/plots/*.png"))) == 2
+
+
+def test_the_logger_changes_no_number(plan, tmp_path):
+    one = execute(plan("logger=wandb"))
+    other = execute(plan(f"output_dir={tmp_path}/other"))
+    assert one["accuracy"] == other["accuracy"]
+    assert one["digest"] == other["digest"]
+
+
+@pytest.mark.parametrize("where", ["init", "log", "summary", "finish"])
+def test_a_failing_wandb_costs_nothing_but_itself(plan, monkeypatch, capsys, where):
+    import wandb
+
+    def fail(*_, **__):
+        raise OSError("no space\nleft")
+
+    if where == "init":
+        monkeypatch.setattr(wandb, "init", fail)
+    elif where == "summary":
+        monkeypatch.setattr(wandb, "Table", fail)
+    else:
+        monkeypatch.setattr(wandb.Run, where, fail)
+    row = execute(plan("logger=wandb"))
+    assert row["test_clients"] > 0
+    assert capsys.readouterr().out.count("warning: wandb") == 1
+    monkeypatch.undo()
+    if wandb.run is not None:
+        wandb.finish()
+
+
+def test_no_connection_falls_back_to_offline(plan, monkeypatch, capsys):
+    import wandb
+
+    original, modes = wandb.init, []
+
+    def init(*args, mode, **kwargs):
+        modes.append(mode)
+        if mode == "online":
+            raise wandb.errors.CommError("network is unreachable")
+        return original(*args, mode=mode, **kwargs)
+
+    monkeypatch.setenv("WANDB_API_KEY", "x" * 40)
+    monkeypatch.setattr(wandb, "init", init)
+    execute(plan("logger=wandb", "logger.mode=online"))
+    assert modes == ["online", "offline"]
+    assert "no connection" in capsys.readouterr().out
+
+
+def test_mode_never_asks(monkeypatch, tmp_path):
+    monkeypatch.delenv("WANDB_MODE")
+    assert not wandb_logged_in()
+    assert Tracking(wandb=True).resolved_mode() == "offline"
+    assert Tracking(wandb=True, mode="online").resolved_mode() == "offline"  # no key: it would ask for one
+    monkeypatch.setenv("WANDB_MODE", "disabled")
+    assert Tracking(wandb=True).resolved_mode() == "disabled"
+    monkeypatch.delenv("WANDB_MODE")
+    (tmp_path / "netrc").write_text("machine api.wandb.ai login user password secret\n")
+    (tmp_path / "netrc").chmod(0o600)
+    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
+    assert wandb_logged_in()
+    assert Tracking(wandb=True).resolved_mode() == "online"
+    monkeypatch.setenv("WANDB_BASE_URL", "https://wandb.example.org")
+    assert not wandb_logged_in()
+    monkeypatch.setenv("WANDB_API_KEY", "k")
+    assert wandb_logged_in()
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    assert Tracking(wandb=True).resolved_mode() == "offline"
+
+
+def test_arguments():
+    with pytest.raises(ConfigError, match="mode=on: must be one of"):
+        Tracking(mode="on")
+    with pytest.raises(ConfigError, match="wandb=1"):
+        Tracking(wandb=1)
+
+
+def test_csv_of_a_resumed_training_keeps_both_parts(plan, monkeypatch):
+    from iciia_exp.engine import training
+
+    original = training.MethodModule.training_step
+
+    class Killed(BaseException):
+        pass
+
+    def die(self, batch, batch_idx):
+        if self.trainer.current_epoch == 2:
+            raise Killed
+        return original(self, batch, batch_idx)
+
+    monkeypatch.setattr(training.MethodModule, "training_step", die)
+    with pytest.raises(Killed):
+        execute(plan())
+    monkeypatch.setattr(training.MethodModule, "training_step", original)
+    execute(plan())
+    parts = [pd.read_csv(f) for f in sorted(plan().run_dir.glob("csv/version_*/metrics.csv"))]
+    assert sorted(pd.concat(parts)["epoch"].unique()) == [0, 1, 2]

@@ -1,0 +1,103 @@
+"""What every method must keep: clients are isolated, costs are stated, weights round-trip."""
+
+import pytest
+import torch
+import yaml
+from hydra.utils import instantiate
+from torch import nn
+
+from iciia_exp.cost import count_macs
+from iciia_exp.engine.paths import CONF_DIR
+from iciia_exp.errors import ConfigError
+from iciia_exp.methods.backbone import BackboneOnly
+from iciia_exp.methods.base import Method
+from iciia_exp.methods.iciia import IciiaMethod
+from iciia_exp.methods.linear_head import LinearHead
+
+D, K = 32, 5
+FILES = sorted((CONF_DIR / "method").glob("*.yaml"))
+
+
+@pytest.fixture(params=FILES, ids=lambda p: p.stem)
+def method(request):
+    torch.manual_seed(0)
+    node = yaml.safe_load(request.param.read_text())
+    node = {k: {"${groups}": 4, "${heads}": 2}.get(v, v) for k, v in node.items()}
+    return instantiate(node, head=nn.Linear(D, K)).eval()
+
+
+def test_each_client_equals_running_it_alone(method):
+    lengths = [1, 3, 16, 7]
+    clients = [torch.randn(n, D) for n in lengths]
+    x_CSD = torch.full((4, 16, D), 1e3)  # padding with values that would show
+    mask_CS = torch.zeros(4, 16, dtype=torch.bool)
+    for c, x in enumerate(clients):
+        x_CSD[c, : len(x)], mask_CS[c, : len(x)] = x, True
+    together = method(x_CSD, mask_CS)
+    assert together.shape == (4, 16, K)
+    for c, x in enumerate(clients):
+        torch.testing.assert_close(together[c, : len(x)], method(x[None])[0], atol=1e-5, rtol=1e-5)
+
+
+def test_cost_is_stated_and_agrees_with_the_counter(method):
+    counted = count_macs(method, torch.randn(1, 16, D)) - 16 * D * K  # less the classifier
+    assert method.macs(16) == counted
+    streaming = method.streaming_macs(16)
+    assert streaming is None or 0 <= streaming <= method.macs(16)
+    assert method.num_parameters() >= 0
+
+
+def test_weights_round_trip(method):
+    again = type(method)(nn.Linear(D, K), **({"groups": 4, "heads": 2} if isinstance(method, IciiaMethod) else {})).eval()
+    again.load_state_dict(method.state_dict())
+    x = torch.randn(2, 5, D)
+    torch.testing.assert_close(again(x), method(x))
+
+
+def test_loss_ignores_padding(method):
+    logits, y = torch.randn(2, 4, K), torch.randint(0, K, (2, 4))
+    mask = torch.tensor([[True, True, False, False], [True, False, False, False]])
+    want = nn.functional.cross_entropy(torch.stack([logits[0, 0], logits[0, 1], logits[1, 0]]), y[mask])
+    torch.testing.assert_close(method.loss(logits, y, mask), want)
+
+
+def test_names_are_those_of_their_files(method):
+    assert method.name in {f.stem for f in FILES}
+
+
+def test_a_method_without_a_cost_cannot_exist():
+    class Free(Method):
+        def forward(self, x_CSD, mask_CS=None):
+            return x_CSD
+
+    with pytest.raises(TypeError, match="macs"):
+        Free()
+
+
+def test_baselines_start_from_the_backbone_s_head():
+    head = nn.Linear(D, K)
+    x = torch.randn(2, 3, D)
+    for kind in (BackboneOnly, LinearHead):
+        torch.testing.assert_close(kind(head)(x), head(x))
+    assert not any(p.requires_grad for p in BackboneOnly(head).parameters())
+    assert all(p.requires_grad for p in LinearHead(head).parameters())
+
+
+@pytest.mark.parametrize(("key", "value"), [("groups", 3), ("heads", 0), ("groups", "all"), ("heads", "max"), ("groups", True)])
+def test_iciia_lists_the_divisors(key, value):
+    with pytest.raises(ConfigError, match="valid: 1, 2, 4, 8, 16, 32"):
+        IciiaMethod.canonical({key: value}, D)
+
+
+def test_iciia_one_form_per_run():
+    assert IciiaMethod.canonical({"groups": "max"}, D) == IciiaMethod.canonical({"groups": D}, D)
+    base = {"groups": 1, "heads": 4}
+    assert IciiaMethod.canonical(base | {"shuffle": False}, D) == IciiaMethod.canonical(base | {"shuffle": True}, D)
+    grouped = {"groups": 2, "heads": 4}
+    assert IciiaMethod.canonical(grouped | {"shuffle": False}, D)["shuffle"] is False
+
+
+def test_streaming_needs_one_layer():
+    head = nn.Linear(D, K)
+    assert IciiaMethod(head, num_layers=1, heads=2, groups=4).streaming_macs(16) == 6 * D * D // 4 + 2 * 16 * D
+    assert IciiaMethod(head, num_layers=2, heads=2, groups=4).streaming_macs(16) is None

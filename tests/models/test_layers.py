@@ -1,0 +1,57 @@
+"""The grouped projection and the encoder layer against plain loops and PyTorch's own layers."""
+
+import pytest
+import torch
+from torch import nn
+
+from iciia_exp.models.layers import EncoderLayer, GroupedLinear
+
+
+@pytest.mark.parametrize("shuffle", [True, False])
+@pytest.mark.parametrize(("inputs", "outputs", "groups"), [(12, 12, 1), (12, 12, 3), (12, 36, 4), (8, 8, 8)])
+def test_grouped_linear_equals_a_loop(inputs, outputs, groups, shuffle):
+    layer = GroupedLinear(inputs, outputs, groups, shuffle)
+    x = torch.randn(2, 5, inputs)
+    i, o = inputs // groups, outputs // groups
+    rows = []
+    for row in x.reshape(-1, inputs):
+        parts = [layer.blocks()[g] @ row[g * i : (g + 1) * i] for g in range(groups)]
+        flat = [parts[g][j] for j in range(o) for g in range(groups)] if shuffle else list(torch.cat(parts))
+        rows.append(torch.stack([v.reshape(()) for v in flat]) + layer.bias)
+    torch.testing.assert_close(layer(x), torch.stack(rows).view(2, 5, outputs), atol=1e-6, rtol=1e-5)
+
+
+def test_one_group_is_a_linear_layer():
+    layer, plain = GroupedLinear(6, 4), nn.Linear(6, 4)
+    plain.load_state_dict(layer.state_dict())
+    x = torch.randn(3, 6)
+    torch.testing.assert_close(layer(x), plain(x))
+
+
+def test_one_group_is_pytorch_s_encoder_layer():
+    ours = EncoderLayer(16, 4, 1).eval()
+    theirs = nn.TransformerEncoderLayer(16, 4, 16, batch_first=True).eval()
+    names = {
+        "attention.qkv.weight": "self_attn.in_proj_weight",
+        "attention.qkv.bias": "self_attn.in_proj_bias",
+        "attention.out.weight": "self_attn.out_proj.weight",
+        "attention.out.bias": "self_attn.out_proj.bias",
+    }
+    theirs.load_state_dict({names.get(n, n): t for n, t in ours.state_dict().items()})
+    x = torch.randn(2, 7, 16)
+    torch.testing.assert_close(ours(x), theirs(x), atol=1e-5, rtol=1e-5)
+
+
+def test_groups_must_divide():
+    with pytest.raises(ValueError, match="groups=5"):
+        GroupedLinear(12, 12, 5)
+
+
+def test_initialisation_is_per_group():
+    layer = GroupedLinear(64, 64, 16)
+    bound = (1 / 4) ** 0.5  # kaiming-uniform(sqrt 5): 1 / sqrt(fan in of a group)
+    assert 0.9 * bound < layer.weight.abs().max() <= bound
+    assert layer.bias.abs().max() <= bound
+    layer.reset_attention_parameters()
+    assert layer.weight.abs().max() <= (6 / 8) ** 0.5
+    assert (layer.bias == 0).all()

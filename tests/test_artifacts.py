@@ -1,0 +1,86 @@
+import json
+import math
+import multiprocessing
+import os
+import time
+
+import pytest
+
+from iciia_exp.artifacts import atomic_write, finished_folder, make_folder, read_json, write_json
+from iciia_exp.errors import UserError
+
+
+def test_atomic_write_leaves_the_old_file_when_the_block_fails(tmp_path):
+    path = tmp_path / "a.txt"
+    path.write_text("old")
+    with pytest.raises(RuntimeError), atomic_write(path) as file:
+        file.write("half")
+        raise RuntimeError
+    assert path.read_text() == "old"
+    assert os.listdir(tmp_path) == ["a.txt"]
+
+
+def test_atomic_write_makes_ordinary_files(tmp_path):
+    with atomic_write(tmp_path / "new" / "a.bin", "wb") as file:
+        file.write(b"x")
+    plain = tmp_path / "plain"
+    plain.touch()
+    assert (tmp_path / "new" / "a.bin").stat().st_mode == plain.stat().st_mode
+
+
+def test_json_is_strict_and_damage_names_the_file(tmp_path):
+    write_json(tmp_path / "a.json", {"x": math.nan, "y": [math.inf, 1.5], "ü": "é"})
+    assert json.loads((tmp_path / "a.json").read_text()) == {"x": None, "y": [None, 1.5], "ü": "é"}
+    (tmp_path / "b.json").write_text('{"x": ')
+    with pytest.raises(UserError, match=r"b\.json: not valid JSON"):
+        read_json(tmp_path / "b.json")
+
+
+def build(partial):
+    with open(partial / "log", "a") as file:
+        file.write(f"{os.getpid()}\n")
+    time.sleep(0.3)
+    write_json(partial / "manifest.json", {})
+
+
+def test_a_folder_is_made_once(tmp_path):
+    assert make_folder(tmp_path / "a", "a", build)
+    assert not make_folder(tmp_path / "a", "a", build)
+    assert len((tmp_path / "a" / "log").read_text().splitlines()) == 1
+
+
+def test_a_failed_build_leaves_its_work_aside_and_continues(tmp_path):
+    def fail(partial):
+        (partial / "work").write_text("done so far")
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        make_folder(tmp_path / "a", "a", fail)
+    assert not finished_folder(tmp_path / "a")
+
+    def finish(partial):
+        assert (partial / "work").read_text() == "done so far"
+        write_json(partial / "manifest.json", {})
+
+    assert make_folder(tmp_path / "a", "a", finish)
+    assert (tmp_path / "a" / "work").exists()
+
+
+def _make(path):
+    make_folder(path, "a", build)
+
+
+def test_two_processes_make_it_once(tmp_path):
+    context = multiprocessing.get_context("fork")
+    workers = [context.Process(target=_make, args=(tmp_path / "a",)) for _ in range(3)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join(30)
+    assert [w.exitcode for w in workers] == [0, 0, 0]
+    assert len((tmp_path / "a" / "log").read_text().splitlines()) == 1
+
+
+def test_a_maker_must_write_its_manifest(tmp_path):
+    with pytest.raises(RuntimeError, match=r"no manifest\.json"):
+        make_folder(tmp_path / "a", "a", lambda partial: None)

@@ -1,0 +1,179 @@
+"""The command line: as a subprocess where the process matters, in this process for the many ways to mistype."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from conftest import SMALL
+from iciia_exp.__main__ import main
+
+
+def command(*overrides, **environment):
+    env = {**os.environ, **environment}
+    return subprocess.Popen(
+        [sys.executable, "-m", "iciia_exp", *overrides], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env
+    )
+
+
+def finished(process, timeout=240):
+    out, err = process.communicate(timeout=timeout)
+    return process.returncode, out, err
+
+
+def test_help_is_quick_and_imports_no_torch(tmp_path):
+    check = (
+        "import sys; sys.argv = ['iciia_exp', '--help']; from iciia_exp.__main__ import main\n"
+        "try: main()\nexcept SystemExit as e: code = e.code\n"
+        "heavy = {'torch', 'lightning', 'timm', 'wandb', 'pandas', 'sklearn', 'matplotlib'} & set(sys.modules)\n"
+        "sys.exit(f'{code} {heavy}' if heavy or code else 0)"
+    )
+    done = subprocess.run([sys.executable, "-c", check], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    for word in ("+experiment=NAME", "method: backbone, iciia, linear_head", "groups: 1", "iciia_exp.cache", "-m groups="):
+        assert word in done.stdout
+    assert not os.listdir(tmp_path)
+
+
+def test_two_identical_commands_at_once_then_a_third(tmp_path):
+    both = [command(*SMALL) for _ in range(2)]
+    results = [finished(p) for p in both]
+    for code, out, err in results:
+        assert code == 0, err
+        assert "small_cnn alone" in out
+        assert err == ""
+    trained = [out.count("train: 3 epochs") for _, out, _ in results]
+    assert sorted(trained) == [0, 1]
+    tables = [out[out.index("method ") :] for _, out, _ in results]
+    assert tables[0] == tables[1]
+    code, out, err = finished(command(*SMALL))
+    assert (code, err) == (0, "")
+    assert "finished before" in out
+    assert out[out.index("method ") :] == tables[0]
+    assert sorted(os.listdir(tmp_path)) == ["cache", "outputs"]
+
+
+def test_killed_for_real_and_repeated(tmp_path, plan):
+    """SIGKILL in the middle of the method's training; the repeated command ends as if nothing had happened."""
+    from iciia_exp.engine.stages import execute
+
+    longer = ("protocol.recipe.epochs=400", "protocol.recipe.patience=0")
+    process = command(*SMALL, *longer)
+    deadline = time.monotonic() + 120
+    while not list(Path("outputs").glob("digits/*/checkpoints/last.ckpt")):
+        assert time.monotonic() < deadline
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.02)
+    process.send_signal(signal.SIGKILL)
+    finished(process)
+    assert not list(Path("outputs").glob("digits/*/results.json"))
+    resumed = execute(plan(*longer))
+    whole = execute(plan(*longer, f"output_dir={tmp_path}/whole"))
+    for key, value in whole.items():
+        if not key.startswith("seconds") and key != "finished":
+            assert resumed[key] == value, key
+
+
+def call(monkeypatch, *arguments):
+    """Call the command line in this process; return its exit status."""
+    monkeypatch.setattr(sys, "argv", ["iciia_exp", *arguments])
+    with pytest.raises(SystemExit) as stop:
+        main()
+        sys.exit(0)
+    return stop.value.code
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["grups=3"], "grups: no such key; did you mean groups?"),
+        (["protocol.recipe.optimzer=sgd"], "protocol.recipe.optimzer: no such key; did you mean protocol.recipe.optimizer?"),
+        (["+partition.clases=3"], "partition.clases: no such key"),
+        (["lr=3"], "lr: no such key; did you mean"),
+        (["protocl=published"], "protocl: no such key; did you mean protocol?"),
+        (["method=icia"], "method=icia: no such option; did you mean iciia?"),
+        (["partition=qqq"], "partition=qqq: no such option; valid: classes_per_client"),
+        (["+experiment=digts"], "experiment=digts: no such option; did you mean digits?"),
+        (["experiment=digits"], "experiment: add a plus sign, +experiment=NAME; valid: digits"),
+        (["+experimnt=digits"], "experimnt: no such "),
+        (["groups=1,2"], "groups=1,2: several values are a sweep; add -m"),
+        (["groups=["], "groups=[: not of the form key=value"),
+        (["groups"], "groups: not of the form key=value"),
+        (["method=null"], "a group cannot be null"),
+        (["groups=3"], "groups=3: must divide the feature width D=512; valid: 1, 2, 4,"),
+        (["partition.classes_per_client=11"], "partition.classes_per_client=11: the dataset has 10 classes; use 1 to 10"),
+        (["partition.images_per_client=700"], "partition.images_per_client=700: the 600 train images do not fill one"),
+        (["trainer.accelerator=tpus"], "trainer.accelerator=tpus: "),
+        (["-m", "grups=1,2"], "grups: no such key; did you mean groups?"),
+        (["--config-name", "nothing"], "nothing"),
+    ],
+    ids=lambda v: " ".join(v) if isinstance(v, list) else "",
+)
+def test_bad_input_is_one_line(monkeypatch, capsys, tmp_path, arguments, message):
+    assert call(monkeypatch, "logger=csv", *arguments) == 2
+    out, err = capsys.readouterr()
+    assert err.startswith("error: ")
+    assert message in err
+    assert len(err.splitlines()) == 1
+    assert not list(tmp_path.glob("outputs/digits/*"))
+    assert not list(tmp_path.glob("cache/*"))
+
+
+def test_a_folder_that_cannot_be_made_is_named(monkeypatch, capsys, tmp_path):
+    (tmp_path / "file").write_text("not a folder")
+    for key in ("output_dir", "cache_dir"):
+        assert call(monkeypatch, *SMALL, f"{key}={tmp_path}/file/below") == 2
+        err = capsys.readouterr().err
+        assert str(tmp_path / "file") in err
+        assert len(err.splitlines()) == 1
+
+
+def test_tracebacks_on_request(monkeypatch):
+    monkeypatch.setenv("HYDRA_FULL_ERROR", "1")
+    monkeypatch.setattr(sys, "argv", ["iciia_exp", "logger=csv", "groups=3"])
+    with pytest.raises(Exception, match="groups=3"):
+        main()
+
+
+def jobs(folder):
+    (sweep,) = folder.glob("outputs/sweeps/*")
+    return [json.loads(path.read_text()) for path in sorted(sweep.glob("jobs/*.json"))]
+
+
+def test_a_sweep_goes_on_when_a_job_fails_and_says_so(monkeypatch, capsys, tmp_path):
+    status = call(monkeypatch, "-m", *SMALL, "method=linear_head,iciia", "groups=3,max", "heads=1")
+    out, err = capsys.readouterr()
+    assert status == 1
+    assert [j["status"] for j in jobs(tmp_path)] == ["done", "done", "failed", "done"]
+    assert err == ""
+    last = out.splitlines()[-2:]
+    assert "3 of 4 jobs done" in " ".join(last)
+    assert last[-1].startswith("error: job 2 failed (")
+    assert "groups=3: must divide" in last[-1]
+    table = out[out.rindex("small_cnn alone") :]
+    assert table.count("linear_head") == 1
+    assert "G=32" in table
+    assert len(list(tmp_path.glob("outputs/sweeps/*/accuracy_vs_overhead.png"))) == 1
+    assert len(list(tmp_path.glob("cache/features/*/manifest.json"))) == 1
+
+
+def test_a_repeated_sweep_runs_only_what_is_missing(monkeypatch, capsys):
+    assert call(monkeypatch, "-m", *SMALL, "seed=0") == 0
+    monkeypatch.setenv("ICIIA_EXP_PID", "1")
+    assert call(monkeypatch, "-m", *SMALL, "seed=0,1", "partition.seed=${seed}") == 0
+    out = capsys.readouterr().out
+    assert out.count("finished before") == 1
+    assert out.count("train: 3 epochs") == 2
+    assert "gain\n" in out or "± s.e." in out
+
+
+def test_conf_works_from_any_folder(monkeypatch, tmp_path, capsys):
+    (tmp_path / "deep").mkdir()
+    monkeypatch.chdir(tmp_path / "deep")
+    assert call(monkeypatch, "--cfg", "job", "groups=4") == 0
+    assert "groups: 4" in capsys.readouterr().out
