@@ -28,16 +28,20 @@ def job(config: DictConfig) -> float | None:
 
 def main() -> None:
     """Run the command line; errors that a user can put right are one line, and the exit status says so."""
-    tracebacks = os.environ.get("HYDRA_FULL_ERROR") == "1"
+    asked = os.environ.get("HYDRA_FULL_ERROR")
+    tracebacks = asked == "1"
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra hands its errors up, instead of printing them its own way
     os.environ.setdefault("ICIIA_EXP_PID", str(os.getpid()))  # two sweeps in one second get two folders
+    for flag in {"-m", "--multirun"} & set(sys.argv[1:]):  # Hydra takes it before or after all overrides, not between
+        sys.argv.remove(flag)
+        sys.argv.insert(1, flag)
     try:
         job()
         if "iciia_exp.engine.jobs" in sys.modules:  # not for --help and the like, which import nothing heavy
-            from iciia_exp.engine.jobs import failure
+            from iciia_exp.engine.jobs import take_failure
 
-            if (error := failure()) is not None:
-                raise error
+            if (failure := take_failure()) is not None:
+                raise failure
     except (UserError, HydraException, OmegaConfBaseException, ValueError) as error:
         if tracebacks or (isinstance(error, ValueError) and "Config group override" not in str(error)):
             raise
@@ -50,10 +54,14 @@ def main() -> None:
             raise
         print("interrupted; the same command goes on from here", file=sys.stderr)
         sys.exit(130)
+    finally:
+        os.environ.pop("HYDRA_FULL_ERROR")
+        if asked is not None:
+            os.environ["HYDRA_FULL_ERROR"] = asked
     if "iciia_exp.engine.sweeps" in sys.modules:
-        from iciia_exp.engine.sweeps import exit_status
+        from iciia_exp.engine.sweeps import take_exit_status
 
-        sys.exit(exit_status())
+        sys.exit(take_exit_status())
 
 
 if __name__ == "__main__":

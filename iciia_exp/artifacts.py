@@ -1,7 +1,7 @@
 """Files and folders that are either whole or absent: write aside, then rename; one maker at a time.
 
 A folder under construction is ``<name>.partial`` beside its final place. It survives a kill, so that its maker can
-continue; a reader never looks at it. The lock ``.<name>.lock`` is released by the operating system when its holder dies.
+continue; a reader never looks at it. The operating system releases the lock ``.<name>.lock`` when its holder dies.
 """
 
 from __future__ import annotations

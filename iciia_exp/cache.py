@@ -59,10 +59,12 @@ def remove(entry: Entry) -> bool:
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the command; returns the exit status."""
-    parser = argparse.ArgumentParser(prog="python -m iciia_exp.cache", description="Backbones and features shared by runs.")
+    about = "Backbones and features that runs share."
+    parser = argparse.ArgumentParser(prog="python -m iciia_exp.cache", description=about)
     parser.add_argument("command", choices=("list", "clean"))
     parser.add_argument("names", nargs="*", metavar="NAME", help="clean only entries whose name contains one of these")
-    parser.add_argument("--cache-dir", default=os.environ.get("ICIIA_EXP_CACHE"), help="default: the user's cache directory")
+    place = os.environ.get("ICIIA_EXP_CACHE")
+    parser.add_argument("--cache-dir", default=place, help="default: the user's cache directory")
     parser.add_argument("--partial", action="store_true", help="only what a killed run left unfinished")
     parser.add_argument("--older-than", type=float, metavar="DAYS", help="only what has not changed for so many days")
     parser.add_argument("--yes", action="store_true", help="clean without asking")

@@ -47,7 +47,9 @@ def streaming_attention_macs(images: int, dim: int, groups: int, layers: int) ->
     return (6 * dim * dim // groups + 2 * images * dim) * layers
 
 
-def overheads(sequence_macs: int, streaming_macs: int | None, images: int, backbone_macs: int) -> dict[str, float | None]:
+def overheads(
+    sequence_macs: int, streaming_macs: int | None, images: int, backbone_macs: int
+) -> dict[str, float | None]:
     """Return the added cost in percent of the backbone's cost of one image, by convention (see `CONVENTIONS`).
 
     ``streaming`` is None for a method that cannot keep state.

@@ -75,7 +75,9 @@ def check_float(key: str, value: Any, low: float, high: float = math.inf, *, ope
     """Return ``value`` as a finite float in [low, high], or (low, high] with ``open_low``."""
     good = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
     if not good or value < low or value > high or (open_low and value == low):
-        span = (f"above {low:g}" if open_low else f"at least {low:g}") + ("" if high == math.inf else f", at most {high:g}")
+        span = (f"above {low:g}" if open_low else f"at least {low:g}") + (
+            "" if high == math.inf else f", at most {high:g}"
+        )
         raise ConfigError(key, value, f"must be a number {span}")
     return float(value)
 

@@ -62,7 +62,9 @@ class Recipe:
         kind = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[self.optimizer]
         return kind(parameters, self.lr, weight_decay=self.weight_decay, fused=True)  # one pass over memory, not ten
 
-    def make_schedule(self, optimizer: torch.optim.Optimizer, steps: int) -> torch.optim.lr_scheduler.LRScheduler | None:
+    def make_schedule(
+        self, optimizer: torch.optim.Optimizer, steps: int
+    ) -> torch.optim.lr_scheduler.LRScheduler | None:
         """Return a scheduler that is stepped every batch, for ``steps`` batches in all; None for a constant rate."""
         from torch.optim import lr_scheduler
 

@@ -52,6 +52,12 @@ def plan(compose):
     return make
 
 
+@pytest.fixture
+def small():
+    """Return the overrides of that smallest setting, for the command line."""
+    return SMALL
+
+
 @pytest.fixture(scope="session")
 def reference():
     """Return the folder with the published method's test vectors and tables, or skip."""

@@ -24,7 +24,11 @@ def names(folder):
 
 
 def test_list(cache, capsys):
-    assert names(cache) == {("backbones", "a-1", "whole"), ("features", "a-2", "whole"), ("features", "b-3.partial", "partial")}
+    assert names(cache) == {
+        ("backbones", "a-1", "whole"),
+        ("features", "a-2", "whole"),
+        ("features", "b-3.partial", "partial"),
+    }
     assert main(["list"]) == 0
     out = capsys.readouterr().out
     assert "3 entries" in out

@@ -9,7 +9,13 @@ def test_key_order_and_number_type_do_not_count():
 
 @pytest.mark.parametrize(
     ("one", "other"),
-    [({"seed": 0}, {"seed": None}), ({"seed": 0}, {}), ({"a": True}, {"a": 1.5}), ({"a": "1"}, {"a": 1}), ([1, 2], [2, 1])],
+    [
+        ({"seed": 0}, {"seed": None}),
+        ({"seed": 0}, {}),
+        ({"a": True}, {"a": 1.5}),
+        ({"a": "1"}, {"a": 1}),
+        ([1, 2], [2, 1]),
+    ],
 )
 def test_what_differs_has_another_digest(one, other):
     assert digest(one) != digest(other)

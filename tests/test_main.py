@@ -10,14 +10,17 @@ from pathlib import Path
 
 import pytest
 
-from conftest import SMALL
 from iciia_exp.__main__ import main
 
 
 def command(*overrides, **environment):
     env = {**os.environ, **environment}
     return subprocess.Popen(
-        [sys.executable, "-m", "iciia_exp", *overrides], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env
+        [sys.executable, "-m", "iciia_exp", *overrides],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=env,
     )
 
 
@@ -35,13 +38,19 @@ def test_help_is_quick_and_imports_no_torch(tmp_path):
     )
     done = subprocess.run([sys.executable, "-c", check], capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr
-    for word in ("+experiment=NAME", "method: backbone, iciia, linear_head", "groups: 1", "iciia_exp.cache", "-m groups="):
+    for word in (
+        "+experiment=NAME",
+        "method: backbone, iciia, linear_head",
+        "groups: 1",
+        "iciia_exp.cache",
+        "-m groups=",
+    ):
         assert word in done.stdout
     assert not os.listdir(tmp_path)
 
 
-def test_two_identical_commands_at_once_then_a_third(tmp_path):
-    both = [command(*SMALL) for _ in range(2)]
+def test_two_identical_commands_at_once_then_a_third(tmp_path, small):
+    both = [command(*small) for _ in range(2)]
     results = [finished(p) for p in both]
     for code, out, err in results:
         assert code == 0, err
@@ -51,19 +60,19 @@ def test_two_identical_commands_at_once_then_a_third(tmp_path):
     assert sorted(trained) == [0, 1]
     tables = [out[out.index("method ") :] for _, out, _ in results]
     assert tables[0] == tables[1]
-    code, out, err = finished(command(*SMALL))
+    code, out, err = finished(command(*small))
     assert (code, err) == (0, "")
     assert "finished before" in out
     assert out[out.index("method ") :] == tables[0]
     assert sorted(os.listdir(tmp_path)) == ["cache", "outputs"]
 
 
-def test_killed_for_real_and_repeated(tmp_path, plan):
+def test_killed_for_real_and_repeated(tmp_path, plan, small):
     """SIGKILL in the middle of the method's training; the repeated command ends as if nothing had happened."""
     from iciia_exp.engine.stages import execute
 
     longer = ("protocol.recipe.epochs=400", "protocol.recipe.patience=0")
-    process = command(*SMALL, *longer)
+    process = command(*small, *longer)
     deadline = time.monotonic() + 120
     while not list(Path("outputs").glob("digits/*/checkpoints/last.ckpt")):
         assert time.monotonic() < deadline
@@ -92,7 +101,10 @@ def call(monkeypatch, *arguments):
     ("arguments", "message"),
     [
         (["grups=3"], "grups: no such key; did you mean groups?"),
-        (["protocol.recipe.optimzer=sgd"], "protocol.recipe.optimzer: no such key; did you mean protocol.recipe.optimizer?"),
+        (
+            ["protocol.recipe.optimzer=sgd"],
+            "protocol.recipe.optimzer: no such key; did you mean protocol.recipe.optimizer?",
+        ),
         (["+partition.clases=3"], "partition.clases: no such key"),
         (["lr=3"], "lr: no such key; did you mean"),
         (["protocl=published"], "protocl: no such key; did you mean protocol?"),
@@ -106,7 +118,10 @@ def call(monkeypatch, *arguments):
         (["groups"], "groups: not of the form key=value"),
         (["method=null"], "a group cannot be null"),
         (["groups=3"], "groups=3: must divide the feature width D=512; valid: 1, 2, 4,"),
-        (["partition.classes_per_client=11"], "partition.classes_per_client=11: the dataset has 10 classes; use 1 to 10"),
+        (
+            ["partition.classes_per_client=11"],
+            "partition.classes_per_client=11: the dataset has 10 classes; use 1 to 10",
+        ),
         (["partition.images_per_client=700"], "partition.images_per_client=700: the 600 train images do not fill one"),
         (["trainer.accelerator=tpus"], "trainer.accelerator=tpus: "),
         (["-m", "grups=1,2"], "grups: no such key; did you mean groups?"),
@@ -116,7 +131,7 @@ def call(monkeypatch, *arguments):
 )
 def test_bad_input_is_one_line(monkeypatch, capsys, tmp_path, arguments, message):
     assert call(monkeypatch, "logger=csv", *arguments) == 2
-    out, err = capsys.readouterr()
+    err = capsys.readouterr().err
     assert err.startswith("error: ")
     assert message in err
     assert len(err.splitlines()) == 1
@@ -124,10 +139,10 @@ def test_bad_input_is_one_line(monkeypatch, capsys, tmp_path, arguments, message
     assert not list(tmp_path.glob("cache/*"))
 
 
-def test_a_folder_that_cannot_be_made_is_named(monkeypatch, capsys, tmp_path):
+def test_a_folder_that_cannot_be_made_is_named(monkeypatch, capsys, tmp_path, small):
     (tmp_path / "file").write_text("not a folder")
     for key in ("output_dir", "cache_dir"):
-        assert call(monkeypatch, *SMALL, f"{key}={tmp_path}/file/below") == 2
+        assert call(monkeypatch, *small, f"{key}={tmp_path}/file/below") == 2
         err = capsys.readouterr().err
         assert str(tmp_path / "file") in err
         assert len(err.splitlines()) == 1
@@ -145,8 +160,8 @@ def jobs(folder):
     return [json.loads(path.read_text()) for path in sorted(sweep.glob("jobs/*.json"))]
 
 
-def test_a_sweep_goes_on_when_a_job_fails_and_says_so(monkeypatch, capsys, tmp_path):
-    status = call(monkeypatch, "-m", *SMALL, "method=linear_head,iciia", "groups=3,max", "heads=1")
+def test_a_sweep_goes_on_when_a_job_fails_and_says_so(monkeypatch, capsys, tmp_path, small):
+    status = call(monkeypatch, "-m", *small, "method=linear_head,iciia", "groups=3,max", "heads=1")
     out, err = capsys.readouterr()
     assert status == 1
     assert [j["status"] for j in jobs(tmp_path)] == ["done", "done", "failed", "done"]
@@ -162,10 +177,10 @@ def test_a_sweep_goes_on_when_a_job_fails_and_says_so(monkeypatch, capsys, tmp_p
     assert len(list(tmp_path.glob("cache/features/*/manifest.json"))) == 1
 
 
-def test_a_repeated_sweep_runs_only_what_is_missing(monkeypatch, capsys):
-    assert call(monkeypatch, "-m", *SMALL, "seed=0") == 0
+def test_a_repeated_sweep_runs_only_what_is_missing(monkeypatch, capsys, small):
+    assert call(monkeypatch, "-m", *small, "seed=0") == 0
     monkeypatch.setenv("ICIIA_EXP_PID", "1")
-    assert call(monkeypatch, "-m", *SMALL, "seed=0,1", "partition.seed=${seed}") == 0
+    assert call(monkeypatch, "-m", *small, "seed=0,1", "partition.seed=${seed}") == 0
     out = capsys.readouterr().out
     assert out.count("finished before") == 1
     assert out.count("train: 3 epochs") == 2

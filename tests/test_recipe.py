@@ -31,7 +31,9 @@ def test_schedules():
 
 @pytest.mark.parametrize("name", ["sgd", "adam", "adamw"])
 def test_optimizers_take_the_recipe_s_values(name):
-    optimizer = Recipe(name, lr=0.2, momentum=0.5, weight_decay=0.3).make_optimizer([torch.nn.Parameter(torch.zeros(1))])
+    optimizer = Recipe(name, lr=0.2, momentum=0.5, weight_decay=0.3).make_optimizer(
+        [torch.nn.Parameter(torch.zeros(1))]
+    )
     group = optimizer.param_groups[0]
     assert type(optimizer).__name__.lower() == name
     assert (group["lr"], group["weight_decay"]) == (0.2, 0.3)

@@ -2,7 +2,9 @@ from iciia_exp.seeding import derive_seed, generator
 
 
 def test_every_part_and_the_order_count():
-    seeds = {derive_seed(*parts) for parts in [(0,), (0, 0), (0, 1), (1, 0), ("a", 0), ("a", 1), (2**40,), (2**40 + 1,)]}
+    seeds = {
+        derive_seed(*parts) for parts in [(0,), (0, 0), (0, 1), (1, 0), ("a", 0), ("a", 1), (2**40,), (2**40 + 1,)]
+    }
     assert len(seeds) == 8
     assert all(0 <= s < 2**63 for s in seeds)
 

@@ -125,7 +125,7 @@ class FeatureBatches(Dataset[ClientBatch]):
     def __getitem__(self, selection: Selection) -> ClientBatch:
         index_CS, client_C = selection
         mask_CS = index_CS >= 0
-        used = int(mask_CS.any(axis=0).nonzero()[0][-1]) + 1  # do not carry columns that are padding for all
+        used = int(np.flatnonzero(mask_CS.any(axis=0))[-1]) + 1  # do not carry columns that are padding for all
         index_CS, mask_CS = index_CS[:, :used], mask_CS[:, :used]
         x_CSD = np.zeros((*index_CS.shape, self.features.shape[1]), dtype=np.float32)
         x_CSD[mask_CS] = self.features[index_CS[mask_CS]]

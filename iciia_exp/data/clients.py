@@ -109,7 +109,8 @@ class Clients:
 
     def save(self, path: Path) -> None:
         """Write one row per client: client, kind and a list column of image numbers for each role."""
-        columns = {"client": pa.array(self.ids.tolist(), pa.string()), "kind": pa.array(self.kinds.tolist(), pa.string())}
+        text = {"client": self.ids, "kind": self.kinds}
+        columns = {name: pa.array(values.tolist(), pa.string()) for name, values in text.items()}
         for role in ROLES:
             ragged = self[role]
             columns[role] = pa.LargeListArray.from_arrays(ragged.offsets, ragged.values)
@@ -120,8 +121,6 @@ class Clients:
     def load(cls, path: Path) -> Clients:
         """Read what `save` wrote."""
         table = pq.read_table(path).combine_chunks()
-        ragged = {}
-        for role in ROLES:
-            column = table[role].combine_chunks() if len(table) else pa.LargeListArray.from_arrays([0], pa.array([], "int64"))
-            ragged[role] = Ragged(column.offsets.to_numpy(), column.values.to_numpy())
-        return cls(*(np.array(table[c].to_pylist(), dtype=object) for c in ("client", "kind")), **ragged)
+        ids, kinds = (np.array(table[name].to_pylist(), dtype=object) for name in ("client", "kind"))
+        columns = [table[role].combine_chunks() for role in ROLES]
+        return cls(ids, kinds, *(Ragged(c.offsets.to_numpy(), c.values.to_numpy()) for c in columns))

@@ -147,7 +147,7 @@ class ClassesPerClient(Partition):
         pools = {role: np.flatnonzero(table["split"].to_numpy() == role) for role in ROLES}
         for role, pool in pools.items():
             if not len(pool):
-                raise ConfigError("split", self.split, f"the dataset has no {role} images, every client would lack them")
+                raise ConfigError("split", self.split, f"the dataset has no {role} images for any client")
 
         rng = generator("classes_per_client", self.seed)
         entries: list[tuple[str, int, dict[str, np.ndarray]]] = []  # (id, parent, images by role)

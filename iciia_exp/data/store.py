@@ -46,7 +46,7 @@ class FeatureStore:
         manifest = read_json(path / "manifest.json")
         if manifest.get("format") != FORMAT:
             found = manifest.get("format")
-            raise UserError(f"{path}: feature store of format {found}, this version reads {FORMAT}; delete it and repeat")
+            raise UserError(f"{path}: a store of format {found}, this version reads {FORMAT}; delete it and repeat")
         return cls(path, manifest)
 
     @property
@@ -69,7 +69,9 @@ class FeatureStore:
         entry = self.manifest["arrays"][name]
         array = np.load(self.path / entry["file"], mmap_mode="r")
         if list(array.shape) != entry["shape"] or str(array.dtype) != entry["dtype"]:
-            raise UserError(f"{self.path / entry['file']}: not the array that manifest.json describes; delete the store")
+            raise UserError(
+                f"{self.path / entry['file']}: not the array that manifest.json describes; delete its folder"
+            )
         return array
 
     @cached_property
@@ -121,7 +123,8 @@ class FeatureWriter:
         """Store the features [len(rows), D] of the images ``rows``."""
         if not np.isfinite(features).all():
             bad = rows[~np.isfinite(features).all(axis=1)]
-            raise UserError(f"the backbone gave features that are not finite for {len(bad)} images, first {bad[:3].tolist()}")
+            first = bad[:3].tolist()
+            raise UserError(f"the backbone gave features that are not finite for {len(bad)} images, first {first}")
         self._features[rows] = features
         self._pending.append(np.asarray(rows))
         if time.monotonic() - self._flushed > self.flush_seconds:

@@ -39,9 +39,12 @@ FORMAT = 1
 
 #: Arguments of Lightning's Trainer that change no number; all others count.
 _TRAINER_COSMETIC = frozenset(
-    "accelerator devices num_nodes strategy logger callbacks default_root_dir profiler detect_anomaly deterministic "
-    "benchmark enable_checkpointing enable_progress_bar enable_model_summary log_every_n_steps barebones "
-    "num_sanity_val_steps use_distributed_sampler enable_autolog_hparams".split()
+    {
+        *("accelerator", "devices", "num_nodes", "strategy"),
+        *("logger", "callbacks", "default_root_dir", "profiler", "log_every_n_steps", "enable_autolog_hparams"),
+        *("enable_checkpointing", "enable_progress_bar", "enable_model_summary", "barebones"),
+        *("detect_anomaly", "deterministic", "benchmark", "num_sanity_val_steps", "use_distributed_sampler"),
+    }
 )
 
 
@@ -108,7 +111,7 @@ def science(node: Any) -> Any:
 
 
 def _leaves(config: DictConfig, prefix: str = "") -> Iterator[str]:
-    for key in config:
+    for key in map(str, config):
         node = config._get_node(key)
         yield f"{prefix}{key}"
         if isinstance(node, DictConfig) and not node._is_none() and not node._is_interpolation():
@@ -123,9 +126,9 @@ class Plan:
     """
 
     def __init__(self, config: DictConfig) -> None:
-        for key in config:
+        for key in map(str, config):
             if key not in TOP_LEVEL:
-                near = nearest(str(key), [k for k in _leaves(config) if k != key])
+                near = nearest(key, [k for k in _leaves(config) if k != key])
                 hint = f"did you mean {near}?" if near else f"valid: {', '.join(TOP_LEVEL)}"
                 raise UserError(f"{key}: no such key; {hint}")
         for key in TOP_LEVEL:
@@ -139,7 +142,7 @@ class Plan:
         self._aliases = {
             f"{group}.{key}": match.group(1)
             for group in GROUPS
-            for key, value in (OmegaConf.to_container(config[group], resolve=False) or {}).items()  # type: ignore[union-attr]
+            for key, value in dict(OmegaConf.to_container(config[group], resolve=False)).items()  # type: ignore[arg-type]
             if isinstance(value, str) and (match := re.fullmatch(r"\$\{(\w+)\}", value))
         }
         self.name = str(self.config["name"])

@@ -65,7 +65,8 @@ def _overhead(value: float | None) -> str:
 
 
 def _label(row: dict[str, Any]) -> str:
-    parts = [f"{letter}={row[key]}" for key, letter in (("num_layers", "N"), ("heads", "H"), ("groups", "G")) if row.get(key)]
+    letters = (("num_layers", "N"), ("heads", "H"), ("groups", "G"))
+    parts = [f"{letter}={row[key]}" for key, letter in letters if row.get(key)]
     return row["method"] + (f" ({', '.join(parts)})" if parts else "")
 
 
@@ -98,15 +99,16 @@ def _mean_row(rows: Sequence[dict[str, Any]]) -> tuple[list[str], float]:
 def result_table(rows: Sequence[dict[str, Any]]) -> Table:
     """Return a table with the backbone's line and one line per setting, seeds averaged.
 
-    In percent. Gains are over the backbone on the same images; the interval (one run) is the 95 % bootstrap over clients,
-    ``±`` (several runs) the standard error over runs. In brackets behind the harmed clients: what chance alone gives.
+    In percent. Gains are over the backbone on the same images; the interval (one run) is the 95 % bootstrap over
+    clients, ``±`` (several runs) the standard error over runs. In brackets behind the harmed clients: what chance alone
+    gives.
     """
     several = len({r["digest"] for r in rows}) > len({r["setting_digest"] for r in rows})
     table = Table(box=None, pad_edge=False, header_style="bold")
     table.add_column("method", overflow="fold")
     gain = "gain\n± s.e." if several else "gain\n[95 %]"
-    heads = ("runs", "accuracy", gain, "client\naccuracy", "worst\ndecile", "harmed\n(chance)", "over-\nhead", "per\nimage")
-    for name in heads:
+    averages = ("client\naccuracy", "worst\ndecile", "harmed\n(chance)")
+    for name in ("runs", "accuracy", gain, *averages, "over-\nhead", "per\nimage"):
         table.add_column(name, justify="right", overflow="fold")
     bases = list({r["partition_digest"]: r for r in rows}.values())
     base = pd.DataFrame(bases).mean(numeric_only=True)

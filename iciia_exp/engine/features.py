@@ -131,7 +131,7 @@ def extract(
     writer = FeatureWriter(folder, images, backbone.dim, extraction.dtype)
     rows = writer.remaining()
     again = "" if len(rows) == images else f", {images - len(rows):,} already done"
-    log.info("features: %s images x %s %s, %s on disk%s", f"{images:,}", backbone.dim, extraction.dtype, _bytes(size), again)
+    log.info("features: %s images x %s %s, %s%s", f"{images:,}", backbone.dim, extraction.dtype, _bytes(size), again)
 
     example = backbone.transform(dataset[0])
     macs = count_macs(backbone, example[None])

@@ -15,22 +15,24 @@ from omegaconf import DictConfig
 from iciia_exp.engine.console import setup_logging
 from iciia_exp.errors import UserError
 
-__all__ = ["failure", "run_job"]
+__all__ = ["run_job", "take_failure"]
 
 log = logging.getLogger(__name__)
 
 _failure: UserError | None = None
 
 
-def failure() -> UserError | None:
-    """Return what stopped this process's last job outside a sweep, where the user can put it right."""
-    return _failure
+def take_failure() -> UserError | None:
+    """Return, once, what stopped this process's last job outside a sweep, where the user can put it right."""
+    global _failure
+    failure, _failure = _failure, None
+    return failure
 
 
 def run_job(config: DictConfig) -> float | None:
     """Run one configuration and return its selection accuracy (for search over hyper-parameters), if it has one.
 
-    Alone, an error of the user's is kept for `failure` (Hydra would print more than one line about it). In a sweep
+    Alone, an error of the user's is kept for `take_failure` (Hydra would print more than one line about it). In a sweep
     every error is recorded and logged, so that the other jobs go on.
     """
     global _failure

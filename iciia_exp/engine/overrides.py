@@ -6,7 +6,7 @@ import re
 import sys
 
 from hydra.errors import ConfigCompositionException, MissingConfigException, OverrideParseException
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
 from iciia_exp.engine.paths import CONF_DIR
 from iciia_exp.errors import UserError, nearest
@@ -39,7 +39,7 @@ def _keys() -> list[str]:
     found: list[str] = []
 
     def walk(node: DictConfig, prefix: str) -> None:
-        for key in node:
+        for key in map(str, node):
             found.append(f"{prefix}{key}")
             child = node._get_node(key)
             if isinstance(child, DictConfig) and not child._is_none():
@@ -69,10 +69,10 @@ def explain(error: Exception) -> str:
         return f"{group}: no such group; {_did_you_mean(group, _groups(), 'valid')}"
     if match := re.search(r"Could not override '([^']+)'", text):
         key = match.group(1)
-        if re.search(r"No match in the defaults list", text):
-            return f"{key}: no such group; {_did_you_mean(key, _groups(), 'valid')}"
-        if key in _groups() and "experiment" in key:
+        if key in _groups():  # a group that is not in the defaults list
             return f"{key}: add a plus sign, +{key}=NAME; valid: {', '.join(option_names(key))}"
+        if re.search(r"No match in the defaults list", text):
+            return f"{key}: no such key; {_did_you_mean(key, _groups(), 'the groups are')}"
         keys = _keys()
         return f"{key}: no such key; {_did_you_mean(key, keys, 'valid') if nearest(key, keys) else _help()}"
     if match := re.search(r"Ambiguous value for argument '([^']+)'", text):

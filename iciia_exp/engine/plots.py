@@ -60,13 +60,15 @@ def gain_per_client(clients: pd.DataFrame, row: dict[str, Any], path: Path) -> P
             axes.bar(position[part], gains[part], width=0.85, color=colour, hatch=hatch, edgecolor="white", label=label)
     low, high, mean = (100 * row[k] for k in ("client_gain_low", "client_gain_high", "client_gain"))
     axes.axhspan(low, high, color=_DARK, alpha=0.15, linewidth=0)
-    axes.axhline(mean, color=_DARK, linewidth=1.2, label=f"mean {mean:+.1f} points (95 % interval {low:+.1f} to {high:+.1f})")
+    mean_label = f"mean {mean:+.1f} points (95 % interval {low:+.1f} to {high:+.1f})"
+    axes.axhline(mean, color=_DARK, linewidth=1.2, label=mean_label)
     axes.axhline(0, color="black", linewidth=0.8)
     axes.set_xlim(0.3, len(gains) + 0.7)
     axes.set_ylim(min(gains.min(), 0) - 2, max(gains.max(), 0) + 2)
     axes.set_xlabel("test clients, sorted by gain")
     axes.set_ylabel("gain in accuracy (percentage points)")
-    axes.set_title(f"{row['method']} on {row['dataset']}: gain of every client over {row['backbone']}", loc="left", fontsize=11)
+    title = f"{row['method']} on {row['dataset']}: gain of every client over {row['backbone']}"
+    axes.set_title(title, loc="left", fontsize=11)
     axes.legend(frameon=False, fontsize=8.5, loc="best")
     return _save(figure, path)
 
@@ -88,7 +90,8 @@ def accuracy_vs_overhead(rows: Sequence[dict[str, Any]], path: Path, highlight: 
     figure, axes = _figure()
     backbone = frame.drop_duplicates(["partition_digest"])  # one backbone value per partition and backbone seed
     base = 100 * backbone["backbone_accuracy"].mean()
-    axes.axhline(base, color=_DARK, linestyle="--", linewidth=1.2, label=f"{frame['backbone'].iloc[0]} alone: {base:.1f} %")
+    base_label = f"{frame['backbone'].iloc[0]} alone: {base:.1f} %"
+    axes.axhline(base, color=_DARK, linestyle="--", linewidth=1.2, label=base_label)
     if len(backbone) == 1:
         low, high = (100 * backbone[k].iloc[0] for k in ("backbone_accuracy_low", "backbone_accuracy_high"))
         axes.axhspan(low, high, color=_DARK, alpha=0.08, linewidth=0)
@@ -102,7 +105,8 @@ def accuracy_vs_overhead(rows: Sequence[dict[str, Any]], path: Path, highlight: 
             several = True
             error = np.full((2, 1), 100 * runs["accuracy"].std(ddof=1) / np.sqrt(len(runs)))
         else:
-            error = 100 * np.array([[first["accuracy"] - first["accuracy_low"]], [first["accuracy_high"] - first["accuracy"]]])
+            middle, low, high = (first[k] for k in ("accuracy", "accuracy_low", "accuracy_high"))
+            error = 100 * np.array([[middle - low], [high - middle]])
         number = methods[first["method"]]
         front = highlight is None or setting == highlight
         colour = [_BLUE, _ORANGE, "#4c9f70", "#7b4ea3"][number % 4]

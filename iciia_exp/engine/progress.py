@@ -65,7 +65,8 @@ class TrainingProgress(pl.Callback):
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Advance by one epoch."""
-        shown = {n.rsplit("/", 1)[-1]: float(v) for n, v in trainer.callback_metrics.items() if n in pl_module.shown}
+        names: Any = getattr(pl_module, "shown", ())
+        shown = {n.rsplit("/", 1)[-1]: float(v) for n, v in trainer.callback_metrics.items() if n in names}
         note = "  ".join(f"{n} {v:.3f}" for n, v in shown.items())
         self._bar.update(self._task, completed=trainer.current_epoch + 1, note=note)
 

@@ -137,8 +137,10 @@ class Run:
         All images of a client see each other. ``mask`` [C, S] is True where an image is real.
         """
         if features.ndim not in (2, 3) or features.shape[-1] != self.head.in_features or not features.numel():
-            raise ValueError(f"features are [S, {self.head.in_features}] or [C, S, {self.head.in_features}], "
-                             f"got {list(features.shape)}")
+            raise ValueError(
+                f"features are [S, {self.head.in_features}] or [C, S, {self.head.in_features}], "
+                f"got {list(features.shape)}"
+            )
         x_CSD = features.float() if features.ndim == 3 else features.float()[None]
         probabilities = self.method(x_CSD, mask).softmax(-1)
         return probabilities if features.ndim == 3 else probabilities[0]

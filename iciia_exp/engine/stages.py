@@ -98,7 +98,9 @@ def _backbone(plan: Plan) -> None:
         rows = np.flatnonzero(plan.dataset.table["split"].to_numpy() == "backbone")
         log.info("backbone: training %s on %s images", spec.name, f"{len(rows):,}")
         images = TransformedImages(plan.dataset, backbone, rows)
-        sampler = DistributedSampler(images, 1, 0, seed=derive_seed("order", spec.seed) % 2**31)
+        sampler: DistributedSampler[Any] = DistributedSampler(
+            images, 1, 0, seed=derive_seed("order", spec.seed) % 2**31
+        )
         workers = plan.extraction.num_workers
         loader = DataLoader(images, spec.recipe.batch_size, sampler=sampler, num_workers=workers)
         module = BackboneModule(backbone, spec.recipe)
@@ -141,7 +143,8 @@ def _load_backbone(plan: Plan) -> tuple[Any, dict[str, Any]]:
     try:
         backbone.load_state_dict(load_file(path))
     except Exception as error:
-        raise UserError(f"{path}: cannot be loaded ({str(error).splitlines()[0]}); delete its folder and repeat") from error
+        why = str(error).splitlines()[0]
+        raise UserError(f"{path}: cannot be loaded ({why}); delete its folder and repeat") from error
     return backbone, read_json(plan.backbone_dir / "manifest.json")
 
 
@@ -183,7 +186,7 @@ def _loader(
 ) -> DataLoader[Any]:
     batches = FeatureBatches(store.array(), store.table["label"].to_numpy())
     sampler = ClientBatchSampler(clients[role], plan.protocol.images, batch_size, **order)
-    return DataLoader(batches, batch_size=None, sampler=sampler)  # type: ignore[arg-type]
+    return DataLoader(batches, batch_size=None, sampler=sampler)
 
 
 def _run(plan: Plan, clients: Clients, todo: tuple[str, ...]) -> None:
@@ -247,7 +250,8 @@ def _train(plan: Plan, store: FeatureStore, clients: Clients, tracker: Any) -> N
         )
         note = f"train: {_epochs(record['epochs'])} in {record['seconds']:.1f} s"
         if record["best_epoch"]:
-            note += f", best selection accuracy {100 * record['selection_accuracy']:.1f} % after {_epochs(record['best_epoch'])}"
+            best, when = 100 * record["selection_accuracy"], _epochs(record["best_epoch"])
+            note += f", best selection accuracy {best:.1f} % after {when}"
         log.info(note)
     write_json(folder / "training.json", record)
     save_method(folder, method, head, plan.method_config, plan.features_dir, protocol.images)

@@ -17,16 +17,18 @@ from omegaconf import DictConfig
 
 from iciia_exp.artifacts import read_json, write_json
 
-__all__ = ["SweepReport", "exit_status", "record_job"]
+__all__ = ["SweepReport", "record_job", "take_exit_status"]
 
 log = logging.getLogger(__name__)
 
 _status = 0
 
 
-def exit_status() -> int:
-    """Return 1 if a job of this process's last sweep failed, else 0."""
-    return _status
+def take_exit_status() -> int:
+    """Return, once, 1 if a job of this process's last sweep failed, else 0."""
+    global _status
+    status, _status = _status, 0
+    return status
 
 
 def record_job(folder: Path, number: int, overrides: list[str], outcome: dict[str, Any]) -> None:
@@ -36,11 +38,6 @@ def record_job(folder: Path, number: int, overrides: list[str], outcome: dict[st
 
 class SweepReport(Callback):
     """At a sweep's end, prints the table over its runs, draws accuracy against overhead, and lists the failures."""
-
-    def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
-        """Forget the status of an earlier sweep."""
-        global _status
-        _status = 0
 
     def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
         """Report."""
@@ -70,6 +67,8 @@ class SweepReport(Callback):
             accuracy_vs_overhead(list({r["digest"]: r for r in group}.values()), folder / plot)
         done = len(jobs) - len(failures)
         out.print(f"[dim]{done} of {len(jobs)} jobs done; plot and records in {folder}[/dim]", soft_wrap=True)
+        common = set.intersection(*(set(job["overrides"]) for job in jobs)) if len(jobs) > 1 else set()
         for job in failures:
-            log.error("job %s failed (%s): %s", job["job"], " ".join(job["overrides"]) or "no overrides", job["error"])
+            own = " ".join(o for o in job["overrides"] if o not in common)
+            log.error("job %s failed%s: %s", job["job"], f" ({own})" if own else "", job["error"])
         _status = int(bool(failures))

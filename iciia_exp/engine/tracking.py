@@ -13,7 +13,7 @@ import netrc
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 from urllib.parse import urlparse
 
 import pandas as pd
@@ -83,7 +83,7 @@ class Tracking:
         self.project, self.entity, self.tags = project, entity, list(tags or [])
         self.mode = check_choice("mode", mode, MODES)
 
-    def resolved_mode(self) -> str:
+    def resolved_mode(self) -> Literal["online", "offline", "disabled"]:
         """Return ``online``, ``offline`` or ``disabled``; never a mode that would ask the user something."""
         mode = self.mode
         if mode == "auto":
@@ -91,7 +91,9 @@ class Tracking:
             if mode not in MODES[1:]:
                 mode = "online" if wandb_logged_in() else "offline"
         if mode == "online" and not wandb_logged_in():
-            log.warning("wandb: no API key on this machine, logging offline (`wandb login`, then `wandb sync` uploads it)")
+            log.warning(
+                "wandb: no API key on this machine, logging offline (`wandb login`, then `wandb sync` uploads it)"
+            )
             mode = "offline"
         return mode
 
@@ -106,7 +108,7 @@ class Tracker:
         self, tracking: Tracking, run_dir: Path, *, run_id: str, name: str, group: str, tags: list[str], config: dict
     ) -> None:
         self.tracking, self.run_dir = tracking, run_dir
-        self._init = {
+        self._init: dict[str, Any] = {
             "id": run_id,
             "name": name,
             "group": group,
@@ -161,7 +163,7 @@ class Tracker:
             class Guarded(WandbLogger):
                 """Metrics go to wandb through the tracker's guard."""
 
-                def log_metrics(inner, metrics: Any, step: int | None = None) -> None:  # noqa: N805
+                def log_metrics(inner, metrics: Any, step: int | None = None) -> None:
                     self._guard("logging", lambda: super(Guarded, inner).log_metrics(metrics, step))
 
             if (logger := self._guard("start", lambda: Guarded(experiment=run))) is not None:

@@ -1,7 +1,7 @@
 """Training with Lightning: modules for backbones and methods, and one way to fit either.
 
 A training that is killed and repeated gives the result of an uninterrupted one: checkpoints are written at the end of
-every epoch, and all randomness of an epoch comes from (seed, epoch).
+every epoch, and all randomness comes from (seed, epoch, step).
 
 Legend: B images, C clients, S images of a client, D features, K classes.
 """
@@ -134,14 +134,18 @@ class MethodModule(_Module):
         self._count(self.test_counts, batch)
 
 
-class _SeedEpochs(pl.Callback):
-    """Seed every epoch from (seed, epoch), so that dropout does not depend on how often training was interrupted."""
+class _SeedSteps(pl.Callback):
+    """Seed every step from (seed, epoch, step): dropout then depends neither on how often training was interrupted nor
+    on what else draws random numbers (starting to iterate over a loader does, and not at the same place on resuming).
+    """
 
     def __init__(self, seed: int) -> None:
         self.seed = seed
 
-    def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        torch.manual_seed(derive_seed("epoch", self.seed, trainer.current_epoch, trainer.global_rank))
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        torch.manual_seed(derive_seed("step", self.seed, trainer.current_epoch, batch_idx, trainer.global_rank))
 
 
 class _EarlyStopping(EarlyStopping):
@@ -230,10 +234,12 @@ def fit(
     recipe = module.recipe
     progress = TrainingProgress(title)
     best: ModelCheckpoint | None = None
-    callbacks: list[pl.Callback] = [_SeedEpochs(seed), progress]
+    callbacks: list[pl.Callback] = [_SeedSteps(seed), progress]
     if validation is not None:
         if recipe.patience:
-            callbacks.append(_EarlyStopping(MONITOR, mode="max", patience=recipe.patience, check_on_train_epoch_end=True))
+            callbacks.append(
+                _EarlyStopping(MONITOR, mode="max", patience=recipe.patience, check_on_train_epoch_end=True)
+            )
         keep: dict[str, Any] = {"monitor": MONITOR, "mode": "max", "filename": "best"}
         best = ModelCheckpoint(folder, save_on_train_epoch_end=True, enable_version_counter=False, **keep)
         callbacks.append(best)

@@ -20,6 +20,7 @@ class BackboneOnly(Method):
         self.head = copy_of(head).requires_grad_(False)
 
     def forward(self, x_CSD: Tensor, mask_CS: Tensor | None = None) -> Tensor:
+        """Return the classifier's logits of every image by itself, [C, S, K]."""
         return self.head(x_CSD)
 
     def macs(self, images: int) -> int:

@@ -41,12 +41,11 @@ class IciiaMethod(Method):
         shuffle: bool = True,
     ) -> None:
         super().__init__()
-        settings = {"num_layers": num_layers, "heads": heads, "groups": groups, "dropout": dropout, "shuffle": shuffle}
-        settings = self.canonical(settings, head.in_features)
-        self.groups, self.num_layers = settings["groups"], num_layers
-        self.model = ICIIA(
-            head.in_features, head.out_features, num_layers, heads, self.groups, float(dropout), settings["shuffle"]
-        )
+        dim = head.in_features
+        given = {"num_layers": num_layers, "heads": heads, "groups": groups, "dropout": dropout, "shuffle": shuffle}
+        settings = self.canonical(given, dim)
+        self.num_layers, self.groups = num_layers, int(settings["groups"])
+        self.model = ICIIA(dim, head.out_features, num_layers, heads, self.groups, dropout, settings["shuffle"])
 
     @classmethod
     def canonical(cls, config: dict[str, Any], dim: int) -> dict[str, Any]:
@@ -68,6 +67,7 @@ class IciiaMethod(Method):
         return config
 
     def forward(self, x_CSD: Tensor, mask_CS: Tensor | None = None) -> Tensor:
+        """Return the module's logits, [C, S, K]."""
         return self.model(x_CSD, mask_CS)
 
     def macs(self, images: int) -> int:

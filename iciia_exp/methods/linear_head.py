@@ -22,6 +22,7 @@ class LinearHead(Method):
         self.head = copy_of(head)
 
     def forward(self, x_CSD: Tensor, mask_CS: Tensor | None = None) -> Tensor:
+        """Return the classifier's logits of every image by itself, [C, S, K]."""
         return self.head(x_CSD)
 
     def macs(self, images: int) -> int:

@@ -64,4 +64,6 @@ class BackboneSpec:
         self.train = check_choice("train", train, ("all",))
         self.seed = check_int("seed", seed, 0)
         if recipe.patience:
-            raise ConfigError("recipe.patience", recipe.patience, "must be 0: a backbone has no selection images of its own")
+            raise ConfigError(
+                "recipe.patience", recipe.patience, "must be 0: a backbone has no selection images of its own"
+            )

@@ -72,6 +72,7 @@ class ICIIA(nn.Module):
         return F.relu(x_CSD)
 
     def forward(self, x_CSD: Tensor, mask_CS: Tensor | None = None) -> Tensor:
+        """Return the logits, [C, S, K]."""
         return self.classifier(self.encode(x_CSD, mask_CS))
 
     @classmethod

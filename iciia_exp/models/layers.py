@@ -57,6 +57,7 @@ class GroupedLinear(nn.Module):
         nn.init.zeros_(self.bias)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Project, shuffle, add the bias; costs in*out/G multiply-accumulates per vector."""
         if self.groups == 1:
             return F.linear(x, self.weight, self.bias)
         lead = x.shape[:-1]
@@ -86,6 +87,7 @@ class ImageAttention(nn.Module):
         self.out.reset_attention_parameters()
 
     def forward(self, x_CSD: Tensor, mask_CS: Tensor | None = None) -> Tensor:
+        """Return what each image gathers from all images of its client, [C, S, D]."""
         C, S, D = x_CSD.shape
         qkv = self.qkv(x_CSD).view(C, S, 3, self.heads, D // self.heads)
         q_CHSd, k_CHSd, v_CHSd = qkv.permute(2, 0, 3, 1, 4)
@@ -110,6 +112,7 @@ class EncoderLayer(nn.Module):
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, x_CSD: Tensor, mask_CS: Tensor | None = None) -> Tensor:
+        """Return the layer's output, [C, S, D]."""
         x_CSD = self.norm1(x_CSD + self.dropout(self.attention(x_CSD, mask_CS)))
         hidden = self.dropout(F.relu(self.linear1(x_CSD)))
         return self.norm2(x_CSD + self.dropout(self.linear2(hidden)))

@@ -63,7 +63,10 @@ def test_the_order_depends_on_seed_and_epoch_alone(ragged):
     assert order(sampler(0, 1)) == order(sampler(0, 1))
     assert order(sampler(0, 1)) != order(sampler(0, 2))
     assert order(sampler(0, 1)) != order(sampler(1, 0))
-    plain, mixed = ({frozenset(row[row >= 0]) for s in sampler(0, 1, **o) for row in s.index_CS} for o in ({}, {"shuffle_images": True}))
+    plain, mixed = (
+        {frozenset(row[row >= 0]) for s in sampler(0, 1, **o) for row in s.index_CS}
+        for o in ({}, {"shuffle_images": True})
+    )
     assert plain != mixed  # other chunks, not only another order of chunks
 
 

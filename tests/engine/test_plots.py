@@ -27,7 +27,13 @@ def drawn(path):
 def test_gain_per_client(tmp_path, clients):
     rng = np.random.default_rng(0)
     images = np.full(clients, 16)
-    frame = pd.DataFrame({"images": images, "backbone_hits": rng.binomial(16, 0.7, clients), "method_hits": rng.binomial(16, 0.8, clients)})
+    frame = pd.DataFrame(
+        {
+            "images": images,
+            "backbone_hits": rng.binomial(16, 0.7, clients),
+            "method_hits": rng.binomial(16, 0.8, clients),
+        }
+    )
     assert drawn(gain_per_client(frame, row(), tmp_path / "a.png"))
 
 

@@ -35,13 +35,18 @@ def run(tmp_path):
         module = MethodModule(IciiaMethod(head, 1, 2, 4, dropout=0.3), head, recipe, 12)
         data = FeatureBatches(features, labels)
         loaders = [
-            DataLoader(data, batch_size=None, sampler=ClientBatchSampler(clients["train"], 4, 2, shuffle=True, shuffle_images=True)),
+            DataLoader(
+                data,
+                batch_size=None,
+                sampler=ClientBatchSampler(clients["train"], 4, 2, shuffle=True, shuffle_images=True),
+            ),
             DataLoader(data, batch_size=None, sampler=ClientBatchSampler(clients["selection"], 4, 2)),
         ]
         record = fit(
             module, *loaders, seed=3, folder=tmp_path / folder, trainer_config=TRAINER, loggers=[], title="test"
         )
-        return module.method.state_dict(), record
+        last = torch.load(tmp_path / folder / "last.ckpt", weights_only=True)["state_dict"]
+        return module.method.state_dict() | {f"last.{name}": t for name, t in last.items()}, record
 
     return make
 

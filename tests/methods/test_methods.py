@@ -48,7 +48,9 @@ def test_cost_is_stated_and_agrees_with_the_counter(method):
 
 
 def test_weights_round_trip(method):
-    again = type(method)(nn.Linear(D, K), **({"groups": 4, "heads": 2} if isinstance(method, IciiaMethod) else {})).eval()
+    again = type(method)(
+        nn.Linear(D, K), **({"groups": 4, "heads": 2} if isinstance(method, IciiaMethod) else {})
+    ).eval()
     again.load_state_dict(method.state_dict())
     x = torch.randn(2, 5, D)
     torch.testing.assert_close(again(x), method(x))
@@ -83,7 +85,9 @@ def test_baselines_start_from_the_backbone_s_head():
     assert all(p.requires_grad for p in LinearHead(head).parameters())
 
 
-@pytest.mark.parametrize(("key", "value"), [("groups", 3), ("heads", 0), ("groups", "all"), ("heads", "max"), ("groups", True)])
+@pytest.mark.parametrize(
+    ("key", "value"), [("groups", 3), ("heads", 0), ("groups", "all"), ("heads", "max"), ("groups", True)]
+)
 def test_iciia_lists_the_divisors(key, value):
     with pytest.raises(ConfigError, match="valid: 1, 2, 4, 8, 16, 32"):
         IciiaMethod.canonical({key: value}, D)

@@ -8,7 +8,8 @@ from iciia_exp.models.small_cnn import SmallCNN
 
 def test_head_of_features_is_the_network_s_logits():
     model = SmallCNN(10).eval()
-    images = torch.stack([model.transform(np.random.rand(1, 8, 8).astype(np.float32)) for _ in range(3)])
+    rng = np.random.default_rng(0)
+    images = torch.stack([model.transform(rng.random((1, 8, 8), dtype=np.float32)) for _ in range(3)])
     features = model.features(images)
     assert features.shape == (3, 512)
     assert (features >= 0).all()

@@ -1,0 +1,50 @@
+# `make help` lists the targets. Everything happens inside .venv; PYTHON chooses the interpreter it is made from.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+
+.DEFAULT_GOAL := help
+.PHONY: help install demo sweep test lint format wheel-test clean
+
+help:  ## Show this list
+	@awk 'BEGIN {FS = ":.*## "} /^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+# One pip call for everything: torch and torchvision must come from the same place to fit each other.
+$(STAMP): pyproject.toml
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@echo "installing into $(VENV) (minutes, the first time)"
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable ".[dev]"
+	@touch $@
+
+install: $(STAMP)  ## Make .venv and install the package with its development tools
+
+demo: $(STAMP)  ## Run the main job on scikit-learn's digits and print the result table
+	$(BIN)/python -m iciia_exp -m method=linear_head,iciia groups=1,16
+
+sweep: $(STAMP)  ## Accuracy against overhead: five group counts, three times with all seeds varied
+	$(BIN)/python -m iciia_exp -m method=linear_head,iciia groups=1,4,16,64,max seed=0,1,2 \
+	  'partition.seed=$${seed}' 'backbone.seed=$${seed}'
+
+test: $(STAMP)  ## Run the whole test suite
+	$(BIN)/python -m pytest
+
+lint: $(STAMP)  ## Check style and types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(STAMP)  ## Rewrite the code in the project's style
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+wheel-test: $(STAMP)  ## Build the wheel and run it from another folder: the configuration must be inside
+	$(BIN)/python -m pip wheel --quiet --disable-pip-version-check --no-deps --wheel-dir dist .
+	@set -e; folder=$$(mktemp -d); trap 'rm -rf "$$folder"' EXIT; \
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --target "$$folder/site" dist/iciia_exp-*.whl; \
+	python=$$(pwd)/$(BIN)/python; cd "$$folder"; \
+	PYTHONPATH="$$folder/site" "$$python" -c "import iciia_exp; assert '/site/' in iciia_exp.__file__, iciia_exp.__file__"; \
+	ICIIA_EXP_CACHE="$$folder/cache" PYTHONPATH="$$folder/site" "$$python" -m iciia_exp trainer=smoke logger=csv
+
+clean:  ## Remove .venv and build products; run directories and the cache stay
+	rm -rf $(VENV) dist build *.egg-info .pytest_cache .ruff_cache .mypy_cache
