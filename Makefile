@@ -42,7 +42,7 @@ wheel-test: $(STAMP)  ## Build the wheel and run it from another folder: the con
 	$(BIN)/python -m pip wheel --quiet --disable-pip-version-check --no-deps --wheel-dir dist .
 	@set -e; folder=$$(mktemp -d); trap 'rm -rf "$$folder"' EXIT; \
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --target "$$folder/site" dist/iciia_exp-*.whl; \
-	python=$$(pwd)/$(BIN)/python; cd "$$folder"; \
+	python=$(abspath $(BIN))/python; cd "$$folder"; \
 	PYTHONPATH="$$folder/site" "$$python" -c "import iciia_exp; assert '/site/' in iciia_exp.__file__, iciia_exp.__file__"; \
 	ICIIA_EXP_CACHE="$$folder/cache" PYTHONPATH="$$folder/site" "$$python" -m iciia_exp trainer=smoke logger=csv
 
