@@ -5,9 +5,11 @@ from __future__ import annotations
 import os
 import sys
 
-# Threads that wait for work must not spin: two runs on one machine would slow each other down 15-fold. Read when torch
-# is first imported, so it stands before everything else; costs a single run nothing that can be measured.
-os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+# Threads that wait for work may spin only briefly. Else a training step of 11 ms takes 50 to 350 ms when two runs share
+# two cores; so it takes 12, and 24 (benchmarks/bench_two_runs.py). libgomp reads this when torch is first imported, so
+# it stands before everything else.
+if "OMP_WAIT_POLICY" not in os.environ:
+    os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
 import hydra
 from hydra.errors import HydraException

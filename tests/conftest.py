@@ -2,7 +2,7 @@
 
 import os
 
-os.environ["OMP_WAIT_POLICY"] = "passive"  # before torch is imported: tests that start processes would crawl
+os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # before torch is imported, as the command line does
 os.environ.setdefault("MPLBACKEND", "Agg")
 
 from pathlib import Path

@@ -67,33 +67,30 @@ def _overhead(value: float | None) -> str:
 def _label(row: dict[str, Any]) -> str:
     letters = (("num_layers", "N"), ("heads", "H"), ("groups", "G"))
     parts = [f"{letter}={row[key]}" for key, letter in letters if row.get(key)]
-    return row["method"] + (f" ({', '.join(parts)})" if parts else "")
+    return " ".join([row["method"], *parts])
 
 
-def _mean_row(rows: Sequence[dict[str, Any]]) -> tuple[list[str], float]:
+def _cells(rows: Sequence[dict[str, Any]], several: bool) -> list[str]:
     """Return the cells of one line from runs that differ in seeds only."""
     frame = pd.DataFrame(list(rows))
     mean = frame.mean(numeric_only=True)
-    several = len(frame) > 1
 
     def spread(key: str) -> str:
-        if several:
+        if len(frame) > 1:
             return f" ± {100 * frame[key].std(ddof=1) / len(frame) ** 0.5:.1f}"
         return f" [{100 * mean[f'{key}_low']:+.1f}, {100 * mean[f'{key}_high']:+.1f}]" if key == "gain" else ""
 
-    first = rows[0]
-    cells = [
-        _label(first),
-        str(len(rows)),
+    return [
+        _label(rows[0]),
+        *[str(len(rows))] * several,
         _percent(mean["accuracy"]) + spread("accuracy"),
         f"{100 * mean['gain']:+.1f}" + spread("gain"),
         _percent(mean["client_accuracy"]),
         _percent(mean["worst_decile"]),
         f"{_percent(mean['harmed_share'])} ({_percent(mean['harmed_share_by_chance'])})",
-        _overhead(first["overhead_percent"]),
-        _overhead(first["per_image_overhead_percent"]),
+        _overhead(rows[0]["overhead_percent"]),
+        _overhead(rows[0]["per_image_overhead_percent"]),
     ]
-    return cells, float(mean["accuracy"])
 
 
 def result_table(rows: Sequence[dict[str, Any]]) -> Table:
@@ -104,20 +101,21 @@ def result_table(rows: Sequence[dict[str, Any]]) -> Table:
     gives.
     """
     several = len({r["digest"] for r in rows}) > len({r["setting_digest"] for r in rows})
-    table = Table(box=None, pad_edge=False, header_style="bold")
+    table = Table(box=None, pad_edge=False, padding=(0, 0, 0, 1), header_style="bold")  # 91 columns of text
     table.add_column("method", overflow="fold")
     gain = "gain\n± s.e." if several else "gain\n[95 %]"
     averages = ("client\naccuracy", "worst\ndecile", "harmed\n(chance)")
-    for name in ("runs", "accuracy", gain, *averages, "over-\nhead", "per\nimage"):
+    for name in ("runs",) * several + ("accuracy", gain, *averages, "over-\nhead", "per\nimage"):
         table.add_column(name, justify="right", overflow="fold")
     bases = list({r["partition_digest"]: r for r in rows}.values())
     base = pd.DataFrame(bases).mean(numeric_only=True)
     cells = [_percent(base[f"backbone_{k}"]) for k in ("accuracy", "client_accuracy", "worst_decile")]
-    table.add_row(f"{rows[0]['backbone']} alone", str(len(bases)), cells[0], "", cells[1], cells[2], "", "0", "0")
+    name = f"{rows[0]['backbone']} alone"
+    table.add_row(name, *[str(len(bases))] * several, cells[0], "", cells[1], cells[2], "", "0", "0")
     settings: dict[str, list[dict[str, Any]]] = {}
     for row in {r["digest"]: r for r in rows}.values():  # a run that several jobs asked for counts once
         if row["method"] != "backbone":
             settings.setdefault(row["setting_digest"], []).append(row)
     for _, runs in sorted(settings.items(), key=lambda item: item[1][0]["overhead_percent"]):
-        table.add_row(*_mean_row(runs)[0])
+        table.add_row(*_cells(runs, several))
     return table

@@ -106,6 +106,20 @@ class _Write(pl.Callback):
         self.writer.flush()
 
 
+def _estimate(dataset: ImageDataset, backbone: Backbone, rows: np.ndarray, workers: int, probes: int = 8) -> float:
+    """Return roughly how many seconds extraction would take on the CPU, from a few images spread over the rest."""
+    chosen = rows[np.linspace(0, len(rows) - 1, min(probes, len(rows)), dtype=int)] if len(rows) else rows
+    if not len(chosen):
+        return 0.0
+    start = time.monotonic()
+    images = torch.stack([backbone.transform(dataset[int(row)]) for row in chosen])
+    loading = (time.monotonic() - start) / max(1, workers)
+    start = time.monotonic()
+    with torch.inference_mode():
+        backbone.features(images)
+    return (loading + time.monotonic() - start) / len(chosen) * len(rows)
+
+
 def _duration(seconds: float) -> str:
     if seconds < 90:
         return f"{seconds:.0f} s"
@@ -136,6 +150,8 @@ def extract(
     example = backbone.transform(dataset[0])
     macs = count_macs(backbone, example[None])
     start = time.monotonic()
+    if (seconds := _estimate(dataset, backbone, rows, extraction.num_workers)) > 60:
+        log.info("features: about %s on this machine's processor, if nothing speeds it up", _duration(seconds))
     loader = DataLoader(
         TransformedImages(dataset, backbone, rows),
         batch_size=extraction.batch_size,

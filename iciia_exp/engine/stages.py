@@ -197,7 +197,9 @@ def _run(plan: Plan, clients: Clients, todo: tuple[str, ...]) -> None:
         tracker = _tracker(plan)
         failed = True
         try:
-            if not (folder / "weights.safetensors").is_file():
+            if (folder / "weights.safetensors").is_file():
+                log.info("train: %s, made before", folder.name)
+            else:
                 if "train" not in todo:
                     _require(False, plan, "evaluate", "train", folder / "weights.safetensors")
                 _train(plan, store, clients, tracker)

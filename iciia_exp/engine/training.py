@@ -204,13 +204,16 @@ def make_trainer(config: dict[str, Any], **arguments: Any) -> pl.Trainer:
     }
     arguments = {k: v for k, v in arguments.items() if k in known}
     try:
-        return pl.Trainer(**arguments)
+        trainer = pl.Trainer(**arguments)
     except Exception as error:  # Lightning raises many kinds, each with a clear first line
         text = str(error).splitlines()[0]
         for key, value in own.items():
             if key in text or (isinstance(value, str) and value in text):
                 raise ConfigError(f"trainer.{key}", value, text) from error
         raise UserError(f"trainer: {text}") from error
+    if trainer.world_size > 1:  # the stages' locks are per process, so processes of one job would wait for each other
+        raise ConfigError("trainer.devices", own.get("devices"), "a job runs on one device; use one job per device")
+    return trainer
 
 
 def fit(

@@ -2,6 +2,7 @@
 
 import json
 import os
+import time
 
 import numpy as np
 import pandas as pd
@@ -213,3 +214,30 @@ def test_every_experiment_runs(compose, experiment):
 def test_the_published_protocol_runs(plan):
     row = execute(plan("protocol=published", "protocol.recipe.epochs=2"))
     assert row["config.protocol.recipe.optimizer"] == "sgd"
+
+
+def test_a_long_extraction_says_how_long_before_it_starts(plan, monkeypatch, capsys):
+    from iciia_exp.engine import features
+
+    monkeypatch.setattr(features, "_estimate", lambda *_: 7200.0)
+    execute(plan("stage=backbone"))
+    execute(plan("stage=features"))
+    lines = capsys.readouterr().out.splitlines()
+    (size,) = [i for i, line in enumerate(lines) if "360 images x 32 float32, 46 KB" in line]
+    assert "about 2.0 h" in lines[size + 1]
+
+
+def test_the_estimate_counts_loading(plan):
+    from iciia_exp.engine.features import _estimate
+
+    made = plan()
+    backbone = made.make_backbone().eval()
+
+    class Slow(type(made.dataset)):
+        def __getitem__(self, index):
+            time.sleep(0.01)
+            return super().__getitem__(index)
+
+    made.dataset.__class__ = Slow
+    assert _estimate(made.dataset, backbone, np.arange(100), 0) >= 1.0  # 10 ms an image; how much more is the machine's
+    assert _estimate(made.dataset, backbone, np.arange(0), 0) == 0.0
