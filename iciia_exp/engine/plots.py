@@ -59,7 +59,7 @@ def gain_per_client(clients: pd.DataFrame, row: dict[str, Any], path: Path) -> P
             hatch = "////" if colour == _ORANGE else None
             axes.bar(position[part], gains[part], width=0.85, color=colour, hatch=hatch, edgecolor="white", label=label)
     low, high, mean = (100 * row[k] for k in ("client_gain_low", "client_gain_high", "client_gain"))
-    axes.axhspan(low, high, color=_DARK, alpha=0.15, linewidth=0)
+    axes.axhspan(low, high, color=_DARK, alpha=0.15, linewidth=0, zorder=0)
     mean_label = f"mean {mean:+.1f} points (95 % interval {low:+.1f} to {high:+.1f})"
     axes.axhline(mean, color=_DARK, linewidth=1.2, label=mean_label)
     axes.axhline(0, color="black", linewidth=0.8)
