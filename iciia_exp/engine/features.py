@@ -20,7 +20,7 @@ from iciia_exp.cost import count_macs
 from iciia_exp.data.dataset import ImageDataset
 from iciia_exp.data.store import FeatureWriter
 from iciia_exp.engine.progress import progress_bar
-from iciia_exp.engine.training import make_trainer, quiet_lightning
+from iciia_exp.engine.training import interruptible, make_trainer, quiet_lightning
 from iciia_exp.errors import check_choice, check_int
 from iciia_exp.models.backbone import Backbone
 
@@ -162,9 +162,8 @@ def extract(
         with quiet_lightning():
             limits = {k: v for k, v in trainer_config.items() if k not in ("max_epochs", "limit_train_batches")}
             trainer = make_trainer(limits, callbacks=[_Write(writer, len(rows))], inference_mode=True)
-            trainer.predict(_Extractor(backbone), loader, return_predictions=False)
-            if trainer.interrupted:
-                raise KeyboardInterrupt
+            with interruptible(trainer):
+                trainer.predict(_Extractor(backbone), loader, return_predictions=False)
     writer.flush()
     head = {name: tensor.detach().float().cpu() for name, tensor in backbone.head.state_dict().items()}
     manifest = {

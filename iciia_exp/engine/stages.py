@@ -50,10 +50,13 @@ def execute(plan: Plan, brief: bool = False) -> dict[str, Any] | None:
     log.info("%s", _shown(plan.run_dir))
     if not brief:
         console().print(partition_table(clients.statistics(plan.dataset.table["label"].to_numpy())))
+    if "features" in todo and finished_folder(plan.features_dir):
+        todo = tuple(stage for stage in todo if stage != "backbone")  # nobody needs it any more
     if "backbone" in todo:
         _backbone(plan)
     if "features" in todo:
-        _require(finished_folder(plan.backbone_dir), plan, "features", "backbone", plan.backbone_dir)
+        ready = finished_folder(plan.backbone_dir) or finished_folder(plan.features_dir)
+        _require(ready, plan, "features", "backbone", plan.backbone_dir)
         _features(plan)
     if "train" in todo or "evaluate" in todo:
         stage = "train" if "train" in todo else "evaluate"
@@ -263,7 +266,7 @@ def _train(plan: Plan, store: FeatureStore, clients: Clients, tracker: Any) -> N
 def _evaluate(plan: Plan, store: FeatureStore, clients: Clients, tracker: Any) -> None:
     from iciia_exp.engine.plots import accuracy_vs_overhead, gain_per_client
     from iciia_exp.engine.results import client_table, result_row
-    from iciia_exp.engine.training import MethodModule, make_trainer, quiet_lightning
+    from iciia_exp.engine.training import MethodModule, interruptible, make_trainer, quiet_lightning
 
     folder = plan.run_dir
     run = Run.load(folder)
@@ -272,7 +275,8 @@ def _evaluate(plan: Plan, store: FeatureStore, clients: Clients, tracker: Any) -
     limits = {k: v for k, v in plan.config["trainer"].items() if k not in ("max_epochs", "limit_test_batches")}
     with quiet_lightning():
         trainer = make_trainer(limits)
-        trainer.test(module, _loader(plan, store, clients, "test"), verbose=False)
+        with interruptible(trainer):
+            trainer.test(module, _loader(plan, store, clients, "test"), verbose=False)
     numbers, counts = module.test_counts.counts()
     seconds = time.monotonic() - start
     labels_M = store.table["label"].to_numpy()

@@ -9,6 +9,7 @@ Legend: B images, C clients, S images of a client, D features, K classes.
 from __future__ import annotations
 
 import logging
+import signal
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -33,7 +34,7 @@ from iciia_exp.models.backbone import Backbone
 from iciia_exp.recipe import Recipe
 from iciia_exp.seeding import derive_seed
 
-__all__ = ["BackboneModule", "MethodModule", "fit", "make_trainer", "quiet_lightning"]
+__all__ = ["BackboneModule", "MethodModule", "fit", "interruptible", "make_trainer", "quiet_lightning"]
 
 MONITOR = "selection/accuracy"
 
@@ -184,6 +185,20 @@ def quiet_lightning() -> Iterator[None]:
         fabric.setLevel(levels[1])
 
 
+@contextmanager
+def interruptible(trainer: pl.Trainer) -> Iterator[None]:
+    """Let Ctrl-C be an interruption again: Lightning ends the process with ``exit(1)`` and ignores further signals."""
+    handler = signal.getsignal(signal.SIGINT)
+    try:
+        yield
+    except SystemExit:
+        if not trainer.interrupted:
+            raise
+    if trainer.interrupted:
+        signal.signal(signal.SIGINT, handler)
+        raise KeyboardInterrupt
+
+
 def make_trainer(config: dict[str, Any], **arguments: Any) -> pl.Trainer:
     """Build Lightning's Trainer from the `trainer` group, with the engine's ``arguments`` on top."""
     check_keys(config, "trainer")
@@ -260,9 +275,8 @@ def fit(
             gradient_clip_val=recipe.clip_norm or None,
             default_root_dir=folder,
         )
-        trainer.fit(module, train, validation, ckpt_path=last if last.is_file() else None, weights_only=True)
-        if trainer.interrupted:
-            raise KeyboardInterrupt
+        with interruptible(trainer):
+            trainer.fit(module, train, validation, ckpt_path=last if last.is_file() else None, weights_only=True)
     record: dict[str, Any] = {"epochs": trainer.current_epoch, "best_epoch": None, "selection_accuracy": None}
     if best is not None and best.best_model_path:
         state = torch.load(best.best_model_path, weights_only=True, map_location="cpu")

@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-__all__ = ["Method"]
+__all__ = ["HeadMethod", "Method"]
 
 
 class Method(nn.Module, ABC):
@@ -58,8 +58,26 @@ class Method(nn.Module, ABC):
         return sum(p.numel() for p in self.parameters())
 
 
-def copy_of(head: nn.Linear) -> nn.Linear:
-    """Return a linear layer of its own with the backbone's classifier in it."""
-    copy = nn.Linear(head.in_features, head.out_features)
-    copy.load_state_dict(head.state_dict())
-    return copy
+class HeadMethod(Method):
+    """A method that is a linear classifier on each image alone, in place of the backbone's: no cost, no state."""
+
+    def __init__(self, head: nn.Linear) -> None:
+        super().__init__()
+        self.head = nn.Linear(head.in_features, head.out_features)
+        self.head.load_state_dict(head.state_dict())
+
+    def forward(self, x_CSD: Tensor, mask_CS: Tensor | None = None) -> Tensor:
+        """Return the classifier's logits of every image by itself, [C, S, K]."""
+        return self.head(x_CSD)
+
+    def macs(self, images: int) -> int:
+        """Nothing is added: the classifier takes the place of the backbone's."""
+        return 0
+
+    def streaming_macs(self, images: int) -> int | None:
+        """Nothing is added, and no state is needed."""
+        return 0
+
+    def num_parameters(self) -> int:
+        """Nothing is added."""
+        return 0

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import time
 
 import numpy as np
@@ -241,3 +242,12 @@ def test_the_estimate_counts_loading(plan):
     made.dataset.__class__ = Slow
     assert _estimate(made.dataset, backbone, np.arange(100), 0) >= 1.0  # 10 ms an image; how much more is the machine's
     assert _estimate(made.dataset, backbone, np.arange(0), 0) == 0.0
+
+
+def test_features_outlive_their_backbone(plan, monkeypatch):
+    want = execute(plan())
+    shutil.rmtree(plan().backbone_dir)
+    shutil.rmtree(plan().run_dir)
+    monkeypatch.setattr(stages, "_backbone", _raise)
+    assert science(execute(plan())) == science(want)
+    assert execute(plan("stage=features")) is None

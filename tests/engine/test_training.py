@@ -1,5 +1,7 @@
 """A training that was stopped at any epoch and repeated equals an uninterrupted one, to the bit."""
 
+import signal
+
 import numpy as np
 import pytest
 import torch
@@ -130,3 +132,23 @@ def test_bad_trainer_arguments_name_their_key():
     if not torch.cuda.is_available():
         with pytest.raises(ConfigError, match=r"trainer\.accelerator=gpu"):
             make_trainer(TRAINER | {"accelerator": "gpu"})
+
+
+def test_ctrl_c_is_an_interruption_and_continues(run, monkeypatch):
+    """Lightning would end the process; a sweep and the command line have their own way to stop."""
+    want, _ = run("whole")
+    original = training.MethodModule.training_step
+
+    def press(self, batch, batch_idx):
+        if self.trainer.current_epoch == 2:
+            signal.raise_signal(signal.SIGINT)
+        return original(self, batch, batch_idx)
+
+    before = signal.getsignal(signal.SIGINT)
+    monkeypatch.setattr(training.MethodModule, "training_step", press)
+    with pytest.raises(KeyboardInterrupt):
+        run("stopped")
+    assert signal.getsignal(signal.SIGINT) == before
+    monkeypatch.setattr(training.MethodModule, "training_step", original)
+    got, _ = run("stopped")
+    assert all(torch.equal(got[name], want[name]) for name in want)
