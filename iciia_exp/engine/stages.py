@@ -37,7 +37,7 @@ def execute(plan: Plan, brief: bool = False) -> dict[str, Any] | None:
 
     Prints the partition and the result table; ``brief``, as in a sweep, prints neither.
     """
-    todo = ("backbone", "features", "train", "evaluate") if plan.stage == "all" else (plan.stage,)
+    todo: tuple[str, ...] = ("backbone", "features", "train", "evaluate") if plan.stage == "all" else (plan.stage,)
     if "evaluate" in todo and (plan.run_dir / "results.json").is_file():
         log.info("%s: finished before", _shown(plan.run_dir))
         return _results(plan, brief)
