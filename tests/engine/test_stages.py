@@ -251,3 +251,11 @@ def test_features_outlive_their_backbone(plan, monkeypatch):
     monkeypatch.setattr(stages, "_backbone", _raise)
     assert science(execute(plan())) == science(want)
     assert execute(plan("stage=features")) is None
+
+
+def test_the_published_partition_runs(compose, small):
+    from iciia_exp.engine.build import Plan
+
+    overrides = [o for o in small if not o.startswith("partition.")]
+    row = execute(Plan(compose(*overrides, "partition=parent_category")))
+    assert row["test_images"] == 100  # every test image counts once

@@ -5,7 +5,7 @@ import pandas as pd
 import pytest
 
 from iciia_exp.data.clients import ROLES
-from iciia_exp.data.partitions import ClassesPerClient, deal_classes
+from iciia_exp.data.partitions.classes_per_client import ClassesPerClient, deal_classes
 from iciia_exp.errors import ConfigError
 
 

@@ -1,21 +1,18 @@
-"""Partitions: from labels and parents to clients, as pure functions of an explicit generator.
-
-The classes at the end are thin: they check arguments and choose the pools.
-"""
+"""Clients that see a few classes each: `deal_classes` is the pure function, the class around it checks and chooses."""
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
 from collections.abc import Mapping
 
 import numpy as np
 import pandas as pd
 
 from iciia_exp.data.clients import ROLES, Clients, Ragged
+from iciia_exp.data.partitions.base import Partition, parents_of_classes
 from iciia_exp.errors import ConfigError, check_choice, check_int
 from iciia_exp.seeding import generator
 
-__all__ = ["ClassesPerClient", "Partition", "deal_classes"]
+__all__ = ["ClassesPerClient", "deal_classes"]
 
 
 def deal_classes(
@@ -91,14 +88,6 @@ def deal_classes(
             images[role] = rng.permutation(np.concatenate(parts))
         clients.append((parent, images))
     return clients
-
-
-class Partition(ABC):
-    """A rule that assigns a dataset's images to clients."""
-
-    @abstractmethod
-    def assign(self, table: pd.DataFrame, num_classes: int) -> Clients:
-        """Return the clients of a dataset's table (columns label, split, owner, parent); a pure function."""
 
 
 class ClassesPerClient(Partition):
@@ -182,13 +171,7 @@ class ClassesPerClient(Partition):
         if self.by == "class":
             many = "class" if self.classes_per_client == 1 else "classes"
             return np.zeros(num_classes, dtype=np.int64), [f"{self.classes_per_client} {many}"]
-        of_class = table.dropna(subset=["parent"]).groupby("label")["parent"].first()
-        lacking = sorted(set(range(num_classes)) - set(of_class.index))
-        if lacking:
-            problem = f"the dataset has no parent category for the classes {lacking[:5]}; use by=class"
-            raise ConfigError("by", self.by, problem)
-        codes, names = pd.factorize(of_class.sort_index(), sort=True)
-        return np.asarray(codes, dtype=np.int64), [str(n) for n in names]
+        return parents_of_classes(table, num_classes, ConfigError("by", self.by, "{problem}; use by=class"))
 
     def _quotas(self, pools: dict[str, np.ndarray]) -> dict[str, int]:
         if self.split == "client":
