@@ -187,6 +187,15 @@ def test_a_repeated_sweep_runs_only_what_is_missing(monkeypatch, capsys, small):
     assert "gain\n" in out or "± s.e." in out
 
 
+def test_a_sweep_over_clients_has_a_table_for_each(monkeypatch, capsys, tmp_path, small):
+    assert call(monkeypatch, "-m", *small, "method=backbone,linear_head", "partition.classes_per_client=2,3") == 0
+    out = capsys.readouterr().out
+    report = out[out.index("classes_per_client=2 (") :]
+    assert report.count("small_cnn alone") == 2
+    assert report.index("partition.classes_per_client=3 (") > report.index("small_cnn alone")
+    assert len(list(tmp_path.glob("outputs/sweeps/*/accuracy_vs_overhead-*.png"))) == 2
+
+
 def test_conf_works_from_any_folder(monkeypatch, tmp_path, capsys):
     (tmp_path / "deep").mkdir()
     monkeypatch.chdir(tmp_path / "deep")

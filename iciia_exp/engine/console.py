@@ -11,7 +11,7 @@ import pandas as pd
 from rich.console import Console
 from rich.table import Table
 
-__all__ = ["console", "partition_table", "result_table", "setup_logging"]
+__all__ = ["base_of", "console", "partition_table", "result_table", "setup_logging", "varying"]
 
 
 def console() -> Console:
@@ -64,13 +64,35 @@ def _overhead(value: float | None) -> str:
     return "0" if value == 0 else f"{value:.2g} %" if value < 10 else f"{value:,.0f} %"
 
 
-def _label(row: dict[str, Any]) -> str:
+def base_of(row: dict[str, Any]) -> tuple[tuple[str, Any], ...]:
+    """Return what a row's backbone accuracy depends on, seeds aside: experiment, dataset, backbone and partition."""
+    parts = ("config.dataset.", "config.backbone.", "config.partition.")
+    kept = {k: v for k, v in row.items() if k.startswith(parts) and not k.endswith(".seed")}
+    return tuple(sorted({"name": row["name"], "backbone": row["backbone"], **kept}.items()))
+
+
+def varying(rows: Sequence[dict[str, Any]]) -> list[str]:
+    """Return the settings in which rows differ, seeds and what a label says anyhow left out."""
+    said = ("config.method.num_layers", "config.method.heads", "config.method.groups")
+    keys = sorted({k for row in rows for k in row if k.startswith("config.")} - set(said))
+    same_method: dict[str, list[dict[str, Any]]] = {}
+    for row in rows:
+        same_method.setdefault(row["method"], []).append(row)
+    return [
+        key
+        for key in keys
+        if not key.endswith(".seed") and any(len({str(r.get(key)) for r in g}) > 1 for g in same_method.values())
+    ]
+
+
+def _label(row: dict[str, Any], keys: Sequence[str] = ()) -> str:
     letters = (("num_layers", "N"), ("heads", "H"), ("groups", "G"))
     parts = [f"{letter}={row[key]}" for key, letter in letters if row.get(key)]
+    parts += [f"{key.rsplit('.', 1)[-1]}={row[key]}" for key in keys if key in row]
     return " ".join([row["method"], *parts])
 
 
-def _cells(rows: Sequence[dict[str, Any]], several: bool) -> list[str]:
+def _cells(rows: Sequence[dict[str, Any]], several: bool, keys: Sequence[str]) -> list[str]:
     """Return the cells of one line from runs that differ in seeds only."""
     frame = pd.DataFrame(list(rows))
     mean = frame.mean(numeric_only=True)
@@ -81,7 +103,7 @@ def _cells(rows: Sequence[dict[str, Any]], several: bool) -> list[str]:
         return f" [{100 * mean[f'{key}_low']:+.1f}, {100 * mean[f'{key}_high']:+.1f}]" if key == "gain" else ""
 
     return [
-        _label(rows[0]),
+        _label(rows[0], keys),
         *[str(len(rows))] * several,
         _percent(mean["accuracy"]) + spread("accuracy"),
         f"{100 * mean['gain']:+.1f}" + spread("gain"),
@@ -94,7 +116,7 @@ def _cells(rows: Sequence[dict[str, Any]], several: bool) -> list[str]:
 
 
 def result_table(rows: Sequence[dict[str, Any]]) -> Table:
-    """Return a table with the backbone's line and one line per setting, seeds averaged.
+    """Return a table with the backbone's line and one line per setting, seeds averaged; all rows of one `base_of`.
 
     In percent. Gains are over the backbone on the same images; the interval (one run) is the 95 % bootstrap over
     clients, ``±`` (several runs) the standard error over runs. In brackets behind the harmed clients: what chance alone
@@ -107,6 +129,7 @@ def result_table(rows: Sequence[dict[str, Any]]) -> Table:
     averages = ("client\naccuracy", "worst\ndecile", "harmed\n(chance)")
     for name in ("runs",) * several + ("accuracy", gain, *averages, "over-\nhead", "per\nimage"):
         table.add_column(name, justify="right", overflow="fold")
+    keys = varying(rows)
     bases = list({r["partition_digest"]: r for r in rows}.values())
     base = pd.DataFrame(bases).mean(numeric_only=True)
     cells = [_percent(base[f"backbone_{k}"]) for k in ("accuracy", "client_accuracy", "worst_decile")]
@@ -117,5 +140,5 @@ def result_table(rows: Sequence[dict[str, Any]]) -> Table:
         if row["method"] != "backbone":
             settings.setdefault(row["setting_digest"], []).append(row)
     for _, runs in sorted(settings.items(), key=lambda item: item[1][0]["overhead_percent"]):
-        table.add_row(*_cells(runs, several))
+        table.add_row(*_cells(runs, several, keys))
     return table

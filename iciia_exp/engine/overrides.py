@@ -73,8 +73,8 @@ def explain(error: Exception) -> str:
             return f"{key}: add a plus sign, +{key}=NAME; valid: {', '.join(option_names(key))}"
         if re.search(r"No match in the defaults list", text):
             return f"{key}: no such key; {_did_you_mean(key, _groups(), 'the groups are')}"
-        keys = _keys()
-        return f"{key}: no such key; {_did_you_mean(key, keys, 'valid') if nearest(key, keys) else _help()}"
+        near = nearest(key, _keys())
+        return f"{key}: no such key; " + (f"did you mean {near}?" if near else "see python -m iciia_exp --help")
     if match := re.search(r"Ambiguous value for argument '([^']+)'", text):
         return f"{match.group(1)}: several values are a sweep; add -m (or write key=[a,b] for a list)"
     if isinstance(error, OverrideParseException):
@@ -89,7 +89,3 @@ def explain(error: Exception) -> str:
 def _first(text: str) -> str:
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     return lines[0] if lines else "unknown error"
-
-
-def _help() -> str:
-    return f"see {' '.join(['python -m iciia_exp', '--help'])}"

@@ -42,7 +42,7 @@ class SweepReport(Callback):
     def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
         """Report."""
         global _status
-        from iciia_exp.engine.console import console, result_table, setup_logging
+        from iciia_exp.engine.console import base_of, console, result_table, setup_logging
         from iciia_exp.engine.plots import accuracy_vs_overhead
 
         setup_logging()
@@ -56,14 +56,17 @@ class SweepReport(Callback):
                     rows.append(read_json(Path(job["run_dir"]) / "results.json"))
         out = console()
         out.print()
-        by_setting: dict[tuple[str, str, str], list[dict[str, Any]]] = {}
+        by_base: dict[Any, list[dict[str, Any]]] = {}
         for row in rows:
-            by_setting.setdefault((row["name"], row["dataset"], row["backbone"]), []).append(row)
-        for (name, dataset, backbone), group in by_setting.items():
-            if len(by_setting) > 1:
-                out.print(f"[bold]{name}[/bold]: {dataset}, {backbone}")
+            by_base.setdefault(base_of(row), []).append(row)
+        for number, (base, group) in enumerate(by_base.items()):
+            plot = "accuracy_vs_overhead.png"
+            if len(by_base) > 1:  # other clients or another backbone: their accuracies do not belong in one table
+                plot = f"accuracy_vs_overhead-{number}.png"
+                differs = [f"{k.removeprefix('config.')}={v}" for k, v in base if any((k, v) not in b for b in by_base)]
+                out.print(f"[bold]{' '.join(differs)}[/bold] ({plot})", soft_wrap=True)
             out.print(result_table(group))
-            plot = "accuracy_vs_overhead.png" if len(by_setting) == 1 else f"accuracy_vs_overhead-{name}-{backbone}.png"
+            out.print()
             accuracy_vs_overhead(list({r["digest"]: r for r in group}.values()), folder / plot)
         done = len(jobs) - len(failures)
         out.print(f"[dim]{done} of {len(jobs)} jobs done; plot and records in {folder}[/dim]", soft_wrap=True)

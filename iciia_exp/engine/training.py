@@ -157,6 +157,18 @@ class _EarlyStopping(EarlyStopping):
             trainer.should_stop = True
 
 
+class _Checkpoint(ModelCheckpoint):
+    """A checkpoint callback that finds its files again where the run directory has moved before resuming."""
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        def here(path: str) -> str:
+            return str(Path(str(self.dirpath)) / Path(path).name) if path else path
+
+        paths = {k: here(v) for k, v in state_dict.items() if k.endswith("_model_path")}
+        kept = {here(path): score for path, score in state_dict["best_k_models"].items()}
+        super().load_state_dict({**state_dict, **paths, "best_k_models": kept, "dirpath": self.dirpath})
+
+
 @contextmanager
 def quiet_lightning() -> Iterator[None]:
     """Silence what Lightning says on every start and a user cannot act on (devices found, tips, few workers)."""
@@ -251,7 +263,7 @@ def fit(
     """
     recipe = module.recipe
     progress = TrainingProgress(title)
-    best: ModelCheckpoint | None = None
+    best: _Checkpoint | None = None
     callbacks: list[pl.Callback] = [_SeedSteps(seed), progress]
     if validation is not None:
         if recipe.patience:
@@ -259,10 +271,10 @@ def fit(
                 _EarlyStopping(MONITOR, mode="max", patience=recipe.patience, check_on_train_epoch_end=True)
             )
         keep: dict[str, Any] = {"monitor": MONITOR, "mode": "max", "filename": "best"}
-        best = ModelCheckpoint(folder, save_on_train_epoch_end=True, enable_version_counter=False, **keep)
+        best = _Checkpoint(folder, save_on_train_epoch_end=True, enable_version_counter=False, **keep)
         callbacks.append(best)
     # after `best`, so that its memory of the best epoch is in the checkpoint that training resumes from
-    callbacks.append(ModelCheckpoint(folder, "last", save_on_train_epoch_end=True, enable_version_counter=False))
+    callbacks.append(_Checkpoint(folder, "last", save_on_train_epoch_end=True, enable_version_counter=False))
     epochs = min(recipe.epochs, trainer_config.get("max_epochs") or recipe.epochs)
     last = folder / "last.ckpt"
     with quiet_lightning():

@@ -5,7 +5,7 @@ from io import StringIO
 import pytest
 from rich.console import Console
 
-from iciia_exp.engine.console import result_table
+from iciia_exp.engine.console import base_of, result_table
 
 ROW = {
     "name": "x", "backbone": "small_cnn", "method": "iciia", "groups": 4, "heads": 2, "num_layers": 1, "digest": "d0",
@@ -48,3 +48,20 @@ def test_nothing_is_cut_off_in_a_narrow_terminal(width):
     assert "…" not in text
     for part in ("90.0", "+10.0", "(3.0)", "160"):
         assert part in text
+
+
+def test_settings_that_differ_are_told_apart():
+    rows = [
+        ROW
+        | {"digest": str(lr), "setting_digest": str(lr), "config.protocol.recipe.lr": lr, "config.backbone.seed": lr}
+        for lr in (0.1, 0.01)
+    ]
+    *_, first, second = lines(rows, 140)
+    assert first[:5] == ["iciia", "N=1", "H=2", "G=4", "lr=0.1"]
+    assert second[4] == "lr=0.01"
+
+
+def test_other_clients_are_another_base_and_other_seeds_are_not():
+    row = ROW | {"config.partition.classes_per_client": 2, "config.partition.seed": 0}
+    assert base_of(row) == base_of(row | {"config.partition.seed": 1, "config.method.dropout": 0.3})
+    assert base_of(row) != base_of(row | {"config.partition.classes_per_client": 3})

@@ -103,6 +103,25 @@ def test_killed_after_the_last_epoch_trains_no_more(run, patience, monkeypatch):
     assert {k: v for k, v in resumed.items() if k != "seconds"} == {k: v for k, v in record.items() if k != "seconds"}
 
 
+def test_a_run_that_moved_keeps_its_best_epoch(run, monkeypatch, tmp_path):
+    want, record = run("whole", epochs=8)
+    original = training.MethodModule.training_step
+
+    def die(self, batch, batch_idx):
+        if self.trainer.current_epoch == 6:
+            raise Killed
+        return original(self, batch, batch_idx)
+
+    monkeypatch.setattr(training.MethodModule, "training_step", die)
+    with pytest.raises(Killed):
+        run("killed", epochs=8)
+    monkeypatch.setattr(training.MethodModule, "training_step", original)
+    (tmp_path / "killed").rename(tmp_path / "moved")
+    got, resumed = run("moved", epochs=8)
+    assert resumed["best_epoch"] == record["best_epoch"]
+    assert all(torch.equal(got[name], want[name]) for name in want)
+
+
 def test_the_best_epoch_is_kept(run):
     _, record = run("a", epochs=8)
     assert 1 <= record["best_epoch"] <= 8

@@ -146,7 +146,7 @@ class ClassesPerClient(Partition):
             clients = deal_classes(labels_M, parents_K, chosen, quotas, self.classes_per_client, rng)
             if not clients:
                 problem = f"the {' and '.join(f'{len(pools[r])} {r}' for r in roles)} images do not fill one client"
-                problem += f" of {self.classes_per_client} classes; use fewer images per client"
+                problem += f" of {self._classes}; use fewer images per client"
                 raise ConfigError("images_per_client", self.images_per_client, problem)
             width = len(str(len(clients) - 1))
             entries.extend((f"{name}-{i:0{width}d}", parent, images) for i, (parent, images) in enumerate(clients))
@@ -166,11 +166,14 @@ class ClassesPerClient(Partition):
             **{role: Ragged.from_rows([images.get(role, empty) for _, _, images in entries]) for role in ROLES},
         )
 
+    @property
+    def _classes(self) -> str:
+        return "1 class" if self.classes_per_client == 1 else f"{self.classes_per_client} classes"
+
     def _parents(self, table: pd.DataFrame, num_classes: int) -> tuple[np.ndarray, list[str]]:
         """Return the parent of every class, numbered, and the kinds' names."""
         if self.by == "class":
-            many = "class" if self.classes_per_client == 1 else "classes"
-            return np.zeros(num_classes, dtype=np.int64), [f"{self.classes_per_client} {many}"]
+            return np.zeros(num_classes, dtype=np.int64), [self._classes]
         return parents_of_classes(table, num_classes, ConfigError("by", self.by, "{problem}; use by=class"))
 
     def _quotas(self, pools: dict[str, np.ndarray]) -> dict[str, int]:
