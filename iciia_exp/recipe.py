@@ -53,14 +53,14 @@ class Recipe:
         self.clip_norm = check_float("clip_norm", clip_norm, 0.0)
         self.patience = check_int("patience", patience, 0)
 
-    def make_optimizer(self, parameters: Iterable[torch.nn.Parameter]) -> torch.optim.Optimizer:
-        """Return the optimiser over ``parameters``."""
+    def make_optimizer(self, parameters: Iterable[torch.nn.Parameter], fused: bool = True) -> torch.optim.Optimizer:
+        """Return the optimiser over ``parameters``; ``fused`` passes over memory once, not ten times."""
         import torch
 
         if self.optimizer == "sgd":
             return torch.optim.SGD(parameters, self.lr, momentum=self.momentum, weight_decay=self.weight_decay)
         kind = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[self.optimizer]
-        return kind(parameters, self.lr, weight_decay=self.weight_decay, fused=True)  # one pass over memory, not ten
+        return kind(parameters, self.lr, weight_decay=self.weight_decay, fused=fused)
 
     def make_schedule(
         self, optimizer: torch.optim.Optimizer, steps: int

@@ -42,8 +42,10 @@ MONITOR = "selection/accuracy"
 class _Module(pl.LightningModule):
     """What both trainings share: the recipe's optimiser and schedule."""
 
-    #: metrics to show beside the progress bar
+    #: metrics to show beside the progress bar, the training loss first
     shown: tuple[str, ...] = ()
+    #: where the recipe stands in the configuration
+    recipe_key: str
 
     def __init__(self, recipe: Recipe) -> None:
         super().__init__()
@@ -51,17 +53,27 @@ class _Module(pl.LightningModule):
 
     def configure_optimizers(self) -> Any:
         """Build what the recipe says, over the parameters that are trained."""
-        optimizer = self.recipe.make_optimizer(p for p in self.parameters() if p.requires_grad)
+        # a fused step under a gradient scaler (16-mixed) unscales by itself, too late for clipping
+        fused = getattr(self.trainer.precision_plugin, "scaler", None) is None
+        optimizer = self.recipe.make_optimizer((p for p in self.parameters() if p.requires_grad), fused)
         schedule = self.recipe.make_schedule(optimizer, int(self.trainer.estimated_stepping_batches))
         if schedule is None:
             return optimizer
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def configure_gradient_clipping(
+        self, optimizer: Any, gradient_clip_val: float | None = None, gradient_clip_algorithm: str | None = None
+    ) -> None:
+        """Clip by norm; Lightning's own way refuses every fused optimiser under mixed precision."""
+        if gradient_clip_val:
+            nn.utils.clip_grad_norm_(self.parameters(), gradient_clip_val)
 
 
 class BackboneModule(_Module):
     """Trains a backbone, trunk and head, by cross-entropy on single images."""
 
     shown = ("backbone/loss", "backbone/train_accuracy")
+    recipe_key = "backbone.recipe"
 
     def __init__(self, backbone: Backbone, recipe: Recipe) -> None:
         super().__init__(recipe)
@@ -90,6 +102,7 @@ class MethodModule(_Module):
     """
 
     shown = ("train/loss", MONITOR)
+    recipe_key = "protocol.recipe"
 
     def __init__(self, method: Method, head: nn.Linear, recipe: Recipe, clients: int) -> None:
         super().__init__(recipe)
@@ -147,6 +160,20 @@ class _SeedSteps(pl.Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
         torch.manual_seed(derive_seed("step", self.seed, trainer.current_epoch, batch_idx, trainer.global_rank))
+
+
+class _Diverged(pl.Callback):
+    """Stops a training whose loss is no longer a number, before its weights take the place of good ones."""
+
+    def __init__(self, loss: str, key: str) -> None:
+        self.loss, self.key = loss, key
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if not torch.isfinite(trainer.callback_metrics[self.loss]):
+            lr, epoch = pl_module.recipe.lr, trainer.current_epoch + 1  # type: ignore[union-attr]
+            raise ConfigError(
+                f"{self.key}.lr", lr, f"training diverged, the loss is not finite in epoch {epoch}; lower it"
+            )
 
 
 class _EarlyStopping(EarlyStopping):
@@ -264,7 +291,7 @@ def fit(
     recipe = module.recipe
     progress = TrainingProgress(title)
     best: _Checkpoint | None = None
-    callbacks: list[pl.Callback] = [_SeedSteps(seed), progress]
+    callbacks: list[pl.Callback] = [_SeedSteps(seed), progress, _Diverged(module.shown[0], module.recipe_key)]
     if validation is not None:
         if recipe.patience:
             callbacks.append(

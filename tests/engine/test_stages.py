@@ -259,3 +259,17 @@ def test_the_published_partition_runs(compose, small):
     overrides = [o for o in small if not o.startswith("partition.")]
     row = execute(Plan(compose(*overrides, "partition=parent_category")))
     assert row["test_images"] == 100  # every test image counts once
+
+
+@pytest.mark.parametrize("key", ["protocol.recipe", "backbone.recipe"])
+def test_a_training_that_diverges_is_an_error_that_names_the_rate(plan, key):
+    made = plan(f"{key}.optimizer=sgd", f"{key}.lr=1e12", f"{key}.schedule=constant", "protocol.recipe.clip_norm=0")
+    with pytest.raises(UserError, match=rf"^{key}\.lr=1000000000000\.0: training diverged"):
+        execute(made)
+    assert not (made.run_dir / "weights.safetensors").exists()
+
+
+@pytest.mark.parametrize("clip", [0, 1])
+def test_mixed_precision_with_and_without_clipping(plan, clip):
+    row = execute(plan("trainer.precision=bf16-mixed", f"protocol.recipe.clip_norm={clip}"))
+    assert row["test_clients"] > 0
