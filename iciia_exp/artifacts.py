@@ -86,9 +86,9 @@ def read_json(path: Path) -> dict[str, Any]:
         raise UserError(f"{path}: not valid JSON ({error}); delete it and repeat the command") from error
 
 
-def finished_folder(path: Path, marker: str = "manifest.json") -> bool:
-    """Whether the artifact at ``path`` is complete."""
-    return (path / marker).is_file()
+def finished_folder(path: Path) -> bool:
+    """Whether the artifact at ``path`` is complete: its manifest is written last."""
+    return (path / "manifest.json").is_file()
 
 
 def make_folder(path: Path, what: str, build: Callable[[Path], None]) -> bool:

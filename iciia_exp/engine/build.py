@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import inspect
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ from iciia_exp.data.clients import Clients
 from iciia_exp.data.dataset import ImageDataset
 from iciia_exp.data.partitions import Partition
 from iciia_exp.digest import digest
+from iciia_exp.engine.overrides import dotted_keys
 from iciia_exp.engine.paths import resolve_cache_dir
 from iciia_exp.errors import ConfigError, UserError, check_choice, check_int, nearest
 from iciia_exp.methods.base import Method
@@ -110,14 +111,6 @@ def science(node: Any) -> Any:
     return {k: science(v) for k, v in node.items() if k not in cosmetic and k != "_partial_"}
 
 
-def _leaves(config: DictConfig, prefix: str = "") -> Iterator[str]:
-    for key in map(str, config):
-        node = config._get_node(key)
-        yield f"{prefix}{key}"
-        if isinstance(node, DictConfig) and not node._is_none() and not node._is_interpolation():
-            yield from _leaves(node, f"{prefix}{key}.")
-
-
 class Plan:
     """A checked configuration: the objects it describes, built on demand, and where their artifacts lie.
 
@@ -128,7 +121,7 @@ class Plan:
     def __init__(self, config: DictConfig) -> None:
         for key in map(str, config):
             if key not in TOP_LEVEL:
-                near = nearest(key, [k for k in _leaves(config) if k != key])
+                near = nearest(key, [k for k in dotted_keys(config) if k != key])
                 hint = f"did you mean {near}?" if near else f"valid: {', '.join(TOP_LEVEL)}"
                 raise UserError(f"{key}: no such key; {hint}")
         for key in TOP_LEVEL:

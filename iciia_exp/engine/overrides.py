@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import sys
+from collections.abc import Iterator
 
 from hydra.errors import ConfigCompositionException, MissingConfigException, OverrideParseException
 from omegaconf import DictConfig
@@ -11,12 +12,21 @@ from omegaconf import DictConfig
 from iciia_exp.engine.paths import CONF_DIR
 from iciia_exp.errors import UserError, nearest
 
-__all__ = ["explain", "option_names"]
+__all__ = ["dotted_keys", "explain", "option_names"]
 
 
 def option_names(group: str) -> list[str]:
     """Return the options of a configuration group."""
     return sorted(path.stem for path in (CONF_DIR / group).glob("*.yaml"))
+
+
+def dotted_keys(config: DictConfig, prefix: str = "") -> Iterator[str]:
+    """Yield all keys of a configuration, those of groups too, with the path in front."""
+    for key in map(str, config):
+        yield f"{prefix}{key}"
+        node = config._get_node(key)
+        if isinstance(node, DictConfig) and not node._is_none() and not node._is_interpolation():
+            yield from dotted_keys(node, f"{prefix}{key}.")
 
 
 def _groups() -> list[str]:
@@ -36,17 +46,7 @@ def _keys() -> list[str]:
     GlobalHydra.instance().clear()
     with initialize_config_dir(str(CONF_DIR), version_base="1.3"):
         config = compose("config", overrides=list(choices.values()))
-    found: list[str] = []
-
-    def walk(node: DictConfig, prefix: str) -> None:
-        for key in map(str, node):
-            found.append(f"{prefix}{key}")
-            child = node._get_node(key)
-            if isinstance(child, DictConfig) and not child._is_none():
-                walk(child, f"{found[-1]}.")
-
-    walk(config, "")
-    return found
+    return list(dotted_keys(config))
 
 
 def _did_you_mean(word: str, choices: list[str], listed: str) -> str:

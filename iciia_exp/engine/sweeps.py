@@ -7,7 +7,6 @@ folder, so that this works the same in one process, in several and on a cluster.
 from __future__ import annotations
 
 import contextlib
-import json
 import logging
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ from hydra.experimental.callback import Callback
 from omegaconf import DictConfig
 
 from iciia_exp.artifacts import read_json, write_json
+from iciia_exp.errors import UserError
 
 __all__ = ["SweepReport", "record_job", "take_exit_status"]
 
@@ -52,7 +52,7 @@ class SweepReport(Callback):
         rows = []
         for job in jobs:
             if job.get("run_dir"):
-                with contextlib.suppress(OSError, json.JSONDecodeError):
+                with contextlib.suppress(OSError, UserError):
                     rows.append(read_json(Path(job["run_dir"]) / "results.json"))
         out = console()
         out.print()

@@ -13,7 +13,7 @@ import netrc
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 from urllib.parse import urlparse
 
 import pandas as pd
@@ -68,8 +68,6 @@ class Tracking:
             The environment variable WANDB_MODE goes before ``auto``.
         tags: for wandb; backbone, dataset and method are always among them.
     """
-
-    cosmetic: ClassVar[frozenset[str]] = frozenset({"wandb", "project", "entity", "mode", "tags"})
 
     def __init__(
         self,
