@@ -14,6 +14,7 @@ __all__ = [
     "check_choice",
     "check_float",
     "check_int",
+    "first_line",
     "nearest",
 ]
 
@@ -34,6 +35,16 @@ class ConfigError(UserError):
 
     def __str__(self) -> str:
         return f"{self.key}={self.value}: {self.problem}"
+
+
+def first_line(text: object) -> str:
+    """Return the first line of a text or an error that says something; "unknown error" where none does.
+
+    >>> first_line(ValueError("  too big\\nby far"))
+    'too big'
+    """
+    lines = [line.strip() for line in str(text).splitlines() if line.strip()]
+    return lines[0] if lines else "unknown error"
 
 
 def nearest(word: str, choices: Iterable[str]) -> str | None:

@@ -24,7 +24,7 @@ from iciia_exp.data.partitions import Partition
 from iciia_exp.digest import digest
 from iciia_exp.engine.overrides import dotted_keys
 from iciia_exp.engine.paths import resolve_cache_dir
-from iciia_exp.errors import ConfigError, UserError, check_choice, check_int, nearest
+from iciia_exp.errors import ConfigError, UserError, check_choice, check_int, first_line, nearest
 from iciia_exp.methods.base import Method
 from iciia_exp.models.backbone import Backbone, BackboneSpec
 
@@ -90,7 +90,7 @@ def _call(path: str, function: Callable[[], Any]) -> Any:
             raise ConfigError(f"{where}.{cause.key}", cause.value, cause.problem) from error
         if isinstance(cause, UserError):
             raise cause from error
-        raise UserError(f"{where}: {cause or error}".splitlines()[0]) from error
+        raise UserError(f"{where}: {first_line(cause or error)}") from error
 
 
 def build(node: dict[str, Any], path: str, **runtime: Any) -> Any:
@@ -130,7 +130,7 @@ class Plan:
         try:
             self.config: dict[str, Any] = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)  # type: ignore[assignment]
         except OmegaConfBaseException as error:
-            raise UserError(str(error).splitlines()[0]) from error
+            raise UserError(first_line(error)) from error
         #: keys of groups that only repeat a top-level key, which is then the one to name in errors
         self._aliases = {
             f"{group}.{key}": match.group(1)
@@ -145,10 +145,8 @@ class Plan:
         self.stage = check_choice("stage", self.config["stage"], STAGES)
         self.output_dir = Path(self.config["output_dir"]).expanduser().resolve()
         self.cache_dir = resolve_cache_dir(self.config["cache_dir"])
-        # cheap and complete: every constructor checks its arguments now, before any work
-        for group in GROUPS:
-            if group != "trainer":  # Lightning takes seconds to import; its arguments are checked when it is needed
-                check_keys(self.config[group], group)
+        # cheap: constructors check keys and values now, before any work. Not the trainer: Lightning takes seconds to
+        # import, and `engine.training.make_trainer` checks it
         self.dataset: ImageDataset = build(self.config["dataset"], "dataset")
         self.backbone_spec: BackboneSpec = build(self.config["backbone"], "backbone")
         self.partition: Partition = build(self.config["partition"], "partition")
@@ -178,6 +176,7 @@ class Plan:
         return self.make_backbone().dim
 
     def _canonical_method(self) -> dict[str, Any]:
+        check_keys(self.config["method"], "method")
         config = {k: v for k, v in self.config["method"].items() if k != "_target_"}
         dim = self.dim
         try:

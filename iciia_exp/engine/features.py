@@ -80,8 +80,8 @@ class _Write(pl.Callback):
     def on_predict_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._start = time.monotonic()
         self._estimated = False
-        self._context = progress_bar()
-        self._bar = self._context.__enter__()
+        self._bar = progress_bar()
+        self._bar.start()
         self._task = self._bar.add_task("features", total=self.images, note="")
 
     def on_predict_batch_end(
@@ -99,10 +99,10 @@ class _Write(pl.Callback):
             log.info("features: %s images/s, about %s left", f"{rate:,.0f}", _duration(left))
 
     def on_predict_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._context.__exit__(None, None, None)
+        self._bar.stop()
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
-        self._context.__exit__(None, None, None)
+        self._bar.stop()
         self.writer.flush()
 
 
@@ -160,8 +160,8 @@ def extract(
     )
     if len(rows):
         with quiet_lightning():
-            limits = {k: v for k, v in trainer_config.items() if k not in ("max_epochs", "limit_train_batches")}
-            trainer = make_trainer(limits, callbacks=[_Write(writer, len(rows))], inference_mode=True)
+            whole: dict[str, Any] = {"inference_mode": True, "limit_predict_batches": None}
+            trainer = make_trainer(trainer_config, callbacks=[_Write(writer, len(rows))], **whole)
             with interruptible(trainer):
                 trainer.predict(_Extractor(backbone), loader, return_predictions=False)
     writer.flush()

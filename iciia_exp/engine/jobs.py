@@ -13,7 +13,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig
 
 from iciia_exp.engine.console import setup_logging
-from iciia_exp.errors import UserError
+from iciia_exp.errors import UserError, first_line
 
 __all__ = ["run_job", "take_failure"]
 
@@ -44,12 +44,6 @@ def run_job(config: DictConfig) -> float | None:
         except UserError as error:
             _failure = error
             return None
-        except OSError as error:  # a folder that cannot be written, a full disk
-            if error.filename is None and error.strerror is None:
-                raise
-            _failure = UserError(f"{error.filename or 'disk'}: {error.strerror}")
-            _failure.__cause__ = error
-            return None
         return row["selection_accuracy"] if row else None
 
     from iciia_exp.engine.sweeps import record_job
@@ -64,9 +58,8 @@ def run_job(config: DictConfig) -> float | None:
         run_dir, row = _execute(config, brief=True)
         outcome = {"status": "done", "run_dir": str(run_dir), "error": None}
     except Exception as error:
-        text = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
-        outcome |= {"error": text.strip().splitlines()[0] if text.strip() else type(error).__name__}
-        outcome["traceback"] = traceback.format_exc()
+        text = error if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
+        outcome |= {"error": first_line(text), "traceback": traceback.format_exc()}
         log.error("%s", outcome["error"])
     finally:
         record_job(folder, number, overrides, {**outcome, "seconds": round(time.monotonic() - start, 2)})
@@ -78,4 +71,9 @@ def _execute(config: DictConfig, brief: bool = False) -> tuple[Path, dict[str, A
     from iciia_exp.engine.stages import execute
 
     plan = Plan(config)
-    return plan.run_dir, execute(plan, brief)
+    try:
+        return plan.run_dir, execute(plan, brief)
+    except OSError as error:  # a folder that cannot be written, a full disk
+        if error.filename is None and error.strerror is None:
+            raise
+        raise UserError(f"{error.filename or 'disk'}: {error.strerror}") from error

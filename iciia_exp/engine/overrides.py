@@ -10,7 +10,7 @@ from hydra.errors import ConfigCompositionException, MissingConfigException, Ove
 from omegaconf import DictConfig
 
 from iciia_exp.engine.paths import CONF_DIR
-from iciia_exp.errors import UserError, nearest
+from iciia_exp.errors import UserError, first_line, nearest
 
 __all__ = ["dotted_keys", "explain", "option_names"]
 
@@ -61,7 +61,7 @@ def explain(error: Exception) -> str:
     text = str(error)
     if isinstance(error, MissingConfigException):
         if error.missing_cfg_file is None:
-            return _first(text)
+            return first_line(text)
         group, _, option = error.missing_cfg_file.rpartition("/")
         options = [o for o in (error.options or option_names(group)) if o]
         if options:
@@ -78,14 +78,9 @@ def explain(error: Exception) -> str:
     if match := re.search(r"Ambiguous value for argument '([^']+)'", text):
         return f"{match.group(1)}: several values are a sweep; add -m (or write key=[a,b] for a list)"
     if isinstance(error, OverrideParseException):
-        return f"{error.override}: not of the form key=value ({_first(error.message)}); quote special characters"
+        return f"{error.override}: not of the form key=value ({first_line(error.message)}); quote special characters"
     if isinstance(error, ValueError):
-        return f"{_first(text)}: a group cannot be null; choose one of its options"
+        return f"{first_line(text)}: a group cannot be null; choose one of its options"
     if isinstance(error, ConfigCompositionException) and error.__cause__ is not None:
-        return f"{_first(text)} ({_first(str(error.__cause__))})"
-    return _first(text)
-
-
-def _first(text: str) -> str:
-    lines = [line.strip() for line in text.splitlines() if line.strip()]
-    return lines[0] if lines else "unknown error"
+        return f"{first_line(text)} ({first_line(str(error.__cause__))})"
+    return first_line(text)

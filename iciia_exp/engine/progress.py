@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import lightning.pytorch as pl
@@ -15,9 +13,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 __all__ = ["TrainingProgress", "progress_bar"]
 
 
-@contextmanager
-def progress_bar() -> Iterator[Progress]:
-    """Show a rich progress bar on standard error that vanishes when done; silent where that is no terminal."""
+def progress_bar() -> Progress:
+    """Return a rich progress bar on standard error that vanishes when stopped; silent where that is no terminal."""
     columns = (
         TextColumn("{task.description}"),
         BarColumn(bar_width=None),
@@ -26,8 +23,7 @@ def progress_bar() -> Iterator[Progress]:
         TimeElapsedColumn(),
         TimeRemainingColumn(),
     )
-    with Progress(*columns, console=Console(file=sys.stderr), transient=True, disable=not sys.stderr.isatty()) as bar:
-        yield bar
+    return Progress(*columns, console=Console(file=sys.stderr), transient=True, disable=not sys.stderr.isatty())
 
 
 class TrainingProgress(pl.Callback):
@@ -40,6 +36,7 @@ class TrainingProgress(pl.Callback):
         self.title = title
         self.seconds = 0.0
         self._since = 0.0
+        self._bar: Progress | None = None
 
     def state_dict(self) -> dict[str, Any]:
         """Return the seconds so far."""
@@ -59,8 +56,8 @@ class TrainingProgress(pl.Callback):
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Open the bar."""
         self._since = time.monotonic()
-        self._context = progress_bar()
-        self._bar = self._context.__enter__()
+        self._bar = progress_bar()
+        self._bar.start()
         self._task = self._bar.add_task(self.title, total=trainer.max_epochs, completed=trainer.current_epoch, note="")
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -68,13 +65,14 @@ class TrainingProgress(pl.Callback):
         names: Any = getattr(pl_module, "shown", ())
         shown = {n.rsplit("/", 1)[-1]: float(v) for n, v in trainer.callback_metrics.items() if n in names}
         note = "  ".join(f"{n} {v:.3f}" for n, v in shown.items())
+        assert self._bar is not None
         self._bar.update(self._task, completed=trainer.current_epoch + 1, note=note)
 
     def _close(self) -> None:
-        if hasattr(self, "_context"):
+        if self._bar is not None:
             self._tick()
-            self._context.__exit__(None, None, None)
-            del self._context
+            self._bar.stop()
+            self._bar = None
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Close the bar."""

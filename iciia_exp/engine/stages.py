@@ -23,7 +23,7 @@ from iciia_exp.digest import file_digest
 from iciia_exp.engine.build import Plan, build
 from iciia_exp.engine.console import console, partition_table, result_table
 from iciia_exp.engine.run import Run, save_method
-from iciia_exp.errors import UserError
+from iciia_exp.errors import UserError, first_line
 from iciia_exp.methods.base import Method
 from iciia_exp.seeding import derive_seed
 
@@ -146,7 +146,7 @@ def _load_backbone(plan: Plan) -> tuple[Any, dict[str, Any]]:
     try:
         backbone.load_state_dict(load_file(path))
     except Exception as error:
-        why = str(error).splitlines()[0]
+        why = first_line(error)
         raise UserError(f"{path}: cannot be loaded ({why}); delete its folder and repeat") from error
     return backbone, read_json(plan.backbone_dir / "manifest.json")
 
@@ -272,9 +272,8 @@ def _evaluate(plan: Plan, store: FeatureStore, clients: Clients, tracker: Any) -
     run = Run.load(folder)
     start = time.monotonic()
     module = MethodModule(run.method, run.head, plan.protocol.recipe, len(clients))
-    limits = {k: v for k, v in plan.config["trainer"].items() if k not in ("max_epochs", "limit_test_batches")}
     with quiet_lightning():
-        trainer = make_trainer(limits)
+        trainer = make_trainer(plan.config["trainer"], limit_test_batches=None)  # every client, always
         with interruptible(trainer):
             trainer.test(module, _loader(plan, store, clients, "test"), verbose=False)
     numbers, counts = module.test_counts.counts()

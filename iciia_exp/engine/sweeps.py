@@ -50,10 +50,9 @@ class SweepReport(Callback):
         jobs = [read_json(path) for path in sorted((folder / "jobs").glob("*.json"))]
         failures = [job for job in jobs if job["status"] != "done"]
         rows = []
-        for job in jobs:
-            if job.get("run_dir"):
-                with contextlib.suppress(OSError, UserError):
-                    rows.append(read_json(Path(job["run_dir"]) / "results.json"))
+        for run_dir in dict.fromkeys(job["run_dir"] for job in jobs if job["run_dir"]):  # several jobs may be one run
+            with contextlib.suppress(OSError, UserError):
+                rows.append(read_json(Path(run_dir) / "results.json"))
         out = console()
         out.print()
         by_base: dict[Any, list[dict[str, Any]]] = {}
@@ -67,7 +66,7 @@ class SweepReport(Callback):
                 out.print(f"[bold]{' '.join(differs)}[/bold] ({plot})", soft_wrap=True)
             out.print(result_table(group))
             out.print()
-            accuracy_vs_overhead(list({r["digest"]: r for r in group}.values()), folder / plot)
+            accuracy_vs_overhead(group, folder / plot)
         done = len(jobs) - len(failures)
         out.print(f"[dim]{done} of {len(jobs)} jobs done; plot and records in {folder}[/dim]", soft_wrap=True)
         common = set.intersection(*(set(job["overrides"]) for job in jobs)) if len(jobs) > 1 else set()

@@ -18,7 +18,7 @@ from urllib.parse import urlparse
 
 import pandas as pd
 
-from iciia_exp.errors import check_bool, check_choice
+from iciia_exp.errors import check_bool, check_choice, first_line
 
 __all__ = ["Tracker", "Tracking", "wandb_logged_in"]
 
@@ -128,8 +128,8 @@ class Tracker:
             return action()
         except Exception as error:  # whatever happens in there, the results are on disk without it
             self._off = True
-            first = (str(error).splitlines() or [""])[0]
-            log.warning("wandb: %s failed (%s: %s); the run goes on without it", what, type(error).__name__, first)
+            why = f"{type(error).__name__}: {first_line(error)}"
+            log.warning("wandb: %s failed (%s); the run goes on without it", what, why)
             return None
 
     def _start(self) -> Any:
@@ -146,8 +146,7 @@ class Tracker:
             except Exception as error:
                 if mode != "online":
                     raise
-                first = (str(error).splitlines() or [""])[0]
-                log.warning("wandb: no connection (%s), logging offline", first)
+                log.warning("wandb: no connection (%s), logging offline", first_line(error))
                 self._run = wandb.init(**self._init, mode="offline", settings=settings)
         return self._run
 

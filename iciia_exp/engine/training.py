@@ -28,7 +28,7 @@ from iciia_exp.counts import ClientCountsMetric
 from iciia_exp.data.batches import ClientBatch
 from iciia_exp.engine.build import check_keys, parameters_of
 from iciia_exp.engine.progress import TrainingProgress
-from iciia_exp.errors import ConfigError, UserError
+from iciia_exp.errors import ConfigError, UserError, first_line
 from iciia_exp.methods.base import Method
 from iciia_exp.models.backbone import Backbone
 from iciia_exp.recipe import Recipe
@@ -260,7 +260,7 @@ def make_trainer(config: dict[str, Any], **arguments: Any) -> pl.Trainer:
     try:
         trainer = pl.Trainer(**arguments)
     except Exception as error:  # Lightning raises many kinds, each with a clear first line
-        text = str(error).splitlines()[0]
+        text = first_line(error)
         for key, value in own.items():
             if key in text or (isinstance(value, str) and value in text):
                 raise ConfigError(f"trainer.{key}", value, text) from error
