@@ -1,4 +1,4 @@
-"""``python -m iciia_exp.cache``: list and clean what runs share, backbones and features."""
+"""``python -m iciia_exp.cache``: list and clean what runs share: prepared datasets, backbones and features."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from iciia_exp.artifacts import finished_folder
-from iciia_exp.engine.paths import resolve_cache_dir
+from iciia_exp.paths import resolve_cache_dir
 
 __all__ = ["Entry", "entries", "main", "remove"]
 
-KINDS = ("backbones", "features")
+KINDS = ("datasets", "backbones", "features")
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,7 @@ def remove(entry: Entry) -> bool:
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the command; returns the exit status."""
-    about = "Backbones and features that runs share."
+    about = "Prepared datasets, backbones and features that runs share."
     parser = argparse.ArgumentParser(prog="python -m iciia_exp.cache", description=about)
     parser.add_argument("command", choices=("list", "clean"))
     parser.add_argument("names", nargs="*", metavar="NAME", help="clean only entries whose name contains one of these")

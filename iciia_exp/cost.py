@@ -48,12 +48,14 @@ def streaming_attention_macs(images: int, dim: int, groups: int, layers: int) ->
 
 
 def overheads(
-    sequence_macs: int, streaming_macs: int | None, images: int, backbone_macs: int
+    sequence_macs: int, streaming_macs: int | None, images: int, backbone_macs: int | None
 ) -> dict[str, float | None]:
     """Return the added cost in percent of the backbone's cost of one image, by convention (see `CONVENTIONS`).
 
-    ``streaming`` is None for a method that cannot keep state.
+    ``streaming`` is None for a method that cannot keep state, all are where the backbone's cost is unknown.
     """
+    if backbone_macs is None:
+        return dict.fromkeys(CONVENTIONS)
     share = 100.0 / backbone_macs
     return {
         "published": sequence_macs * share,

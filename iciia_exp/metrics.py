@@ -26,12 +26,13 @@ class ClientCounts:
     images_C: np.ndarray  # int64, images evaluated
     backbone_hits_C: np.ndarray  # int64, right answers of the plain backbone
     method_hits_C: np.ndarray  # int64
-    both_hits_C: np.ndarray  # int64, images on which both are right: pairs the two, image by image
+    both_hits_C: np.ndarray  # int64, answers on which both are right: pairs the two, image by image
     backbone_loss_C: np.ndarray  # float64, sum of -log p(label), nats
     method_loss_C: np.ndarray  # float64
+    answers: int = 1  # of one image: its class, or every attribute of a multi-label task
 
     def __post_init__(self) -> None:
-        sizes = {f.name: len(getattr(self, f.name)) for f in fields(self)}
+        sizes = {f.name: len(getattr(self, f.name)) for f in fields(self) if f.name != "answers"}
         if len(set(sizes.values())) != 1:
             raise ValueError(f"all arrays have one entry per client, got {sizes}")
         if (self.images_C <= 0).any():
@@ -41,13 +42,18 @@ class ClientCounts:
         return len(self.images_C)
 
     @property
+    def answers_C(self) -> np.ndarray:
+        """Right-or-wrong answers evaluated: what hits are divided by."""
+        return self.images_C * self.answers
+
+    @property
     def gained_C(self) -> np.ndarray:
-        """Images that the method gets right and the backbone wrong."""
+        """Answers that the method gets right and the backbone wrong."""
         return self.method_hits_C - self.both_hits_C
 
     @property
     def lost_C(self) -> np.ndarray:
-        """Images that the backbone gets right and the method wrong."""
+        """Answers that the backbone gets right and the method wrong."""
         return self.backbone_hits_C - self.both_hits_C
 
 
@@ -57,27 +63,30 @@ def _lowest_tenth(accuracy_C: np.ndarray) -> np.ndarray:
     return np.argsort(accuracy_C, kind="stable")[:count]
 
 
-def worst_decile(hits_C: np.ndarray, images_C: np.ndarray) -> float:
+def worst_decile(hits_C: np.ndarray, answers_C: np.ndarray) -> float:
     """Return the mean accuracy over the tenth of the clients (rounded up) with the lowest accuracy.
 
     >>> worst_decile(np.array([1, 2, 4, 4, 4, 4, 4, 4, 4, 4]), np.full(10, 4))
     0.25
     """
-    accuracy_C = hits_C / images_C
+    accuracy_C = hits_C / answers_C
     return float(accuracy_C[_lowest_tenth(accuracy_C)].mean())
 
 
-def averages(hits_C: np.ndarray, loss_C: np.ndarray, images_C: np.ndarray) -> dict[str, float]:
-    """Return ``accuracy`` (weighs images), ``client_accuracy`` (weighs clients), ``worst_decile`` and ``log_loss``.
+def averages(hits_C: np.ndarray, loss_C: np.ndarray, answers_C: np.ndarray) -> dict[str, float]:
+    """Return ``accuracy``, ``client_accuracy`` (weighs clients), ``worst_decile`` and ``log_loss``.
+
+    ``accuracy`` weighs answers: images, times attributes of a multi-label task.
+
 
     >>> averages(np.array([1, 0]), np.array([0.3, 0.9]), np.array([1, 3]))
     {'accuracy': 0.25, 'client_accuracy': 0.5, 'worst_decile': 0.0, 'log_loss': 0.3}
     """
     return {
-        "accuracy": float(hits_C.sum() / images_C.sum()),
-        "client_accuracy": float((hits_C / images_C).mean()),
-        "worst_decile": worst_decile(hits_C, images_C),
-        "log_loss": float(loss_C.sum() / images_C.sum()),
+        "accuracy": float(hits_C.sum() / answers_C.sum()),
+        "client_accuracy": float((hits_C / answers_C).mean()),
+        "worst_decile": worst_decile(hits_C, answers_C),
+        "log_loss": float(loss_C.sum() / answers_C.sum()),
     }
 
 
@@ -91,7 +100,7 @@ def _bootstrap_weights(clients: int, resamples: int, rng: np.random.Generator, c
 
 def _bootstrap(counts: ClientCounts, resamples: int, seed: int) -> dict[str, np.ndarray]:
     """Return [R] resampled values of the accuracies and paired gains, clients drawn with replacement."""
-    n_C = counts.images_C
+    n_C = counts.answers_C
     per_client_C2 = np.stack([counts.backbone_hits_C / n_C, counts.method_hits_C / n_C], axis=1)
     sums_C3 = np.stack([n_C, counts.backbone_hits_C, counts.method_hits_C], axis=1).astype(np.float64)
     by_client, by_image = [], []
@@ -114,19 +123,19 @@ def _bootstrap(counts: ClientCounts, resamples: int, seed: int) -> dict[str, np.
 def harmed_by_chance(counts: ClientCounts, resamples: int = RESAMPLES, seed: int = 0) -> float:
     """Return the share of clients that would lose accuracy if all clients had the same true gain.
 
-    Every image is one of three pairs: gained (only the method is right), lost (only the backbone is), or even. Each
-    client keeps its number of images and draws their pairs from the pool of all clients. What remains of harm is what
+    Every answer is one of three pairs: gained (only the method is right), lost (only the backbone is), or even. Each
+    client keeps its number of answers and draws their pairs from the pool of all clients. What remains of harm is what
     small test sets produce by themselves.
     """
-    total = counts.images_C.sum()
+    total = counts.answers_C.sum()
     p_lost, p_gained = counts.lost_C.sum() / total, counts.gained_C.sum() / total
     rng = generator("harm", seed)
     resamples = min(resamples, max(20, 20_000_000 // len(counts)))  # 100,000 clients need fewer repeats
     harmed = 0
     for _ in range(resamples):
-        lost_C = rng.binomial(counts.images_C, p_lost)
+        lost_C = rng.binomial(counts.answers_C, p_lost)
         rest = p_gained / (1.0 - p_lost) if p_lost < 1.0 else 0.0
-        gained_C = rng.binomial(counts.images_C - lost_C, min(1.0, rest))
+        gained_C = rng.binomial(counts.answers_C - lost_C, min(1.0, rest))
         harmed += int((lost_C > gained_C).sum())
     return harmed / (resamples * len(counts))
 
@@ -137,7 +146,7 @@ def summarise(counts: ClientCounts, resamples: int = RESAMPLES, seed: int = 0) -
     Accuracies and gains are fractions (0 to 1); intervals end in ``_low`` and ``_high``; ``se_clients`` is the
     bootstrap standard error of ``client_accuracy`` over clients (not over seeds).
     """
-    n_C = counts.images_C
+    n_C = counts.answers_C
     method = averages(counts.method_hits_C, counts.method_loss_C, n_C)
     backbone = averages(counts.backbone_hits_C, counts.backbone_loss_C, n_C)
     backbone_C, method_C = counts.backbone_hits_C / n_C, counts.method_hits_C / n_C
@@ -155,5 +164,5 @@ def summarise(counts: ClientCounts, resamples: int = RESAMPLES, seed: int = 0) -
     for name, values_R in draws.items():
         row[f"{name}_low"], row[f"{name}_high"] = (float(v) for v in np.percentile(values_R, [2.5, 97.5]))
     row["se_clients"] = float(draws["client_accuracy"].std(ddof=1))
-    row["test_clients"], row["test_images"] = len(counts), int(n_C.sum())
+    row["test_clients"], row["test_images"] = len(counts), int(counts.images_C.sum())
     return row

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from iciia_exp.errors import check_choice, check_float, check_int
 
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 __all__ = ["OPTIMIZERS", "SCHEDULES", "Recipe"]
 
 OPTIMIZERS = ("sgd", "adam", "adamw")
-SCHEDULES = ("constant", "cosine", "onecycle")
+SCHEDULES = ("constant", "cosine", "onecycle", "step")
 
 
 class Recipe:
@@ -26,9 +26,11 @@ class Recipe:
         batch_size: items of one step: images for a backbone, clients for a method.
         momentum: for ``sgd``.
         weight_decay: on all parameters.
-        schedule: ``constant``, ``cosine`` (to zero) or ``onecycle``; stepped every batch.
+        schedule: ``constant``, ``cosine`` (to zero), ``onecycle``, or ``step``: a tenth after every ``step_epochs``.
         clip_norm: largest norm of the gradient; 0 turns clipping off.
         patience: stop after so many epochs without a better selection accuracy; 0 never stops early.
+        trunk_lr: of a backbone's trunk, where its classifier has another rate; null is ``lr``.
+        step_epochs: epochs between the steps of ``schedule: step``.
     """
 
     def __init__(
@@ -42,6 +44,8 @@ class Recipe:
         schedule: str = "constant",
         clip_norm: float = 0.0,
         patience: int = 0,
+        trunk_lr: float | None = None,
+        step_epochs: int = 10,
     ) -> None:
         self.optimizer = check_choice("optimizer", optimizer, OPTIMIZERS)
         self.lr = check_float("lr", lr, 0.0, open_low=True)
@@ -52,25 +56,44 @@ class Recipe:
         self.schedule = check_choice("schedule", schedule, SCHEDULES)
         self.clip_norm = check_float("clip_norm", clip_norm, 0.0)
         self.patience = check_int("patience", patience, 0)
+        self.trunk_lr = self.lr if trunk_lr is None else check_float("trunk_lr", trunk_lr, 0.0)
+        self.step_epochs = check_int("step_epochs", step_epochs, 1)
 
-    def make_optimizer(self, parameters: Iterable[torch.nn.Parameter], fused: bool = True) -> torch.optim.Optimizer:
-        """Return the optimiser over ``parameters``; ``fused`` passes over memory once, not ten times."""
+    def make_optimizer(
+        self,
+        parameters: Iterable[torch.nn.Parameter],
+        trunk: Iterable[torch.nn.Parameter] = (),
+        fused: bool = True,
+    ) -> torch.optim.Optimizer:
+        """Return the optimiser over ``parameters`` and, at ``trunk_lr``, a backbone's ``trunk``.
+
+        ``fused`` passes over memory once, not ten times.
+        """
         import torch
 
+        groups: list[dict[str, Any]] = [{"params": list(parameters)}]
+        if trunk_parameters := list(trunk):
+            groups.append({"params": trunk_parameters, "lr": self.trunk_lr})
         if self.optimizer == "sgd":
-            return torch.optim.SGD(parameters, self.lr, momentum=self.momentum, weight_decay=self.weight_decay)
+            return torch.optim.SGD(groups, self.lr, momentum=self.momentum, weight_decay=self.weight_decay)
         kind = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[self.optimizer]
-        return kind(parameters, self.lr, weight_decay=self.weight_decay, fused=fused)
+        return kind(groups, self.lr, weight_decay=self.weight_decay, fused=fused)
 
     def make_schedule(
-        self, optimizer: torch.optim.Optimizer, steps: int
+        self, optimizer: torch.optim.Optimizer, steps: int, epochs: int
     ) -> torch.optim.lr_scheduler.LRScheduler | None:
-        """Return a scheduler that is stepped every batch, for ``steps`` batches in all; None for a constant rate."""
+        """Return a scheduler that is stepped every batch, for ``steps`` batches in ``epochs`` epochs.
+
+        None for a constant rate.
+        """
         from torch.optim import lr_scheduler
 
         if self.schedule == "cosine":
             return lr_scheduler.CosineAnnealingLR(optimizer, steps)
         if self.schedule == "onecycle":
             # A scheduler is stepped once after the last batch, one step more than OneCycleLR allows.
-            return lr_scheduler.OneCycleLR(optimizer, self.lr, total_steps=steps + 1)
+            peaks = [group["lr"] for group in optimizer.param_groups]
+            return lr_scheduler.OneCycleLR(optimizer, peaks, total_steps=steps + 1)
+        if self.schedule == "step":
+            return lr_scheduler.StepLR(optimizer, max(1, steps * self.step_epochs // epochs), gamma=0.1)
         return None

@@ -15,7 +15,7 @@ GROUP_FILES = [f for f in FILES if f.parent.name in GROUPS]
 EXPERIMENTS = [f for f in FILES if f.parent.name == "experiment"]
 
 #: Arguments that the engine provides.
-RUNTIME = {"head", "num_classes"}
+RUNTIME = {"head", "num_classes", "dim"}
 
 
 def named(files):
@@ -23,9 +23,9 @@ def named(files):
 
 
 def test_all_files_are_seen():
-    assert len(FILES) == 19
-    assert len(GROUP_FILES) == 16
-    assert len(EXPERIMENTS) == 2
+    assert len(FILES) == 65
+    assert len(GROUP_FILES) == 45
+    assert len(EXPERIMENTS) == 19
     assert {f.parent.name for f in GROUP_FILES} == set(GROUPS)
 
 

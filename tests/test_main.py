@@ -111,7 +111,7 @@ def call(monkeypatch, *arguments):
         (["method=icia"], "method=icia: no such option; did you mean iciia?"),
         (["partition=qqq"], "partition=qqq: no such option; valid: classes_per_client"),
         (["+experiment=digts"], "experiment=digts: no such option; did you mean digits?"),
-        (["experiment=digits"], "experiment: add a plus sign, +experiment=NAME; valid: digits"),
+        (["experiment=digits"], "experiment: add a plus sign, +experiment=NAME; valid: c3d_ucf101"),
         (["+experimnt=digits"], "experimnt: no such "),
         (["groups=1,2"], "groups=1,2: several values are a sweep; add -m"),
         (["groups=["], "groups=[: not of the form key=value"),

@@ -23,7 +23,7 @@ class ClientBatch(NamedTuple):
     """Images of C clients, padded to S."""
 
     x_CSD: Tensor  # float32, zero where padded
-    y_CS: Tensor  # int64, 0 where padded
+    y_CS: Tensor  # int64 [C, S], of a multi-label task uint8 [C, S, K]; 0 where padded
     mask_CS: Tensor  # bool, True = a real image
     client_C: Tensor  # int64, number of the client in its partition
 
@@ -116,7 +116,7 @@ class FeatureBatches(Dataset[ClientBatch]):
 
     Args:
         features: [M, D] array, memory-mapped or in memory, float16 or float32.
-        labels: int64 [M].
+        labels: int64 [M], or uint8 [M, K] of a multi-label task.
     """
 
     def __init__(self, features: np.ndarray, labels: np.ndarray) -> None:
@@ -129,6 +129,7 @@ class FeatureBatches(Dataset[ClientBatch]):
         index_CS, mask_CS = index_CS[:, :used], mask_CS[:, :used]
         x_CSD = np.zeros((*index_CS.shape, self.features.shape[1]), dtype=np.float32)
         x_CSD[mask_CS] = self.features[index_CS[mask_CS]]
-        y_CS = np.where(mask_CS, self.labels[index_CS], 0)
+        labels = self.labels[index_CS]
+        y_CS = np.where(mask_CS if labels.ndim == 2 else mask_CS[..., None], labels, labels.dtype.type(0))
         arrays = (x_CSD, y_CS, mask_CS, client_C)
         return ClientBatch(*(torch.from_numpy(np.ascontiguousarray(a)) for a in arrays))

@@ -1,6 +1,6 @@
 """Who owns which images: clients with train, selection and test images, as ragged index arrays.
 
-Legend: C clients, M images of the dataset.
+Legend: C clients, M images of the dataset, K classes.
 """
 
 from __future__ import annotations
@@ -37,6 +37,13 @@ class Ragged:
         values = np.concatenate(rows).astype(np.int64) if rows else np.empty(0, dtype=np.int64)
         return cls(offsets, values)
 
+    @classmethod
+    def from_pairs(cls, row_numbers: np.ndarray, values: np.ndarray, rows: int) -> Ragged:
+        """Group values by row number (0..rows - 1), without a loop; values of a row keep their order."""
+        offsets = np.zeros(rows + 1, dtype=np.int64)
+        np.cumsum(np.bincount(row_numbers, minlength=rows), out=offsets[1:])
+        return cls(offsets, np.asarray(values, dtype=np.int64)[np.argsort(row_numbers, kind="stable")])
+
     def __len__(self) -> int:
         return len(self.offsets) - 1
 
@@ -69,6 +76,28 @@ class Clients:
         if len(set(sizes.values())) != 1:
             raise ValueError(f"every array needs one entry per client, got {sizes}")
 
+    @classmethod
+    def from_assignment(
+        cls,
+        ids: np.ndarray,
+        kinds: np.ndarray,
+        client_M: np.ndarray,
+        role_M: np.ndarray,
+        order_M: np.ndarray | None = None,
+    ) -> Clients:
+        """Group images by client and role, in time linear in images (and their sorting), however many clients.
+
+        Args:
+            ids, kinds: of every client, text [C].
+            client_M: number of every image's client, -1 for an image of nobody.
+            role_M: number of every image's role in `ROLES`, -1 for an image without one.
+            order_M: sorts the images of a client, smallest first; without it, and in a tie, by image number.
+        """
+        position_M = np.arange(len(client_M)) if order_M is None else np.argsort(order_M, kind="stable")
+        client_M, role_M = client_M[position_M], role_M[position_M]
+        used = {role: (role_M == r) & (client_M >= 0) for r, role in enumerate(ROLES)}
+        return cls(ids, kinds, **{r: Ragged.from_pairs(client_M[u], position_M[u], len(ids)) for r, u in used.items()})
+
     def __len__(self) -> int:
         return len(self.ids)
 
@@ -77,22 +106,28 @@ class Clients:
             raise KeyError(role)
         return getattr(self, role)
 
-    def statistics(self, labels_M: np.ndarray) -> pd.DataFrame:
-        """Return one row per role: clients, images, distinct images, and images and classes per client (mean, sd)."""
+    def statistics(self, labels: np.ndarray) -> pd.DataFrame:
+        """Return one row per role: clients, images, distinct images, and images and classes per client (mean, sd).
+
+        Args:
+            labels: classes of the dataset's images, int64 [M], or 0/1 [M, K] of a multi-label task.
+        """
         rows = []
         for role in ROLES:
             ragged = self[role]
             has = ragged.lengths > 0
             if not has.any():
                 continue
-            classes = self.classes_per_client(labels_M, role)[has]
+            classes = self.classes_per_client(labels, role)[has]
             images = ragged.lengths[has]
+            seen_M = np.zeros(len(labels), dtype=bool)
+            seen_M[ragged.values] = True
             rows.append(
                 {
                     "role": role,
                     "clients": int(has.sum()),
                     "images": int(images.sum()),
-                    "distinct_images": len(np.unique(ragged.values)),
+                    "distinct_images": int(seen_M.sum()),
                     "images_mean": float(images.mean()),
                     "images_sd": float(images.std()),
                     "classes_mean": float(classes.mean()),
@@ -101,11 +136,29 @@ class Clients:
             )
         return pd.DataFrame(rows)
 
-    def classes_per_client(self, labels_M: np.ndarray, role: str) -> np.ndarray:
-        """Return the number of distinct classes among each client's images of ``role``, int64 [C]."""
+    def classes_per_client(self, labels: np.ndarray, role: str) -> np.ndarray:
+        """Return the number of distinct classes among each client's images of ``role``, int64 [C].
+
+        ``labels`` is int64 [M], or 0/1 [M, K] of a multi-label task: attributes that apply to some image then count.
+        """
         ragged = self[role]
-        pairs = np.unique(np.stack([ragged.row_numbers, labels_M[ragged.values]], axis=1), axis=0)
-        return np.bincount(pairs[:, 0], minlength=len(self))
+        rows, classes = ragged.row_numbers, labels[ragged.values]
+        if labels.ndim == 2:
+            images, classes = np.nonzero(classes)
+            rows = rows[images]
+        number = int(classes.max()) + 1 if len(classes) else 1
+        pairs = pd.unique(rows * number + classes)  # by hash: linear in images
+        return np.bincount(pairs // number, minlength=len(self))
+
+    def without(self, bad_M: np.ndarray) -> Clients:
+        """Return the same clients without the images marked in ``bad_M`` (bool [M])."""
+        roles = {}
+        for role in ROLES:
+            ragged = self[role]
+            keep = ~bad_M[ragged.values]
+            kept = np.bincount(ragged.row_numbers[keep], minlength=len(self))
+            roles[role] = Ragged(np.concatenate([[0], np.cumsum(kept)]).astype(np.int64), ragged.values[keep])
+        return Clients(self.ids, self.kinds, **roles)
 
     def save(self, path: Path) -> None:
         """Write one row per client: client, kind and a list column of image numbers for each role."""

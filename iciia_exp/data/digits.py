@@ -36,7 +36,8 @@ class Digits(ImageDataset):
     """
 
     name = "digits"
-    num_classes = 10
+    class_names = tuple("0123456789")
+    has_backbone_images = True
 
     def __init__(self, sizes: Mapping[str, int], noise_std: float = 0.4, seed: int = 0) -> None:
         self.noise_std = check_float("noise_std", noise_std, 0.0)

@@ -2,8 +2,8 @@
 
     manifest.json      format version, arrays (file, shape, dtype), backbone, weights digest, transform, D, K, MACs
     features.npy       [M, D] float16 or float32
-    images.parquet     one row per image: label, split, owner, parent
-    head.safetensors   the backbone's classifier: weight [K, D], bias [K]
+    images.parquet     one row per image: the dataset's table, and `bad`: could not be read, its features are zeros
+    head.safetensors   the backbone's classifier: weight [K, D], bias [K]; absent if one is fitted on these features
 
 ``manifest.json`` is written last: a folder without it is not a store. More arrays per image (tokens, logits) are more
 entries of ``arrays``.
@@ -13,8 +13,10 @@ Legend: M images, D features, K classes.
 
 from __future__ import annotations
 
+import json
 import shutil
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -28,7 +30,9 @@ from iciia_exp.errors import UserError
 
 __all__ = ["FORMAT", "FeatureStore", "FeatureWriter"]
 
-FORMAT = 1
+FORMAT = 2
+
+_FEATURES = "features.npy"
 
 
 @dataclass(frozen=True)
@@ -60,8 +64,8 @@ class FeatureStore:
         return self.manifest["num_classes"]
 
     @property
-    def macs(self) -> int:
-        """Multiply-accumulates of the backbone and its classifier for one image."""
+    def macs(self) -> int | None:
+        """Multiply-accumulates of the backbone and its classifier for one image; None where they are unknown."""
         return self.manifest["macs"]
 
     def array(self, name: str = "features") -> np.ndarray:
@@ -76,48 +80,69 @@ class FeatureStore:
 
     @cached_property
     def table(self) -> pd.DataFrame:
-        """One row per image: label, split, owner, parent."""
+        """One row per image: the dataset's table, and whether it is ``bad``."""
         return pd.read_parquet(self.path / "images.parquet")
 
-    def head(self) -> dict[str, Any]:
-        """Return the backbone's classifier as tensors: ``weight`` [K, D] and ``bias`` [K]."""
-        from safetensors.torch import load_file
-
-        return load_file(self.path / "head.safetensors")
+    @cached_property
+    def bad(self) -> np.ndarray:
+        """Whether an image could not be read, bool [M]."""
+        return pd.read_parquet(self.path / "images.parquet", columns=["bad"])["bad"].to_numpy()
 
 
 class FeatureWriter:
     """Writes features row by row into a folder under construction; a killed extraction continues where it was.
 
     Rows count as done only after their features are on disk, so at most the last ``flush_seconds`` of work is repeated.
+    Several processes may write at once, each with its own ``rank`` and rows; `prepare` comes before all of them.
+
+    Args:
+        folder: where the store is being made.
+        rank: number of this process.
+        flush_seconds: time between flushes.
     """
 
-    def __init__(self, folder: Path, images: int, dim: int, dtype: str, flush_seconds: float = 10.0) -> None:
+    def __init__(self, folder: Path, rank: int = 0, flush_seconds: float = 10.0) -> None:
         self.folder, self.flush_seconds = folder, flush_seconds
-        need, free = images * dim * np.dtype(dtype).itemsize, shutil.disk_usage(folder).free
-        self._path, self._done_path = folder / "features.npy", folder / "done.npy"
-        resumed = self._matches(images, dim, dtype)
-        if not resumed and need > free:
-            raise UserError(f"{folder}: the features need {need / 1e9:.1f} GB, the disk has {free / 1e9:.1f} GB free")
-        if not resumed:
-            np.lib.format.open_memmap(self._path, mode="w+", dtype=dtype, shape=(images, dim)).flush()
-            np.save(self._done_path, np.zeros(images, dtype=bool))  # after the features: it says they have their shape
-        self._features = np.lib.format.open_memmap(self._path, mode="r+")
-        self._done = np.lib.format.open_memmap(self._done_path, mode="r+")
+        self._features = np.lib.format.open_memmap(folder / _FEATURES, mode="r+")
+        own = folder / f"done.{rank}.npy"
+        if not own.is_file():
+            np.save(own, np.zeros(len(self._features), dtype=bool))
+        self._done = np.lib.format.open_memmap(own, mode="r+")
+        self._bad_path = folder / f"bad.{rank}.jsonl"
         self._pending: list[np.ndarray] = []
         self._flushed = time.monotonic()
 
-    def _matches(self, images: int, dim: int, dtype: str) -> bool:
+    @staticmethod
+    def prepare(folder: Path, images: int, dim: int, dtype: str) -> None:
+        """Make room for the features, unless what a killed extraction left there fits."""
+        path = folder / _FEATURES
         try:
-            features = np.load(self._path, mmap_mode="r")
-            done = np.load(self._done_path, mmap_mode="r")
+            left = np.load(path, mmap_mode="r")
+            done = [np.load(p, mmap_mode="r") for p in folder.glob("done.*.npy")]
+            if left.shape == (images, dim) and left.dtype == dtype and all(d.shape == (images,) for d in done):
+                return
         except (OSError, ValueError, EOFError):  # absent, or cut off by a kill
-            return False
-        return features.shape == (images, dim) and features.dtype == dtype and done.shape == (images,)
+            pass
+        need, free = images * dim * np.dtype(dtype).itemsize, shutil.disk_usage(folder).free
+        if need > free:
+            raise UserError(f"{folder}: the features need {need / 1e9:.1f} GB, the disk has {free / 1e9:.1f} GB free")
+        for stale in (*folder.glob("done.*.npy"), *folder.glob("bad.*.jsonl")):
+            stale.unlink()
+        np.lib.format.open_memmap(path, mode="w+", dtype=dtype, shape=(images, dim)).flush()
 
-    def remaining(self) -> np.ndarray:
-        """Return the numbers of the images still to do."""
-        return np.flatnonzero(~self._done)
+    @staticmethod
+    def remaining(folder: Path) -> np.ndarray:
+        """Return the numbers of the images still to do, by no process done yet."""
+        left = np.ones(len(np.load(folder / _FEATURES, mmap_mode="r")), dtype=bool)
+        for path in folder.glob("done.*.npy"):
+            left &= ~np.load(path)
+        return np.flatnonzero(left)
+
+    @staticmethod
+    def bad_images(folder: Path) -> dict[int, str]:
+        """Return the problems of the images that could not be read, by image number."""
+        lines = [line for path in sorted(folder.glob("bad.*.jsonl")) for line in path.read_text().splitlines()]
+        return dict(sorted({int(row): problem for row, problem in map(json.loads, lines)}.items()))
 
     def write(self, rows: np.ndarray, features: np.ndarray) -> None:
         """Store the features [len(rows), D] of the images ``rows``."""
@@ -125,10 +150,18 @@ class FeatureWriter:
             bad = rows[~np.isfinite(features).all(axis=1)]
             first = bad[:3].tolist()
             raise UserError(f"the backbone gave features that are not finite for {len(bad)} images, first {first}")
+        if self._features.dtype == np.float16 and (largest := np.abs(features).max(initial=0)) > np.finfo("f2").max:
+            raise UserError(f"a feature of {largest:.3g} does not fit float16; use features.dtype=float32")
         self._features[rows] = features
         self._pending.append(np.asarray(rows))
         if time.monotonic() - self._flushed > self.flush_seconds:
             self.flush()
+
+    def write_bad(self, bad: Sequence[tuple[int, str]]) -> None:
+        """Note images that could not be read; their features stay zero."""
+        with open(self._bad_path, "a", encoding="utf-8") as file:
+            file.writelines(json.dumps([int(row), problem]) + "\n" for row, problem in bad)
+        self._pending.append(np.array([row for row, _ in bad]))
 
     def flush(self) -> None:
         """Bring what was written to disk, then mark it as done."""
@@ -139,18 +172,22 @@ class FeatureWriter:
         self._pending.clear()
         self._flushed = time.monotonic()
 
-    def finish(self, table: pd.DataFrame, head: dict[str, Any], manifest: dict[str, Any]) -> None:
+    @staticmethod
+    def finish(folder: Path, table: pd.DataFrame, head: dict[str, Any] | None, manifest: dict[str, Any]) -> None:
         """Write the table, the classifier and, last, the manifest."""
         from safetensors.torch import save
 
-        self.flush()
-        if len(left := self.remaining()):
-            raise RuntimeError(f"{len(left)} of {len(self._done)} images have no features yet")
-        with atomic_write(self.folder / "images.parquet", "wb") as file:
-            table.to_parquet(file, index=False)
-        with atomic_write(self.folder / "head.safetensors", "wb") as file:
-            file.write(save({"weight": head["weight"].contiguous(), "bias": head["bias"].contiguous()}))
-        shape, dtype = list(self._features.shape), str(self._features.dtype)
-        arrays = {"features": {"file": self._path.name, "shape": shape, "dtype": dtype}}
-        self._done_path.unlink()
-        write_json(self.folder / "manifest.json", {"format": FORMAT, "arrays": arrays, **manifest})
+        features = np.load(folder / _FEATURES, mmap_mode="r")
+        if len(left := FeatureWriter.remaining(folder)):
+            raise RuntimeError(f"{len(left)} of {len(features)} images have no features yet")
+        bad = np.zeros(len(features), dtype=bool)
+        bad[list(FeatureWriter.bad_images(folder))] = True
+        with atomic_write(folder / "images.parquet", "wb") as file:
+            table.assign(bad=bad).to_parquet(file, index=False)
+        if head is not None:
+            with atomic_write(folder / "head.safetensors", "wb") as file:
+                file.write(save({"weight": head["weight"].contiguous(), "bias": head["bias"].contiguous()}))
+        entry = {"file": _FEATURES, "shape": list(features.shape), "dtype": str(features.dtype)}
+        for path in (*folder.glob("done.*.npy"), *folder.glob("bad.*.jsonl")):
+            path.unlink()
+        write_json(folder / "manifest.json", {"format": FORMAT, "arrays": {"features": entry}, **manifest})

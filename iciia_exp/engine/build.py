@@ -13,27 +13,30 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import pandas as pd
 from hydra.errors import InstantiationException
 from hydra.utils import get_object, instantiate
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from iciia_exp.data.clients import Clients
-from iciia_exp.data.dataset import ImageDataset
+from iciia_exp.data.dataset import ImageDataset, dense_labels
 from iciia_exp.data.partitions import Partition
-from iciia_exp.digest import digest
+from iciia_exp.data.reserve import reserve_for_backbone
+from iciia_exp.digest import digest, file_digest
 from iciia_exp.engine.overrides import dotted_keys
-from iciia_exp.engine.paths import resolve_cache_dir
 from iciia_exp.errors import ConfigError, UserError, check_choice, check_int, first_line, nearest
 from iciia_exp.methods.base import Method
 from iciia_exp.models.backbone import Backbone, BackboneSpec
+from iciia_exp.paths import resolve_cache_dir
 
 __all__ = ["STAGES", "Plan", "build", "check_keys", "parameters_of", "science"]
 
 STAGES = ("all", "backbone", "features", "train", "evaluate")
 
 GROUPS = ("dataset", "backbone", "features", "partition", "method", "protocol", "trainer", "logger")
-TOP_LEVEL = (*GROUPS, "name", "seed", "heads", "groups", "stage", "output_dir", "cache_dir")
+TOP_LEVEL = (*GROUPS, "name", "seed", "num_layers", "heads", "groups", "data_dir", "stage", "output_dir", "cache_dir")
 
 #: Bumped when the same configuration would give other numbers than before.
 FORMAT = 1
@@ -147,12 +150,12 @@ class Plan:
         self.cache_dir = resolve_cache_dir(self.config["cache_dir"])
         # cheap: constructors check keys and values now, before any work. Not the trainer: Lightning takes seconds to
         # import, and `engine.training.make_trainer` checks it
-        self.dataset: ImageDataset = build(self.config["dataset"], "dataset")
-        self.backbone_spec: BackboneSpec = build(self.config["backbone"], "backbone")
-        self.partition: Partition = build(self.config["partition"], "partition")
-        self.extraction = build(self.config["features"], "features")
-        self.protocol = build(self.config["protocol"], "protocol")
-        self.tracking = build(self.config["logger"], "logger")
+        self.dataset: ImageDataset = self._build("dataset")
+        self.backbone_spec: BackboneSpec = self._build("backbone")
+        self.partition: Partition = self._build("partition")
+        self.extraction = self._build("features")
+        self.protocol = self._build("protocol")
+        self.tracking = self._build("logger")
         self.method_config = self._canonical_method()
 
     # ---- objects
@@ -162,28 +165,68 @@ class Plan:
         """The method's class."""
         return get_object(self.config["method"]["_target_"])
 
-    def make_backbone(self) -> Backbone:
-        """Build the backbone with fresh weights."""
-        return _call("backbone.model", lambda: self.backbone_spec.model(num_classes=self.dataset.num_classes))
+    def _build(self, group: str) -> Any:
+        return self._named(lambda: build(self.config[group], group))
 
-    def assign_clients(self) -> Clients:
-        """Assign the dataset's images to clients."""
-        return _call("partition", lambda: self.partition.assign(self.dataset.table, self.dataset.num_classes))
+    def _named(self, function: Callable[[], Any], group: str | None = None) -> Any:
+        """Call ``function``; errors name the key that the user types (``data_dir`` for ``dataset.root``)."""
+        try:
+            return function() if group is None else _call(group, function)
+        except ConfigError as error:
+            if error.key in self._aliases:
+                raise ConfigError(self._aliases[error.key], error.value, error.problem) from error
+            raise
+
+    @cached_property
+    def table(self) -> pd.DataFrame:
+        """The dataset's table, with the images that only the backbone learns from set aside."""
+        table = self._named(lambda: self.dataset.table, "dataset")
+        return self._named(lambda: reserve_for_backbone(table, self.backbone_spec.reserve), "backbone")
+
+    @cached_property
+    def num_classes(self) -> int:
+        """K of the dataset."""
+        return self._named(lambda: self.dataset.num_classes, "dataset")
+
+    @cached_property
+    def labels(self) -> np.ndarray:
+        """Labels of all images: int64 [M], or uint8 [M, K] of a multi-label task."""
+        return dense_labels(self.table["label"], self.dataset.task, self.num_classes)
+
+    @cached_property
+    def clients(self) -> Clients:
+        """The dataset's images, assigned to clients."""
+        return self._named(lambda: self.partition.assign(self.table, self.num_classes), "partition")
+
+    @cached_property
+    def backbone_rows(self) -> np.ndarray:
+        """Numbers of the images that a backbone or its classifier trained here learns from.
+
+        Those set aside for it, else the clients' train images; never a selection or test image.
+        """
+        reserved = np.flatnonzero(self.table["split"].to_numpy() == "backbone")
+        return reserved if len(reserved) else np.unique(self.clients.train.values)
+
+    def make_backbone(self) -> Backbone:
+        """Build the backbone with the weights it starts from."""
+        names, more = self.dataset.class_names, self.dataset.backbone_arguments()
+        return self._named(lambda: self.backbone_spec.initial(names, **more), "backbone")
 
     @cached_property
     def dim(self) -> int:
         """D, before any feature exists."""
-        return self.make_backbone().dim
+        if self.backbone_spec.dim is not None:
+            return self.backbone_spec.dim
+        more = self._named(self.dataset.backbone_arguments, "dataset")
+        return (
+            more.get("dim") or self._named(lambda: self.backbone_spec.fresh(self.num_classes, **more), "backbone").dim
+        )
 
     def _canonical_method(self) -> dict[str, Any]:
         check_keys(self.config["method"], "method")
         config = {k: v for k, v in self.config["method"].items() if k != "_target_"}
-        dim = self.dim
-        try:
-            canonical = self.method_class.canonical(config, dim)
-        except ConfigError as error:
-            key = f"method.{error.key}"
-            raise ConfigError(self._aliases.get(key, key), error.value, error.problem) from error
+        dim = self.dim  # not inside the call below: its errors are the backbone's
+        canonical = self._named(lambda: self.method_class.canonical(config, dim), "method")
         return {"_target_": self.config["method"]["_target_"], **canonical}
 
     # ---- digests and places
@@ -193,22 +236,50 @@ class Plan:
         return {k: v for k, v in self.config["trainer"].items() if k not in _TRAINER_COSMETIC and not k.startswith("_")}
 
     @cached_property
+    def _dataset_science(self) -> Any:
+        """What the dataset is: its settings, and what its files say."""
+        return [science(self.config["dataset"]), self._named(self.dataset.fingerprint, "dataset")]
+
+    @cached_property
+    def _teacher(self) -> Any:
+        """What decides which images a backbone trained here learns from."""
+        own = self.backbone_spec.reserve or self._named(lambda: self.dataset.has_backbone_images, "dataset")
+        return [self._dataset_science, self.backbone_spec.reserve, None if own else science(self.config["partition"])]
+
+    @cached_property
     def backbone_digest(self) -> str:
-        """Names the trained backbone."""
-        backbone = science(self.config["backbone"])
-        backbone.pop("name", None)
-        dataset = science(self.config["dataset"])
-        return digest({"format": FORMAT, "dataset": dataset, "backbone": backbone, "trainer": self._trainer_science})
+        """Names the network that gives the features: its weights, and how they are trained here if they are."""
+        spec, backbone = self.backbone_spec, science(self.config["backbone"])
+        parts: dict[str, Any] = {"format": FORMAT, "model": backbone["model"], "pretrained": spec.pretrained}
+        if spec.weights is not None:
+            path = Path(spec.weights).expanduser()
+            if not path.is_file():
+                raise ConfigError("backbone.weights", path, "no such file; give a .safetensors, .pt or .pth file")
+            parts["weights"] = file_digest(path)
+        if spec.train == "all":
+            parts |= {"teacher": self._teacher, "trainer": self._trainer_science, "seed": spec.seed}
+            parts["recipe"] = backbone["recipe"]
+        return digest(parts)
 
     @cached_property
     def features_digest(self) -> str:
         """Names the features of the dataset under the backbone."""
-        extraction = science(self.config["features"])
-        precision = self._trainer_science.get("precision")
-        dataset = science(self.config["dataset"])
-        return digest(
-            {"backbone": self.backbone_digest, "dataset": dataset, "features": extraction, "precision": precision}
-        )
+        spec, extraction = self.backbone_spec, science(self.config["features"])
+        precision = extraction.pop("precision", None) or self._trainer_science.get("precision")
+        # which rows of the weights' classifier the dataset keeps
+        classes = spec.classes if spec.train == "none" else None
+        parts = [self.backbone_digest, self._dataset_science, extraction, precision, classes, spec.train == "head"]
+        return digest(parts)
+
+    @cached_property
+    def head_digest(self) -> str:
+        """Names the classifier that is fitted on the features (``train: head``)."""
+        return digest([self.features_digest, self._teacher, self.backbone_spec.seed])
+
+    @property
+    def base_digest(self) -> str:
+        """Names features and classifier together: what every method starts from."""
+        return self.head_digest if self.backbone_spec.train == "head" else self.features_digest
 
     @cached_property
     def run_digest(self) -> str:
@@ -216,7 +287,8 @@ class Plan:
         protocol = science(self.config["protocol"])
         parts = {
             "format": FORMAT,
-            "features": self.features_digest,
+            "base": self.base_digest,
+            "reserve": self.backbone_spec.reserve,
             "partition": science(self.config["partition"]),
             "method": science(self.method_config),
             "images": protocol["images"],
@@ -225,17 +297,19 @@ class Plan:
             parts |= {"protocol": protocol, "seed": self.seed, "trainer": self._trainer_science}
         return digest(parts)
 
+    def _shared_dir(self, kind: str, digest_: str) -> Path:
+        return self.cache_dir / kind / f"{self.backbone_spec.name}-{type(self.dataset).name}-{digest_}"
+
     @property
     def backbone_dir(self) -> Path:
-        """Folder of the trained backbone."""
-        dataset = type(self.dataset).name
-        return self.cache_dir / "backbones" / f"{self.backbone_spec.name}-{dataset}-{self.backbone_digest}"
+        """Folder of what is trained here of the backbone: all of it, or its classifier."""
+        head = self.backbone_spec.train == "head"
+        return self._shared_dir("backbones", self.head_digest if head else self.backbone_digest)
 
     @property
     def features_dir(self) -> Path:
         """Folder of the feature store."""
-        dataset = type(self.dataset).name
-        return self.cache_dir / "features" / f"{self.backbone_spec.name}-{dataset}-{self.features_digest}"
+        return self._shared_dir("features", self.features_digest)
 
     @property
     def run_dir(self) -> Path:

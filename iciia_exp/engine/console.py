@@ -139,6 +139,6 @@ def result_table(rows: Sequence[dict[str, Any]]) -> Table:
     for row in {r["digest"]: r for r in rows}.values():  # a run that several jobs asked for counts once
         if row["method"] != "backbone":
             settings.setdefault(row["setting_digest"], []).append(row)
-    for _, runs in sorted(settings.items(), key=lambda item: item[1][0]["overhead_percent"]):
+    for _, runs in sorted(settings.items(), key=lambda item: item[1][0]["sequence_macs"]):
         table.add_row(*_cells(runs, several, keys))
     return table

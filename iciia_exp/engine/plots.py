@@ -10,6 +10,7 @@ import numpy as np
 import pandas as pd
 
 from iciia_exp.artifacts import atomic_write
+from iciia_exp.tasks import SINGLE_LABEL
 
 __all__ = ["accuracy_vs_overhead", "gain_per_client"]
 
@@ -39,7 +40,7 @@ def _save(figure: Any, path: Path) -> Path:
 
 def gain_per_client(clients: pd.DataFrame, row: dict[str, Any], path: Path) -> Path:
     """Draw every test client's gain over the backbone, sorted, with the mean and its interval."""
-    gains = np.sort(((clients["method_hits"] - clients["backbone_hits"]) / clients["images"]).to_numpy())[::-1] * 100
+    gains = np.sort(((clients["method_hits"] - clients["backbone_hits"]) / clients["answers"]).to_numpy())[::-1] * 100
     figure, axes = _figure()
     position = np.arange(1, len(gains) + 1)
     many = len(gains) > 200
@@ -95,6 +96,7 @@ def accuracy_vs_overhead(rows: Sequence[dict[str, Any]], path: Path, highlight: 
     if len(backbone) == 1:
         low, high = (100 * backbone[k].iloc[0] for k in ("backbone_accuracy_low", "backbone_accuracy_high"))
         axes.axhspan(low, high, color=_DARK, alpha=0.08, linewidth=0)
+    known = frame["backbone_macs"].notna().all()  # not that of features that were made elsewhere
     costs, several = [], False
     methods = {m: i for i, m in enumerate(sorted(set(frame["method"]) - {"backbone"}))}
     labelled = set()
@@ -114,7 +116,7 @@ def accuracy_vs_overhead(rows: Sequence[dict[str, Any]], path: Path, highlight: 
         labelled.add(first["method"])
         marker = _MARKERS[number % len(_MARKERS)]
         style: dict[str, Any] = {"marker": marker, "markersize": 7, "capsize": 3, "linestyle": "none"}
-        x = first["overhead_percent"]
+        x = first["overhead_percent"] if known else first["sequence_macs"]
         costs.append(x)
         axes.errorbar([x], [y], yerr=error, color=colour, alpha=1 if front else 0.45, label=label, **style)
         if pd.notna(first.get("groups")) and len(frame) <= 24:
@@ -124,11 +126,12 @@ def accuracy_vs_overhead(rows: Sequence[dict[str, Any]], path: Path, highlight: 
     edge = 10 ** np.floor(np.log10(min(positive))) if positive else 1.0
     axes.set_xscale("symlog", linthresh=edge, linscale=0.4)
     axes.set_xlim(-0.15 * edge, max([*costs, edge]) * 3)
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g} %"))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g} %" if known else f"{value:.0e}"))
     axes.xaxis.set_minor_locator(NullLocator())
     images = int(frame["cost_images"].iloc[0])
-    axes.set_xlabel(f"added MACs, % of the backbone's for one image (published convention, {images} images)")
-    axes.set_ylabel("top-1 accuracy (%)")
+    of = ", % of the backbone's for one image" if known else ""
+    axes.set_xlabel(f"added MACs{of} (published convention, {images} images)")
+    axes.set_ylabel("top-1 accuracy (%)" if frame["task"].iloc[0] == SINGLE_LABEL else "accuracy over attributes (%)")
     bars = "standard error over seeds" if several else "95 % interval over clients"
     axes.set_title(f"{frame['dataset'].iloc[0]}: accuracy against overhead (bars: {bars})", loc="left", fontsize=11)
     axes.legend(frameon=False, fontsize=8.5, loc="best")

@@ -13,7 +13,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 __all__ = ["TrainingProgress", "progress_bar"]
 
 
-def progress_bar() -> Progress:
+def progress_bar(visible: bool = True) -> Progress:
     """Return a rich progress bar on standard error that vanishes when stopped; silent where that is no terminal."""
     columns = (
         TextColumn("{task.description}"),
@@ -23,7 +23,9 @@ def progress_bar() -> Progress:
         TimeElapsedColumn(),
         TimeRemainingColumn(),
     )
-    return Progress(*columns, console=Console(file=sys.stderr), transient=True, disable=not sys.stderr.isatty())
+    return Progress(
+        *columns, console=Console(file=sys.stderr), transient=True, disable=not (visible and sys.stderr.isatty())
+    )
 
 
 class TrainingProgress(pl.Callback):

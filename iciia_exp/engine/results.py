@@ -51,14 +51,18 @@ def git_revision() -> str | None:
         return None
 
 
-def client_table(clients: Clients, numbers: np.ndarray, counts: ClientCounts, labels_M: np.ndarray) -> pd.DataFrame:
-    """Return one row per test client; ``numbers`` are the clients that ``counts`` speaks of."""
+def client_table(clients: Clients, numbers: np.ndarray, counts: ClientCounts, labels: np.ndarray) -> pd.DataFrame:
+    """Return one row per test client; ``numbers`` are the clients that ``counts`` speaks of.
+
+    ``answers`` is what hits are out of: images, times attributes of a multi-label task.
+    """
     return pd.DataFrame(
         {
             "client": clients.ids[numbers],
             "kind": clients.kinds[numbers],
             "images": counts.images_C,
-            "classes": clients.classes_per_client(labels_M, "test")[numbers],
+            "answers": counts.answers_C,
+            "classes": clients.classes_per_client(labels, "test")[numbers],
             "backbone_hits": counts.backbone_hits_C,
             "method_hits": counts.method_hits_C,
             "both_hits": counts.both_hits_C,
@@ -79,7 +83,7 @@ def result_row(
     plan: Plan, method: Method, store: FeatureStore, counts: ClientCounts, training: dict[str, Any], seconds: float
 ) -> dict[str, Any]:
     """Return the row: identity, averages, costs, seeds, times, versions and every setting."""
-    images = plan.protocol.images
+    images = plan.protocol.cost_images
     sequence, streaming = method.macs(images), method.streaming_macs(images)
     cost = overheads(sequence, streaming, images, store.macs)
     settings = _settings(plan)
@@ -94,6 +98,7 @@ def result_row(
     return {
         "name": plan.name,
         "dataset": type(plan.dataset).name,
+        "task": plan.dataset.task,
         "backbone": plan.backbone_spec.name,
         "method": plan.method_class.name,
         "groups": plan.method_config.get("groups"),
@@ -102,7 +107,7 @@ def result_row(
         "digest": plan.run_digest,
         "setting_digest": digest(setting),  # the same for runs that differ in seeds only
         "features_digest": plan.features_digest,
-        "partition_digest": digest([plan.features_digest, science(plan.config["partition"])]),
+        "partition_digest": digest([plan.base_digest, science(plan.config["partition"])]),
         **seeds,
         **summarise(counts),
         "dim": store.dim,

@@ -24,6 +24,7 @@ import torch
 from hydra.utils import instantiate
 from torch import Tensor, nn
 
+from iciia_exp import tasks
 from iciia_exp.artifacts import atomic_write, read_json, write_json
 from iciia_exp.data.clients import Clients
 from iciia_exp.data.store import FeatureStore
@@ -36,9 +37,18 @@ FORMAT = 1
 
 
 def save_method(
-    folder: Path, method: Method, head: nn.Linear, config: dict[str, Any], features: Path, images: int
+    folder: Path,
+    method: Method,
+    head: nn.Linear,
+    config: dict[str, Any],
+    features: Path,
+    images: int,
+    facts: dict[str, Any],
 ) -> None:
-    """Write ``run.json`` and ``weights.safetensors``: all that `Run.load` needs."""
+    """Write ``run.json`` and ``weights.safetensors``: all that `Run.load` needs.
+
+    ``facts`` are the task and the names of the classes.
+    """
     from safetensors.torch import save
 
     tensors = {f"method.{name}": t for name, t in method.state_dict().items()}
@@ -52,6 +62,7 @@ def save_method(
             "num_classes": head.out_features,
             "images": images,
             "features": str(features),
+            **facts,
         },
     )
     with atomic_write(folder / "weights.safetensors", "wb") as file:
@@ -101,6 +112,11 @@ class Run:
         method.eval().requires_grad_(False)
         return cls(path, method, head.requires_grad_(False), info["images"], info)
 
+    @property
+    def class_names(self) -> list[str]:
+        """Names of the classes, in the order of `predict`'s last axis."""
+        return self.info["class_names"]
+
     @cached_property
     def results(self) -> dict[str, Any]:
         """The flat row of ``results.json``."""
@@ -132,9 +148,10 @@ class Run:
 
     @torch.inference_mode()
     def predict(self, features: Tensor, mask: Tensor | None = None) -> Tensor:
-        """Return class probabilities for the images of one client [S, D] or of several [C, S, D].
+        """Return probabilities for the images of one client [S, D] or of several [C, S, D], over `class_names`.
 
-        All images of a client see each other. ``mask`` [C, S] is True where an image is real.
+        Of a multi-label task every attribute has its own. All images of a client see each other.
+        ``mask`` [C, S] is True where an image is real.
         """
         if features.ndim not in (2, 3) or features.shape[-1] != self.head.in_features or not features.numel():
             raise ValueError(
@@ -142,5 +159,5 @@ class Run:
                 f"got {list(features.shape)}"
             )
         x_CSD = features.float() if features.ndim == 3 else features.float()[None]
-        probabilities = self.method(x_CSD, mask).softmax(-1)
+        probabilities = tasks.probabilities(self.method(x_CSD, mask), self.info["task"])
         return probabilities if features.ndim == 3 else probabilities[0]

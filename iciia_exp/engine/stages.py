@@ -17,7 +17,7 @@ from torch.utils.data.distributed import DistributedSampler
 
 from iciia_exp.artifacts import atomic_write, finished_folder, locked, make_folder, read_json, write_json
 from iciia_exp.data.batches import ClientBatchSampler, FeatureBatches
-from iciia_exp.data.clients import Clients
+from iciia_exp.data.clients import ROLES, Clients
 from iciia_exp.data.store import FeatureStore
 from iciia_exp.digest import file_digest
 from iciia_exp.engine.build import Plan, build
@@ -25,7 +25,9 @@ from iciia_exp.engine.console import console, partition_table, result_table
 from iciia_exp.engine.run import Run, save_method
 from iciia_exp.errors import UserError, first_line
 from iciia_exp.methods.base import Method
+from iciia_exp.models.backbone import Backbone
 from iciia_exp.seeding import derive_seed
+from iciia_exp.tasks import answers_per_image
 
 __all__ = ["execute"]
 
@@ -41,26 +43,37 @@ def execute(plan: Plan, brief: bool = False) -> dict[str, Any] | None:
     if "evaluate" in todo and (plan.run_dir / "results.json").is_file():
         log.info("%s: finished before", _shown(plan.run_dir))
         return _results(plan, brief)
-    from iciia_exp.engine.training import make_trainer, quiet_lightning  # late: a finished run needs no Lightning
+    from iciia_exp.engine.features import process_rank  # late: a finished run needs no Lightning
+    from iciia_exp.engine.training import make_trainer, quiet_lightning
 
+    if process_rank() > 0:  # one of several processes that torchrun or srun started: they share extraction alone
+        if "features" in todo and not finished_folder(plan.features_dir):
+            _share_features(plan)
+        return None
     # errors in the partition or in the trainer show before the first long computation
-    clients = plan.assign_clients()
+    clients = plan.clients
     with quiet_lightning():
         make_trainer(plan.config["trainer"])
     log.info("%s", _shown(plan.run_dir))
     if not brief:
-        console().print(partition_table(clients.statistics(plan.dataset.table["label"].to_numpy())))
-    if "features" in todo and finished_folder(plan.features_dir):
+        console().print(partition_table(clients.statistics(plan.labels)))
+    train = plan.backbone_spec.train
+    if "features" in todo and finished_folder(plan.features_dir) and train != "head":
         todo = tuple(stage for stage in todo if stage != "backbone")  # nobody needs it any more
-    if "backbone" in todo:
+    if "backbone" in todo and train == "none":
+        log.info("backbone: %s, nothing to train", plan.backbone_spec.name)
+    if "backbone" in todo and train == "all":
         _backbone(plan)
-    if "features" in todo:
-        ready = finished_folder(plan.backbone_dir) or finished_folder(plan.features_dir)
+    if "features" in todo or ("backbone" in todo and train == "head"):
+        ready = train != "all" or finished_folder(plan.backbone_dir) or finished_folder(plan.features_dir)
         _require(ready, plan, "features", "backbone", plan.backbone_dir)
         _features(plan)
+    if "backbone" in todo and train == "head":
+        _fit_head(plan)
     if "train" in todo or "evaluate" in todo:
         stage = "train" if "train" in todo else "evaluate"
         _require(finished_folder(plan.features_dir), plan, stage, "features", plan.features_dir)
+        _require(train != "head" or finished_folder(plan.backbone_dir), plan, stage, "backbone", plan.backbone_dir)
         _run(plan, clients, todo)
         if "evaluate" in todo:
             return _results(plan, brief)
@@ -93,19 +106,20 @@ def _backbone(plan: Plan) -> None:
     def make(folder: Path) -> None:
         from safetensors.torch import save
 
-        from iciia_exp.engine.features import TransformedImages
+        from iciia_exp.data.images import TransformedImages
+        from iciia_exp.engine.features import image_loader
         from iciia_exp.engine.training import BackboneModule, fit
 
+        assert spec.recipe is not None
         torch.manual_seed(derive_seed("backbone", spec.seed))
         backbone = plan.make_backbone()
-        rows = np.flatnonzero(plan.dataset.table["split"].to_numpy() == "backbone")
+        rows = plan.backbone_rows
         log.info("backbone: training %s on %s images", spec.name, f"{len(rows):,}")
-        images = TransformedImages(plan.dataset, backbone, rows)
+        images = TransformedImages(plan.dataset, backbone.transform, rows, plan.labels, plan.extraction.on_bad_image)
         sampler: DistributedSampler[Any] = DistributedSampler(
             images, 1, 0, seed=derive_seed("order", spec.seed) % 2**31
         )
-        workers = plan.extraction.num_workers
-        loader = DataLoader(images, spec.recipe.batch_size, sampler=sampler, num_workers=workers)
+        loader = image_loader(images, spec.recipe.batch_size, plan.extraction.workers(len(rows)), sampler=sampler)
         module = BackboneModule(backbone, spec.recipe)
         record = fit(
             module,
@@ -138,56 +152,140 @@ def _backbone(plan: Plan) -> None:
         log.info("backbone: %s, made before", spec.name)
 
 
-def _load_backbone(plan: Plan) -> tuple[Any, dict[str, Any]]:
-    from safetensors.torch import load_file
-
+def _load_backbone(plan: Plan) -> tuple[Backbone, dict[str, Any]]:
+    """Return the network that gives the features, and the manifest of its training here (empty if there was none)."""
     backbone = plan.make_backbone()
+    if plan.backbone_spec.train != "all":
+        return backbone, {}
     path = plan.backbone_dir / "weights.safetensors"
     try:
-        backbone.load_state_dict(load_file(path))
+        backbone.load_state_dict(_load_file(path))
     except Exception as error:
         why = first_line(error)
         raise UserError(f"{path}: cannot be loaded ({why}); delete its folder and repeat") from error
     return backbone, read_json(plan.backbone_dir / "manifest.json")
 
 
+def _load_file(path: Path) -> dict[str, torch.Tensor]:
+    from safetensors.torch import load_file
+
+    return load_file(path)
+
+
+def _fit_head(plan: Plan) -> None:
+    """Fit a classifier of the dataset's own classes on the trunk's features."""
+    spec = plan.backbone_spec
+
+    def make(folder: Path) -> None:
+        from safetensors.torch import save
+
+        from iciia_exp.engine.features import head_accuracy
+        from iciia_exp.models.linear_probe import fit_linear_head
+
+        store = FeatureStore.open(plan.features_dir)
+        rows = plan.backbone_rows[~store.bad[plan.backbone_rows]]
+        log.info("backbone: fitting a classifier on the features of %s images", f"{len(rows):,}")
+        start = time.monotonic()
+        features = store.array()
+        x_MD = features[rows].astype(np.float32)
+        weight, bias, record = fit_linear_head(
+            x_MD, plan.labels[rows], plan.dataset.task, plan.num_classes, derive_seed("head", spec.seed)
+        )
+        head = {"weight": torch.from_numpy(weight), "bias": torch.from_numpy(bias)}
+        with atomic_write(folder / "head.safetensors", "wb") as file:
+            file.write(save(head))
+        parts = {"fitted": rows, **{r: plan.clients[r].values for r in ROLES if len(plan.clients[r].values)}}
+        parts = {name: some[~store.bad[some]] for name, some in parts.items()}
+        manifest = {
+            "format": 1,
+            "name": spec.name,
+            "digest": plan.head_digest,
+            "features_digest": plan.features_digest,
+            "images": len(rows),
+            **record,
+            "accuracy": head_accuracy(features, plan.labels, head, parts),
+            "seconds": round(time.monotonic() - start, 2),
+        }
+        write_json(folder / "manifest.json", manifest)
+
+    if not make_folder(plan.backbone_dir, f"classifier on {spec.name}", make):
+        log.info("backbone: classifier fitted before")
+    _say_accuracy(plan, read_json(plan.backbone_dir / "manifest.json")["accuracy"])
+
+
+def _say_accuracy(plan: Plan, accuracy: dict[str, float]) -> None:
+    said = ", ".join(f"{100 * a:.1f} % of {s}" for s, a in accuracy.items())
+    published = plan.backbone_spec.published_top1
+    # the published figure is for the whole of ImageNet's validation images
+    whole = published is not None and plan.backbone_spec.train == "none" and plan.num_classes == 1000
+    log.info("features: the backbone alone gets %s%s", said, f" (published: {published} % of test)" if whole else "")
+
+
 # ---- features
 
 
+def _features_manifest(plan: Plan, made: dict[str, Any]) -> dict[str, Any]:
+    weights = plan.backbone_spec.weights
+    own = None if weights is None else file_digest(Path(weights).expanduser())
+    return {
+        "digest": plan.features_digest,
+        "dataset": type(plan.dataset).name,
+        "backbone": plan.backbone_spec.name,
+        "backbone_digest": plan.backbone_digest,
+        "weights_digest": made.get("weights_digest", own),
+        "backbone_seconds": made.get("seconds"),
+    }
+
+
+def _extract(plan: Plan, folder: Path) -> None:
+    from iciia_exp.engine.features import extract
+
+    backbone, made = _load_backbone(plan)
+    extract(
+        plan.dataset,
+        plan.dataset.table,
+        backbone,
+        plan.extraction,
+        folder,
+        plan.config["trainer"],
+        _features_manifest(plan, made),
+        with_head=plan.backbone_spec.train != "head",
+    )
+
+
 def _features(plan: Plan) -> None:
-    def make(folder: Path) -> None:
-        from iciia_exp.engine.features import extract
-
-        backbone, made = _load_backbone(plan)
-        manifest = {
-            "digest": plan.features_digest,
-            "dataset": type(plan.dataset).name,
-            "backbone": plan.backbone_spec.name,
-            "backbone_digest": plan.backbone_digest,
-            "weights_digest": made["weights_digest"],
-            "backbone_seconds": made["seconds"],
-        }
-        extract(plan.dataset, backbone, plan.extraction, folder, plan.config["trainer"], manifest)
-
-    if not make_folder(plan.features_dir, f"features of {plan.backbone_spec.name}", make):
+    what = f"features of {plan.backbone_spec.name}"
+    if not make_folder(plan.features_dir, what, lambda folder: _extract(plan, folder)):
         log.info("features: made before")
-    accuracy = FeatureStore.open(plan.features_dir).manifest["accuracy"]
-    log.info("features: the backbone alone gets %s", ", ".join(f"{100 * a:.1f} % of {s}" for s, a in accuracy.items()))
+    manifest = FeatureStore.open(plan.features_dir).manifest
+    if "accuracy" in manifest:
+        _say_accuracy(plan, manifest["accuracy"])
+
+
+def _share_features(plan: Plan) -> None:
+    """Take part in an extraction whose first process holds the lock."""
+    if plan.backbone_spec.train == "all" and not finished_folder(plan.backbone_dir):
+        raise UserError("features.devices: train the backbone first, with stage=backbone in one process")
+    partial = plan.features_dir.with_name(plan.features_dir.name + ".partial")
+    partial.mkdir(parents=True, exist_ok=True)
+    _extract(plan, partial)
 
 
 # ---- train and evaluate
 
 
-def _head(store: FeatureStore) -> nn.Linear:
+def _head(plan: Plan, store: FeatureStore) -> nn.Linear:
+    """Return the backbone's frozen classifier: the store's own, or the one fitted on its features."""
+    folder = plan.backbone_dir if plan.backbone_spec.train == "head" else store.path
     head = nn.Linear(store.dim, store.num_classes)
-    head.load_state_dict(store.head())
+    head.load_state_dict(_load_file(folder / "head.safetensors"))
     return head.requires_grad_(False)
 
 
 def _loader(
     plan: Plan, store: FeatureStore, clients: Clients, role: str, batch_size: int = 64, **order: Any
 ) -> DataLoader[Any]:
-    batches = FeatureBatches(store.array(), store.table["label"].to_numpy())
+    batches = FeatureBatches(store.array(), plan.labels)
     sampler = ClientBatchSampler(clients[role], plan.protocol.images, batch_size, **order)
     return DataLoader(batches, batch_size=None, sampler=sampler)
 
@@ -196,6 +294,8 @@ def _run(plan: Plan, clients: Clients, todo: tuple[str, ...]) -> None:
     folder = plan.run_dir
     with locked(folder, f"run {folder.name}"):
         store = FeatureStore.open(plan.features_dir)
+        if store.bad.any():
+            clients = clients.without(store.bad)
         folder.mkdir(parents=True, exist_ok=True)
         tracker = _tracker(plan)
         failed = True
@@ -227,21 +327,25 @@ def _tracker(plan: Plan) -> Any:
     )
 
 
+def _answers(plan: Plan) -> int:
+    return answers_per_image(plan.dataset.task, plan.num_classes)
+
+
 def _train(plan: Plan, store: FeatureStore, clients: Clients, tracker: Any) -> None:
     folder, protocol = plan.run_dir, plan.protocol
     with atomic_write(folder / "config.yaml") as file:
         yaml.safe_dump(plan.config, file, sort_keys=False)
     clients.save(folder / "partition.parquet")
-    statistics = clients.statistics(store.table["label"].to_numpy())
+    statistics = clients.statistics(plan.labels)
     write_json(folder / "partition.json", {row["role"]: row for row in statistics.to_dict("records")})
-    head = _head(store)
+    head = _head(plan, store)
     torch.manual_seed(derive_seed("method", plan.seed))
     method: Method = build(plan.method_config, "method", head=head)
     record: dict[str, Any] = {"epochs": 0, "seconds": 0.0}
     if plan.method_class.trainable:
         from iciia_exp.engine.training import MethodModule, fit
 
-        module = MethodModule(method, head, protocol.recipe, len(clients))
+        module = MethodModule(method, head, protocol.recipe, len(clients), _answers(plan))
         order = {"shuffle": True, "shuffle_images": protocol.shuffle_images, "seed": plan.seed}
         record = fit(
             module,
@@ -259,7 +363,8 @@ def _train(plan: Plan, store: FeatureStore, clients: Clients, tracker: Any) -> N
             note += f", best selection accuracy {best:.1f} % after {when}"
         log.info(note)
     write_json(folder / "training.json", record)
-    save_method(folder, method, head, plan.method_config, plan.features_dir, protocol.images)
+    facts = {"task": plan.dataset.task, "class_names": list(plan.dataset.class_names)}
+    save_method(folder, method, head, plan.method_config, plan.features_dir, protocol.images, facts)
     shutil.rmtree(folder / "checkpoints", ignore_errors=True)
 
 
@@ -271,15 +376,14 @@ def _evaluate(plan: Plan, store: FeatureStore, clients: Clients, tracker: Any) -
     folder = plan.run_dir
     run = Run.load(folder)
     start = time.monotonic()
-    module = MethodModule(run.method, run.head, plan.protocol.recipe, len(clients))
+    module = MethodModule(run.method, run.head, plan.protocol.recipe, len(clients), _answers(plan))
     with quiet_lightning():
         trainer = make_trainer(plan.config["trainer"], limit_test_batches=None)  # every client, always
         with interruptible(trainer):
             trainer.test(module, _loader(plan, store, clients, "test"), verbose=False)
     numbers, counts = module.test_counts.counts()
     seconds = time.monotonic() - start
-    labels_M = store.table["label"].to_numpy()
-    table = client_table(clients, numbers, counts, labels_M)
+    table = client_table(clients, numbers, counts, plan.labels)
     row = result_row(plan, run.method, store, counts, read_json(folder / "training.json"), seconds)
     with atomic_write(folder / "clients.parquet", "wb") as file:
         table.to_parquet(file, index=False)

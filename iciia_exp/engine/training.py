@@ -21,11 +21,12 @@ import lightning.pytorch as pl
 import torch
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from torch import Tensor, nn
-from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
+from iciia_exp import tasks
 from iciia_exp.counts import ClientCountsMetric
 from iciia_exp.data.batches import ClientBatch
+from iciia_exp.data.images import ImageBatch
 from iciia_exp.engine.build import check_keys, parameters_of
 from iciia_exp.engine.progress import TrainingProgress
 from iciia_exp.errors import ConfigError, UserError, first_line
@@ -55,11 +56,18 @@ class _Module(pl.LightningModule):
         """Build what the recipe says, over the parameters that are trained."""
         # a fused step under a gradient scaler (16-mixed) unscales by itself, too late for clipping
         fused = getattr(self.trainer.precision_plugin, "scaler", None) is None
-        optimizer = self.recipe.make_optimizer((p for p in self.parameters() if p.requires_grad), fused)
-        schedule = self.recipe.make_schedule(optimizer, int(self.trainer.estimated_stepping_batches))
+        trunk = self.trunk_parameters()
+        rest = [p for p in self.parameters() if p.requires_grad and not any(p is t for t in trunk)]
+        optimizer = self.recipe.make_optimizer(rest, trunk, fused)
+        steps, epochs = int(self.trainer.estimated_stepping_batches), int(self.trainer.max_epochs or 1)
+        schedule = self.recipe.make_schedule(optimizer, steps, epochs)
         if schedule is None:
             return optimizer
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def trunk_parameters(self) -> list[nn.Parameter]:
+        """Return the parameters that have the recipe's rate for trunks, if it has one."""
+        return []
 
     def configure_gradient_clipping(
         self, optimizer: Any, gradient_clip_val: float | None = None, gradient_clip_algorithm: str | None = None
@@ -70,7 +78,7 @@ class _Module(pl.LightningModule):
 
 
 class BackboneModule(_Module):
-    """Trains a backbone, trunk and head, by cross-entropy on single images."""
+    """Trains a backbone, trunk and head, on single images."""
 
     shown = ("backbone/loss", "backbone/train_accuracy")
     recipe_key = "backbone.recipe"
@@ -79,12 +87,21 @@ class BackboneModule(_Module):
         super().__init__(recipe)
         self.backbone = backbone
 
-    def training_step(self, batch: tuple[Tensor, Tensor, Tensor], batch_idx: int) -> Tensor:
-        """Return the loss of images [B, ...] with labels [B] (and image numbers [B], unused)."""
-        images, y_B, _ = batch
-        logits_BK = self.backbone(images)
-        loss = F.cross_entropy(logits_BK, y_B)
-        accuracy = (logits_BK.argmax(-1) == y_B).float().mean()
+    def trunk_parameters(self) -> list[nn.Parameter]:
+        """Return all but the classifier's parameters, where they have a rate of their own."""
+        if self.recipe.trunk_lr == self.recipe.lr:
+            return []
+        head = set(map(id, self.backbone.head.parameters()))
+        return [p for p in self.backbone.parameters() if id(p) not in head]
+
+    def training_step(self, batch: ImageBatch, batch_idx: int) -> Tensor | None:
+        """Return the loss of a batch of images; None where none of them could be read."""
+        if not len(batch.images):
+            return None
+        y_B = batch.labels
+        logits_BK = self.backbone(batch.images)
+        loss = tasks.loss(logits_BK, y_B)
+        accuracy = tasks.hits(logits_BK, y_B).float().mean()
         log = partial(self.log, on_step=False, on_epoch=True, batch_size=len(y_B))
         log("backbone/loss", loss)
         log("backbone/train_accuracy", accuracy)
@@ -99,17 +116,18 @@ class MethodModule(_Module):
         head: the backbone's frozen classifier, for the paired counts.
         recipe: optimisation.
         clients: number of clients in the partition.
+        answers: right-or-wrong answers of one image (`iciia_exp.tasks.answers_per_image`).
     """
 
     shown = ("train/loss", MONITOR)
     recipe_key = "protocol.recipe"
 
-    def __init__(self, method: Method, head: nn.Linear, recipe: Recipe, clients: int) -> None:
+    def __init__(self, method: Method, head: nn.Linear, recipe: Recipe, clients: int, answers: int = 1) -> None:
         super().__init__(recipe)
         self.method = method
         self._head = [head.requires_grad_(False)]  # in a list: not part of the checkpoint
-        self.selection_counts = ClientCountsMetric(clients)
-        self.test_counts = ClientCountsMetric(clients)
+        self.selection_counts = ClientCountsMetric(clients, answers)
+        self.test_counts = ClientCountsMetric(clients, answers)
 
     def training_step(self, batch: ClientBatch, batch_idx: int) -> Tensor:
         """Return the method's loss on a client batch."""
@@ -135,9 +153,9 @@ class MethodModule(_Module):
     def on_validation_epoch_end(self) -> None:
         """Log accuracy and log-loss over all selection images."""
         _, counts = self.selection_counts.counts()
-        images = counts.images_C.sum()
-        self.log(MONITOR, float(counts.method_hits_C.sum() / images))
-        self.log("selection/log_loss", float(counts.method_loss_C.sum() / images))
+        answers = counts.answers_C.sum()
+        self.log(MONITOR, float(counts.method_hits_C.sum() / answers))
+        self.log("selection/log_loss", float(counts.method_loss_C.sum() / answers))
 
     def on_test_epoch_start(self) -> None:
         """Start counting afresh."""
@@ -238,8 +256,11 @@ def interruptible(trainer: pl.Trainer) -> Iterator[None]:
         raise KeyboardInterrupt
 
 
-def make_trainer(config: dict[str, Any], **arguments: Any) -> pl.Trainer:
-    """Build Lightning's Trainer from the `trainer` group, with the engine's ``arguments`` on top."""
+def make_trainer(config: dict[str, Any], sharded: bool = False, **arguments: Any) -> pl.Trainer:
+    """Build Lightning's Trainer from the `trainer` group, with the engine's ``arguments`` on top.
+
+    ``sharded`` allows more than one process.
+    """
     check_keys(config, "trainer")
     own = {k: v for k, v in config.items() if not k.startswith("_")}
     if taken := sorted(set(own) & {"callbacks", "logger", "default_root_dir", "gradient_clip_val", "inference_mode"}):
@@ -265,8 +286,10 @@ def make_trainer(config: dict[str, Any], **arguments: Any) -> pl.Trainer:
             if key in text or (isinstance(value, str) and value in text):
                 raise ConfigError(f"trainer.{key}", value, text) from error
         raise UserError(f"trainer: {text}") from error
-    if trainer.world_size > 1:  # the stages' locks are per process, so processes of one job would wait for each other
-        raise ConfigError("trainer.devices", own.get("devices"), "a job runs on one device; use one job per device")
+    if trainer.world_size > 1 and not sharded:
+        # a method trains on stored features, in minutes; and the stages' locks are per process
+        problem = "only extraction is shared out, with features.devices; use one job per device for the rest"
+        raise ConfigError("trainer.devices", own.get("devices"), problem)
     return trainer
 
 

@@ -9,7 +9,8 @@ from abc import ABC, abstractmethod
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
-from torch.nn import functional as F
+
+from iciia_exp import tasks
 
 __all__ = ["HeadMethod", "Method"]
 
@@ -42,8 +43,8 @@ class Method(nn.Module, ABC):
         """
 
     def loss(self, logits_CSK: Tensor, y_CS: Tensor, mask_CS: Tensor) -> Tensor:
-        """Return the mean cross-entropy over the real images of the batch."""
-        return F.cross_entropy(logits_CSK[mask_CS], y_CS[mask_CS])
+        """Return the task's mean loss over the real images of the batch; of a multi-label task labels are [C, S, K]."""
+        return tasks.loss(logits_CSK[mask_CS], y_CS[mask_CS])
 
     @abstractmethod
     def macs(self, images: int) -> int:

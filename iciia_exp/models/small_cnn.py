@@ -1,10 +1,12 @@
-"""A small convolutional network for images of a few hundred pixels, trained in seconds."""
+"""A small convolutional network for small images, trained in seconds to minutes."""
 
 from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor, nn
 
 from iciia_exp.errors import check_float, check_int
@@ -18,7 +20,7 @@ class SmallCNN(Backbone):
 
     Args:
         num_classes: K.
-        channels: of the input image.
+        channels: of the input image, 1 (grey) or 3 (RGB).
         size: height and width of the input in pixels; divisible by 4.
         width: channels of the first convolution; the others have two and four times as many.
         dim: D, units of the hidden layer after its ReLU.
@@ -38,10 +40,9 @@ class SmallCNN(Backbone):
         std: float = 0.5,
     ) -> None:
         super().__init__()
-        check_int("channels", channels, 1)
-        check_int("size", size, 4)
+        self.channels, self.size = check_int("channels", channels, 1, 3), check_int("size", size, 4)
         check_int("width", width, 1)
-        self.dim, self.num_classes = check_int("dim", dim, 1), num_classes
+        self.dim = check_int("dim", dim, 1)
         self.mean, self.std = float(mean), check_float("std", std, 0.0, open_low=True)
 
         def conv(inputs: int, outputs: int) -> list[nn.Module]:
@@ -66,9 +67,14 @@ class SmallCNN(Backbone):
         return self.trunk(images)
 
     def transform(self, image: Any) -> Tensor:
-        """Turn a float32 array [channels, size, size] into the normalised input."""
+        """Turn a PIL image of any size, or a float32 array [channels, size, size], into the normalised input."""
+        if not isinstance(image, np.ndarray):
+            image = image.convert("L" if self.channels == 1 else "RGB")
+            if image.size != (self.size, self.size):
+                image = image.resize((self.size, self.size), Image.Resampling.BILINEAR)  # averages when it shrinks
+            image = np.asarray(image, dtype=np.float32).reshape(self.size, self.size, -1).transpose(2, 0, 1) / 255.0
         return (torch.as_tensor(image) - self.mean) / self.std
 
     def describe_transform(self) -> dict[str, Any]:
-        """Return mean and standard deviation."""
-        return {"mean": self.mean, "std": self.std}
+        """Return size, channels, mean and standard deviation."""
+        return {"size": self.size, "channels": self.channels, "mean": self.mean, "std": self.std}

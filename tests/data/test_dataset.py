@@ -6,7 +6,7 @@ from iciia_exp.data.dataset import ImageDataset
 
 class Broken(ImageDataset):
     name = "broken"
-    num_classes = 2
+    class_names = ("a", "b")
 
     def __init__(self, **columns):
         self.columns = columns

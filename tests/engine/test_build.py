@@ -122,4 +122,4 @@ def test_structure_is_checked(plan, override, message):
 
 def test_errors_of_the_partition_name_the_group(plan):
     with pytest.raises(ConfigError, match=r"^partition\.classes_per_client=11: the dataset has 10 classes"):
-        plan("partition.classes_per_client=11", "partition.images_per_client=11").assign_clients()
+        plan("partition.classes_per_client=11", "partition.images_per_client=11").clients  # noqa: B018

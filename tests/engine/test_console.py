@@ -11,7 +11,7 @@ ROW = {
     "name": "x", "backbone": "small_cnn", "method": "iciia", "groups": 4, "heads": 2, "num_layers": 1, "digest": "d0",
     "setting_digest": "s", "partition_digest": "p", "accuracy": 0.9, "gain": 0.1, "gain_low": 0.05, "gain_high": 0.15,
     "client_accuracy": 0.91, "worst_decile": 0.5, "harmed_share": 0.02, "harmed_share_by_chance": 0.03,
-    "overhead_percent": 160.0, "per_image_overhead_percent": 10.0, "backbone_accuracy": 0.8,
+    "overhead_percent": 160.0, "sequence_macs": 1600, "per_image_overhead_percent": 10.0, "backbone_accuracy": 0.8,
     "backbone_client_accuracy": 0.81, "backbone_worst_decile": 0.4,
 }  # fmt: skip
 
@@ -36,7 +36,10 @@ def test_seeds_are_averaged_and_a_run_counts_once():
 
 
 def test_settings_are_sorted_by_cost():
-    rows = [ROW | {"digest": str(c), "setting_digest": str(c), "overhead_percent": c} for c in (50.0, 2.0)]
+    rows = [
+        ROW | {"digest": str(c), "setting_digest": str(c), "overhead_percent": c, "sequence_macs": c}
+        for c in (50.0, 2.0)
+    ]
     *_, first, second = lines(rows)
     assert "2" in first
     assert "50" in second

@@ -11,7 +11,7 @@ def row(**change):
         "name": "x", "dataset": "digits", "backbone": "small_cnn", "method": "iciia", "groups": 4, "num_layers": 1,
         "accuracy": 0.9, "accuracy_low": 0.88, "accuracy_high": 0.93, "backbone_accuracy": 0.8,
         "backbone_accuracy_low": 0.75, "backbone_accuracy_high": 0.85, "client_gain": 0.1, "client_gain_low": 0.05,
-        "client_gain_high": 0.15, "overhead_percent": 3.0, "cost_images": 16, "setting_digest": "a",
+        "client_gain_high": 0.15, "overhead_percent": 3.0, "sequence_macs": 300, "backbone_macs": 1e4, "task": "single-label", "cost_images": 16, "setting_digest": "a",
         "partition_digest": "p", "digest": "d",
     }  # fmt: skip
     return base | change
@@ -29,7 +29,7 @@ def test_gain_per_client(tmp_path, clients):
     images = np.full(clients, 16)
     frame = pd.DataFrame(
         {
-            "images": images,
+            "answers": images,
             "backbone_hits": rng.binomial(16, 0.7, clients),
             "method_hits": rng.binomial(16, 0.8, clients),
         }

@@ -46,7 +46,7 @@ def test_the_main_job(plan, capsys):
     assert "small_cnn alone" in out
     assert row == json.loads((made.run_dir / "results.json").read_text())
     clients = pd.read_parquet(made.run_dir / "clients.parquet")
-    columns = "client kind images classes backbone_hits method_hits both_hits backbone_loss method_loss"
+    columns = "client kind images answers classes backbone_hits method_hits both_hits backbone_loss method_loss"
     assert list(clients) == columns.split()
     assert len(clients) == row["test_clients"]
     assert clients["method_hits"].sum() / clients["images"].sum() == row["accuracy"]
@@ -188,7 +188,7 @@ def test_within_client_and_by_parent(plan):
 def test_the_manifest_says_what_the_features_are(plan):
     execute(plan())
     manifest = json.loads((plan().features_dir / "manifest.json").read_text())
-    assert manifest["transform"] == {"mean": 0.3, "std": 0.5}
+    assert manifest["transform"] == {"size": 8, "channels": 1, "mean": 0.3, "std": 0.5}
     assert (manifest["dim"], manifest["num_classes"], manifest["images"]) == (32, 10, 360)
     assert set(manifest["accuracy"]) == {"backbone", "train", "selection", "test"}
     assert manifest["macs"] > 0
@@ -201,15 +201,6 @@ def test_a_damaged_backbone_is_named(plan):
     path.write_bytes(path.read_bytes()[:100])
     with pytest.raises(UserError, match=r"weights\.safetensors: cannot be loaded"):
         execute(plan())
-
-
-@pytest.mark.parametrize("experiment", ["digits", "digits_parents"])
-def test_every_experiment_runs(compose, experiment):
-    from iciia_exp.engine.build import Plan
-
-    row = execute(Plan(compose(f"+experiment={experiment}", "trainer=smoke", "logger=csv")))
-    assert row["name"] == experiment
-    assert row["test_clients"] > 0
 
 
 def test_the_published_protocol_runs(plan):

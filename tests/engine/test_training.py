@@ -146,7 +146,7 @@ def test_bad_trainer_arguments_name_their_key():
         make_trainer(TRAINER | {"precision": "8"})
     with pytest.raises(UserError, match=r"trainer\.callbacks: is set by the engine"):
         make_trainer(TRAINER | {"callbacks": []})
-    with pytest.raises(ConfigError, match=r"trainer\.devices=2: a job runs on one device"):
+    with pytest.raises(ConfigError, match=r"trainer\.devices=2: only extraction is shared out"):
         make_trainer(TRAINER | {"devices": 2})
     if not torch.cuda.is_available():
         with pytest.raises(ConfigError, match=r"trainer\.accelerator=gpu"):

@@ -22,7 +22,7 @@ FILES = sorted((CONF_DIR / "method").glob("*.yaml"))
 def method(request):
     torch.manual_seed(0)
     node = yaml.safe_load(request.param.read_text())
-    node = {k: {"${groups}": 4, "${heads}": 2}.get(v, v) for k, v in node.items()}
+    node = {k: {"${num_layers}": 1, "${groups}": 4, "${heads}": 2}.get(v, v) for k, v in node.items()}
     return instantiate(node, head=nn.Linear(D, K)).eval()
 
 

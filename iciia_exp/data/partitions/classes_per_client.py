@@ -1,4 +1,7 @@
-"""Clients that see a few classes each: `deal_classes` is the pure function, the class around it checks and chooses."""
+"""Clients that see a few classes each: `deal_classes` is the pure function, the class around it checks and chooses.
+
+Legend: M images of the dataset, K classes, R roles, P parent categories.
+"""
 
 from __future__ import annotations
 
@@ -8,11 +11,19 @@ import numpy as np
 import pandas as pd
 
 from iciia_exp.data.clients import ROLES, Clients, Ragged
-from iciia_exp.data.partitions.base import Partition, parents_of_classes
-from iciia_exp.errors import ConfigError, check_choice, check_int
+from iciia_exp.data.partitions.base import (
+    Partition,
+    clients_of,
+    numbered,
+    parents_of_classes,
+    role_pools,
+    share_out,
+    single_labels,
+)
+from iciia_exp.errors import ConfigError, check_choice, check_float, check_int
 from iciia_exp.seeding import generator
 
-__all__ = ["ClassesPerClient", "deal_classes"]
+__all__ = ["ClassesPerClient", "deal_classes", "in_words", "parents_or_any"]
 
 
 def deal_classes(
@@ -47,10 +58,8 @@ def deal_classes(
     decks = {}
     for role, pool in pools.items():
         pool = rng.permutation(pool)
-        by_class = pool[np.argsort(labels_M[pool], kind="stable")]
-        counts_K = np.bincount(labels_M[pool], minlength=num_classes)
-        decks[role] = np.split(by_class, np.cumsum(counts_K)[:-1])
-    left_RK = np.array([[len(deck) for deck in decks[role]] for role in roles], dtype=np.int64)
+        decks[role] = Ragged.from_pairs(labels_M[pool], pool, num_classes)
+    left_RK = np.stack([decks[role].lengths for role in roles])
     cursor_RK = np.zeros_like(left_RK)
     # A parent's classes count as its own only where every pool has images of them.
     held_K = (left_RK > 0).all(axis=0)
@@ -60,19 +69,23 @@ def deal_classes(
     quota_R = np.array([quotas[role] for role in roles])
 
     clients = []
-    while members:
-        eligible = {}
-        for p in list(members):
+    eligible: dict[int, np.ndarray] = {}  # classes of every parent with images for one more client
+    weights: dict[int, int] = {}  # images that they have left
+    changed = list(members)  # dealing changes one parent at a time
+    while True:
+        for p in changed:
             enough = (left_RK[:, members[p]] >= -(-quota_R // want[p])[:, None]).all(axis=0)
             if enough.sum() < want[p]:
                 del members[p]  # images only ever leave: this parent is exhausted
             else:
                 eligible[p] = members[p][enough]
+                weights[p] = left_RK[:, eligible[p]].sum()
         if not members:
             break
         keys = list(members)
-        weight_P = np.array([left_RK[:, eligible[p]].sum() for p in keys], dtype=np.float64)
+        weight_P = np.array([weights[p] for p in keys], dtype=np.float64)
         parent = keys[rng.choice(len(keys), p=weight_P / weight_P.sum())]
+        changed = [parent]
         weight_k = left_RK[:, eligible[parent]].sum(axis=0).astype(np.float64)
         chosen = rng.choice(eligible[parent], size=want[parent], replace=False, p=weight_k / weight_k.sum())
         images = {}
@@ -90,6 +103,32 @@ def deal_classes(
     return clients
 
 
+def in_words(classes: int) -> str:
+    """Return a number of classes in words, which is the kind of a client whose classes have nothing in common."""
+    return "1 class" if classes == 1 else f"{classes} classes"
+
+
+def parents_or_any(
+    table: pd.DataFrame, num_classes: int, by: str, classes_per_client: int, turnover: int = 0
+) -> tuple[np.ndarray, list[str]]:
+    """Return the parent of every class, int64 [K], and the kinds' names; with ``by="class"`` one parent for all.
+
+    Raises `ConfigError` where no parent has ``classes_per_client`` classes, and ``turnover`` others to replace some.
+    """
+    if by == "class":
+        parents_K, names = np.zeros(num_classes, dtype=np.int64), [in_words(classes_per_client)]
+    else:
+        parents_K, names = parents_of_classes(table, num_classes, ConfigError("by", by, "{problem}; use by=class"))
+    biggest = int(np.bincount(parents_K).max())
+    if classes_per_client + turnover > biggest:
+        problem = f"{'the dataset has' if by == 'class' else 'the largest parent category has'} {biggest} classes"
+        if turnover:
+            problem += f", of which turnover={turnover} needs as many besides"
+        problem += f"; use 1 to {biggest - turnover}" if biggest > turnover else "; use less turnover"
+        raise ConfigError("classes_per_client", classes_per_client, problem)
+    return parents_K, names
+
+
 class ClassesPerClient(Partition):
     """Clients that see a few classes each.
 
@@ -102,6 +141,7 @@ class ClassesPerClient(Partition):
             images of all three. Either way the images of the three roles are disjoint.
         deals: how many times the train and selection images are dealt out, to clients of other classes each time; the
             test images are dealt once, so that every one counts once.
+        selection_share: of the train images, class by class, where the dataset has no selection images of its own.
         seed: seed of the partition.
     """
 
@@ -112,6 +152,7 @@ class ClassesPerClient(Partition):
         by: str = "class",
         split: str = "client",
         deals: int = 1,
+        selection_share: float = 0.2,
         seed: int = 0,
     ) -> None:
         self.classes_per_client = check_int("classes_per_client", classes_per_client, 1)
@@ -119,73 +160,39 @@ class ClassesPerClient(Partition):
         self.by = check_choice("by", by, ("class", "parent"))
         self.split = check_choice("split", split, ("client", "within"))
         self.deals = check_int("deals", deals, 1)
+        self.selection_share = check_float("selection_share", selection_share, 0.0, 0.9, open_low=True)
         self.seed = check_int("seed", seed, 0)
 
     def assign(self, table: pd.DataFrame, num_classes: int) -> Clients:
         """Return the clients; raises `ConfigError` where some role would have no client or a client no image."""
-        labels_M = table["label"].to_numpy()
-        parents_K, names = self._parents(table, num_classes)
-        biggest = int(np.bincount(parents_K).max())
-        if self.classes_per_client > biggest:
-            of = "the dataset has" if self.by == "class" else "the largest parent category has"
-            problem = f"{of} {biggest} classes; use 1 to {biggest}"
-            raise ConfigError("classes_per_client", self.classes_per_client, problem)
+        labels_M = single_labels(table, self)
+        parents_K, names = parents_or_any(table, num_classes, self.by, self.classes_per_client)
         if self.images_per_client < self.classes_per_client:
             problem = f"a client of {self.classes_per_client} classes needs at least {self.classes_per_client} images"
             raise ConfigError("images_per_client", self.images_per_client, problem)
-        pools = {role: np.flatnonzero(table["split"].to_numpy() == role) for role in ROLES}
-        for role, pool in pools.items():
-            if not len(pool):
-                raise ConfigError("split", self.split, f"the dataset has no {role} images for any client")
-
         rng = generator("classes_per_client", self.seed)
-        entries: list[tuple[str, int, dict[str, np.ndarray]]] = []  # (id, parent, images by role)
+        pools = role_pools(table, labels_M, self.selection_share, rng, self)
+        entries: list[tuple[str, str, dict[str, np.ndarray]]] = []  # (id, kind, images by role)
 
         def deal(roles: tuple[str, ...], quotas: dict[str, int], name: str) -> None:
             chosen = {role: pools[role] for role in roles}
             clients = deal_classes(labels_M, parents_K, chosen, quotas, self.classes_per_client, rng)
             if not clients:
                 problem = f"the {' and '.join(f'{len(pools[r])} {r}' for r in roles)} images do not fill one client"
-                problem += f" of {self._classes}; use fewer images per client"
+                problem += f" of {in_words(self.classes_per_client)}; use fewer images per client"
                 raise ConfigError("images_per_client", self.images_per_client, problem)
-            width = len(str(len(clients) - 1))
-            entries.extend((f"{name}-{i:0{width}d}", parent, images) for i, (parent, images) in enumerate(clients))
+            ids = numbered(name, len(clients))
+            entries.extend((i, names[parent], images) for i, (parent, images) in zip(ids, clients, strict=True))
 
-        quotas = self._quotas(pools)
         if self.split == "within":
+            lacking = "every client without {role} images"
+            quotas = share_out(self.images_per_client, pools, "images_per_client", lacking)
             deal(ROLES, quotas, "client")
+        else:
+            quotas = dict.fromkeys(ROLES, self.images_per_client)
         for d in range(self.deals):
             for role in ROLES:
                 if (role == "test" and d > 0) or (self.split == "within" and d == 0):
                     continue
                 deal((role,), {role: quotas[role]}, role if self.deals == 1 or role == "test" else f"{role}-{d}")
-        empty = np.empty(0, dtype=np.int64)
-        return Clients(
-            ids=np.array([name for name, _, _ in entries], dtype=object),
-            kinds=np.array([names[parent] for _, parent, _ in entries], dtype=object),
-            **{role: Ragged.from_rows([images.get(role, empty) for _, _, images in entries]) for role in ROLES},
-        )
-
-    @property
-    def _classes(self) -> str:
-        return "1 class" if self.classes_per_client == 1 else f"{self.classes_per_client} classes"
-
-    def _parents(self, table: pd.DataFrame, num_classes: int) -> tuple[np.ndarray, list[str]]:
-        """Return the parent of every class, numbered, and the kinds' names."""
-        if self.by == "class":
-            return np.zeros(num_classes, dtype=np.int64), [self._classes]
-        return parents_of_classes(table, num_classes, ConfigError("by", self.by, "{problem}; use by=class"))
-
-    def _quotas(self, pools: dict[str, np.ndarray]) -> dict[str, int]:
-        if self.split == "client":
-            return dict.fromkeys(ROLES, self.images_per_client)
-        total = sum(len(pool) for pool in pools.values())
-        exact = {role: self.images_per_client * len(pool) / total for role, pool in pools.items()}
-        quotas = {role: int(share) for role, share in exact.items()}
-        for role in sorted(ROLES, key=lambda r: quotas[r] - exact[r])[: self.images_per_client - sum(quotas.values())]:
-            quotas[role] += 1  # largest remainders first
-        if short := [role for role in ROLES if not quotas[role]]:
-            need = int(np.ceil(total / min(len(pool) for pool in pools.values())))
-            problem = f"would leave every client without {short[0]} images; use at least {need}"
-            raise ConfigError("images_per_client", self.images_per_client, problem)
-        return quotas
+        return clients_of(entries)

@@ -2,21 +2,30 @@
 
 Source: ICIIA (ACML 2024, PMLR 260:223-238), section 4 and the code released with it. `deal_parents` is the pure
 function, the class around it checks arguments and splits off selection images.
+
+Legend: M images of the dataset, K classes.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import pandas as pd
 
-from iciia_exp.data.clients import ROLES, Clients, Ragged
-from iciia_exp.data.partitions.base import Partition, parents_of_classes
+from iciia_exp.data.clients import Clients, Ragged
+from iciia_exp.data.partitions.base import Partition, clients_of, parents_of_classes, single_labels
 from iciia_exp.errors import ConfigError, check_choice, check_float, check_int
 from iciia_exp.seeding import generator
 
-__all__ = ["ParentCategory", "deal_parents", "split_off_groups"]
+__all__ = [
+    "ParentCategory",
+    "deal_parents",
+    "parent_clients",
+    "parents_and_pools",
+    "split_off_groups",
+    "split_off_images",
+]
 
 
 def deal_parents(
@@ -43,8 +52,10 @@ def deal_parents(
         A list of (parent category, images by role), one entry per client, parents in increasing order.
     """
     clients = []
-    for parent in np.unique(parents_M):
-        own = {role: rng.permutation(pool[parents_M[pool] == parent]) for role, pool in pools.items()}
+    sizes = np.bincount(parents_M)
+    by_parent = {role: Ragged.from_pairs(parents_M[pool], pool, len(sizes)) for role, pool in pools.items()}
+    for parent in np.flatnonzero(sizes).tolist():
+        own = {role: rng.permutation(rows[parent]) for role, rows in by_parent.items()}
         counts = {role: -(-len(images) // chunks[role]) for role, images in own.items()}
         number = min(counts.values())
         poorest = min(counts, key=lambda role: counts[role])
@@ -55,7 +66,7 @@ def deal_parents(
             else:
                 cuts[role] = np.arange(number + 1) * len(images) // max(number, 1)
         clients += [
-            (int(parent), {role: own[role][cuts[role][i] : cuts[role][i + 1]] for role in own}) for i in range(number)
+            (parent, {role: own[role][cuts[role][i] : cuts[role][i + 1]] for role in own}) for i in range(number)
         ]
     return clients
 
@@ -72,8 +83,9 @@ def split_off_groups(
         Image numbers of the first and of the second side.
     """
     first, second = [], []
-    for label in np.unique(labels_M[pool]):
-        own = pool[labels_M[pool] == label]
+    by_class = Ragged.from_pairs(labels_M[pool], pool, int(labels_M.max()) + 1)
+    for label in np.flatnonzero(by_class.lengths).tolist():
+        own = by_class[label]
         groups, counts = np.unique(groups_M[own], return_counts=True)
         order = rng.permutation(len(groups))[: max(len(groups) - 1, 0)]
         before = np.cumsum(counts[order]) - counts[order]
@@ -83,6 +95,48 @@ def split_off_groups(
         first.append(own[~over])
         second.append(own[over])
     return np.concatenate(first), np.concatenate(second)
+
+
+def split_off_images(clients: Sequence[tuple[int, dict[str, np.ndarray]]], share: float) -> None:
+    """Move ``share`` of every client's train images, at least one, to selection; they are shuffled already."""
+    for _, images in clients:
+        keep = len(images["train"]) - max(1, round(share * len(images["train"])))
+        images["train"], images["selection"] = np.split(images["train"], [keep])
+
+
+def parents_and_pools(
+    table: pd.DataFrame, num_classes: int, partition: Partition
+) -> tuple[np.ndarray, list[str], dict[str, np.ndarray]]:
+    """Return every image's parent, int64 [M], the parents' names, and the images of train (with selection) and test.
+
+    Raises `ConfigError` where an image has no class or a class has no parent.
+    """
+    labels_M, splits_M = single_labels(table, partition), table["split"].to_numpy()
+    lacking = ConfigError("_target_", type(partition).__name__, "{problem}; choose another partition")
+    parents_K, names = parents_of_classes(table, num_classes, lacking)
+    train = np.flatnonzero((splits_M == "train") | (splits_M == "selection"))
+    return parents_K[labels_M], names, {"train": train, "test": np.flatnonzero(splits_M == "test")}
+
+
+def parent_clients(
+    dealt: Sequence[tuple[int, dict[str, np.ndarray]]], names: Sequence[str], train_chunk: int, test_chunk: int
+) -> Clients:
+    """Join dealt clients, each with the name of its parent as kind and a number within that parent as id.
+
+    Raises `ConfigError` for the chunks where there is no client, or one lacks images of a role.
+    """
+    if not dealt:
+        raise ConfigError("test_chunk", test_chunk, "no parent category has both train and test images")
+    for parent, images in dealt:
+        if empty := [role for role, rows in images.items() if not len(rows)]:
+            problem = f"would leave a client of {names[parent]!r} without {empty[0]} images; use larger chunks"
+            raise ConfigError("train_chunk", train_chunk, problem)
+    number = [0] * len(names)
+    entries = []
+    for parent, images in dealt:
+        entries.append((f"{names[parent]}-{number[parent]:03d}", names[parent], images))
+        number[parent] += 1
+    return clients_of(entries)
 
 
 class ParentCategory(Partition):
@@ -117,39 +171,18 @@ class ParentCategory(Partition):
 
     def assign(self, table: pd.DataFrame, num_classes: int) -> Clients:
         """Return the clients; raises `ConfigError` where there would be none or one would lack images."""
-        labels_M, splits_M = table["label"].to_numpy(), table["split"].to_numpy()
-        lacking = ConfigError("_target_", "ParentCategory", "{problem}; choose another partition")
-        parents_K, names = parents_of_classes(table, num_classes, lacking)
-        parents_M = parents_K[labels_M]
+        parents_M, names, pools = parents_and_pools(table, num_classes, self)
         rng = generator("parent_category", self.seed)
-        train = np.flatnonzero((splits_M == "train") | (splits_M == "selection"))
-        test = np.flatnonzero(splits_M == "test")
         if self.selection_by == "owner":
             if table["owner"].isna().any():
                 raise ConfigError("selection_by", "owner", "the dataset has images without an owner; use image")
-            owners_M = pd.factorize(table["owner"])[0]
-            train, selection = split_off_groups(labels_M, owners_M, train, self.selection_share, rng)
-            pools = {"train": train, "selection": selection, "test": test}
+            labels_M, owners_M = table["label"].to_numpy(), pd.factorize(table["owner"])[0]
+            train, selection = split_off_groups(labels_M, owners_M, pools["train"], self.selection_share, rng)
+            pools = {"train": train, "selection": selection, "test": pools["test"]}
             chunks = {"train": self.train_chunk, "selection": self.test_chunk, "test": self.test_chunk}
-            clients = deal_parents(parents_M, pools, chunks, rng, even=True)
+            dealt = deal_parents(parents_M, pools, chunks, rng, even=True)
         else:
             chunks = {"train": self.train_chunk, "test": self.test_chunk}
-            clients = deal_parents(parents_M, {"train": train, "test": test}, chunks, rng, even=False)
-            for _, images in clients:
-                keep = len(images["train"]) - max(1, round(self.selection_share * len(images["train"])))
-                images["train"], images["selection"] = np.split(images["train"], [keep])  # already shuffled
-        if not clients:
-            problem = f"no parent category has both train ({len(train)}) and test ({len(test)}) images"
-            raise ConfigError("test_chunk", self.test_chunk, problem)
-        for parent, images in clients:
-            if empty := [role for role, rows in images.items() if not len(rows)]:
-                problem = f"would leave a client of {names[parent]!r} without {empty[0]} images; use larger chunks"
-                raise ConfigError("train_chunk", self.train_chunk, problem)
-        number = [0] * len(names)
-        ids = []
-        for parent, _ in clients:
-            ids.append(f"{names[parent]}-{number[parent]:03d}")
-            number[parent] += 1
-        roles = {role: Ragged.from_rows([images[role] for _, images in clients]) for role in ROLES}
-        kinds = [names[parent] for parent, _ in clients]
-        return Clients(np.array(ids, dtype=object), np.array(kinds, dtype=object), **roles)
+            dealt = deal_parents(parents_M, pools, chunks, rng, even=False)
+            split_off_images(dealt, self.selection_share)
+        return parent_clients(dealt, names, self.train_chunk, self.test_chunk)

@@ -104,6 +104,7 @@ def test_within_gives_one_client_the_same_classes_everywhere():
         ({"by": "clas"}, "by", "did you mean class"),
         ({"split": "across"}, "split", "client, within"),
         ({"deals": 0}, "deals", "at least 1"),
+        ({"selection_share": 0}, "selection_share", "above 0"),
         ({"seed": -1}, "seed", "at least 0"),
     ],
 )
@@ -119,12 +120,22 @@ def test_the_hint_of_an_error_works():
     assign(images_per_client=int(str(error.value).rsplit(" ", 1)[-1]), split="within")
 
 
-def test_a_dataset_without_a_role_or_without_parents_is_refused():
+@pytest.mark.parametrize("role", ["train", "test"])
+def test_a_dataset_without_a_role_is_refused(role):
     frame = table()
-    with pytest.raises(ConfigError, match="no selection images"):
-        assign(frame[frame["split"] != "selection"].reset_index(drop=True))
+    with pytest.raises(ConfigError, match=f"_target_=ClassesPerClient: the dataset has no {role} images"):
+        assign(frame[frame["split"] != role].reset_index(drop=True))
+
+
+def test_a_dataset_without_parents_is_refused():
     with pytest.raises(ConfigError, match="no parent category"):
-        assign(frame.assign(parent=None), by="parent")
+        assign(table().assign(parent=None), by="parent")
+
+
+def test_several_labels_per_image_are_refused():
+    frame = table()
+    with pytest.raises(ConfigError, match="needs one label per image; use partition=owner"):
+        assign(frame.assign(label=[[k] for k in frame["label"]]))
 
 
 def test_a_class_without_images_is_never_dealt():

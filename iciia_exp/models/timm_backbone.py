@@ -1,0 +1,109 @@
+"""Any timm model as a backbone: https://github.com/huggingface/pytorch-image-models."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+from urllib.parse import urlparse
+
+import huggingface_hub
+import timm
+from timm.data import create_transform, resolve_data_config
+from torch import Tensor, nn
+
+from iciia_exp.errors import ConfigError, check_int, first_line, nearest
+from iciia_exp.models.backbone import ImageBackbone
+from iciia_exp.models.weights import fetched
+
+__all__ = ["TimmBackbone"]
+
+_FILE = "model.safetensors"
+
+
+class TimmBackbone(ImageBackbone):
+    """A timm model; the feature is what its linear classifier sees, the crop its own evaluation transform.
+
+    Args:
+        num_classes: K.
+        model: timm's name, with the tag of its weights (``tf_efficientnet_b4.aa_in1k``).
+        image_size: pixels of the square input; null is the weights' own.
+        crop_pct: share of the image's shorter side that the crop keeps; null is the weights' own.
+        mean, std: of the three channels, 0 to 1; null is the weights' own.
+        options: further arguments of `timm.create_model` (``{pad_type: same}``).
+    """
+
+    def __init__(
+        self,
+        num_classes: int,
+        model: str,
+        image_size: int | None = None,
+        crop_pct: float | None = None,
+        mean: Sequence[float] | None = None,
+        std: Sequence[float] | None = None,
+        options: Mapping[str, Any] | None = None,
+    ) -> None:
+        self.model, self.options = model, dict(options or {})
+        self._size = None if image_size is None else check_int("image_size", image_size, 8)
+        net = self._create(num_classes)
+        head = net.get_classifier()
+        if not isinstance(head, nn.Linear):
+            kind = type(head).__name__
+            raise ConfigError("model", model, f"its classifier is a {kind}, not one linear layer on one feature")
+        fresh = nn.Linear(head.in_features, head.out_features)
+        fresh.load_state_dict({"bias": fresh.bias.detach(), **head.state_dict()})
+        net.reset_classifier(0)
+        given = {
+            "input_size": self._size and (3, self._size, self._size),
+            "crop_pct": crop_pct,
+            "mean": mean,
+            "std": std,
+        }
+        config = resolve_data_config({k: v for k, v in given.items() if v is not None}, model=net)
+        super().__init__(net, fresh, config["mean"], config["std"])
+        self.head_name = net.default_cfg["classifier"]
+        self.data_config = {k: v for k, v in config.items() if k not in ("mean", "std")}
+        # timm's transform for its prefetcher ends before normalising, as `ImageBackbone` wants it
+        self._crop = create_transform(**config, is_training=False, use_prefetcher=True).transforms[:-1]
+
+    def _create(self, num_classes: int, pretrained: bool = False) -> Any:
+        options = dict(self.options)
+        if self._size is not None:
+            cfg = timm.get_pretrained_cfg(self.model)
+            if cfg is not None and cfg.fixed_input_size:  # Swin and ViT refuse other sizes unless told
+                options.setdefault("img_size", self._size)
+        try:
+            return timm.create_model(self.model, pretrained=pretrained, num_classes=num_classes, **options)
+        except RuntimeError as error:
+            if "Unknown model" not in str(error):
+                raise
+            near = nearest(self.model.partition(".")[0], timm.list_models())
+            hint = f"; did you mean {near}?" if near else ""
+            raise ConfigError("model", self.model, f"timm has no such model{hint}") from error
+        except TypeError as error:
+            raise ConfigError("options", self.options, first_line(error)) from error
+
+    def crop(self, image: Any) -> Any:
+        """Resize and crop as timm does for evaluation."""
+        for step in self._crop:
+            image = step(image)
+        return image
+
+    def describe_transform(self) -> dict[str, Any]:
+        """Return timm's data configuration."""
+        plain = {k: list(v) if isinstance(v, tuple) else v for k, v in self.data_config.items()}
+        return {**plain, "mean": list(self.mean), "std": list(self.std)}
+
+    def pretrained_state(self) -> dict[str, Tensor]:
+        """Return timm's weights, from its cache or hub."""
+        cfg = timm.get_pretrained_cfg(self.model)
+        if cfg is None or not cfg.hf_hub_id:
+            raise ConfigError(
+                "model", self.model, "timm has no weights for it; choose a tag from timm.list_pretrained()"
+            )
+        host = urlparse(huggingface_hub.constants.ENDPOINT).hostname or ""
+        if huggingface_hub.try_to_load_from_cache(cfg.hf_hub_id or "", cfg.hf_hub_filename or _FILE):
+            host = "localhost"
+        page = f"{huggingface_hub.constants.ENDPOINT}/{cfg.hf_hub_id}/resolve/main/{cfg.hf_hub_filename or _FILE}"
+        bring = f"get {page} elsewhere and set backbone.weights=FILE backbone.pretrained=false"
+        net = fetched(lambda: self._create(cfg.num_classes, pretrained=True), f"timm's {self.model}", host, bring)
+        return net.state_dict()

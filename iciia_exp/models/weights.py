@@ -1,0 +1,95 @@
+"""Weights from files and from the libraries' caches, and which rows of a classifier a dataset needs."""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+from iciia_exp.errors import ConfigError, UserError, first_line
+
+__all__ = ["class_rows", "fetched", "read_weights"]
+
+T = TypeVar("T")
+
+
+def read_weights(path: str | Path) -> dict[str, Tensor]:
+    """Read a file of weights: .safetensors, or what `torch.save` wrote of tensors (also under ``state_dict``)."""
+    path = Path(path).expanduser()
+    if not path.is_file():
+        raise ConfigError("weights", path, "no such file; give a .safetensors, .pt or .pth file")
+    try:
+        if path.suffix == ".safetensors":
+            from safetensors.torch import load_file
+
+            return load_file(path)
+        state: Any = torch.load(path, map_location="cpu", weights_only=True)
+        for key in ("state_dict", "model", "model_state_dict"):
+            if isinstance(state, Mapping) and isinstance(state.get(key), Mapping):
+                state = state[key]
+        state = {str(k).removeprefix("module."): v for k, v in state.items() if isinstance(v, Tensor)}
+    except Exception as error:
+        raise UserError(f"{path}: cannot be read as weights ({first_line(error)})") from error
+    if not state:
+        raise UserError(f"{path}: holds no tensors by name")
+    return state
+
+
+def known_classes(classes: str) -> list[str]:
+    """Return the names of classes: of timm's list of that name (wnids for ImageNet), or of a text file."""
+    if Path(classes).expanduser().is_file():
+        return [
+            line.strip() for line in Path(classes).expanduser().read_text(encoding="utf-8").splitlines() if line.strip()
+        ]
+    from timm.data import ImageNetInfo
+
+    try:
+        return list(ImageNetInfo(classes).label_names())
+    except (AssertionError, KeyError, ValueError, FileNotFoundError) as error:
+        raise ConfigError("classes", classes, "must be a text file of class names, or imagenet-1k") from error
+
+
+def class_rows(classes: str | None, known: int, wanted: Sequence[str], needed: bool) -> list[int] | None:
+    """Return the rows of a classifier of ``known`` classes that stand for the classes ``wanted``, in their order.
+
+    None where the classifier cannot be used as it is, or need not be changed. With ``needed`` an error says what to
+    do instead.
+    """
+    if classes is None:
+        if known == len(wanted) or not needed:
+            return None
+        problem = f"the weights know {known} classes, the dataset has {len(wanted)}; name the weights' classes, or use "
+        raise ConfigError("classes", "null", f"{problem}backbone.train=head to fit a classifier of the dataset's own")
+    names = known_classes(classes)
+    if len(names) != known:
+        raise ConfigError("classes", classes, f"has {len(names)} names, the weights know {known} classes")
+    number = {name: i for i, name in enumerate(names)}
+    unknown = [name for name in wanted if name not in number]
+    if not unknown:
+        return [number[name] for name in wanted]
+    if needed:
+        problem = f"{len(unknown)} of the dataset's {len(wanted)} classes are not among them, {unknown[0]!r} first"
+        raise ConfigError("classes", classes, f"{problem}; use backbone.train=head to fit a classifier")
+    return None
+
+
+def fetched(load: Callable[[], T], what: str, host: str, bring: str) -> T:
+    """Return ``load()``, which may download; where it cannot, raise an error that says which file to bring where.
+
+    Args:
+        load: reads the weights from the library's cache or the network.
+        what: the weights in words.
+        host: where they would come from; looked up first, because some libraries try for a minute.
+        bring: which file to get and where to put it.
+    """
+    try:
+        if not any(os.environ.get(name) for name in ("HTTPS_PROXY", "https_proxy", "ALL_PROXY", "all_proxy")):
+            socket.getaddrinfo(host, 443)
+        return load()
+    except Exception as error:
+        raise UserError(f"{what}: not in the cache, and cannot be downloaded ({first_line(error)}); {bring}") from error

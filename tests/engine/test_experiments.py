@@ -1,0 +1,96 @@
+"""Every experiment by name, the whole way through, on small data of exactly the real form."""
+
+import pytest
+import torch
+from torchvision import datasets
+
+from iciia_exp.engine.build import Plan
+from iciia_exp.engine.paths import CONF_DIR
+from iciia_exp.engine.stages import execute
+from iciia_exp.models.timm_backbone import TimmBackbone
+from iciia_exp.models.torchvision_backbone import TorchvisionBackbone
+from tests.making.celeba import make_celeba
+from tests.making.femnist import make_femnist
+from tests.making.folder import make_folder
+from tests.making.imagenet import make_imagenet
+from tests.making.inaturalist import make_inaturalist
+from tests.making.omniglot import make_omniglot
+from tests.making.torchvision_sets import accept, make_cifar10, make_cifar100, make_fashion_mnist
+from tests.making.ucf101 import make_ucf101
+from tests.making.vectors import make_vectors
+
+
+def own_state(self):
+    """Return random weights for ImageNet's 1,000 classes, in place of those that no network is there to fetch."""
+    generator = torch.Generator().manual_seed(0)
+    head = {
+        f"{self.head_name}.weight": torch.randn(1000, self.dim, generator=generator) / self.dim**0.5,
+        f"{self.head_name}.bias": torch.zeros(1000),
+    }
+    return head | {k.removeprefix("net."): v for k, v in self.state_dict().items() if k.startswith("net.")}
+
+
+@pytest.fixture
+def offline_weights(monkeypatch):
+    for backbone in (TimmBackbone, TorchvisionBackbone):
+        monkeypatch.setattr(backbone, "pretrained_state", own_state)
+
+
+def small_imagenet(root, monkeypatch):
+    make_imagenet(root, train=3, val=2)
+
+
+def small_cifar10(root, monkeypatch):
+    make_cifar10(root, per_batch=80)
+    accept(monkeypatch, datasets.CIFAR10, root / "cifar-10-batches-py")
+
+
+def small_cifar100(root, monkeypatch):
+    make_cifar100(root, train=2000, test=1000)
+    accept(monkeypatch, datasets.CIFAR100, root / "cifar-100-python")
+
+
+TINY = "backbone.model.image_size=32"
+CLIENTS = "partition.images_per_client=4"
+
+EXPERIMENTS = {
+    "digits": (None, ()),
+    "digits_parents": (None, ()),
+    **{
+        f"{name}_imagenet": (small_imagenet, (TINY,))
+        for name in ("mobilenetv3", "efficientnet_b4", "efficientnet_b7", "swin_b", "convnext_l")
+    },
+    "resnet152_imagenet": (small_imagenet, (TINY, "features.dtype=float32")),  # random weights, huge features
+    "mobilenetv2_tiny_imagenet": (small_imagenet, (TINY,)),
+    "efficientnet_b0_inaturalist": (lambda root, _: make_inaturalist(root), (TINY,)),
+    "cnn_femnist": (lambda root, _: make_femnist(root), ()),
+    "efficientnet_b0_celeba": (lambda root, _: make_celeba(root), (TINY,)),
+    "c3d_ucf101": (lambda root, _: make_ucf101(root), ("backbone.model.channels=4", "groups=256")),
+    "cifar10": (small_cifar10, (CLIENTS,)),
+    "cifar100": (small_cifar100, ("partition.images_per_client=5",)),
+    "fashion_mnist": (lambda root, _: make_fashion_mnist(root, train=400, test=80), (CLIENTS,)),
+    "omniglot": (lambda root, _: make_omniglot(root), ()),
+    "folder": (lambda root, _: make_folder(root), (TINY, CLIENTS)),
+    "features": (lambda root, _: make_vectors(root), (CLIENTS, "partition.classes_per_client=2")),
+}
+
+
+def test_every_experiment_is_here():
+    assert sorted(EXPERIMENTS) == sorted(path.stem for path in (CONF_DIR / "experiment").glob("*.yaml"))
+
+
+@pytest.mark.parametrize("name", EXPERIMENTS)
+def test_every_experiment_runs(name, compose, tmp_path, monkeypatch, offline_weights, capsys):
+    make, overrides = EXPERIMENTS[name]
+    data = () if make is None else (f"data_dir={tmp_path}/data",)
+    if make is not None:
+        (tmp_path / "data").mkdir()
+        make(tmp_path / "data", monkeypatch)
+    plan = Plan(compose(f"+experiment={name}", *data, "trainer=smoke", "logger=csv", *overrides))
+    row = execute(plan)
+    assert row["name"] == name
+    assert row["test_clients"] > 0
+    assert row["dim"] == plan.dim
+    assert row["backbone_macs"] is None if name == "features" else row["backbone_macs"] > 0
+    assert 0 <= row["accuracy"] <= 1
+    assert execute(plan) == row
