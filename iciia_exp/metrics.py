@@ -2,7 +2,7 @@
 
 Everything is computed from integer counts per client, so clients, batches and processes add up.
 
-Legend: C clients, R bootstrap resamples.
+Legend: C clients, U kinds of clients (with the same counts), R bootstrap resamples.
 """
 
 from __future__ import annotations
@@ -17,6 +17,9 @@ from iciia_exp.seeding import generator
 __all__ = ["ClientCounts", "averages", "harmed_by_chance", "summarise", "worst_decile"]
 
 RESAMPLES = 2000
+
+# From so many clients on, the bootstrap draws how often each kind of client occurs rather than each client.
+_MANY = 10_000
 
 
 @dataclass(frozen=True)
@@ -90,24 +93,34 @@ def averages(hits_C: np.ndarray, loss_C: np.ndarray, answers_C: np.ndarray) -> d
     }
 
 
-def _bootstrap_weights(clients: int, resamples: int, rng: np.random.Generator, chunk: int = 1 << 24) -> Any:
-    """Yield [r, C] counts of how often each client is drawn; about 128 MiB at a time."""
-    step = max(1, chunk // clients)
+def _bootstrap_weights(
+    clients: int, shares_U: np.ndarray, resamples: int, rng: np.random.Generator, chunk: int = 1 << 24
+) -> Any:
+    """Yield [r, U] counts of how often each kind of client is among so many drawn; about 128 MiB at a time."""
+    step = max(1, chunk // len(shares_U))
     for start in range(0, resamples, step):
         rows = min(step, resamples - start)
-        yield rng.multinomial(clients, np.full(clients, 1.0 / clients), size=rows)
+        yield rng.multinomial(clients, shares_U, size=rows)
 
 
 def _bootstrap(counts: ClientCounts, resamples: int, seed: int) -> dict[str, np.ndarray]:
-    """Return [R] resampled values of the accuracies and paired gains, clients drawn with replacement."""
-    n_C = counts.answers_C
-    per_client_C2 = np.stack([counts.backbone_hits_C / n_C, counts.method_hits_C / n_C], axis=1)
-    sums_C3 = np.stack([n_C, counts.backbone_hits_C, counts.method_hits_C], axis=1).astype(np.float64)
+    """Return [R] resampled values of the accuracies and paired gains, clients drawn with replacement.
+
+    Clients with the same counts are interchangeable, so a draw of C clients is a multinomial draw of how many there are
+    of each kind: the same distribution exactly, with fewer numbers to draw (U = 289 at most for clients of 16 images).
+    """
+    sums_U3 = np.stack([counts.answers_C, counts.backbone_hits_C, counts.method_hits_C], axis=1)
+    shares_U = np.full(len(counts), 1.0 / len(counts))  # every client a kind of its own
+    if len(counts) >= _MANY:
+        sums_U3, clients_U = np.unique(sums_U3, axis=0, return_counts=True)
+        shares_U = clients_U / len(counts)
+    per_client_U2 = sums_U3[:, 1:] / sums_U3[:, :1]
+    sums_U3 = sums_U3.astype(np.float64)
     by_client, by_image = [], []
-    for weights_rC in _bootstrap_weights(len(counts), resamples, generator("bootstrap", seed)):
-        weights_rC = weights_rC.astype(np.float64)
-        by_client.append(weights_rC @ per_client_C2 / len(counts))
-        totals_r3 = weights_rC @ sums_C3
+    for weights_rU in _bootstrap_weights(len(counts), shares_U, resamples, generator("bootstrap", seed)):
+        weights_rU = weights_rU.astype(np.float64)
+        by_client.append(weights_rU @ per_client_U2 / len(counts))
+        totals_r3 = weights_rU @ sums_U3
         by_image.append(totals_r3[:, 1:] / totals_r3[:, :1])
     client_R2, image_R2 = np.concatenate(by_client), np.concatenate(by_image)
     return {

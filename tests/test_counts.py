@@ -62,3 +62,54 @@ def test_one_client():
     numbers, counts = metric.counts()
     assert numbers.tolist() == [0]
     assert len(counts) == 1
+
+
+def multi_label_batch(rng, clients, C=5, S=4, K=3):
+    base, method, _, mask, client = batch(rng, clients, C, S, K)
+    y = torch.tensor(rng.integers(0, 2, (C, S, K)), dtype=torch.uint8)
+    y[~mask] = 0  # as `FeatureBatches` pads
+    return base, method, y, mask, client
+
+
+def test_multi_label_counts_equal_plain_numpy():
+    rng = np.random.default_rng(2)
+    metric = ClientCountsMetric(7, answers=3)
+    rows = []  # one per attribute of an image: client, backbone right, method right, their nats
+    images = np.zeros(7, dtype=int)
+    for _ in range(3):
+        given = multi_label_batch(rng, 6)
+        metric.update(*given)
+        base, method, y, mask, client = (t.numpy() for t in given)
+        for c, s in zip(*np.nonzero(mask), strict=True):
+            images[client[c]] += 1
+            for k in range(3):
+                signs = [z[c, s, k] * (1 if y[c, s, k] else -1) for z in (base, method)]
+                rows.append((client[c], *(z > 0 for z in signs), *(np.log1p(np.exp(-z)) for z in signs)))
+    owner, base_right, method_right, base_nats, method_nats = (np.array(column) for column in zip(*rows, strict=True))
+    numbers, counts = metric.counts()
+    assert 6 not in numbers
+
+    def of_clients(values):
+        return np.array([values[owner == u].sum() for u in numbers])
+
+    assert counts.answers == 3
+    np.testing.assert_array_equal(counts.images_C, images[numbers])
+    np.testing.assert_array_equal(counts.answers_C, of_clients(np.ones(len(owner), dtype=int)))
+    np.testing.assert_array_equal(counts.backbone_hits_C, of_clients(base_right))
+    np.testing.assert_array_equal(counts.method_hits_C, of_clients(method_right))
+    np.testing.assert_array_equal(counts.both_hits_C, of_clients(base_right & method_right))
+    np.testing.assert_array_equal(counts.gained_C, of_clients(method_right & ~base_right))
+    np.testing.assert_array_equal(counts.lost_C, of_clients(base_right & ~method_right))
+    np.testing.assert_allclose(counts.backbone_loss_C, of_clients(base_nats), rtol=1e-6)
+    np.testing.assert_allclose(counts.method_loss_C, of_clients(method_nats), rtol=1e-6)
+
+
+def test_padded_images_of_a_multi_label_batch_count_nothing():
+    rng = np.random.default_rng(3)
+    base, method, y, mask, client = multi_label_batch(rng, 4)
+    plain, noisy = ClientCountsMetric(4, answers=3), ClientCountsMetric(4, answers=3)
+    plain.update(base, method, y, mask, client)
+    noise = torch.where(mask[..., None], base, torch.full_like(base, torch.nan))
+    noisy.update(noise, method, torch.where(mask[..., None], y, 1 - y), mask, client)
+    for name, value in plain.compute().items():
+        torch.testing.assert_close(value, noisy.compute()[name])

@@ -95,3 +95,34 @@ def test_counts_are_checked():
 
 def test_worst_decile_of_few_clients_is_the_worst_client():
     assert worst_decile(np.array([1, 3]), np.array([4, 4])) == 0.25
+
+
+def multi_label(n=30, answers=5, seed=0):
+    """Return the counts of clients whose images have five answers each, and the same answers as images of one."""
+    flat = make(n, seed, images=(4, 20))
+    images_C = flat.images_C
+    parts = [np.random.default_rng(seed + i).binomial(answers * images_C, 0.7) for i in range(2)]
+    both = np.minimum(*parts)
+    losses = [answers * images_C * rate for rate in (0.4, 0.3)]
+    return (
+        ClientCounts(images_C, *parts, both, *losses, answers=answers),
+        ClientCounts(answers * images_C, *parts, both, *losses),
+    )
+
+
+def test_answers_of_several_per_image():
+    counts, flat = multi_label()
+    np.testing.assert_array_equal(counts.answers_C, 5 * counts.images_C)
+    np.testing.assert_array_equal(flat.answers_C, flat.images_C)
+    assert len(counts) == 30
+
+
+def test_a_summary_of_attributes_is_that_of_as_many_images():
+    counts, flat = multi_label()
+    row, want = summarise(counts, resamples=200), summarise(flat, resamples=200)
+    assert row["test_images"] * 5 == want["test_images"]
+    assert {k: v for k, v in row.items() if k != "test_images"} == {k: v for k, v in want.items() if k != "test_images"}
+    assert row["log_loss"] == pytest.approx(0.3)
+    assert row["backbone_log_loss"] == pytest.approx(0.4)
+    assert 0.6 < row["accuracy"] < 0.8
+    assert harmed_by_chance(counts, 50) == harmed_by_chance(flat, 50)

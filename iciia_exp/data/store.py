@@ -13,7 +13,9 @@ Legend: M images, D features, K classes.
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
 import shutil
 import time
 from collections.abc import Sequence
@@ -110,16 +112,26 @@ class FeatureWriter:
         self._done = np.lib.format.open_memmap(own, mode="r+")
         self._bad_path = folder / f"bad.{rank}.jsonl"
         self._pending: list[np.ndarray] = []
+        self._bad: list[tuple[int, str]] = []
         self._flushed = time.monotonic()
 
     @staticmethod
     def prepare(folder: Path, images: int, dim: int, dtype: str) -> None:
-        """Make room for the features, unless what a killed extraction left there fits."""
+        """Make room for the features, unless what a killed extraction left there fits.
+
+        Images that it could not read count as not done: they may have been repaired since.
+        """
         path = folder / _FEATURES
         try:
             left = np.load(path, mmap_mode="r")
-            done = [np.load(p, mmap_mode="r") for p in folder.glob("done.*.npy")]
+            done = [np.lib.format.open_memmap(p, mode="r+") for p in folder.glob("done.*.npy")]
             if left.shape == (images, dim) and left.dtype == dtype and all(d.shape == (images,) for d in done):
+                again = list(FeatureWriter.bad_images(folder))
+                for flags in done:
+                    flags[again] = False
+                    flags.flush()
+                for noted in folder.glob("bad.*.jsonl"):
+                    noted.unlink()
                 return
         except (OSError, ValueError, EOFError):  # absent, or cut off by a kill
             pass
@@ -141,8 +153,13 @@ class FeatureWriter:
     @staticmethod
     def bad_images(folder: Path) -> dict[int, str]:
         """Return the problems of the images that could not be read, by image number."""
-        lines = [line for path in sorted(folder.glob("bad.*.jsonl")) for line in path.read_text().splitlines()]
-        return dict(sorted({int(row): problem for row, problem in map(json.loads, lines)}.items()))
+        problems = {}
+        for path in folder.glob("bad.*.jsonl"):
+            for line in path.read_text(encoding="utf-8").splitlines():
+                with contextlib.suppress(json.JSONDecodeError):  # cut off by a kill: not marked as done either
+                    row, problem = json.loads(line)
+                    problems[int(row)] = problem
+        return dict(sorted(problems.items()))
 
     def write(self, rows: np.ndarray, features: np.ndarray) -> None:
         """Store the features [len(rows), D] of the images ``rows``."""
@@ -158,14 +175,21 @@ class FeatureWriter:
             self.flush()
 
     def write_bad(self, bad: Sequence[tuple[int, str]]) -> None:
-        """Note images that could not be read; their features stay zero."""
-        with open(self._bad_path, "a", encoding="utf-8") as file:
-            file.writelines(json.dumps([int(row), problem]) + "\n" for row, problem in bad)
-        self._pending.append(np.array([row for row, _ in bad]))
+        """Note images that could not be read; their features are zero."""
+        rows = np.array([row for row, _ in bad], dtype=np.int64)
+        self._features[rows] = 0
+        self._bad.extend(bad)
+        self._pending.append(rows)
 
     def flush(self) -> None:
         """Bring what was written to disk, then mark it as done."""
         self._features.flush()
+        if self._bad:
+            with open(self._bad_path, "a", encoding="utf-8") as file:
+                file.writelines(json.dumps([int(row), problem]) + "\n" for row, problem in self._bad)
+                file.flush()
+                os.fsync(file.fileno())
+            self._bad.clear()
         for rows in self._pending:
             self._done[rows] = True
         self._done.flush()

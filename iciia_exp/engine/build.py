@@ -7,6 +7,7 @@ that can change a number, and nothing else, goes into the digests that name back
 from __future__ import annotations
 
 import inspect
+import logging
 import re
 from collections.abc import Callable
 from functools import cached_property
@@ -26,6 +27,7 @@ from iciia_exp.data.partitions import Partition
 from iciia_exp.data.reserve import reserve_for_backbone
 from iciia_exp.digest import digest, file_digest
 from iciia_exp.engine.overrides import dotted_keys
+from iciia_exp.engine.processes import process_rank
 from iciia_exp.errors import ConfigError, UserError, check_choice, check_int, first_line, nearest
 from iciia_exp.methods.base import Method
 from iciia_exp.models.backbone import Backbone, BackboneSpec
@@ -122,6 +124,8 @@ class Plan:
     """
 
     def __init__(self, config: DictConfig) -> None:
+        if process_rank() > 0:  # of several processes with this command, the first speaks
+            logging.getLogger("iciia_exp").setLevel(logging.ERROR)
         for key in map(str, config):
             if key not in TOP_LEVEL:
                 near = nearest(key, [k for k in dotted_keys(config) if k != key])
@@ -246,6 +250,14 @@ class Plan:
         own = self.backbone_spec.reserve or self._named(lambda: self.dataset.has_backbone_images, "dataset")
         return [self._dataset_science, self.backbone_spec.reserve, None if own else science(self.config["partition"])]
 
+    @property
+    def _known_classes(self) -> str | None:
+        """The classes that the starting weights know: the name of a list, or the digest of a file of names."""
+        classes = self.backbone_spec.classes
+        if classes is None or not (path := Path(classes).expanduser()).is_file():
+            return classes
+        return file_digest(path)
+
     @cached_property
     def backbone_digest(self) -> str:
         """Names the network that gives the features: its weights, and how they are trained here if they are."""
@@ -257,6 +269,8 @@ class Plan:
                 raise ConfigError("backbone.weights", path, "no such file; give a .safetensors, .pt or .pth file")
             parts["weights"] = file_digest(path)
         if spec.train == "all":
+            if spec.started:
+                parts["classes"] = self._known_classes  # rows of the classifier that training starts from
             parts |= {"teacher": self._teacher, "trainer": self._trainer_science, "seed": spec.seed}
             parts["recipe"] = backbone["recipe"]
         return digest(parts)
@@ -267,7 +281,7 @@ class Plan:
         spec, extraction = self.backbone_spec, science(self.config["features"])
         precision = extraction.pop("precision", None) or self._trainer_science.get("precision")
         # which rows of the weights' classifier the dataset keeps
-        classes = spec.classes if spec.train == "none" else None
+        classes = self._known_classes if spec.train == "none" else None
         parts = [self.backbone_digest, self._dataset_science, extraction, precision, classes, spec.train == "head"]
         return digest(parts)
 

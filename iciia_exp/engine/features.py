@@ -8,6 +8,8 @@ from __future__ import annotations
 import logging
 import os
 import time
+import warnings
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -20,14 +22,16 @@ from torch.utils.data import DataLoader
 
 from iciia_exp import tasks
 from iciia_exp.data.dataset import ImageDataset, dense_labels
-from iciia_exp.data.images import ImageBatch, TransformedImages, collate
+from iciia_exp.data.images import ImageBatch, ImageBlocks, TransformedImages, collate, readable
 from iciia_exp.data.store import FeatureWriter
+from iciia_exp.engine.console import setup_logging
+from iciia_exp.engine.processes import plain_errors, process_count, process_rank
 from iciia_exp.engine.progress import progress_bar
 from iciia_exp.engine.training import interruptible, make_trainer, quiet_lightning
-from iciia_exp.errors import UserError, check_choice, check_int
+from iciia_exp.errors import ConfigError, UserError, check_choice, check_int
 from iciia_exp.models.backbone import Backbone
 
-__all__ = ["Extraction", "extract", "head_accuracy", "image_loader", "process_rank"]
+__all__ = ["Extraction", "extract", "extraction_trainer", "head_accuracy", "image_loader"]
 
 log = logging.getLogger(__name__)
 
@@ -47,7 +51,8 @@ class Extraction:
         num_workers: processes per device that load images; 0 loads them in this one; null chooses by their number.
         on_bad_image: what to do with an image that is missing or cannot be decoded: ``skip`` leaves it out of every
             client and lists it in the manifest, ``error`` stops.
-        devices: processors or GPUs of this machine that share the images.
+        devices: processors or GPUs of this machine that share the images. The features are the same, to the last digit
+            where a process has as many threads.
         num_nodes: machines that share the images; start the same command on each with torchrun or srun.
     """
 
@@ -79,66 +84,95 @@ class Extraction:
         return 0 if images < 5000 else max(1, min(8, (os.cpu_count() or 1) // self.devices))
 
 
-def process_rank() -> int:
-    """Return the number of this process where torchrun or srun started several, else 0."""
-    for name, count in (("RANK", "WORLD_SIZE"), ("SLURM_PROCID", "SLURM_NTASKS")):
-        if int(os.environ.get(count, "1")) > 1:
-            return int(os.environ.get(name, "0"))
-    return 0
-
-
-def image_loader(images: TransformedImages, batch_size: int, workers: int, **order: Any) -> DataLoader[Any]:
+def image_loader(
+    images: TransformedImages | ImageBlocks, batch_size: int | None, workers: int, **order: Any
+) -> DataLoader[Any]:
     """Return a loader of `ImageBatch` with ``workers`` processes that stay, two batches ahead each."""
+    gather: Any = _as_it_is if batch_size is None else collate
     return DataLoader(
         dataset=images,  # keywords only: Lightning builds the loader of a prediction again from what it was given
         batch_size=batch_size,
         num_workers=workers,
-        collate_fn=collate,
+        collate_fn=gather,
         persistent_workers=workers > 0,
         pin_memory=torch.cuda.is_available(),
         **order,
     )
 
 
-class _Extractor(pl.LightningModule):
-    """Gives features of the images that nobody has done yet; every process takes its part of them."""
+def _as_it_is(batch: ImageBatch) -> ImageBatch:
+    return batch
 
-    def __init__(self, backbone: Backbone, images: TransformedImages, extraction: Extraction, folder: Path) -> None:
+
+class _Extractor(pl.LightningModule):
+    """Gives features of the images that nobody has done yet; every process takes its part of them.
+
+    Args:
+        backbone: the frozen network.
+        images: all images of the dataset.
+        extraction: how.
+        folder: the store that is being made.
+        known: number of an image that can be read.
+        numbers: in one image.
+    """
+
+    def __init__(
+        self,
+        backbone: Backbone,
+        images: TransformedImages,
+        extraction: Extraction,
+        folder: Path,
+        known: int,
+        numbers: int,
+    ) -> None:
         super().__init__()
         self.backbone, self.images, self.extraction, self.folder = backbone, images, extraction, folder
+        self.known, self.numbers = known, numbers
+        self.allow_zero_length_dataloader_with_multiple_devices = True  # fewer images left than processes
 
     def predict_dataloader(self) -> DataLoader[Any]:
         """Return this process's images: a run of consecutive ones, so that two processes seldom share a page."""
         self.trainer.strategy.barrier()  # the first process has made room by now
         left = FeatureWriter.remaining(self.folder)
         self.trainer.strategy.barrier()  # nobody has marked anything as done yet
-        rows = np.array_split(left, self.trainer.world_size)[self.trainer.global_rank]
-        images = TransformedImages(
-            self.images.dataset, self.images.transform, rows, self.images.labels, self.images.on_bad_image
-        )
         size = self.extraction.batch_size
         if size is None:
             step = _STEP["cpu" if self.trainer.strategy.root_device.type == "cpu" else "other"]
-            size = max(8, min(256, step // max(1, self.example.numel())))
-        return image_loader(images, size, self.extraction.workers(len(rows)))
+            size = max(8, min(256, step // max(1, self.numbers)))
+        mine = np.array_split(np.unique(left // size), self.trainer.world_size)[self.trainer.global_rank]
+        blocks = ImageBlocks(self.images, mine, size)
+        return image_loader(blocks, None, self.extraction.workers(blocks.num_images))
 
-    #: one transformed image
-    example: Tensor
+    def predict_step(self, batch: ImageBatch, batch_idx: int) -> Tensor:
+        return self.backbone.features(batch.images).float() if len(batch.images) else torch.empty(0, self.backbone.dim)
 
-    def predict_step(self, batch: ImageBatch, batch_idx: int) -> Tensor | None:
-        return self.backbone.features(batch.images).float() if len(batch.images) else None
+    def check_disk(self, problem: str) -> None:
+        """Raise where an image that could be read before cannot be read any more: not the images are at fault."""
+        dataset, transform = self.images.dataset, self.images.transform
+        try:
+            readable(dataset, transform, [self.known])
+        except UserError as error:
+            what = f"{dataset.describe(self.known)}: could be read before, not any more ({problem})"
+            raise UserError(f"{what}; is its disk still there? The same command goes on from here") from error
 
 
 class _Write(pl.Callback):
     """Hands every batch to the writer, shows throughput, and says early how long it will take."""
 
     def __init__(self, folder: Path) -> None:
-        self.folder, self.done, self.good = folder, 0, 0
+        self.folder, self.done = folder, 0
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Arrive in a process that Lightning started: it says what this one would, and nothing else."""
+        self.__dict__ = state
+        setup_logging()
+        self._quiet = ExitStack()
+        self._quiet.enter_context(quiet_lightning())
 
     def on_predict_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self.writer = FeatureWriter(self.folder, trainer.global_rank)
-        self.images = len(trainer.predict_dataloaders.dataset)  # type: ignore[union-attr]
-        self._start = time.monotonic()
+        self.images = trainer.predict_dataloaders.dataset.num_images  # type: ignore[union-attr]
+        self._start: tuple[float, int] | None = None
         self._estimated = trainer.global_rank > 0
         self._bar = progress_bar(visible=trainer.global_rank == 0)
         self._bar.start()
@@ -147,16 +181,17 @@ class _Write(pl.Callback):
     def on_predict_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int, *_: Any
     ) -> None:
+        if not len(outputs):
+            pl_module.check_disk(batch.bad[-1][1])  # type: ignore[operator]
+        self.writer.write(batch.rows.cpu().numpy(), outputs.cpu().numpy())
         if batch.bad:
             self.writer.write_bad(batch.bad)
-        if outputs is not None:
-            self.writer.write(batch.rows.cpu().numpy(), outputs.cpu().numpy())
-            self.good += len(batch.rows)
         self.done += len(batch.rows) + len(batch.bad)
-        if not self.good and self.done >= min(64, self.images):  # not a few bad files: something else is wrong
-            raise UserError(f"none of the first {self.done} images could be read; the first: {batch.bad[0][1]}")
-        seconds = time.monotonic() - self._start
-        rate = self.done / seconds
+        if self._start is None:  # the first batch waits for the processes that load it
+            self._start = time.monotonic(), self.done
+            return
+        seconds = time.monotonic() - self._start[0]
+        rate = (self.done - self._start[1]) / seconds
         self._bar.update(self._task, completed=self.done, note=f"{rate:,.0f} images/s")
         if not self._estimated and seconds > 5.0:
             self._estimated = True
@@ -167,6 +202,9 @@ class _Write(pl.Callback):
     def on_predict_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._bar.stop()
         self.writer.flush()
+
+    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        trainer.strategy.barrier()  # all images are done; not in `on_predict_end`: who has no image never gets there
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         if hasattr(self, "writer"):
@@ -186,8 +224,9 @@ def _estimate(dataset: ImageDataset, backbone: Backbone, rows: np.ndarray, worke
     if not images:
         return 0.0
     loading = (time.monotonic() - start) / max(1, workers)
-    start = time.monotonic()
     with torch.inference_mode():
+        backbone.features(images[0][None])  # the first one takes several times as long
+        start = time.monotonic()
         backbone.features(torch.stack(images))
     return (loading + time.monotonic() - start) / len(images) * len(rows)
 
@@ -198,17 +237,9 @@ def _duration(seconds: float) -> str:
     return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
 
 
-def _example(dataset: ImageDataset, backbone: Backbone, tries: int = 64) -> Tensor:
-    """Return the first image that can be read, transformed."""
-    problem = "it has no images"
-    for index in range(min(len(dataset), tries)):
-        try:
-            return backbone.transform(dataset[index])
-        except UserError:
-            raise
-        except Exception as error:
-            problem = f"{dataset.describe(index)}: {type(error).__name__}: {error}"
-    raise UserError(f"none of the dataset's first {tries} images could be read; the last: {problem}")
+def probes(rows: np.ndarray, first: int = 8, spread: int = 64) -> np.ndarray:
+    """Return some of the images ``rows`` to try: the first few, then others spread over all."""
+    return rows[np.unique([*range(min(first, len(rows))), *np.linspace(0, len(rows) - 1, spread, dtype=int)])]
 
 
 def extract(
@@ -228,7 +259,7 @@ def extract(
     """
     backbone.eval().requires_grad_(False)
     images, first = len(table), process_rank() == 0
-    example = _example(dataset, backbone)
+    known, example = readable(dataset, backbone.transform, probes(np.arange(images)))
     macs = backbone.macs(example)
     head = {name: tensor.detach().float().cpu() for name, tensor in backbone.head.state_dict().items()}
     start = time.monotonic()
@@ -242,19 +273,24 @@ def extract(
         log.info(
             "features: %s images x %s %s, %s%s", f"{images:,}", backbone.dim, extraction.dtype, _bytes(size), again
         )
-        probes = 8 if (macs or 0) < 5e9 else 2
-        if (seconds := _estimate(dataset, backbone, rows, extraction.workers(len(rows)), probes)) > 60:
+        on_gpu = torch.cuda.is_available() and trainer_config.get("accelerator") != "cpu"
+        some = 8 if (macs or 0) < 5e9 else 2
+        if not on_gpu and (seconds := _estimate(dataset, backbone, rows, extraction.workers(len(rows)), some)) > 60:
             log.info("features: about %s on this machine's processor, if nothing speeds it up", _duration(seconds))
-    if not first or len(rows):
-        wanted = TransformedImages(dataset, backbone.transform, np.empty(0), labels, extraction.on_bad_image)
-        module = _Extractor(backbone, wanted, extraction, folder)
-        module.example = example
+    if not first or len(rows) or process_count() > 1:  # several work together or not at all
+        wanted = TransformedImages(dataset, backbone.transform, np.arange(images), labels, extraction.on_bad_image)
+        module = _Extractor(backbone, wanted, extraction, folder, known, example.numel())
         with quiet_lightning():
-            trainer = _trainer(trainer_config, extraction, _Write(folder))
-            with interruptible(trainer):
+            warnings.filterwarnings("ignore", message=".*across ranks is zero.*")
+            trainer = extraction_trainer(trainer_config, extraction, _Write(folder))
+            logging.getLogger("torch.multiprocessing.spawn").setLevel(logging.ERROR)  # names each process that it ends
+            with plain_errors(f"features.devices={extraction.devices}"), interruptible(trainer):
                 trainer.predict(module, return_predictions=False)
+        if torch.distributed.is_initialized():  # what follows is the first process's alone; metrics would wait for all
+            torch.distributed.destroy_process_group()
     if not first:
         return
+    bad = FeatureWriter.bad_images(folder)
     manifest = {
         **manifest,
         "dim": backbone.dim,
@@ -267,26 +303,41 @@ def extract(
         "inference": steps,
         "macs": macs,
         "seconds": round(time.monotonic() - start, 2),
-        "bad_images": _report_bad(dataset, FeatureWriter.bad_images(folder), images),
+        "bad_images": _report_bad(dataset, bad, images),
     }
     if with_head:
         good = np.ones(images, dtype=bool)
-        good[list(FeatureWriter.bad_images(folder))] = False
+        good[list(bad)] = False
         features = np.load(folder / "features.npy", mmap_mode="r")
         manifest["accuracy"] = head_accuracy(features, labels, head, _split_rows(table, good))
     FeatureWriter.finish(folder, table, head if with_head else None, manifest)
 
 
-def _trainer(config: dict[str, Any], extraction: Extraction, callback: pl.Callback) -> pl.Trainer:
+def extraction_trainer(config: dict[str, Any], extraction: Extraction, *callbacks: pl.Callback) -> pl.Trainer:
+    """Return the trainer of the `trainer` group with the devices and the precision of extraction."""
     config = {k: v for k, v in config.items() if k not in ("devices", "num_nodes", "strategy")}
     if extraction.precision is not None:
         config["precision"] = extraction.precision
     more: dict[str, Any] = {"devices": extraction.devices, "num_nodes": extraction.num_nodes}
-    if extraction.devices * extraction.num_nodes > 1:
+    wanted, started = extraction.devices * extraction.num_nodes, process_count()
+    if started > 1 and started != wanted:
+        problem = f"{started} processes were started; devices times num_nodes must be as many"
+        raise ConfigError("features.devices", extraction.devices, problem)
+    if extraction.num_nodes > 1 and started == 1:
+        problem = f"start the same command on each machine with torchrun or srun, {wanted} processes in all"
+        raise ConfigError("features.num_nodes", extraction.num_nodes, problem)
+    if wanted > 1:
         # one process starts the others, unless torchrun or srun has: they need not repeat the whole command
-        started = any(int(os.environ.get(n, "1")) > 1 for n in ("WORLD_SIZE", "SLURM_NTASKS"))
-        more["strategy"] = "ddp" if started else "ddp_spawn"
-    return make_trainer(config, True, callbacks=[callback], inference_mode=True, limit_predict_batches=None, **more)
+        more["strategy"] = "ddp" if started > 1 else "ddp_spawn"
+    try:
+        return make_trainer(
+            config, True, callbacks=list(callbacks), inference_mode=True, limit_predict_batches=None, **more
+        )
+    except UserError as error:
+        if wanted == 1:
+            raise
+        problem = " ".join(str(error.__cause__ or error).split())
+        raise ConfigError("features.devices", extraction.devices, problem) from error
 
 
 def _report_bad(dataset: ImageDataset, bad: dict[int, str], images: int) -> list[dict[str, Any]]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import shutil
 import time
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from iciia_exp.data.store import FeatureStore
 from iciia_exp.digest import file_digest
 from iciia_exp.engine.build import Plan, build
 from iciia_exp.engine.console import console, partition_table, result_table
+from iciia_exp.engine.processes import plain_errors, process_rank
 from iciia_exp.engine.run import Run, save_method
 from iciia_exp.errors import UserError, first_line
 from iciia_exp.methods.base import Method
@@ -43,7 +45,7 @@ def execute(plan: Plan, brief: bool = False) -> dict[str, Any] | None:
     if "evaluate" in todo and (plan.run_dir / "results.json").is_file():
         log.info("%s: finished before", _shown(plan.run_dir))
         return _results(plan, brief)
-    from iciia_exp.engine.features import process_rank  # late: a finished run needs no Lightning
+    from iciia_exp.engine.features import extraction_trainer  # late: a finished run needs no Lightning
     from iciia_exp.engine.training import make_trainer, quiet_lightning
 
     if process_rank() > 0:  # one of several processes that torchrun or srun started: they share extraction alone
@@ -54,6 +56,8 @@ def execute(plan: Plan, brief: bool = False) -> dict[str, Any] | None:
     clients = plan.clients
     with quiet_lightning():
         make_trainer(plan.config["trainer"])
+        if not finished_folder(plan.features_dir):
+            extraction_trainer(plan.config["trainer"], plan.extraction)
     log.info("%s", _shown(plan.run_dir))
     if not brief:
         console().print(partition_table(clients.statistics(plan.labels)))
@@ -106,14 +110,15 @@ def _backbone(plan: Plan) -> None:
     def make(folder: Path) -> None:
         from safetensors.torch import save
 
-        from iciia_exp.data.images import TransformedImages
-        from iciia_exp.engine.features import image_loader
+        from iciia_exp.data.images import TransformedImages, readable
+        from iciia_exp.engine.features import image_loader, probes
         from iciia_exp.engine.training import BackboneModule, fit
 
         assert spec.recipe is not None
         torch.manual_seed(derive_seed("backbone", spec.seed))
         backbone = plan.make_backbone()
         rows = plan.backbone_rows
+        readable(plan.dataset, backbone.transform, probes(rows))
         log.info("backbone: training %s on %s images", spec.name, f"{len(rows):,}")
         images = TransformedImages(plan.dataset, backbone.transform, rows, plan.labels, plan.extraction.on_bad_image)
         sampler: DistributedSampler[Any] = DistributedSampler(
@@ -121,16 +126,18 @@ def _backbone(plan: Plan) -> None:
         )
         loader = image_loader(images, spec.recipe.batch_size, plan.extraction.workers(len(rows)), sampler=sampler)
         module = BackboneModule(backbone, spec.recipe)
-        record = fit(
-            module,
-            loader,
-            None,
-            seed=derive_seed("backbone", spec.seed),
-            folder=folder,
-            trainer_config=plan.config["trainer"],
-            loggers=[],
-            title=f"backbone {spec.name}",
-        )
+        with plain_errors("features.num_workers"), warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=".*training_step. returned .None.")  # no image of it is readable
+            record = fit(
+                module,
+                loader,
+                None,
+                seed=derive_seed("backbone", spec.seed),
+                folder=folder,
+                trainer_config=plan.config["trainer"],
+                loggers=[],
+                title=f"backbone {spec.name}",
+            )
         with atomic_write(folder / "weights.safetensors", "wb") as file:
             file.write(save({name: t.detach().cpu().contiguous() for name, t in backbone.state_dict().items()}))
         manifest = {
@@ -154,6 +161,7 @@ def _backbone(plan: Plan) -> None:
 
 def _load_backbone(plan: Plan) -> tuple[Backbone, dict[str, Any]]:
     """Return the network that gives the features, and the manifest of its training here (empty if there was none)."""
+    torch.manual_seed(derive_seed("backbone", 0))  # weights that nothing gives or trains are the same every time
     backbone = plan.make_backbone()
     if plan.backbone_spec.train != "all":
         return backbone, {}
@@ -255,11 +263,23 @@ def _extract(plan: Plan, folder: Path) -> None:
 
 def _features(plan: Plan) -> None:
     what = f"features of {plan.backbone_spec.name}"
-    if not make_folder(plan.features_dir, what, lambda folder: _extract(plan, folder)):
-        log.info("features: made before")
-    manifest = FeatureStore.open(plan.features_dir).manifest
+    made = make_folder(plan.features_dir, what, lambda folder: _extract(plan, folder))
+    manifest = _open_features(plan).manifest
+    if not made:
+        bad = len(manifest.get("bad_images", ()))
+        log.info("features: made before%s", f", without {bad:,} images that could not be read" if bad else "")
     if "accuracy" in manifest:
         _say_accuracy(plan, manifest["accuracy"])
+
+
+def _open_features(plan: Plan) -> FeatureStore:
+    store = FeatureStore.open(plan.features_dir)
+    bad = store.manifest.get("bad_images")
+    if bad and plan.extraction.on_bad_image == "error":
+        what, count = f"{bad[0]['what']}: could not be read ({bad[0]['problem']})", f"one of {len(bad)} such images"
+        hint = f"repair them and delete {plan.features_dir}, or leave them out with features.on_bad_image=skip"
+        raise UserError(f"{what}, {count}; {hint}" if len(bad) > 1 else f"{what}; {hint}")
+    return store
 
 
 def _share_features(plan: Plan) -> None:
@@ -293,7 +313,7 @@ def _loader(
 def _run(plan: Plan, clients: Clients, todo: tuple[str, ...]) -> None:
     folder = plan.run_dir
     with locked(folder, f"run {folder.name}"):
-        store = FeatureStore.open(plan.features_dir)
+        store = _open_features(plan)
         if store.bad.any():
             clients = clients.without(store.bad)
         folder.mkdir(parents=True, exist_ok=True)

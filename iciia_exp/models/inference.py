@@ -43,19 +43,24 @@ def _pairs(net: nn.Module, example: Tensor) -> list[tuple[Any, Any]]:
     finally:
         for hook in hooks:
             hook.remove()
-    return [(conv, norm) for conv, norm in found if runs[conv] == runs[norm] == 1]
+    once = [(conv, norm) for conv, norm in found if runs[conv] == runs[norm] == 1]
+    return [(conv, norm) for conv, norm in once if norm.running_mean is not None]
 
 
 def _fold(pairs: list[tuple[Any, Any]], net: nn.Module) -> Callable[[], None]:
     """Fold every norm into its convolution, in place; returns what takes it back."""
     undo: list[Callable[[], None]] = []
-    conv_of = {norm: conv for conv, norm in pairs if norm.running_mean is not None}
+    conv_of = {norm: conv for conv, norm in pairs}
+    fused: dict[nn.Module, nn.Module] = {}  # norm: what takes its place; a norm can have two places and run in one
     for parent in list(net.modules()):
         children: list[tuple[str, Any]] = list(parent.named_children())
         for name, norm in children:
             if (conv := conv_of.get(norm)) is None:
                 continue
             undo.append(partial(setattr, parent, name, norm))
+            if norm in fused:
+                setattr(parent, name, fused[norm])
+                continue
             undo.append(partial(setattr, conv, "weight", conv.weight))
             undo.append(partial(setattr, conv, "bias", conv.bias))
             conv.weight, conv.bias = fuse_conv_bn_weights(
@@ -63,7 +68,8 @@ def _fold(pairs: list[tuple[Any, Any]], net: nn.Module) -> Callable[[], None]:
             )
             # timm's norms carry their activation with them
             rest = [m for m in norm.children() if not isinstance(m, nn.Identity)]
-            setattr(parent, name, rest[0] if len(rest) == 1 else nn.Sequential(*rest))
+            fused[norm] = rest[0] if len(rest) == 1 else nn.Sequential(*rest)
+            setattr(parent, name, fused[norm])
 
     def take_back() -> None:
         for step in undo:

@@ -6,6 +6,7 @@ Legend: M images, D features, K classes.
 from __future__ import annotations
 
 import logging
+import math
 import warnings
 from typing import Any
 
@@ -44,6 +45,14 @@ def _fit(x_MD: np.ndarray, y_M: np.ndarray, penalty: float, num_classes: int) ->
     return weight, bias
 
 
+def _fit_attribute(x_MD: np.ndarray, y_M: np.ndarray, penalty: float) -> tuple[np.ndarray, float]:
+    """Return weight [D] and bias of an attribute's logit; where all images agree its odds, of one more on each side."""
+    if (ones := int(y_M.sum())) in (0, len(y_M)):
+        return np.zeros(x_MD.shape[1], dtype=np.float32), math.log((ones + 1) / (len(y_M) - ones + 1))
+    weight, bias = _fit(x_MD, y_M, penalty, 2)
+    return weight[1] - weight[0], bias[1] - bias[0]
+
+
 def _loss(x_MD: np.ndarray, y_M: np.ndarray, weight: np.ndarray, bias: np.ndarray) -> float:
     logits = (x_MD @ weight.T + bias).astype(np.float64)
     logits -= logits.max(axis=1, keepdims=True)
@@ -57,6 +66,8 @@ def fit_linear_head(
 ) -> tuple[np.ndarray, np.ndarray, dict[str, Any]]:
     """Fit a classifier with an L2 penalty that is chosen on a fifth of the images, then used on all.
 
+    A multi-label task has a penalty of 1e-4.
+
     Args:
         x_MD: features, float32, of the images it may learn from.
         labels: int64 [M], or 0/1 [M, K] of a multi-label task: one logistic regression for every attribute.
@@ -67,11 +78,10 @@ def fit_linear_head(
     Returns:
         weight [K, D], bias [K], and a record: the penalty and the held-out log-loss under each.
     """
+    if len(x_MD) == 0 or (task != MULTI_LABEL and len(np.unique(labels)) < 2):
+        raise UserError("backbone.train=head: needs images of at least two classes to fit a classifier on")
     mean, scale = x_MD.mean(axis=0), float(x_MD.std()) or 1.0
     x_MD = (x_MD - mean) / scale
-    columns = labels.T if task == MULTI_LABEL else labels[None]
-    if any(len(np.unique(column)) < 2 for column in columns):
-        raise UserError("backbone.train=head: needs images of at least two classes to fit a classifier on")
     rng = generator("linear_head", seed)
     order = rng.permutation(len(x_MD))[:_CHOOSE]
     held, kept = np.split(order, [max(1, len(order) // 5)])
@@ -84,9 +94,8 @@ def fit_linear_head(
         }
         penalty = min(losses, key=lambda p: losses[p])
     if task == MULTI_LABEL:
-        pairs = [_fit(x_MD, column.astype(np.int64), penalty, 2) for column in columns]
-        weight = np.stack([w[1] - w[0] for w, _ in pairs])
-        bias = np.array([b[1] - b[0] for _, b in pairs], dtype=np.float32)
+        rows = [_fit_attribute(x_MD, column.astype(np.int64), penalty) for column in labels.T]
+        weight, bias = np.stack([w for w, _ in rows]), np.array([b for _, b in rows], dtype=np.float32)
     else:
         weight, bias = _fit(x_MD, labels, penalty, num_classes)
     weight = weight / scale  # undo the standardisation

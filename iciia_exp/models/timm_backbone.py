@@ -11,7 +11,7 @@ import timm
 from timm.data import create_transform, resolve_data_config
 from torch import Tensor, nn
 
-from iciia_exp.errors import ConfigError, check_int, first_line, nearest
+from iciia_exp.errors import ConfigError, check_float, check_int, first_line, nearest
 from iciia_exp.models.backbone import ImageBackbone
 from iciia_exp.models.weights import fetched
 
@@ -44,14 +44,21 @@ class TimmBackbone(ImageBackbone):
     ) -> None:
         self.model, self.options = model, dict(options or {})
         self._size = None if image_size is None else check_int("image_size", image_size, 8)
+        if crop_pct is not None:
+            check_float("crop_pct", crop_pct, 0.0, 1.0, open_low=True)
+        for key, values in (("mean", mean), ("std", std)):
+            if values is not None and (len(values) != 3 or (key == "std" and min(values) <= 0)):
+                raise ConfigError(key, values, f"must be three numbers{' above 0' if key == 'std' else ''}")
         net = self._create(num_classes)
         head = net.get_classifier()
         if not isinstance(head, nn.Linear):
             kind = type(head).__name__
             raise ConfigError("model", model, f"its classifier is a {kind}, not one linear layer on one feature")
-        fresh = nn.Linear(head.in_features, head.out_features)
-        fresh.load_state_dict({"bias": fresh.bias.detach(), **head.state_dict()})
+        name = next(name for name, module in net.named_modules() if module is head)
+        trunk = {key for key in net.state_dict() if not key.startswith(f"{name}.")}
         net.reset_classifier(0)
+        if trunk != set(net.state_dict()):
+            raise ConfigError("model", model, "its classifier is more than one linear layer on one feature")
         given = {
             "input_size": self._size and (3, self._size, self._size),
             "crop_pct": crop_pct,
@@ -59,8 +66,8 @@ class TimmBackbone(ImageBackbone):
             "std": std,
         }
         config = resolve_data_config({k: v for k, v in given.items() if v is not None}, model=net)
-        super().__init__(net, fresh, config["mean"], config["std"])
-        self.head_name = net.default_cfg["classifier"]
+        super().__init__(net, head, config["mean"], config["std"])
+        self.head_name = name
         self.data_config = {k: v for k, v in config.items() if k not in ("mean", "std")}
         # timm's transform for its prefetcher ends before normalising, as `ImageBackbone` wants it
         self._crop = create_transform(**config, is_training=False, use_prefetcher=True).transforms[:-1]
@@ -74,11 +81,14 @@ class TimmBackbone(ImageBackbone):
         try:
             return timm.create_model(self.model, pretrained=pretrained, num_classes=num_classes, **options)
         except RuntimeError as error:
-            if "Unknown model" not in str(error):
+            name = self.model.partition(".")[0]
+            if "Unknown model" in str(error):
+                what, near = "timm has no such model", nearest(name, timm.list_models())
+            elif "Invalid pretrained tag" in str(error):
+                what, near = "timm has no weights of that tag", nearest(self.model, timm.list_pretrained(f"{name}.*"))
+            else:
                 raise
-            near = nearest(self.model.partition(".")[0], timm.list_models())
-            hint = f"; did you mean {near}?" if near else ""
-            raise ConfigError("model", self.model, f"timm has no such model{hint}") from error
+            raise ConfigError("model", self.model, f"{what}{f'; did you mean {near}?' if near else ''}") from error
         except TypeError as error:
             raise ConfigError("options", self.options, first_line(error)) from error
 

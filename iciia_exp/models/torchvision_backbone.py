@@ -18,6 +18,8 @@ from iciia_exp.models.weights import fetched
 
 __all__ = ["TorchvisionBackbone"]
 
+_MANY_CLASSIFIERS = ("googlenet", "inception_v3")
+
 
 class TorchvisionBackbone(ImageBackbone):
     """A torchvision model; the feature is the input of its last linear layer, the crop its weights' own.
@@ -46,25 +48,36 @@ class TorchvisionBackbone(ImageBackbone):
             raise ConfigError(
                 "model", model, f"torchvision has no such model{f'; did you mean {near}?' if near else ''}"
             )
+        if model in _MANY_CLASSIFIERS:
+            raise ConfigError("model", model, "has more classifiers than its last; timm's inception_v3 has one")
         enum = models.get_model_weights(model)
         names = [w.name for w in enum]
         check_choice("weights_name", weights_name or enum.DEFAULT.name, names)
         self.enum = enum[weights_name] if weights_name else enum.DEFAULT
-        try:
-            net = models.get_model(model, weights=None, num_classes=num_classes, **self.options)
-        except TypeError as error:
-            raise ConfigError("options", self.options, first_line(error)) from error
-        name, head = [(n, m) for n, m in net.named_modules() if isinstance(m, nn.Linear)][-1:][0]
-        if head.out_features != num_classes:
-            raise ConfigError("model", model, "its classifier is not one linear layer on one feature")
-        parent, _, leaf = name.rpartition(".")
-        setattr(net.get_submodule(parent), leaf, nn.Identity())
         preset = self.enum.transforms()
         size = preset.crop_size[0] if image_size is None else check_int("image_size", image_size, 8)
+        net = self._create(num_classes, size)
+        linears = [(n, m) for n, m in net.named_modules() if isinstance(m, nn.Linear)]
+        if not linears or linears[-1][1].out_features != num_classes:
+            raise ConfigError("model", model, "its classifier is not one linear layer on one feature")
+        name, head = linears[-1]
+        parent, _, leaf = name.rpartition(".")
+        setattr(net.get_submodule(parent), leaf, nn.Identity())
         super().__init__(net, head, preset.mean, preset.std)
         self.head_name = name
         self.crop_size, self.interpolation = size, preset.interpolation
         self.resize_size = round(preset.resize_size[0] * size / preset.crop_size[0])
+
+    def _create(self, num_classes: int, size: int) -> nn.Module:
+        # these refuse other sizes unless told
+        fixed: dict[str, dict[str, Any]] = {"vit_": {"image_size": size}, "maxvit_": {"input_size": (size, size)}}
+        more = next((option for start, option in fixed.items() if self.model.startswith(start)), {})
+        try:
+            return models.get_model(self.model, weights=None, num_classes=num_classes, **{**more, **self.options})
+        except TypeError as error:
+            raise ConfigError("options", self.options, first_line(error)) from error
+        except ValueError as error:  # MaxVit: a size that its windows do not divide
+            raise ConfigError("image_size", size, first_line(error)) from error
 
     def crop(self, image: Any) -> Any:
         """Resize the shorter side and crop the centre, as torchvision's evaluation preset does."""
@@ -87,4 +100,6 @@ class TorchvisionBackbone(ImageBackbone):
         host = "localhost" if path.is_file() else urlparse(url).hostname or ""
         bring = f"get {url} elsewhere and put it at {path}"
         what = f"torchvision's {self.model} {self.enum.name}"
-        return dict(fetched(lambda: self.enum.get_state_dict(progress=False, check_hash=True), what, host, bring))
+        # by the builder, which knows the names in older files (DenseNet's)
+        net = fetched(lambda: models.get_model(self.model, weights=self.enum, progress=False), what, host, bring)
+        return net.state_dict()

@@ -27,12 +27,14 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
         if path.suffix == ".safetensors":
             from safetensors.torch import load_file
 
-            return load_file(path)
-        state: Any = torch.load(path, map_location="cpu", weights_only=True)
+            state: Any = load_file(path)
+        else:
+            state = torch.load(path, map_location="cpu", weights_only=True)
         for key in ("state_dict", "model", "model_state_dict"):
             if isinstance(state, Mapping) and isinstance(state.get(key), Mapping):
                 state = state[key]
-        state = {str(k).removeprefix("module."): v for k, v in state.items() if isinstance(v, Tensor)}
+        items = state.items() if isinstance(state, Mapping) else ()
+        state = {str(k).removeprefix("module."): v for k, v in items if isinstance(v, Tensor)}
     except Exception as error:
         raise UserError(f"{path}: cannot be read as weights ({first_line(error)})") from error
     if not state:
@@ -70,7 +72,10 @@ def class_rows(classes: str | None, known: int, wanted: Sequence[str], needed: b
         raise ConfigError("classes", classes, f"has {len(names)} names, the weights know {known} classes")
     number = {name: i for i, name in enumerate(names)}
     unknown = [name for name in wanted if name not in number]
-    if not unknown:
+    twice = [name for name in wanted if names.count(name) > 1] if len(number) < len(names) else []
+    if needed and twice:
+        raise ConfigError("classes", classes, f"has {twice[0]!r} more than once; give names that differ")
+    if not unknown and not twice:
         return [number[name] for name in wanted]
     if needed:
         problem = f"{len(unknown)} of the dataset's {len(wanted)} classes are not among them, {unknown[0]!r} first"
@@ -92,4 +97,6 @@ def fetched(load: Callable[[], T], what: str, host: str, bring: str) -> T:
             socket.getaddrinfo(host, 443)
         return load()
     except Exception as error:
-        raise UserError(f"{what}: not in the cache, and cannot be downloaded ({first_line(error)}); {bring}") from error
+        raise UserError(
+            f"{what}: cannot be read from the cache or downloaded ({first_line(error)}); {bring}"
+        ) from error

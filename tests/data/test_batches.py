@@ -84,3 +84,23 @@ def test_columns_that_are_padding_for_all_are_not_carried():
     batches = FeatureBatches(np.ones((4, 2), np.float32), np.arange(4))
     chunks = cut_chunks(Ragged.from_rows([np.array([0, 1]), np.array([2])]), 16)
     assert batches[chunks].x_CSD.shape == (2, 2, 2)
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.int64])
+def test_labels_of_several_attributes_are_padded(ragged, dtype):
+    rng = np.random.default_rng(1)
+    features = rng.normal(size=(200, 5)).astype(np.float32)
+    labels = rng.integers(0, 2, (200, 3)).astype(dtype)
+    labels[:, 0] = 1  # a padded image would show
+    sampler = ClientBatchSampler(ragged, 16, 3, shuffle=True, shuffle_images=True)
+    row_of = {features[i].tobytes(): i for i in range(200)}
+    seen = []
+    for batch in DataLoader(FeatureBatches(features, labels), batch_size=None, sampler=sampler):
+        C, S = batch.mask_CS.shape
+        assert batch.y_CS.shape == (C, S, 3)
+        assert batch.y_CS.numpy().dtype == dtype
+        assert (batch.y_CS[~batch.mask_CS] == 0).all()
+        for x_D, y_K in zip(batch.x_CSD[batch.mask_CS], batch.y_CS[batch.mask_CS], strict=True):
+            seen.append(row_of[x_D.numpy().tobytes()])
+            np.testing.assert_array_equal(y_K, labels[seen[-1]])
+    assert sorted(seen) == sorted(ragged.values.tolist())

@@ -90,6 +90,19 @@ def test_images_that_cannot_be_read(tmp_path):
     assert not store.array()[[3, 40]].any()
 
 
+def test_images_that_could_not_be_read_are_tried_again(tmp_path):
+    prepare(tmp_path)
+    writer = FeatureWriter(tmp_path)
+    writer.write(np.arange(10), FEATURES[:10])
+    writer.write_bad([(12, "missing")])
+    writer.flush()
+    with open(tmp_path / "bad.0.jsonl", "a") as file:
+        file.write('[13, "cut o')  # by a kill
+    assert FeatureWriter.bad_images(tmp_path) == {12: "missing"}
+    assert prepare(tmp_path).tolist() == list(range(10, M))
+    assert FeatureWriter.bad_images(tmp_path) == {}
+
+
 def test_several_processes_share_the_rows(tmp_path):
     prepare(tmp_path)
     for rank, rows in enumerate(np.array_split(np.arange(M), 3)):

@@ -1,0 +1,146 @@
+"""The README's results on real images: three seeds of each row, printed as tables.
+
+    python benchmarks/real_images.py tiny --data tiny_imagenet --weights mobilenetv2.safetensors --parents groups.csv
+    python benchmarks/real_images.py omniglot --data FOLDER      (with images_background_small1.zip and ..._small2.zip)
+    python benchmarks/real_images.py mnist --data mnist_writers.npz
+
+`tiny`: Tiny-ImageNet in ImageNet's layout; weights of MobileNetV2 for ImageNet-1K under timm's names, trained with
+"same" padding and mean and standard deviation 0.5; a table of parent categories. `mnist`: arrays `images` [M, 28, 28]
+uint8, `labels`, `writers`, `is_test` (MNIST with its NIST writers), written out in LEAF's form first. Everything else is
+the command line of the package; the commands are printed. What is finished is not repeated.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+from iciia_exp.engine.console import base_of, console, result_table
+from iciia_exp.metrics import ClientCounts, summarise
+
+SEEDS = "seed=0,1,2"
+OWN_SEEDS = ["partition.seed=${seed}"]
+
+
+def run(out: Path, name: str, *overrides: str) -> list[dict]:
+    """Run a sweep and return the rows of the runs that it asked for."""
+    command = [sys.executable, "-m", "iciia_exp", "-m", *overrides, f"name={name}", f"output_dir={out}", "logger=csv"]
+    print("$ python -m iciia_exp", " ".join(f"'{a}'" if set(a) & set("${[ ") else a for a in command[3:]), flush=True)
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+    sweep = max((out / "sweeps").iterdir(), key=lambda p: p.stat().st_mtime)
+    jobs = [json.loads(p.read_text()) for p in sorted(sweep.glob("**/*.json"))]
+    folders = {job["run_dir"] for job in jobs if isinstance(job, dict) and job.get("run_dir")}
+    return [json.loads((Path(f) / "results.json").read_text()) | {"run_dir": f} for f in sorted(folders)]
+
+
+def show(rows: list[dict], title: str) -> None:
+    """Print one table for each set of clients."""
+    print(f"\n{title}", flush=True)
+    groups: dict = {}
+    for row in rows:
+        groups.setdefault(base_of(row), []).append(row)
+    for part in groups.values():
+        console().print(result_table(part))
+        first = part[0]
+        print(f"{first['test_clients']} test clients, {first['test_images']:,} test images")
+
+
+def of_parents_with(rows: list[dict], classes: int, table: Path) -> list[dict]:
+    """Return the rows again, over the clients alone whose parent category has at least so many of the classes."""
+    result = []
+    for row in rows:
+        folder = Path(row["run_dir"])
+        known = json.loads((folder / "run.json").read_text())["class_names"]
+        parents = pd.read_csv(table).set_index("wnid")["group_name"].reindex(known)
+        large = parents.value_counts().loc[lambda n: n >= classes].index
+        clients = pd.read_parquet(folder / "clients.parquet")
+        clients = clients[clients["kind"].isin(large)]
+        fields = ("images", "backbone_hits", "method_hits", "both_hits", "backbone_loss", "method_loss")
+        counts = ClientCounts(*(clients[name].to_numpy() for name in fields))
+        result.append(row | summarise(counts))
+    return result
+
+
+def tiny(options: argparse.Namespace) -> None:
+    """Tiny-ImageNet behind an ImageNet-trained MobileNetV2, clients by parent category."""
+    common = [
+        "+experiment=mobilenetv2_tiny_imagenet",
+        f"data_dir={options.data}",
+        f"backbone.weights={options.weights}",
+        "backbone.pretrained=false",
+        "backbone.model.options={pad_type: same}",
+        "backbone.model.mean=[0.5,0.5,0.5]",
+        "backbone.model.std=[0.5,0.5,0.5]",
+        f"dataset.parents={options.parents}",
+        *OWN_SEEDS,
+        SEEDS,
+    ]
+    rows = run(options.out, "tiny_imagenet", *common, "method=linear_head,iciia", "groups=256")
+    show(rows, "Tiny-ImageNet, MobileNetV2, all clients")
+    show(of_parents_with(rows, 4, options.parents), "the clients of parent categories with at least 4 classes")
+
+
+def omniglot(options: argparse.Namespace) -> None:
+    """Omniglot by drawer and by alphabet."""
+    seeds = [*OWN_SEEDS, "backbone.seed=${seed}", "dataset.seed=${seed}", SEEDS]
+    common = [f"data_dir={options.data}", *seeds, "method=linear_head,iciia", "groups=1,16"]
+    show(run(options.out, "omniglot", "+experiment=omniglot", *common), "Omniglot by drawer")
+    by_alphabet = ["+experiment=omniglot", "partition=parent_category", *common]
+    show(run(options.out, "omniglot_alphabet", *by_alphabet), "Omniglot by alphabet")
+
+
+def mnist(options: argparse.Namespace) -> None:
+    """MNIST by writer, in LEAF's form, behind LEAF's network."""
+    folder = options.out / "mnist_leaf"
+    if not (folder / "test" / "all_data.json").is_file():
+        print(f"writing {options.data} in LEAF's form into {folder}", flush=True)
+        write_leaf(options.data, folder)
+    seeds = [*OWN_SEEDS, "backbone.seed=${seed}", SEEDS]
+    # a tenth of the writers teaches the backbone and is no client
+    few = ["backbone.reserve=0.1", "backbone.recipe.epochs=10", "protocol=default", "protocol.recipe.epochs=10"]
+    common = ["+experiment=cnn_femnist", f"data_dir={folder}", "dataset.num_classes=10", *few]
+    rows = run(options.out, "mnist_writers", *common, *seeds, "method=linear_head,iciia", "groups=256")
+    show(rows, "MNIST by writer, LEAF's network")
+
+
+def write_leaf(arrays: Path, folder: Path) -> None:
+    """Write arrays as LEAF's JSON, split by user; ink is dark, as in FEMNIST."""
+    data = np.load(arrays)
+    for split, chosen in (("train", ~data["is_test"].astype(bool)), ("test", data["is_test"].astype(bool))):
+        users, counts, content = [], [], {}
+        images, labels, writers = (data[k][chosen] for k in ("images", "labels", "writers"))
+        for writer in np.unique(writers):
+            own = np.flatnonzero(writers == writer)
+            pixels = np.round((255 - images[own].reshape(len(own), -1)) / 255, 6)
+            users.append(f"f{writer:04d}")
+            counts.append(len(own))
+            content[users[-1]] = {"x": pixels.tolist(), "y": labels[own].tolist()}
+        (folder / split).mkdir(parents=True, exist_ok=True)
+        partial = folder / split / "all_data.partial"
+        partial.write_text(json.dumps({"users": users, "num_samples": counts, "user_data": content}))
+        partial.rename(folder / split / "all_data.json")
+
+
+def main() -> None:
+    """Run one of the sets."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("which", choices=("tiny", "omniglot", "mnist"))
+    parser.add_argument("--data", type=Path, required=True)
+    parser.add_argument("--weights", type=Path, help="of tiny")
+    parser.add_argument("--parents", type=Path, help="of tiny")
+    parser.add_argument("--out", type=Path, default=Path(os.environ.get("ICIIA_EXP_OUTPUT", "outputs")).resolve())
+    options = parser.parse_args()
+    if options.which == "tiny" and not (options.weights and options.parents):
+        parser.error("tiny needs --weights and --parents")
+    {"tiny": tiny, "omniglot": omniglot, "mnist": mnist}[options.which](options)
+
+
+if __name__ == "__main__":
+    main()

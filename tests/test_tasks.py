@@ -1,0 +1,85 @@
+"""Losses and hits of both tasks against plain numpy."""
+
+import numpy as np
+import pytest
+import torch
+
+from iciia_exp import tasks
+from iciia_exp.tasks import MULTI_LABEL, SINGLE_LABEL
+
+
+def single(M=40, K=5):
+    rng = np.random.default_rng(0)
+    return rng.normal(size=(M, K)) * 3, rng.integers(0, K, M)
+
+
+def multi(M=40, K=5):
+    rng = np.random.default_rng(1)
+    return rng.normal(size=(M, K)) * 3, rng.integers(0, 2, (M, K))
+
+
+def nats(logits, y):
+    """Return -log p of every answer: [M, 1], or [M, K] of a multi-label task."""
+    if y.ndim == 2:
+        p = 1 / (1 + np.exp(-logits))
+        return -np.log(np.where(y == 1, p, 1 - p))
+    p = np.exp(logits) / np.exp(logits).sum(1, keepdims=True)
+    return -np.log(p[np.arange(len(y)), y])[:, None]
+
+
+def right(logits, y):
+    return (logits > 0) == (y == 1) if y.ndim == 2 else (logits.argmax(1) == y)[:, None]
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int64, torch.bool])
+def test_multi_label_equals_numpy(dtype):
+    logits, y = multi()
+    given = torch.tensor(logits, dtype=torch.float32), torch.tensor(y).to(dtype)
+    assert tasks.hits(*given).dtype == torch.bool
+    np.testing.assert_array_equal(tasks.hits(*given).numpy(), right(logits, y))
+    np.testing.assert_allclose(tasks.log_loss(*given).numpy(), nats(logits, y).sum(1), rtol=1e-5)
+    np.testing.assert_allclose(float(tasks.loss(*given)), nats(logits, y).mean(), rtol=1e-5)
+
+
+def test_single_label_equals_numpy():
+    logits, y = single()
+    given = torch.tensor(logits, dtype=torch.float32), torch.tensor(y)
+    assert tasks.hits(*given).shape == (40, 1)
+    np.testing.assert_array_equal(tasks.hits(*given).numpy(), right(logits, y))
+    np.testing.assert_allclose(tasks.log_loss(*given).numpy(), nats(logits, y).sum(1), rtol=1e-5)
+    np.testing.assert_allclose(float(tasks.loss(*given)), nats(logits, y).mean(), rtol=1e-5)
+
+
+@pytest.mark.parametrize("make", [single, multi])
+def test_log_loss_is_in_double_precision(make):
+    logits, y = make()
+    assert tasks.log_loss(torch.tensor(logits, dtype=torch.float16), torch.tensor(y)).dtype == torch.float64
+    huge = tasks.log_loss(torch.tensor(logits) * 1e4, torch.tensor(y))
+    assert torch.isfinite(huge).all()
+
+
+@pytest.mark.parametrize("make", [single, multi])
+def test_the_loss_has_a_gradient_in_the_logits_precision(make):
+    logits, y = make()
+    x = torch.tensor(logits, dtype=torch.float32, requires_grad=True)
+    loss = tasks.loss(x, torch.tensor(y))
+    assert loss.dtype == torch.float32
+    loss.backward()
+    assert (x.grad != 0).all()
+
+
+def test_one_attribute_is_not_one_class():
+    logits, y = torch.tensor([[2.0], [-1.0]]), torch.tensor([[1], [1]])
+    assert tasks.hits(logits, y).tolist() == [[True], [False]]
+
+
+def test_probabilities():
+    logits = torch.randn(2, 3, 4)
+    torch.testing.assert_close(tasks.probabilities(logits, SINGLE_LABEL).sum(-1), torch.ones(2, 3))
+    torch.testing.assert_close(tasks.probabilities(logits, MULTI_LABEL), 1 / (1 + (-logits).exp()))
+
+
+def test_answers():
+    assert tasks.answers_per_image(SINGLE_LABEL, 7) == 1
+    assert tasks.answers_per_image(MULTI_LABEL, 7) == 7
+    assert tasks.TASKS == (SINGLE_LABEL, MULTI_LABEL)
