@@ -6,8 +6,8 @@
 
 `tiny`: Tiny-ImageNet in ImageNet's layout; weights of MobileNetV2 for ImageNet-1K under timm's names, trained with
 "same" padding and mean and standard deviation 0.5; a table of parent categories. `mnist`: arrays `images` [M, 28, 28]
-uint8, `labels`, `writers`, `is_test` (MNIST with its NIST writers), written out in LEAF's form first. Everything else is
-the command line of the package; the commands are printed. What is finished is not repeated.
+uint8, `labels`, `writers`, `is_test` (MNIST with its NIST writers), written out in LEAF's form first. Everything else
+is the command line of the package; the commands are printed. What is finished is not repeated.
 """
 
 from __future__ import annotations

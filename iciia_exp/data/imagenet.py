@@ -27,6 +27,11 @@ __all__ = ["ImageNet"]
 
 log = logging.getLogger(__name__)
 
+WHAT = (
+    "ImageNet-1K (ILSVRC 2012, https://image-net.org/download.php after registration: its licence forbids passing it "
+    "on) or a subset of its classes"
+)
+
 TREE = """train/<wnid>/<image>.JPEG
 val/<wnid>/<image>.JPEG
 or, instead of class folders in val,
@@ -55,7 +60,7 @@ class ImageNet(ImageDataset):
     cosmetic: ClassVar[frozenset[str]] = frozenset({"root", "parents"})  # the table holds what they say
 
     def __init__(self, root: str | Path | None, parents: str | Path | None = None) -> None:
-        given = existing_root(root, "ImageNet-1K (ILSVRC 2012) or a subset of its classes", TREE)
+        given = existing_root(root, WHAT, TREE)
         self._given = given
         #: the folder that holds train and val; paths are relative to it
         self.root = next((p for place in _PLACES if ((p := given / place) / "train").is_dir()), given)

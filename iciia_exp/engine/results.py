@@ -93,7 +93,7 @@ def result_row(
         "partition_seed": settings.get("partition.seed"),
         "backbone_seed": settings.get("backbone.seed"),
     }
-    seedless = {k: v for k, v in settings.items() if k not in ("partition.seed", "backbone.seed")}
+    seedless = {k: v for k, v in settings.items() if not k.endswith(".seed")}
     setting = {"name": plan.name, "settings": seedless, "trainer": plan.config["trainer"].get("precision")}
     return {
         "name": plan.name,
