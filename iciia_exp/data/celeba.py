@@ -107,7 +107,7 @@ class CelebA(ImageDataset):
 
     def __getitem__(self, index: int) -> Image.Image:
         """Return one image as RGB, in its own size."""
-        return open_image(self.data / self.table["path"].iloc[index])
+        return open_image(self.data / self.path(index))
 
     def fingerprint(self) -> list[str]:
         """Return a digest of the table, with every image's attributes, split and owner, and the attributes' names."""

@@ -75,9 +75,17 @@ class ImageDataset(ABC):
         """Whether the dataset itself sets images aside for the backbone's training."""
         return bool((self.table["split"] == "backbone").any())
 
+    @cached_property
+    def _paths(self) -> np.ndarray:
+        return self.table["path"].to_numpy(dtype=object)  # a look-up in a table takes 40 us, a third of decoding
+
+    def path(self, index: int) -> str:
+        """Return the path of an image's file, relative to the dataset's folder."""
+        return self._paths[index]
+
     def describe(self, index: int) -> str:
         """Return what a person would call an image: its path, or its number."""
-        return str(self.table["path"].iloc[index]) if "path" in self.table else f"image {index}"
+        return self.path(index) if "path" in self.table else f"image {index}"
 
     def fingerprint(self) -> Any:
         """Return plain values that change when the files do, and not when they are moved; goes into digests."""

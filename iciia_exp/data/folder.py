@@ -94,7 +94,7 @@ class Folder(ImageDataset):
 
     def __getitem__(self, index: int) -> Image.Image:
         """Return one image as RGB, in its own size."""
-        return open_image(self.root / self.table["path"].iloc[index])
+        return open_image(self.root / self.path(index))
 
     def fingerprint(self) -> Any:
         """Return a digest of the table, which files there are and all that is known about them, and the classes."""

@@ -116,7 +116,7 @@ class ImageNet(ImageDataset):
 
     def __getitem__(self, index: int) -> Image.Image:
         """Return one image as RGB, in its own size."""
-        return open_image(self.root / self.table["path"].iloc[index])
+        return open_image(self.root / self.path(index))
 
     def fingerprint(self) -> str:
         """Return a digest of the table: which files there are, with label, split and parent."""

@@ -104,7 +104,7 @@ class INaturalist(ImageDataset):
 
     def __getitem__(self, index: int) -> Image.Image:
         """Return one image as RGB, in its own size."""
-        return open_image(self.root / self.table["path"].iloc[index])
+        return open_image(self.root / self.path(index))
 
     def fingerprint(self) -> list[str]:
         """Return a digest of the table, which images there are, with class, split and owner, and the classes."""

@@ -151,7 +151,7 @@ class Ucf101(ImageDataset):
 
     def __getitem__(self, index: int) -> np.ndarray:
         """Return one clip as RGB, uint8 [F, height, width, 3]; raises what PyAV raises for a damaged video."""
-        return read_clip(self.root / self.table["path"].iloc[index], self.frames)
+        return read_clip(self.root / self.path(index), self.frames)
 
     def fingerprint(self) -> list[str]:
         """Return a digest of the table, the videos with class, group, parent and split, and the classes."""

@@ -9,9 +9,15 @@ import pandas as pd
 import pytest
 
 from iciia_exp import Run
+from iciia_exp.engine.console import setup_logging
 from iciia_exp.engine.stages import execute
 from iciia_exp.engine.tracking import SUMMARY, Tracking, wandb_logged_in
 from iciia_exp.errors import ConfigError
+
+
+@pytest.fixture(autouse=True)
+def logged():
+    setup_logging()
 
 
 def inspect(run_dir):
