@@ -74,7 +74,6 @@ def tiny(options: argparse.Namespace) -> None:
         "+experiment=mobilenetv2_tiny_imagenet",
         f"data_dir={options.data}",
         f"backbone.weights={options.weights}",
-        "backbone.pretrained=false",
         "backbone.model.options={pad_type: same}",
         "backbone.model.mean=[0.5,0.5,0.5]",
         "backbone.model.std=[0.5,0.5,0.5]",

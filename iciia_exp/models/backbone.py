@@ -167,7 +167,8 @@ class BackboneSpec:
             ``none``: nothing. What is trained learns from the dataset's images for the backbone, or, where it has
             none, from the train images of the clients: never from selection or test images.
         pretrained: start from the library's weights.
-        weights: start from this file (.safetensors, or .pt/.pth of tensors), under the original network's names.
+        weights: start from this file in their place: .safetensors, or .pt or .pth of tensors, under the original
+            network's names.
         classes: names of the classes that the starting weights know, in their order: ``imagenet-1k`` (wnids), a text
             file with one name per line, or null if they are the dataset's own. With ``train: none`` a dataset with a
             part of them keeps those rows of the classifier.
@@ -197,7 +198,8 @@ class BackboneSpec:
     ) -> None:
         self.name, self.model, self.recipe = name, model, recipe
         self.train = check_choice("train", train, ("all", "head", "none"))
-        self.pretrained, self.weights, self.classes = bool(pretrained), weights, classes
+        self.pretrained = pretrained and weights is None
+        self.weights, self.classes = weights, classes
         self.reserve = check_float("reserve", reserve, 0.0, 0.95)
         self.dim = None if dim is None else check_int("dim", dim, 1)
         self.published_top1 = published_top1
@@ -205,8 +207,6 @@ class BackboneSpec:
         if train == "none" and not (pretrained or weights):
             problem = "nothing gives the network its weights; set pretrained=true or weights=FILE, or train it"
             raise ConfigError("train", train, problem)
-        if pretrained and weights:
-            raise ConfigError("weights", weights, "are used in place of the library's; set pretrained=false too")
         if train == "none" and reserve:
             raise ConfigError("reserve", reserve, "nothing is trained here that could learn from those images; use 0")
         if train == "all" and recipe is None:

@@ -114,6 +114,6 @@ class TimmBackbone(ImageBackbone):
         if huggingface_hub.try_to_load_from_cache(cfg.hf_hub_id or "", cfg.hf_hub_filename or _FILE):
             host = "localhost"
         page = f"{huggingface_hub.constants.ENDPOINT}/{cfg.hf_hub_id}/resolve/main/{cfg.hf_hub_filename or _FILE}"
-        bring = f"get {page} elsewhere and set backbone.weights=FILE backbone.pretrained=false"
+        bring = f"get {page} elsewhere and set backbone.weights=FILE"
         net = fetched(lambda: self._create(cfg.num_classes, pretrained=True), f"timm's {self.model}", host, bring)
         return net.state_dict()

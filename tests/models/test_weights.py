@@ -196,7 +196,7 @@ def test_timm_says_which_file_to_name(offline, tmp_path, monkeypatch):
         TimmBackbone(5, "resnet10t.c3_in1k", 32).pretrained_state()
     assert [host for host, _ in offline] == ["huggingface.co"]
     page = "https://huggingface.co/timm/resnet10t.c3_in1k/resolve/main/model.safetensors"
-    assert str(error.value).endswith(f"get {page} elsewhere and set backbone.weights=FILE backbone.pretrained=false")
+    assert str(error.value).endswith(f"get {page} elsewhere and set backbone.weights=FILE")
 
 
 def test_weights_of_the_configuration_are_named(offline):
@@ -342,7 +342,6 @@ def test_many_missing_keys_are_counted(trained, tmp_path):
     [
         ({}, "train"),  # nothing gives weights
         ({"train": "most", "pretrained": True}, "train"),
-        ({"pretrained": True, "weights": "w.pth"}, "weights"),
         ({"pretrained": True, "reserve": 0.1}, "reserve"),
         ({"train": "head", "reserve": 1.0}, "reserve"),
         ({"train": "all"}, "recipe"),
@@ -404,3 +403,9 @@ def test_real_weights_know_real_images():
     logits = backbone.eval()(images)
     assert logits.shape == (60, 200)
     assert (logits.argmax(1) == labels).float().mean() > 0.3
+
+
+def test_a_file_takes_the_place_of_the_library_s_weights():
+    spec = BackboneSpec("r", lambda num_classes: None, pretrained=True, weights="w.pth")
+    assert spec.started
+    assert not spec.pretrained
