@@ -138,7 +138,7 @@ def main() -> None:
         decoding = len(raw) / (time.process_time() - start)
         eager, bare = model.net, copy.deepcopy(model)
         done = bare.faster(raw[0])
-        chosen = max(8, min(256, features._STEP["cpu"] // raw[0].numel()))
+        chosen = features.images_per_step(raw[0].numel(), "cpu")
         plain, last = model.normalise(raw).contiguous(), bare.normalise(raw)
         sizes = list(dict.fromkeys([chosen, *args.sizes]))
         print(f"{args.model}, {args.image_size} px, {len(dataset):,} images, {os.cpu_count()} cores; {', '.join(done)}")

@@ -31,13 +31,14 @@ from iciia_exp.engine.training import interruptible, make_trainer, quiet_lightni
 from iciia_exp.errors import ConfigError, UserError, check_choice, check_int
 from iciia_exp.models.backbone import Backbone
 
-__all__ = ["Extraction", "extract", "extraction_trainer", "head_accuracy", "image_loader"]
+__all__ = ["Extraction", "extract", "extraction_trainer", "head_accuracy", "image_loader", "images_per_step"]
 
 log = logging.getLogger(__name__)
 
 # Numbers in the images of one step: on a processor the intermediate results of a step should stay in its cache
 # (benchmarks/bench_extraction.py), a GPU wants many images at once.
-_STEP = {"cpu": 1 << 20, "other": 1 << 25}
+# Beside it, the most images of a step.
+_STEP = {"cpu": (1 << 20, 128), "other": (1 << 25, 256)}
 
 
 class Extraction:
@@ -82,6 +83,12 @@ class Extraction:
         if self.num_workers is not None:
             return self.num_workers
         return 0 if images < 5000 else max(1, min(8, (os.cpu_count() or 1) // self.devices))
+
+
+def images_per_step(numbers: int, device: str) -> int:
+    """Return how many images of so many numbers go through a network at once on a kind of device (``cpu``)."""
+    step, most = _STEP["cpu" if device == "cpu" else "other"]
+    return max(8, min(most, step // max(1, numbers)))
 
 
 def image_loader(
@@ -135,10 +142,7 @@ class _Extractor(pl.LightningModule):
         self.trainer.strategy.barrier()  # the first process has made room by now
         left = FeatureWriter.remaining(self.folder)
         self.trainer.strategy.barrier()  # nobody has marked anything as done yet
-        size = self.extraction.batch_size
-        if size is None:
-            step = _STEP["cpu" if self.trainer.strategy.root_device.type == "cpu" else "other"]
-            size = max(8, min(256, step // max(1, self.numbers)))
+        size = self.extraction.batch_size or images_per_step(self.numbers, self.trainer.strategy.root_device.type)
         mine = np.array_split(np.unique(left // size), self.trainer.world_size)[self.trainer.global_rank]
         blocks = ImageBlocks(self.images, mine, size)
         return image_loader(blocks, None, self.extraction.workers(blocks.num_images))

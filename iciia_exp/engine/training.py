@@ -187,7 +187,8 @@ class _Diverged(pl.Callback):
         self.loss, self.key = loss, key
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        if not torch.isfinite(trainer.callback_metrics[self.loss]):
+        loss = trainer.callback_metrics.get(self.loss)  # absent where no image of the epoch could be read
+        if loss is not None and not torch.isfinite(loss):
             lr, epoch = pl_module.recipe.lr, trainer.current_epoch + 1  # type: ignore[union-attr]
             raise ConfigError(
                 f"{self.key}.lr", lr, f"training diverged, the loss is not finite in epoch {epoch}; lower it"
