@@ -6,7 +6,7 @@ Legend: M images of the dataset, N members of a pool, K classes.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 import pandas as pd
@@ -21,6 +21,7 @@ __all__ = [
     "numbered",
     "parents_of_classes",
     "role_pools",
+    "rounds",
     "share_out",
     "single_labels",
 ]
@@ -118,6 +119,14 @@ def parents_of_classes(table: pd.DataFrame, num_classes: int, lacking: ConfigErr
         raise ConfigError(lacking.key, lacking.value, problem)
     codes, names = pd.factorize(of_class.sort_index(), sort=True)
     return np.asarray(codes, dtype=np.int64), [str(n) for n in names]
+
+
+def rounds(deals: int) -> Iterator[tuple[int, str, str]]:
+    """Yield (deal, role, name of its clients): train and selection images ``deals`` times, test images once."""
+    for d in range(deals):
+        for role in ROLES:
+            if role != "test" or d == 0:
+                yield d, role, role if deals == 1 or role == "test" else f"{role}-{d}"
 
 
 def numbered(name: str, count: int) -> list[str]:

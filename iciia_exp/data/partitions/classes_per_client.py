@@ -17,6 +17,7 @@ from iciia_exp.data.partitions.base import (
     numbered,
     parents_of_classes,
     role_pools,
+    rounds,
     share_out,
     single_labels,
 )
@@ -190,9 +191,7 @@ class ClassesPerClient(Partition):
             deal(ROLES, quotas, "client")
         else:
             quotas = dict.fromkeys(ROLES, self.images_per_client)
-        for d in range(self.deals):
-            for role in ROLES:
-                if (role == "test" and d > 0) or (self.split == "within" and d == 0):
-                    continue
-                deal((role,), {role: quotas[role]}, role if self.deals == 1 or role == "test" else f"{role}-{d}")
+        for d, role, name in rounds(self.deals):
+            if self.split == "client" or d > 0:
+                deal((role,), {role: quotas[role]}, name)
         return clients_of(entries)

@@ -8,8 +8,8 @@ from __future__ import annotations
 import numpy as np
 import pandas as pd
 
-from iciia_exp.data.clients import ROLES, Clients, Ragged
-from iciia_exp.data.partitions.base import Partition, clients_of, numbered, role_pools, single_labels
+from iciia_exp.data.clients import Clients, Ragged
+from iciia_exp.data.partitions.base import Partition, clients_of, numbered, role_pools, rounds, single_labels
 from iciia_exp.data.partitions.classes_per_client import in_words, parents_or_any
 from iciia_exp.errors import ConfigError, check_choice, check_float, check_int
 from iciia_exp.seeding import generator
@@ -174,15 +174,12 @@ class Drift(Partition):
         pools = role_pools(table, labels_M, self.selection_share, rng, self)
         sizes = self.classes_per_client, self.images_per_phase, self.phases, self.turnover
         entries: list[tuple[str, str, dict[str, np.ndarray]]] = []  # (id, kind, images by role)
-        for d in range(self.deals):
-            for role in ROLES:
-                if role == "test" and d > 0:
-                    continue
-                clients = deal_histories(labels_M, parents_K, pools[role], *sizes, rng)
-                if not clients:
-                    problem = f"the {len(pools[role])} {role} images do not fill {self.phases} phases"
-                    problem += f" of {in_words(self.classes_per_client)}; use fewer images per phase, or fewer phases"
-                    raise ConfigError("images_per_phase", self.images_per_phase, problem)
-                ids = numbered(role if self.deals == 1 or role == "test" else f"{role}-{d}", len(clients))
-                entries += [(i, names[parent], {role: rows}) for i, (parent, rows) in zip(ids, clients, strict=True)]
+        for _, role, name in rounds(self.deals):
+            clients = deal_histories(labels_M, parents_K, pools[role], *sizes, rng)
+            if not clients:
+                problem = f"the {len(pools[role])} {role} images do not fill {self.phases} phases"
+                problem += f" of {in_words(self.classes_per_client)}; use fewer images per phase, or fewer phases"
+                raise ConfigError("images_per_phase", self.images_per_phase, problem)
+            ids = numbered(name, len(clients))
+            entries += [(i, names[parent], {role: rows}) for i, (parent, rows) in zip(ids, clients, strict=True)]
         return clients_of(entries)
