@@ -21,7 +21,7 @@ from filelock import FileLock, Timeout
 
 from iciia_exp.errors import UserError
 
-__all__ = ["atomic_write", "finished_folder", "locked", "make_folder", "read_json", "write_json"]
+__all__ = ["atomic_write", "finished_folder", "locked", "make_folder", "partial_folder", "read_json", "write_json"]
 
 log = logging.getLogger(__name__)
 
@@ -91,6 +91,13 @@ def finished_folder(path: Path) -> bool:
     return (path / "manifest.json").is_file()
 
 
+def partial_folder(path: Path) -> Path:
+    """Return the folder in which ``path`` is made, as it was left or new."""
+    partial = path.with_name(path.name + ".partial")
+    partial.mkdir(parents=True, exist_ok=True)
+    return partial
+
+
 def make_folder(path: Path, what: str, build: Callable[[Path], None]) -> bool:
     """Make the folder ``path`` through ``build(partial)`` unless it is there; return whether it was made here.
 
@@ -102,8 +109,7 @@ def make_folder(path: Path, what: str, build: Callable[[Path], None]) -> bool:
     with locked(path, what):
         if finished_folder(path):  # another process made it while this one waited
             return False
-        partial = path.with_name(path.name + ".partial")
-        partial.mkdir(parents=True, exist_ok=True)
+        partial = partial_folder(path)
         build(partial)
         if not finished_folder(partial):
             raise RuntimeError(f"{what}: its maker wrote no manifest.json into {partial}")

@@ -18,8 +18,7 @@ import pandas as pd
 from PIL import Image
 
 from iciia_exp.data.dataset import ImageDataset, existing_root, table_digest, wrong_folder
-from iciia_exp.data.files import few, list_folders, list_images, open_image
-from iciia_exp.data.parents import read_csv
+from iciia_exp.data.files import few, list_folders, list_images, open_image, read_csv
 from iciia_exp.errors import UserError
 
 __all__ = ["INaturalist"]

@@ -259,15 +259,22 @@ class Plan:
         return file_digest(path)
 
     @cached_property
+    def weights_digest(self) -> str | None:
+        """Digest of the file of weights that the backbone starts from, if it starts from one."""
+        if self.backbone_spec.weights is None:
+            return None
+        path = Path(self.backbone_spec.weights).expanduser()
+        if not path.is_file():
+            raise ConfigError("backbone.weights", path, "no such file; give a .safetensors, .pt or .pth file")
+        return file_digest(path)
+
+    @cached_property
     def backbone_digest(self) -> str:
         """Names the network that gives the features: its weights, and how they are trained here if they are."""
         spec, backbone = self.backbone_spec, science(self.config["backbone"])
         parts: dict[str, Any] = {"format": FORMAT, "model": backbone["model"], "pretrained": spec.pretrained}
-        if spec.weights is not None:
-            path = Path(spec.weights).expanduser()
-            if not path.is_file():
-                raise ConfigError("backbone.weights", path, "no such file; give a .safetensors, .pt or .pth file")
-            parts["weights"] = file_digest(path)
+        if self.weights_digest is not None:
+            parts["weights"] = self.weights_digest
         if spec.train == "all":
             if spec.started:
                 parts["classes"] = self._known_classes  # rows of the classifier that training starts from

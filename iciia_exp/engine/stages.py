@@ -16,7 +16,15 @@ from torch import nn
 from torch.utils.data import DataLoader
 from torch.utils.data.distributed import DistributedSampler
 
-from iciia_exp.artifacts import atomic_write, finished_folder, locked, make_folder, read_json, write_json
+from iciia_exp.artifacts import (
+    atomic_write,
+    finished_folder,
+    locked,
+    make_folder,
+    partial_folder,
+    read_json,
+    write_json,
+)
 from iciia_exp.data.batches import ClientBatchSampler, FeatureBatches
 from iciia_exp.data.clients import ROLES, Clients
 from iciia_exp.data.store import FeatureStore
@@ -233,14 +241,12 @@ def _say_accuracy(plan: Plan, accuracy: dict[str, float]) -> None:
 
 
 def _features_manifest(plan: Plan, made: dict[str, Any]) -> dict[str, Any]:
-    weights = plan.backbone_spec.weights
-    own = None if weights is None else file_digest(Path(weights).expanduser())
     return {
         "digest": plan.features_digest,
         "dataset": type(plan.dataset).name,
         "backbone": plan.backbone_spec.name,
         "backbone_digest": plan.backbone_digest,
-        "weights_digest": made.get("weights_digest", own),
+        "weights_digest": made.get("weights_digest", plan.weights_digest),
         "backbone_seconds": made.get("seconds"),
     }
 
@@ -286,9 +292,7 @@ def _share_features(plan: Plan) -> None:
     """Take part in an extraction whose first process holds the lock."""
     if plan.backbone_spec.train == "all" and not finished_folder(plan.backbone_dir):
         raise UserError("features.devices: train the backbone first, with stage=backbone in one process")
-    partial = plan.features_dir.with_name(plan.features_dir.name + ".partial")
-    partial.mkdir(parents=True, exist_ok=True)
-    _extract(plan, partial)
+    _extract(plan, partial_folder(plan.features_dir))
 
 
 # ---- train and evaluate
