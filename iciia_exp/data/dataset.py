@@ -62,7 +62,8 @@ class ImageDataset(ABC):
         """Return one image in the form that the backbone's transform takes.
 
         A PIL image, a uint8 array [frames, height, width, 3] for a clip, or a float32 array. A file that is missing or
-        cannot be decoded raises whatever its reader raises; extraction decides what becomes of it.
+        cannot be decoded raises whatever its reader raises; extraction decides what becomes of it. Several threads call
+        this at once.
         """
 
     @property

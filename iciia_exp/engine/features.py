@@ -9,6 +9,9 @@ import logging
 import os
 import time
 import warnings
+from collections import deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, ClassVar
@@ -35,10 +38,10 @@ __all__ = ["Extraction", "extract", "extraction_trainer", "head_accuracy", "imag
 
 log = logging.getLogger(__name__)
 
-# Numbers in the images of one step: on a processor the intermediate results of a step should stay in its cache
+# Numbers in the images of one step: on a processor the intermediate results of two steps should stay in its cache
 # (benchmarks/bench_extraction.py), a GPU wants many images at once.
 # Beside it, the most images of a step.
-_STEP = {"cpu": (1 << 20, 128), "other": (1 << 25, 256)}
+_STEP = {"cpu": (3 << 18, 128), "other": (1 << 25, 256)}
 
 
 class Extraction:
@@ -49,7 +52,8 @@ class Extraction:
         precision: of the computation, one of Lightning's (``16-mixed`` and ``bf16-mixed`` are about twice as fast on
             most GPUs); null is the trainer's.
         batch_size: images per step and device; null fits it to the size of an image.
-        num_workers: processes per device that load images; 0 loads them in this one; null chooses by their number.
+        num_workers: processes per device that load images; null or 0 needs none on a processor, whose cores load and
+            compute in turn, each its own batch. For a GPU, null chooses by the number of images.
         on_bad_image: what to do with an image that is missing or cannot be decoded: ``skip`` leaves it out of every
             client and lists it in the manifest, ``error`` stops.
         devices: processors or GPUs of this machine that share the images. The features are the same, to the last digit
@@ -78,10 +82,10 @@ class Extraction:
         self.on_bad_image = check_choice("on_bad_image", on_bad_image, ("skip", "error"))
         self.devices, self.num_nodes = check_int("devices", devices, 1), check_int("num_nodes", num_nodes, 1)
 
-    def workers(self, images: int) -> int:
+    def workers(self, images: int, on_cpu: bool = False) -> int:
         """Return the number of loading processes: none for what is loaded before they have started."""
-        if self.num_workers is not None:
-            return self.num_workers
+        if self.num_workers is not None or on_cpu:
+            return self.num_workers or 0
         return 0 if images < 5000 else max(1, min(8, (os.cpu_count() or 1) // self.devices))
 
 
@@ -111,6 +115,50 @@ def _as_it_is(batch: ImageBatch) -> ImageBatch:
     return batch
 
 
+class _Streams:
+    """Batches with their features, computed by threads that load and compute one batch each.
+
+    Loading and computing then share a processor's cores without waiting for each other, which neither loading
+    processes nor loading threads beside a network on all cores do (benchmarks/bench_extraction.py). Iterable like a
+    loader.
+
+    Args:
+        dataset: the batches, all of the form `ImageBatch`.
+        features: from a batch to its features.
+    """
+
+    # More threads than this wait for each other: the interpreter runs one at a time between a network's operations.
+    most = 8
+
+    def __init__(self, dataset: ImageBlocks, features: Callable[[ImageBatch], Tensor]) -> None:
+        self.dataset, self.features = dataset, features
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __iter__(self) -> Iterator[tuple[ImageBatch, Tensor]]:
+        """Yield (batch without its images, features) in order, at most two batches per thread ahead."""
+        cores = torch.get_num_threads()
+        streams = min(cores, self.most, max(1, len(self)))
+        waiting: deque[Future[tuple[ImageBatch, Tensor]]] = deque()
+        pool = ThreadPoolExecutor(streams, "features", torch.set_num_threads, (cores // streams,))
+        try:
+            for index in range(len(self)):
+                waiting.append(pool.submit(self._compute, index))
+                if len(waiting) >= 2 * streams:
+                    yield waiting.popleft().result()
+            while waiting:
+                yield waiting.popleft().result()
+        finally:
+            pool.shutdown(cancel_futures=True)
+            torch.set_num_threads(cores)
+
+    @torch.inference_mode()
+    def _compute(self, index: int) -> tuple[ImageBatch, Tensor]:
+        batch = self.dataset[index]
+        return batch._replace(images=torch.empty(0)), self.features(batch)
+
+
 class _Extractor(pl.LightningModule):
     """Gives features of the images that nobody has done yet; every process takes its part of them.
 
@@ -137,17 +185,24 @@ class _Extractor(pl.LightningModule):
         self.known, self.numbers = known, numbers
         self.allow_zero_length_dataloader_with_multiple_devices = True  # fewer images left than processes
 
-    def predict_dataloader(self) -> DataLoader[Any]:
+    def predict_dataloader(self) -> DataLoader[Any] | _Streams:
         """Return this process's images: a run of consecutive ones, so that two processes seldom share a page."""
         self.trainer.strategy.barrier()  # the first process has made room by now
         left = FeatureWriter.remaining(self.folder)
         self.trainer.strategy.barrier()  # nobody has marked anything as done yet
-        size = self.extraction.batch_size or images_per_step(self.numbers, self.trainer.strategy.root_device.type)
+        device = self.trainer.strategy.root_device.type
+        size = self.extraction.batch_size or images_per_step(self.numbers, device)
         mine = np.array_split(np.unique(left // size), self.trainer.world_size)[self.trainer.global_rank]
         blocks = ImageBlocks(self.images, mine, size)
-        return image_loader(blocks, None, self.extraction.workers(blocks.num_images))
+        workers = self.extraction.workers(blocks.num_images, device == "cpu")
+        if device == "cpu" and not workers and self.trainer.precision == "32-true":  # autocast is this thread's alone
+            return _Streams(blocks, self._features)
+        return image_loader(blocks, None, workers)
 
-    def predict_step(self, batch: ImageBatch, batch_idx: int) -> Tensor:
+    def predict_step(self, batch: Any, batch_idx: int) -> tuple[ImageBatch, Tensor]:
+        return (batch, self._features(batch)) if isinstance(batch, ImageBatch) else batch
+
+    def _features(self, batch: ImageBatch) -> Tensor:
         return self.backbone.features(batch.images).float() if len(batch.images) else torch.empty(0, self.backbone.dim)
 
     def check_disk(self, problem: str) -> None:
@@ -182,12 +237,11 @@ class _Write(pl.Callback):
         self._bar.start()
         self._task = self._bar.add_task("features", total=self.images, note="")
 
-    def on_predict_batch_end(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int, *_: Any
-    ) -> None:
-        if not len(outputs):
+    def on_predict_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, *_: Any) -> None:
+        batch, features = outputs
+        if not len(features):
             pl_module.check_disk(batch.bad[-1][1])  # type: ignore[operator]
-        self.writer.write(batch.rows.cpu().numpy(), outputs.cpu().numpy())
+        self.writer.write(batch.rows.cpu().numpy(), features.cpu().numpy())
         if batch.bad:
             self.writer.write_bad(batch.bad)
         self.done += len(batch.rows) + len(batch.bad)
@@ -279,7 +333,7 @@ def extract(
         )
         on_gpu = torch.cuda.is_available() and trainer_config.get("accelerator") != "cpu"
         some = 8 if (macs or 0) < 5e9 else 2
-        if not on_gpu and (seconds := _estimate(dataset, backbone, rows, extraction.workers(len(rows)), some)) > 60:
+        if not on_gpu and (seconds := _estimate(dataset, backbone, rows, os.cpu_count() or 1, some)) > 60:
             log.info("features: about %s on this machine's processor, if nothing speeds it up", _duration(seconds))
     if not first or len(rows) or process_count() > 1:  # several work together or not at all
         wanted = TransformedImages(dataset, backbone.transform, np.arange(images), labels, extraction.on_bad_image)

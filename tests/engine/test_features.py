@@ -228,7 +228,7 @@ def store_of_finished(folder, *overrides):
 @pytest.mark.parametrize("workers", [0, 2])
 def test_an_extraction_killed_with_bad_images_ends_as_if_it_had_not_been(root, folder, monkeypatch, tmp_path, workers):
     damage(root)
-    want = store_of_finished(folder, f"cache_dir={tmp_path}/whole")
+    want = store_of_finished(folder, f"cache_dir={tmp_path}/whole", f"features.num_workers={workers}")
     plan = folder(*HEAD, "stage=features", f"features.num_workers={workers}")
     writes = []
     original = FeatureWriter.write
