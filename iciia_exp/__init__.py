@@ -1,15 +1,17 @@
 """Client-adaptive image recognition: ICIIA and its rivals, trained once and evaluated on every client.
 
-``python -m iciia_exp --help`` shows the commands; ``Run.load(path)`` rebuilds a trained method from its run directory.
+``python -m iciia_exp --help`` shows the commands; ``Run.load(path)`` rebuilds a trained method from its run directory;
+``ClientSession(run)`` serves a client's images one after the other.
 """
 
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
-__all__ = ["Run", "__version__"]
+__all__ = ["ClientSession", "Run", "__version__", "predict_together"]
 
 if TYPE_CHECKING:
     from iciia_exp.engine.run import Run
+    from iciia_exp.engine.session import ClientSession, predict_together
 
 
 def __getattr__(name: str) -> Any:
@@ -18,4 +20,8 @@ def __getattr__(name: str) -> Any:
         from iciia_exp.engine.run import Run
 
         return Run
+    if name in ("ClientSession", "predict_together"):
+        from iciia_exp.engine import session
+
+        return getattr(session, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

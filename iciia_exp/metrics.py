@@ -157,7 +157,8 @@ def summarise(counts: ClientCounts, resamples: int = RESAMPLES, seed: int = 0) -
     """Return the flat row of averages: method, backbone, paired gains with 95 % bootstrap intervals, and harm.
 
     Accuracies and gains are fractions (0 to 1); intervals end in ``_low`` and ``_high``; ``se_clients`` is the
-    bootstrap standard error of ``client_accuracy`` over clients (not over seeds).
+    bootstrap standard error of ``client_accuracy`` over clients (not over seeds). ``log_loss_gain`` is what the method
+    takes off the backbone's log-loss, in nats, mean over clients, with a normal interval.
     """
     n_C = counts.answers_C
     method = averages(counts.method_hits_C, counts.method_loss_C, n_C)
@@ -176,6 +177,10 @@ def summarise(counts: ClientCounts, resamples: int = RESAMPLES, seed: int = 0) -
     draws = _bootstrap(counts, resamples, seed)
     for name, values_R in draws.items():
         row[f"{name}_low"], row[f"{name}_high"] = (float(v) for v in np.percentile(values_R, [2.5, 97.5]))
+    saved_C = (counts.backbone_loss_C - counts.method_loss_C) / n_C
+    half = 1.96 * float(saved_C.std(ddof=1)) / len(counts) ** 0.5 if len(counts) > 1 else float("inf")
+    row["log_loss_gain"] = float(saved_C.mean())
+    row["log_loss_gain_low"], row["log_loss_gain_high"] = row["log_loss_gain"] - half, row["log_loss_gain"] + half
     row["se_clients"] = float(draws["client_accuracy"].std(ddof=1))
     row["test_clients"], row["test_images"] = len(counts), int(counts.images_C.sum())
     return row

@@ -6,8 +6,9 @@ Legend: C clients, M images of the dataset, K classes.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -20,6 +21,8 @@ __all__ = ["ROLES", "Clients", "Ragged"]
 
 # What a client's images are for. Every client may have images of one role (split by client) or of several (within).
 ROLES = ("train", "selection", "test")
+
+_IN_TIME = "in_time"  # a fact in the file's metadata
 
 
 @dataclass(frozen=True)
@@ -70,6 +73,7 @@ class Clients:
     train: Ragged
     selection: Ragged
     test: Ragged
+    in_time: bool = False  # the images of a client are in the order of time, not in an order of no meaning
 
     def __post_init__(self) -> None:
         sizes = {"ids": len(self.ids), "kinds": len(self.kinds)} | {r: len(self[r]) for r in ROLES}
@@ -84,6 +88,7 @@ class Clients:
         client_M: np.ndarray,
         role_M: np.ndarray,
         order_M: np.ndarray | None = None,
+        in_time: bool = False,
     ) -> Clients:
         """Group images by client and role, in time linear in images (and their sorting), however many clients.
 
@@ -92,11 +97,13 @@ class Clients:
             client_M: number of every image's client, -1 for an image of nobody.
             role_M: number of every image's role in `ROLES`, -1 for an image without one.
             order_M: sorts the images of a client, smallest first; without it, and in a tie, by image number.
+            in_time: that order is the order of time.
         """
         position_M = np.arange(len(client_M)) if order_M is None else np.argsort(order_M, kind="stable")
         client_M, role_M = client_M[position_M], role_M[position_M]
         used = {role: (role_M == r) & (client_M >= 0) for r, role in enumerate(ROLES)}
-        return cls(ids, kinds, **{r: Ragged.from_pairs(client_M[u], position_M[u], len(ids)) for r, u in used.items()})
+        rows = {r: Ragged.from_pairs(client_M[u], position_M[u], len(ids)) for r, u in used.items()}
+        return cls(ids, kinds, **rows, in_time=in_time)
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -152,13 +159,13 @@ class Clients:
 
     def without(self, bad_M: np.ndarray) -> Clients:
         """Return the same clients without the images marked in ``bad_M`` (bool [M])."""
-        roles = {}
+        roles: dict[str, Any] = {}
         for role in ROLES:
             ragged = self[role]
             keep = ~bad_M[ragged.values]
             kept = np.bincount(ragged.row_numbers[keep], minlength=len(self))
             roles[role] = Ragged(np.concatenate([[0], np.cumsum(kept)]).astype(np.int64), ragged.values[keep])
-        return Clients(self.ids, self.kinds, **roles)
+        return replace(self, **roles)
 
     def save(self, path: Path) -> None:
         """Write one row per client: client, kind and a list column of image numbers for each role."""
@@ -168,7 +175,7 @@ class Clients:
             ragged = self[role]
             columns[role] = pa.LargeListArray.from_arrays(ragged.offsets, ragged.values)
         with atomic_write(path, "wb") as file:
-            pq.write_table(pa.table(columns), file)
+            pq.write_table(pa.table(columns, metadata={_IN_TIME: str(int(self.in_time))}), file)
 
     @classmethod
     def load(cls, path: Path) -> Clients:
@@ -176,4 +183,6 @@ class Clients:
         table = pq.read_table(path).combine_chunks()
         ids, kinds = (np.array(table[name].to_pylist(), dtype=object) for name in ("client", "kind"))
         columns = [table[role].combine_chunks() for role in ROLES]
-        return cls(ids, kinds, *(Ragged(c.offsets.to_numpy(), c.values.to_numpy()) for c in columns))
+        in_time = (table.schema.metadata or {}).get(_IN_TIME.encode()) == b"1"
+        train, selection, test = (Ragged(c.offsets.to_numpy(), c.values.to_numpy()) for c in columns)
+        return cls(ids, kinds, train, selection, test, in_time)

@@ -313,6 +313,7 @@ class Plan:
             "partition": science(self.config["partition"]),
             "method": science(self.method_config),
             "images": protocol["images"],
+            "history": {key: value for key, value in protocol.items() if key.startswith("history_")},
         }
         if self.method_class.trainable:
             parts |= {"protocol": protocol, "seed": self.seed, "trainer": self._trainer_science}

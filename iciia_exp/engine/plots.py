@@ -12,7 +12,7 @@ import pandas as pd
 from iciia_exp.artifacts import atomic_write
 from iciia_exp.tasks import SINGLE_LABEL
 
-__all__ = ["accuracy_vs_overhead", "gain_per_client"]
+__all__ = ["accuracy_vs_history", "accuracy_vs_overhead", "gain_per_client"]
 
 # Colours that differ in lightness too, so that the plots read in grey.
 _BLUE, _ORANGE, _GREY, _DARK = "#1f5fa8", "#e8912d", "#9a9a9a", "#333333"
@@ -72,6 +72,39 @@ def gain_per_client(clients: pd.DataFrame, row: dict[str, Any], path: Path) -> P
     axes.set_ylabel("gain in accuracy (percentage points)")
     title = f"{row['method']} on {row['dataset']}: gain of every client over {row['backbone']}"
     axes.set_title(title, loc="left", fontsize=11)
+    axes.legend(frameon=False, fontsize=8.5, loc="best")
+    return _save(figure, path)
+
+
+def accuracy_vs_history(summary: pd.DataFrame, row: dict[str, Any], path: Path) -> Path:
+    """Draw accuracy against the length of the history, for the method and the backbone on the same targets.
+
+    Args:
+        summary: of `iciia_exp.engine.history.history_summary`; its ``stream`` protocol is drawn.
+        row: the run's results.
+        path: the PNG to write.
+    """
+    from iciia_exp.data.history import ALL
+
+    part = summary[(summary["protocol"] == "stream") & (summary["history"] != ALL)]
+    figure, axes = _figure()
+    place = np.arange(len(part))
+    clients = part["clients"].to_numpy()
+    low, high = (100 * (part["backbone_client_accuracy"] + part[f"client_gain_{side}"]) for side in ("low", "high"))
+    label = "95 % interval of the gain over clients"
+    axes.fill_between(place, low, high, color=_BLUE, alpha=0.15, linewidth=0, label=label)
+    axes.plot(place, 100 * part["client_accuracy"], "o-", color=_BLUE, label=row["method"])
+    axes.plot(place, 100 * part["worst_decile"], "o:", color=_BLUE, markersize=4, label="its worst decile")
+    axes.plot(place, 100 * part["backbone_client_accuracy"], "s--", color=_DARK, label=f"{row['backbone']} alone")
+    axes.plot(
+        place, 100 * part["backbone_worst_decile"], "s:", color=_DARK, markersize=4, label="the backbone's worst decile"
+    )
+    fewer = bool(clients[-1] < clients[0])
+    names = [f"{n}\n{c:,}" if fewer else str(n) for n, c in zip(part["history"], clients, strict=True)]
+    axes.set_xticks(place, names)
+    axes.set_xlabel("images of the client seen before" + " (below: clients that have so many)" * fewer)
+    axes.set_ylabel("accuracy, mean over clients (%)")
+    axes.set_title(f"{row['method']} on {row['dataset']}: accuracy by length of history", loc="left", fontsize=11)
     axes.legend(frameon=False, fontsize=8.5, loc="best")
     return _save(figure, path)
 

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import sys
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import lightning.pytorch as pl
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-__all__ = ["TrainingProgress", "progress_bar"]
+__all__ = ["TrainingProgress", "fraction_bar", "progress_bar"]
 
 
 def progress_bar(visible: bool = True) -> Progress:
@@ -26,6 +28,14 @@ def progress_bar(visible: bool = True) -> Progress:
     return Progress(
         *columns, console=Console(file=sys.stderr), transient=True, disable=not (visible and sys.stderr.isatty())
     )
+
+
+@contextmanager
+def fraction_bar(title: str) -> Iterator[Callable[[float], None]]:
+    """Show a bar for work that says which share of it is done."""
+    with progress_bar() as bar:
+        task = bar.add_task(title, total=100, note="%")
+        yield lambda share: bar.update(task, completed=round(100 * share))
 
 
 class TrainingProgress(pl.Callback):

@@ -393,7 +393,9 @@ def _train(plan: Plan, store: FeatureStore, clients: Clients, tracker: Any) -> N
 
 
 def _evaluate(plan: Plan, store: FeatureStore, clients: Clients, tracker: Any) -> None:
-    from iciia_exp.engine.plots import accuracy_vs_overhead, gain_per_client
+    from iciia_exp.engine.history import history_summary, history_table
+    from iciia_exp.engine.plots import accuracy_vs_history, accuracy_vs_overhead, gain_per_client
+    from iciia_exp.engine.progress import fraction_bar
     from iciia_exp.engine.results import client_table, result_row
     from iciia_exp.engine.training import MethodModule, interruptible, make_trainer, quiet_lightning
 
@@ -406,12 +408,25 @@ def _evaluate(plan: Plan, store: FeatureStore, clients: Clients, tracker: Any) -
         with interruptible(trainer):
             trainer.test(module, _loader(plan, store, clients, "test"), verbose=False)
     numbers, counts = module.test_counts.counts()
+    batches = FeatureBatches(store.array(), plan.labels)
+    histories = None
+    if plan.protocol.history_lengths:
+        with fraction_bar("histories") as progress:
+            device = trainer.strategy.root_device
+            parts = (run.method, run.head, batches, clients, plan.protocol, _answers(plan))
+            histories = history_table(*parts, device, progress)
     seconds = time.monotonic() - start
     table = client_table(clients, numbers, counts, plan.labels)
     row = result_row(plan, run.method, store, counts, read_json(folder / "training.json"), seconds)
     with atomic_write(folder / "clients.parquet", "wb") as file:
         table.to_parquet(file, index=False)
-    plots = {
+    plots = {}
+    if histories is not None:
+        with atomic_write(folder / "history.parquet", "wb") as file:
+            histories.to_parquet(file, index=False)
+        summary = history_summary(histories)
+        plots["accuracy_vs_history"] = accuracy_vs_history(summary, row, folder / "plots" / "accuracy_vs_history.png")
+    plots |= {
         "gain_per_client": gain_per_client(table, row, folder / "plots" / "gain_per_client.png"),
         "accuracy_vs_overhead": accuracy_vs_overhead(
             [*_siblings(plan, row), row], folder / "plots" / "accuracy_vs_overhead.png", row["setting_digest"]

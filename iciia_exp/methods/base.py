@@ -1,6 +1,6 @@
 """The interface of a method: features of a client's images in, logits out, and a cost in closed form.
 
-Legend: C clients, S images of a client, D features, K classes.
+Legend: C clients, S images of a client, P images of its past, E numbers kept of a past image, D features, K classes.
 """
 
 from __future__ import annotations
@@ -8,6 +8,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor, nn
 
 from iciia_exp import tasks
@@ -27,6 +28,10 @@ class Method(nn.Module, ABC):
     #: Whether the method is trained on the cloud; others are evaluated as they are built.
     trainable: ClassVar[bool] = True
 
+    def __init__(self, head: nn.Linear) -> None:
+        super().__init__()
+        self.dim, self.num_classes = head.in_features, head.out_features
+
     @classmethod
     def canonical(cls, config: dict[str, Any], dim: int) -> dict[str, Any]:
         """Return ``config`` with every value in the one form that names a run (``groups: max`` becomes D).
@@ -41,6 +46,37 @@ class Method(nn.Module, ABC):
 
         One client is never another's context: a client's logits are those of running it alone.
         """
+
+    @property
+    def causal(self) -> bool:
+        """Whether an image's logits depend on no later image of the sequence.
+
+        One `forward` then gives the logits after every length of history.
+        """
+        return False
+
+    @property
+    def state_width(self) -> int:
+        """E, numbers that `step` wants kept of every past image; by default its features."""
+        return self.dim
+
+    def state_bytes(self, images: int) -> int:
+        """Return what a client's state of so many images takes, in float32."""
+        return 4 * images * self.state_width
+
+    def step(self, x_CD: Tensor, past_CPE: Tensor, mask_CP: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Return the logits [C, K] of one more image of each client, and what to keep of it, [C, E].
+
+        Equal to the last place of `forward` on past and image together. By default just that is computed.
+
+        Args:
+            x_CD: the images.
+            past_CPE: what was kept of each client's past images, in their order.
+            mask_CP: True where a past image is real; None where all are.
+        """
+        x_CSD = torch.cat([past_CPE, x_CD[:, None]], 1)
+        mask_CS = None if mask_CP is None else nn.functional.pad(mask_CP, (0, 1), value=True)
+        return self(x_CSD, mask_CS)[:, -1], x_CD
 
     def loss(self, logits_CSK: Tensor, y_CS: Tensor, mask_CS: Tensor) -> Tensor:
         """Return the task's mean loss over the real images of the batch; of a multi-label task labels are [C, S, K]."""
@@ -63,13 +99,27 @@ class HeadMethod(Method):
     """A method that is a linear classifier on each image alone, in place of the backbone's: no cost, no state."""
 
     def __init__(self, head: nn.Linear) -> None:
-        super().__init__()
+        super().__init__(head)
         self.head = nn.Linear(head.in_features, head.out_features)
         self.head.load_state_dict(head.state_dict())
 
     def forward(self, x_CSD: Tensor, mask_CS: Tensor | None = None) -> Tensor:
         """Return the classifier's logits of every image by itself, [C, S, K]."""
         return self.head(x_CSD)
+
+    @property
+    def causal(self) -> bool:
+        """Every image stands alone."""
+        return True
+
+    @property
+    def state_width(self) -> int:
+        """Nothing is kept."""
+        return 0
+
+    def step(self, x_CD: Tensor, past_CPE: Tensor, mask_CP: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Return the classifier's logits, [C, K], and nothing to keep, [C, 0]."""
+        return self.head(x_CD), x_CD[:, :0]
 
     def macs(self, images: int) -> int:
         """Nothing is added: the classifier takes the place of the backbone's."""

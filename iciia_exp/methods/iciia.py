@@ -10,15 +10,17 @@ from typing import Any
 from torch import Tensor, nn
 
 from iciia_exp.cost import attention_macs, streaming_attention_macs
-from iciia_exp.errors import ConfigError, check_bool, check_float, check_int
+from iciia_exp.errors import ConfigError, check_bool, check_choice, check_float, check_int
 from iciia_exp.methods.base import Method
 from iciia_exp.models.iciia import ICIIA, divisors
 
-__all__ = ["IciiaMethod"]
+__all__ = ["ATTENTION", "IciiaMethod"]
+
+ATTENTION = ("full", "causal")
 
 
 class IciiaMethod(Method):
-    """Every image of a chunk attends to all images of the chunk.
+    """The images of a client attend to each other.
 
     Args:
         head: the backbone's classifier, for its sizes only: the module trains a classifier of its own.
@@ -27,6 +29,8 @@ class IciiaMethod(Method):
         groups: G, a divisor of D, or ``max`` for D.
         dropout: on attention probabilities, hidden units and both branches, while training.
         shuffle: interleave the groups after every projection.
+        attention: ``full`` (published) or ``causal``: an image sees itself and the client's earlier images, so that
+            one more image costs a step and every length of history is trained and evaluated in one pass.
     """
 
     name = "iciia"
@@ -39,13 +43,16 @@ class IciiaMethod(Method):
         groups: int | str = 1,
         dropout: float = 0.1,
         shuffle: bool = True,
+        attention: str = "full",
     ) -> None:
-        super().__init__()
+        super().__init__(head)
         dim = head.in_features
         given = {"num_layers": num_layers, "heads": heads, "groups": groups, "dropout": dropout, "shuffle": shuffle}
-        settings = self.canonical(given, dim)
+        settings = self.canonical({**given, "attention": attention}, dim)
         self.num_layers, self.groups = num_layers, int(settings["groups"])
-        self.model = ICIIA(dim, head.out_features, num_layers, heads, self.groups, dropout, settings["shuffle"])
+        self.model = ICIIA(
+            dim, head.out_features, num_layers, heads, self.groups, dropout, settings["shuffle"], attention == "causal"
+        )
 
     @classmethod
     def canonical(cls, config: dict[str, Any], dim: int) -> dict[str, Any]:
@@ -54,6 +61,7 @@ class IciiaMethod(Method):
         check_int("num_layers", config.get("num_layers", 1), 1)
         check_float("dropout", config.get("dropout", 0.1), 0.0, 1.0)
         check_bool("shuffle", config.get("shuffle", True))
+        check_choice("attention", config.get("attention", "full"), ATTENTION)
         if config.get("groups") == "max":
             config["groups"] = dim
         valid = divisors(dim)
@@ -70,15 +78,36 @@ class IciiaMethod(Method):
         """Return the module's logits, [C, S, K]."""
         return self.model(x_CSD, mask_CS)
 
+    @property
+    def causal(self) -> bool:
+        """Whether attention is."""
+        return self.model.causal
+
+    @property
+    def _keeps_keys(self) -> bool:
+        """Whether old keys and values stay valid: full attention with several layers changes what old images mean."""
+        return self.model.causal or self.num_layers == 1
+
+    @property
+    def state_width(self) -> int:
+        """Keys and values of every layer, 2 N D; features, D, where those do not stay valid."""
+        return 2 * self.num_layers * self.dim if self._keeps_keys else self.dim
+
+    def step(self, x_CD: Tensor, past_CPE: Tensor, mask_CP: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Return the logits of one more image of each client, [C, K], and what to keep of it, [C, E]."""
+        if not self._keeps_keys:
+            return super().step(x_CD, past_CPE, mask_CP)
+        past_N2CPD = past_CPE.unflatten(2, (self.num_layers, 2, self.dim)).permute(2, 3, 0, 1, 4)
+        encoded_CD, own_N2CD = self.model.encode_step(x_CD, past_N2CPD, mask_CP)
+        return self.model.classifier(encoded_CD), own_N2CD.permute(2, 0, 1, 3).flatten(1)
+
     def macs(self, images: int) -> int:
-        """(6 S D^2 / G + 2 S^2 D) N."""
-        return attention_macs(images, self.model.dim, self.groups, self.num_layers)
+        """(6 S D^2 / G + 2 S^2 D) N; causal attention, which needs half of the square, counts as a full one."""
+        return attention_macs(images, self.dim, self.groups, self.num_layers)
 
     def streaming_macs(self, images: int) -> int | None:
-        """(6 D^2 / G + 2 S D) N with one layer; None with more: full attention changes what old images mean."""
-        if self.num_layers > 1:
-            return None
-        return streaming_attention_macs(images, self.model.dim, self.groups, self.num_layers)
+        """(6 D^2 / G + 2 S D) N; None for full attention with several layers."""
+        return streaming_attention_macs(images, self.dim, self.groups, self.num_layers) if self._keeps_keys else None
 
     def num_parameters(self) -> int:
         """Encoder only: the classifier takes the place of the backbone's."""

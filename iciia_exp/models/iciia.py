@@ -2,9 +2,11 @@
 
 Source: "Adapting the Attention of Cloud-Based Recognition Model to Client-Side Images without Local Re-Training"
 (ACML 2024, PMLR 260:223-238). The images of one client are the tokens; there are no positions and no class token.
-Differs from the released code in that every layer is initialised on its own (there, all layers start equal).
+Differs from the released code in that every layer is initialised on its own (there, all layers start equal), and in
+that attention can be causal: an image then sees itself and the client's earlier images, whose keys and values never
+change, so that one more image costs a step.
 
-Legend: C clients, S images of a client, D features, K classes, N layers, H heads, G groups.
+Legend: C clients, S images of a client, P images of its past, D features, K classes, N layers, H heads, G groups.
 """
 
 from __future__ import annotations
@@ -15,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from iciia_exp.models.layers import EncoderLayer
+from iciia_exp.models.layers import EncoderLayer, visible
 
 __all__ = ["ICIIA", "divisors"]
 
@@ -40,6 +42,7 @@ class ICIIA(nn.Module):
         num_groups: G; 1 is "base" (ICIIA-B), 256 "tiny" (ICIIA-T), ``dim`` "max".
         dropout: on attention probabilities, hidden units and both branches.
         shuffle: interleave the groups after every projection; without it groups never mix inside a projection.
+        causal: an image sees itself and those before it, not those after it.
 
     Shapes: ``x_CSD`` [C, S, D] and ``mask_CS`` [C, S] (True = a real image; None = all are) to logits [C, S, K].
     Logits at padded positions mean nothing.
@@ -54,12 +57,13 @@ class ICIIA(nn.Module):
         num_groups: int = 1,
         dropout: float = 0.1,
         shuffle: bool = True,
+        causal: bool = False,
     ) -> None:
         super().__init__()
         for name, count in (("num_heads", num_heads), ("num_groups", num_groups)):
             if count < 1 or dim % count:
                 raise ValueError(f"{name}={count} does not divide D={dim}; valid: {', '.join(map(str, divisors(dim)))}")
-        self.dim, self.num_classes = dim, num_classes
+        self.dim, self.num_classes, self.causal = dim, num_classes, causal
         self.layers = nn.ModuleList(
             EncoderLayer(dim, num_heads, num_groups, dropout, shuffle) for _ in range(num_layers)
         )
@@ -67,9 +71,32 @@ class ICIIA(nn.Module):
 
     def encode(self, x_CSD: Tensor, mask_CS: Tensor | None = None) -> Tensor:
         """Return what the classifier sees, [C, S, D]."""
+        seen = visible(x_CSD.shape[1], mask_CS, self.causal)
+        if seen is not None:
+            seen = seen.to(x_CSD.device)
         for layer in self.layers:
-            x_CSD = layer(x_CSD, mask_CS)
+            x_CSD = layer(x_CSD, seen)
         return F.relu(x_CSD)
+
+    def encode_step(self, x_CD: Tensor, past_N2CPD: Tensor, mask_CP: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Return what the classifier sees of one more image of each client, [C, D], and its state, [N, 2, C, D].
+
+        The same as the image's place at the end of `encode`: of causal attention always, of full attention with one
+        layer, where keys and values depend on each image alone.
+
+        Args:
+            x_CD: the images.
+            past_N2CPD: states of the images that each client keeps, keys and values of every layer.
+            mask_CP: True where a kept image is real; None where all are.
+        """
+        if not self.causal and len(self.layers) > 1:
+            raise ValueError("full attention with several layers changes what old images mean: encode them all again")
+        seen = None if mask_CP is None else F.pad(mask_CP, (0, 1), value=True)[:, None, None, :]
+        own = []
+        for layer, past_2CPD in zip(self.layers, past_N2CPD, strict=True):
+            x_CD, own_2CD = layer.step(x_CD, past_2CPD, seen)  # type: ignore[operator]
+            own.append(own_2CD)
+        return F.relu(x_CD), torch.stack(own)
 
     def forward(self, x_CSD: Tensor, mask_CS: Tensor | None = None) -> Tensor:
         """Return the logits, [C, S, K]."""

@@ -1,10 +1,11 @@
 """Grouped projection with shuffle, and self-attention over the images of a client.
 
-Source: ICIIA (ACML 2024, PMLR 260:223-238), section 3 and supplement. Two differences from the released code: the
-grouped product is one batched matrix product instead of a broadcast and a sum, and attention runs through PyTorch's
-fused kernel.
+Source: ICIIA (ACML 2024, PMLR 260:223-238), section 3 and supplement. What differs from the released code: the
+grouped product is a batched matrix product instead of a broadcast and a sum, with small groups joined to blocks that a
+processor or GPU multiplies well; attention runs through PyTorch's fused kernel; and it can be causal, so that the
+newest image of a client costs one step, with the keys and values of the others kept.
 
-Legend: C clients, S images of a client, D features, H heads, G groups.
+Legend: C clients, S images of a client, P images of its past, D features, H heads, G groups, M vectors.
 """
 
 from __future__ import annotations
@@ -15,7 +16,26 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-__all__ = ["EncoderLayer", "GroupedLinear", "ImageAttention"]
+__all__ = ["EncoderLayer", "GroupedLinear", "ImageAttention", "visible"]
+
+# Groups are joined until a block is about this wide: 40 x 40 is the fastest for 5 x 5 on a processor, though seven
+# eighths of it are zeros (benchmarks/bench_iciia.py). Fewer vectors than this are not worth joining for.
+_JOINED_WIDTH, _JOINED_VECTORS = 48, 16
+
+
+def visible(images: int, mask_CS: Tensor | None, causal: bool) -> Tensor | None:
+    """Return which images see which, bool [C, 1, S, S] (or [C, 1, 1, S]); None where all see all.
+
+    True at [c, 0, s, t] where image s attends to image t: t is real and, if ``causal``, not after s. An image always
+    sees itself, so that a padded one, whose result means nothing, is a number all the same.
+    """
+    if not causal:
+        return None if mask_CS is None else mask_CS[:, None, None, :]
+    device = None if mask_CS is None else mask_CS.device
+    past_SS = torch.ones(images, images, dtype=torch.bool, device=device).tril()
+    if mask_CS is None:
+        return past_SS
+    return (past_SS & mask_CS[:, None, None, :]) | torch.eye(images, dtype=torch.bool, device=device)
 
 
 class GroupedLinear(nn.Module):
@@ -56,15 +76,35 @@ class GroupedLinear(nn.Module):
             nn.init.xavier_uniform_(block)
         nn.init.zeros_(self.bias)
 
+    @property
+    def joined(self) -> int:
+        """Number of neighbouring groups that are multiplied as one block."""
+        width = self.in_features // self.groups
+        most = min(self.groups, max(1, _JOINED_WIDTH // width))
+        return max(m for m in range(1, most + 1) if self.groups % m == 0)
+
+    def _matrices(self, joined: int) -> Tensor:
+        """Return the weight as [G/J, J*in/G, out/G*J] for J ``joined`` groups, zero between different groups.
+
+        Outputs of a block are ordered by (output of a group, group), so that the shuffle moves runs of J numbers.
+        """
+        if joined == 1:
+            return self.weight.transpose(1, 2)
+        blocks_BJoi = self.weight.view(-1, joined, self.out_features // self.groups, self.in_features // self.groups)
+        joined_BJioJ = torch.diag_embed(blocks_BJoi.permute(0, 3, 2, 1), dim1=1, dim2=4)
+        return joined_BJioJ.flatten(3).flatten(1, 2)
+
     def forward(self, x: Tensor) -> Tensor:
-        """Project, shuffle, add the bias; costs in*out/G multiply-accumulates per vector."""
+        """Project, shuffle, add the bias; costs in*out/G multiply-accumulates per vector (see `joined`)."""
         if self.groups == 1:
             return F.linear(x, self.weight, self.bias)
-        lead = x.shape[:-1]
-        x_GMi = x.reshape(-1, self.groups, self.in_features // self.groups).transpose(0, 1)
-        y_GMo = torch.bmm(x_GMi, self.weight.transpose(1, 2))
-        # [G, M, o] -> [M, o, G]: the outputs of one group end up G apart
-        y = y_GMo.permute(1, 2, 0) if self.shuffle else y_GMo.transpose(0, 1)
+        lead, vectors = x.shape[:-1], x.numel() // self.in_features
+        joined = self.joined if vectors >= _JOINED_VECTORS else 1
+        blocks, outputs = self.groups // joined, self.out_features // self.groups
+        x_BMi = x.reshape(vectors, blocks, -1).transpose(0, 1)
+        y_BMoJ = torch.bmm(x_BMi, self._matrices(joined)).view(blocks, vectors, outputs, joined)
+        # [B, M, o, J] -> [M, o, B, J]: the outputs of one group end up G apart
+        y = y_BMoJ.permute(1, 2, 0, 3) if self.shuffle else y_BMoJ.permute(1, 0, 3, 2)
         return y.reshape(*lead, self.out_features) + self.bias
 
     def extra_repr(self) -> str:
@@ -73,9 +113,9 @@ class GroupedLinear(nn.Module):
 
 
 class ImageAttention(nn.Module):
-    """Multi-head self-attention in which every image of a client attends to all images of that client.
+    """Multi-head self-attention among the images of a client.
 
-    Shapes: input and output [C, S, D]; ``mask_CS`` True where an image is real, None when all are.
+    Shapes: input and output [C, S, D]; ``visible`` as `visible` returns it.
     """
 
     def __init__(self, dim: int, heads: int, groups: int = 1, dropout: float = 0.0, shuffle: bool = True) -> None:
@@ -86,15 +126,30 @@ class ImageAttention(nn.Module):
         self.qkv.reset_attention_parameters()
         self.out.reset_attention_parameters()
 
-    def forward(self, x_CSD: Tensor, mask_CS: Tensor | None = None) -> Tensor:
-        """Return what each image gathers from all images of its client, [C, S, D]."""
+    def forward(self, x_CSD: Tensor, visible: Tensor | None = None) -> Tensor:
+        """Return what each image gathers from those it sees, [C, S, D]."""
         C, S, D = x_CSD.shape
         qkv = self.qkv(x_CSD).view(C, S, 3, self.heads, D // self.heads)
         q_CHSd, k_CHSd, v_CHSd = qkv.permute(2, 0, 3, 1, 4)
-        keys_C11S = None if mask_CS is None else mask_CS[:, None, None, :]
         drop = self.dropout if self.training else 0.0
-        y_CHSd = F.scaled_dot_product_attention(q_CHSd, k_CHSd, v_CHSd, attn_mask=keys_C11S, dropout_p=drop)
+        y_CHSd = F.scaled_dot_product_attention(q_CHSd, k_CHSd, v_CHSd, attn_mask=visible, dropout_p=drop)
         return self.out(y_CHSd.transpose(1, 2).reshape(C, S, D))
+
+    def step(self, x_CD: Tensor, past_2CPD: Tensor, visible: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Return what one more image gathers from the past and itself, [C, D], and its key and value, [2, C, D].
+
+        Args:
+            x_CD: the image.
+            past_2CPD: keys and values of the past.
+            visible: bool [C, 1, 1, P + 1], the image itself last; None where all are real.
+        """
+        C, D = x_CD.shape
+        q_CD, k_CD, v_CD = self.qkv(x_CD).view(C, 3, D).unbind(1)
+        own_2CD = torch.stack([k_CD, v_CD])
+        all_2CHTd = torch.cat([past_2CPD, own_2CD[:, :, None]], 2).unflatten(3, (self.heads, -1)).transpose(2, 3)
+        q_CH1d = q_CD.view(C, self.heads, 1, -1)
+        y_CH1d = F.scaled_dot_product_attention(q_CH1d, all_2CHTd[0], all_2CHTd[1], attn_mask=visible)
+        return self.out(y_CH1d.reshape(C, D)), own_2CD
 
 
 class EncoderLayer(nn.Module):
@@ -111,8 +166,15 @@ class EncoderLayer(nn.Module):
         self.norm1, self.norm2 = nn.LayerNorm(dim), nn.LayerNorm(dim)
         self.dropout = nn.Dropout(dropout)
 
-    def forward(self, x_CSD: Tensor, mask_CS: Tensor | None = None) -> Tensor:
+    def forward(self, x_CSD: Tensor, visible: Tensor | None = None) -> Tensor:
         """Return the layer's output, [C, S, D]."""
-        x_CSD = self.norm1(x_CSD + self.dropout(self.attention(x_CSD, mask_CS)))
-        hidden = self.dropout(F.relu(self.linear1(x_CSD)))
-        return self.norm2(x_CSD + self.dropout(self.linear2(hidden)))
+        return self._perceive(self.norm1(x_CSD + self.dropout(self.attention(x_CSD, visible))))
+
+    def step(self, x_CD: Tensor, past_2CPD: Tensor, visible: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Return the output for one more image, [C, D], and its key and value; see `ImageAttention.step`."""
+        gathered_CD, own_2CD = self.attention.step(x_CD, past_2CPD, visible)
+        return self._perceive(self.norm1(x_CD + gathered_CD)), own_2CD
+
+    def _perceive(self, x: Tensor) -> Tensor:
+        hidden = self.dropout(F.relu(self.linear1(x)))
+        return self.norm2(x + self.dropout(self.linear2(hidden)))

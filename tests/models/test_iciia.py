@@ -74,6 +74,76 @@ def test_gradients_reach_every_parameter_of_every_group(model):
             assert (parameter.grad != 0).float().mean() > 0.9, name
 
 
+@pytest.fixture(params=[(1, 1), (4, 3), (32, 2)], ids=lambda p: f"G{p[0]}-N{p[1]}")
+def causal(request):
+    torch.manual_seed(0)
+    return ICIIA(32, 5, request.param[1], 4, request.param[0], causal=True).eval()
+
+
+def test_causal_attention_does_not_look_forward(causal):
+    x = torch.randn(2, 6, 32)
+    other = torch.cat([x[:, :4], torch.randn(2, 2, 32)], 1)
+    torch.testing.assert_close(causal(x)[:, :4], causal(other)[:, :4], atol=1e-6, rtol=1e-6)
+    assert not torch.allclose(causal(x)[:, 4:], causal(other)[:, 4:], atol=1e-3)
+    assert not torch.allclose(causal(x)[:, 5], causal(x.flip(1))[:, 5], atol=1e-3)
+
+
+def test_causal_attention_with_padding_in_any_place(causal):
+    x, mask = torch.randn(2, 6, 32), torch.ones(2, 6, dtype=torch.bool)
+    mask[0, 4:] = mask[1, 0] = mask[1, 3] = False
+    y = causal(x, mask)
+    assert y.isfinite().all()
+    torch.testing.assert_close(y[mask], torch.cat([causal(x[c : c + 1, mask[c]])[0] for c in range(2)]))
+
+
+def step_by_step(model, x_CSD):
+    past, outputs = torch.empty(len(model.layers), 2, len(x_CSD), 0, model.dim), []
+    for x_CD in x_CSD.unbind(1):
+        encoded, own = model.encode_step(x_CD, past)
+        past = torch.cat([past, own[:, :, :, None]], 3)
+        outputs.append(model.classifier(encoded))
+    return torch.stack(outputs, 1)
+
+
+def test_step_by_step_equals_the_whole_sequence(causal):
+    x = torch.randn(3, 20, 32)
+    torch.testing.assert_close(step_by_step(causal, x), causal(x), atol=1e-5, rtol=1e-5)
+
+
+def test_the_newest_image_of_full_attention_with_one_layer():
+    model = ICIIA(32, 5, 1, 4, 8).eval()
+    x = torch.randn(3, 20, 32)
+    steps = step_by_step(model, x)
+    for n in (1, 7, 20):
+        torch.testing.assert_close(steps[:, n - 1], model(x[:, :n])[:, -1], atol=1e-5, rtol=1e-5)
+
+
+def test_full_attention_with_two_layers_has_no_steps():
+    with pytest.raises(ValueError, match="several layers"):
+        ICIIA(32, 5, 2).encode_step(torch.randn(1, 32), torch.empty(2, 2, 1, 0, 32))
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_gradients_are_right(causal):
+    model = ICIIA(8, 3, 2, 2, 4, dropout=0.0, causal=causal).double()
+    x = torch.randn(2, 9, 8, dtype=torch.double, requires_grad=True)
+    mask = torch.ones(2, 9, dtype=torch.bool)
+    mask[1, 7:] = False
+    assert torch.autograd.gradcheck(lambda x, *_: model(x, mask)[mask], (x, *model.parameters()), fast_mode=True)
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_export_and_state_dict(causal):
+    model = ICIIA(32, 5, 2, 4, 8, causal=causal).eval()
+    x = torch.randn(2, 20, 32)
+    exported = torch.export.export(model, (x, torch.ones(2, 20, dtype=torch.bool))).module()
+    again = ICIIA(32, 5, 2, 4, 8, causal=causal).eval()
+    again.load_state_dict(model.state_dict())
+    mask = torch.rand(2, 20) < 0.7
+    torch.testing.assert_close(exported(x, mask)[mask], model(x, mask)[mask], atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(again(x), model(x))
+
+
 def test_sizes_must_divide():
     with pytest.raises(ValueError, match="num_groups=3 does not divide D=32; valid: 1, 2, 4, 8, 16, 32"):
         ICIIA(32, 5, num_groups=3)

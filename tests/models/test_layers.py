@@ -11,14 +11,31 @@ from iciia_exp.models.layers import EncoderLayer, GroupedLinear
 @pytest.mark.parametrize(("inputs", "outputs", "groups"), [(12, 12, 1), (12, 12, 3), (12, 36, 4), (8, 8, 8)])
 def test_grouped_linear_equals_a_loop(inputs, outputs, groups, shuffle):
     layer = GroupedLinear(inputs, outputs, groups, shuffle)
-    x = torch.randn(2, 5, inputs)
+    x = torch.randn(2, 9, inputs)
     i, o = inputs // groups, outputs // groups
     rows = []
     for row in x.reshape(-1, inputs):
         parts = [layer.blocks()[g] @ row[g * i : (g + 1) * i] for g in range(groups)]
         flat = [parts[g][j] for j in range(o) for g in range(groups)] if shuffle else list(torch.cat(parts))
         rows.append(torch.stack([v.reshape(()) for v in flat]) + layer.bias)
-    torch.testing.assert_close(layer(x), torch.stack(rows).view(2, 5, outputs), atol=1e-6, rtol=1e-5)
+    torch.testing.assert_close(layer(x), torch.stack(rows).view(2, 9, outputs), atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize(("groups", "joined"), [(2, 1), (16, 8), (32, 16), (96, 48)])
+def test_joining_groups_changes_nothing(groups, joined, monkeypatch):
+    layer = GroupedLinear(96, 192, groups)
+    x = torch.randn(40, 96, requires_grad=True)
+    assert layer.joined == joined
+    together = layer(x)
+    together.square().sum().backward()
+    gradients = layer.weight.grad.clone(), x.grad.clone()
+    monkeypatch.setattr("iciia_exp.models.layers._JOINED_VECTORS", 1000)
+    layer.zero_grad()
+    x.grad = None
+    alone = layer(x)
+    alone.square().sum().backward()
+    torch.testing.assert_close(together, alone, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(gradients, (layer.weight.grad, x.grad), atol=1e-4, rtol=1e-4)
 
 
 def test_one_group_is_a_linear_layer():

@@ -139,11 +139,12 @@ def numbered(name: str, count: int) -> list[str]:
     return [f"{name}-{i:0{width}d}" for i in range(count)]
 
 
-def clients_of(entries: Sequence[tuple[str, str, Mapping[str, np.ndarray]]]) -> Clients:
-    """Join clients given as (id, kind, images by role)."""
+def clients_of(entries: Sequence[tuple[str, str, Mapping[str, np.ndarray]]], in_time: bool = False) -> Clients:
+    """Join clients given as (id, kind, images by role); ``in_time`` where images are in the order of time."""
     empty = np.empty(0, dtype=np.int64)
     return Clients(
         ids=np.array([name for name, _, _ in entries], dtype=object),
         kinds=np.array([kind for _, kind, _ in entries], dtype=object),
         **{role: Ragged.from_rows([images.get(role, empty) for _, _, images in entries]) for role in ROLES},
+        in_time=in_time,
     )

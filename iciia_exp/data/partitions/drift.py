@@ -182,4 +182,4 @@ class Drift(Partition):
                 raise ConfigError("images_per_phase", self.images_per_phase, problem)
             ids = numbered(name, len(clients))
             entries += [(i, names[parent], {role: rows}) for i, (parent, rows) in zip(ids, clients, strict=True)]
-        return clients_of(entries)
+        return clients_of(entries, in_time=True)

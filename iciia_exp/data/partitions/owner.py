@@ -153,6 +153,5 @@ class Owner(Partition):
         client_M, roles_M, order_M = (np.full(len(table), -1, dtype=np.int64) for _ in range(3))
         client_M[used], roles_M[used], order_M[used] = client_N, roles_N, order_N
         text = np.array([*map(str, parents), "owner"], dtype=object)  # kind -1 is the last
-        return Clients.from_assignment(
-            np.array([*map(str, names)], dtype=object), text[kinds_C], client_M, roles_M, order_M
-        )
+        ids, in_time = np.array([*map(str, names)], dtype=object), bool(np.ptp(time_N) > 0)
+        return Clients.from_assignment(ids, text[kinds_C], client_M, roles_M, order_M, in_time)
