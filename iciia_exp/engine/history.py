@@ -7,7 +7,8 @@ Legend: C clients, B sequences of a batch, S images of a sequence, K classes.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -37,6 +38,7 @@ def history_table(
     answers: int,
     device: torch.device | str = "cpu",
     progress: Callable[[float], None] = lambda share: None,
+    protocols: Sequence[str] = PROTOCOLS,
 ) -> pd.DataFrame:
     """Return one row per protocol, length of history and test client: targets, hits and sums of log-loss.
 
@@ -48,11 +50,12 @@ def history_table(
         answers: right-or-wrong answers of one image.
         device: where to compute.
         progress: is told the share that is done.
+        protocols: which ones.
     """
     test, numbers = clients.test, np.flatnonzero(clients.test.lengths)
     compact = Ragged(np.concatenate([[0], np.cumsum(test.lengths[numbers])]), test.values)
     lengths = [n for n in protocol.history_lengths if (compact.lengths > n).any()]
-    counts = {(p, n): ClientCountsMetric(len(numbers), answers).to(device) for p in PROTOCOLS for n in [*lengths, ALL]}
+    counts = {(p, n): ClientCountsMetric(len(numbers), answers).to(device) for p in protocols for n in [*lengths, ALL]}
     total, done = len(counts), 0
 
     def orders() -> Iterable[Sequences]:
@@ -60,12 +63,13 @@ def history_table(
 
     steps: list[tuple[tuple[str, int], Callable[[], Iterator[Selection]]]] = []
     for n in [*lengths, ALL]:
-        if not method.causal:
-            steps.append((("stream", n), lambda n=n: _cut(orders(), n)))  # type: ignore[misc]
-        steps.append((("prefix", n), lambda n=n: by_length(prefix_sequences(compact, n, protocol.history_longest))))  # type: ignore[misc]
+        if "stream" in protocols and not method.causal:
+            steps.append((("stream", n), partial(_cut, orders, n)))
+        if "prefix" in protocols:
+            steps.append((("prefix", n), partial(_prefix, compact, n, protocol.history_longest)))
     method, head = method.to(device), head.to(device)
     with torch.inference_mode():
-        if method.causal:
+        if "stream" in protocols and method.causal:
             for sequences in orders():
                 for selection in by_length(sequences):
                     batch = _move(batches[selection], device)
@@ -94,9 +98,13 @@ def history_table(
     return pd.concat(tables, ignore_index=True)
 
 
-def _cut(orders: Iterable[Sequences], length: int) -> Iterator[Selection]:
-    for sequences in orders:
+def _cut(orders: Callable[[], Iterable[Sequences]], length: int) -> Iterator[Selection]:
+    for sequences in orders():
         yield from by_length(sequences, None if length == ALL else length + 1)
+
+
+def _prefix(test: Ragged, length: int, longest: int) -> Iterator[Selection]:
+    return by_length(prefix_sequences(test, length, longest))
 
 
 def _move(batch: ClientBatch, device: torch.device | str) -> ClientBatch:

@@ -68,7 +68,8 @@ def test_every_target_by_itself(world, attention, layers):
         np.testing.assert_allclose(got.loc[key], row, atol=1e-4)
 
     summary = history_summary(table).set_index(["protocol", "history"])
-    assert summary.loc[("stream", 5), "clients"] == 2 and summary.loc[("stream", 5), "targets"] == 6
+    assert summary.loc[("stream", 5), "clients"] == 2
+    assert summary.loc[("stream", 5), "targets"] == 6
     assert summary.loc[("prefix", 0), "targets"] == sum(SIZES)
 
 

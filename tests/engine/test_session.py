@@ -108,7 +108,8 @@ def test_a_saved_session_goes_on(run, tmp_path, keep):
         session.predict(row)
     session.save(tmp_path / "kitchen.safetensors")
     again = ClientSession.load(tmp_path / "kitchen.safetensors", run)
-    assert again.client == "kitchen" and again.seen == 7
+    assert again.client == "kitchen"
+    assert again.seen == 7
     for row in x[7:]:
         torch.testing.assert_close(again.predict(row), session.predict(row))
 

@@ -109,7 +109,8 @@ def test_iciia_one_form_per_run():
 def test_steps_equal_the_whole_sequence(layers, attention, width):
     method = IciiaMethod(nn.Linear(D, K), num_layers=layers, heads=2, groups=4, attention=attention).eval()
     x, past = torch.randn(3, 6, D), torch.empty(3, 0, width)
-    assert method.state_width == width and method.state_bytes(5) == 20 * width
+    assert method.state_width == width
+    assert method.state_bytes(5) == 20 * width
     for n in range(6):
         logits, own = method.step(x[:, n], past)
         past = torch.cat([past, own[:, None]], 1)
