@@ -190,9 +190,8 @@ def encoder(options: argparse.Namespace) -> None:
 def apart(options: argparse.Namespace) -> None:
     """Print what classifier and dropout add."""
     dim, layers = 1280, 2
-    print(
-        f"\nD={dim} N={layers}, images/s of a training step: encoder; with dropout 0.1; with a classifier of {K} classes"
-    )
+    what = f"encoder; with dropout 0.1; with a classifier of {K} classes"
+    print(f"\nD={dim} N={layers}, images/s of a training step: {what}")
     for groups in options.groups:
         ways = {}
         x_CSD = torch.randn(options.clients[0], S, dim, device=options.device)

@@ -6,7 +6,7 @@ Legend: C chunks of a batch (each of one client), S images of a chunk, D feature
 from __future__ import annotations
 
 import mmap
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import numpy as np
@@ -17,7 +17,10 @@ from torch.utils.data import Dataset, Sampler
 from iciia_exp.data.clients import Ragged
 from iciia_exp.seeding import generator
 
-__all__ = ["ClientBatch", "ClientBatchSampler", "FeatureBatches", "cut_chunks"]
+__all__ = ["ClientBatch", "ClientBatchSampler", "FeatureBatches", "cut_chunks", "pack"]
+
+#: Batches within which chunks are sorted by length.
+WINDOW = 32
 
 
 class ClientBatch(NamedTuple):
@@ -57,6 +60,28 @@ def cut_chunks(ragged: Ragged, size: int, order: np.ndarray | None = None) -> Se
     return Selection(index_CS, client_C)
 
 
+def pack(lengths_C: np.ndarray, order_C: np.ndarray, batch_size: int, rng: np.random.Generator) -> np.ndarray:
+    """Return an order of chunks in which those of a batch are about equally long, so that little is padded.
+
+    Chunks move by at most `WINDOW` batches; chunks that are all of one length keep their order.
+
+    Args:
+        lengths_C: images of every chunk.
+        order_C: the order to start from.
+        batch_size: chunks of a batch.
+        rng: shuffles the batches of a window.
+    """
+    if batch_size == 1 or (lengths_C == lengths_C[:1]).all():
+        return order_C
+    parts = []
+    for start in range(0, len(order_C), WINDOW * batch_size):
+        window = order_C[start : start + WINDOW * batch_size]
+        window = window[np.argsort(-lengths_C[window], kind="stable")]
+        whole = len(window) // batch_size * batch_size
+        parts += [window[:whole].reshape(-1, batch_size)[rng.permutation(whole // batch_size)].ravel(), window[whole:]]
+    return np.concatenate(parts)
+
+
 class ClientBatchSampler(Sampler[Selection]):
     """Yields batches of chunks; the order depends on (seed, epoch) alone, so a resumed run continues it.
 
@@ -67,6 +92,8 @@ class ClientBatchSampler(Sampler[Selection]):
         shuffle: draw a new order of chunks each epoch.
         shuffle_images: also draw a new order of each client's images before cutting (published: false).
         seed: seed of the orders.
+        draw: gives an epoch's sequences from a generator, in the place of chunks of ``ragged``
+            (`iciia_exp.data.client_mix`), and how many they are.
         rank, world_size: this process and the number of processes; each gets its share of every batch. When
             shuffling, the last batch is filled up from the first so that all processes take equally many steps.
     """
@@ -80,14 +107,15 @@ class ClientBatchSampler(Sampler[Selection]):
         shuffle: bool = False,
         shuffle_images: bool = False,
         seed: int = 0,
+        draw: tuple[Callable[[np.random.Generator], Selection], int] | None = None,
         rank: int = 0,
         world_size: int = 1,
     ) -> None:
         self.ragged, self.images, self.batch_size = ragged, images, batch_size
         self.shuffle, self.shuffle_images, self.seed = shuffle, shuffle_images, seed
-        self.rank, self.world_size = rank, world_size
+        self.draw, self.rank, self.world_size = draw, rank, world_size
         self.epoch = 0
-        self._chunks = int((-(-ragged.lengths // images)).sum())
+        self._chunks = int((-(-ragged.lengths // images)).sum()) if draw is None else draw[1]
 
     def set_epoch(self, epoch: int) -> None:
         """Choose the epoch's order; Lightning calls it before each epoch."""
@@ -98,11 +126,9 @@ class ClientBatchSampler(Sampler[Selection]):
 
     def __iter__(self) -> Iterator[Selection]:
         rng = generator("client_batches", self.seed, self.epoch)
-        order = None
-        if self.shuffle_images:
-            order = np.lexsort((rng.random(len(self.ragged.values)), self.ragged.row_numbers))
-        index_CS, client_C = cut_chunks(self.ragged, self.images, order)
+        index_CS, client_C = self._chunks_of_an_epoch(rng)
         chunk_order = rng.permutation(len(client_C)) if self.shuffle else np.arange(len(client_C))
+        chunk_order = pack((index_CS >= 0).sum(1), chunk_order, self.batch_size, rng)
         if self.shuffle and self.world_size > 1:
             short = -len(chunk_order) % self.world_size
             chunk_order = np.concatenate([chunk_order, chunk_order[:short]])
@@ -110,6 +136,14 @@ class ClientBatchSampler(Sampler[Selection]):
             mine = chunk_order[start : start + self.batch_size][self.rank :: self.world_size]
             if len(mine):
                 yield Selection(index_CS[mine], client_C[mine])
+
+    def _chunks_of_an_epoch(self, rng: np.random.Generator) -> Selection:
+        if self.draw is not None:
+            return self.draw[0](rng)
+        order = None
+        if self.shuffle_images:
+            order = np.lexsort((rng.random(len(self.ragged.values)), self.ragged.row_numbers))
+        return cut_chunks(self.ragged, self.images, order)
 
 
 def _read_ahead(features: np.ndarray, rows: np.ndarray) -> None:

@@ -21,6 +21,7 @@ from hydra.utils import get_object, instantiate
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from iciia_exp.data.client_mix import ClientMix
 from iciia_exp.data.clients import Clients
 from iciia_exp.data.dataset import ImageDataset, dense_labels
 from iciia_exp.data.partitions import Partition
@@ -37,7 +38,7 @@ __all__ = ["STAGES", "Plan", "build", "check_keys", "parameters_of", "science"]
 
 STAGES = ("all", "backbone", "features", "train", "evaluate")
 
-GROUPS = ("dataset", "backbone", "features", "partition", "method", "protocol", "trainer", "logger")
+GROUPS = ("dataset", "backbone", "features", "partition", "method", "client_mix", "protocol", "trainer", "logger")
 TOP_LEVEL = (*GROUPS, "name", "seed", "num_layers", "heads", "groups", "data_dir", "stage", "output_dir", "cache_dir")
 
 #: Bumped when the same configuration would give other numbers than before.
@@ -159,6 +160,7 @@ class Plan:
         self.partition: Partition = self._build("partition")
         self.extraction = self._build("features")
         self.protocol = self._build("protocol")
+        self.client_mix: ClientMix = self._build("client_mix")
         self.tracking = self._build("logger")
         self.method_config = self._canonical_method()
 
@@ -317,6 +319,7 @@ class Plan:
         }
         if self.method_class.trainable:
             parts |= {"protocol": protocol, "seed": self.seed, "trainer": self._trainer_science}
+            parts["client_mix"] = None if self.client_mix.plain else science(self.config["client_mix"])
         return digest(parts)
 
     def _shared_dir(self, kind: str, digest_: str) -> Path:

@@ -68,12 +68,13 @@ def history_table(
         if "prefix" in protocols:
             steps.append((("prefix", n), partial(_prefix, compact, n, protocol.history_longest)))
     method, head = method.to(device), head.to(device)
+    last = method.stream if method.causal else method  # the target is the last of its sequence
     with torch.inference_mode():
         if "stream" in protocols and method.causal:
             for sequences in orders():
                 for selection in by_length(sequences):
                     batch = _move(batches[selection], device)
-                    logits_BSK = method(batch.x_CSD, batch.mask_CS)
+                    logits_BSK = method.stream(batch.x_CSD, batch.mask_CS)
                     last_B = batch.mask_CS.sum(1) - 1
                     for n in [*lengths, ALL]:
                         at_B = last_B if n == ALL else torch.full_like(last_B, n)
@@ -82,7 +83,7 @@ def history_table(
         for key, selections in steps:
             for selection in selections():
                 batch = _move(batches[selection], device)
-                logits_BSK = method(batch.x_CSD, batch.mask_CS)
+                logits_BSK = last(batch.x_CSD, batch.mask_CS)
                 _count(counts[key], head, batch, logits_BSK, batch.mask_CS.sum(1) - 1)
             done += 1
             progress(done / total)

@@ -17,9 +17,10 @@ class Protocol:
 
     Args:
         recipe: optimisation; ``batch_size`` counts clients.
-        images: S, images of a chunk, in training and in evaluation.
+        images: S, images of a chunk, in evaluation and, without ``train_images``, in training.
         cost_images: length of the sequence whose cost is reported; null is ``images``.
         shuffle_images: cut every client's training images in a new order each epoch (published: false).
+        train_images: images of a chunk in training; null is ``images``.
         history_lengths: images before a target for which accuracy is reported (`iciia_exp.engine.history`), beside all
             that there are; empty reports none.
         history_orders: orders of a client's images in the ``stream`` protocol.
@@ -32,6 +33,7 @@ class Protocol:
         images: int = 16,
         shuffle_images: bool = True,
         cost_images: int | None = None,
+        train_images: int | None = None,
         history_lengths: Sequence[int] = HISTORY_LENGTHS,
         history_orders: int = 16,
         history_longest: int = 127,
@@ -40,6 +42,7 @@ class Protocol:
         self.images = check_int("images", images, 1)
         self.cost_images = self.images if cost_images is None else check_int("cost_images", cost_images, 1)
         self.shuffle_images = check_bool("shuffle_images", shuffle_images)
+        self.train_images = self.images if train_images is None else check_int("train_images", train_images, 1)
         self.history_lengths = sorted({check_int("history_lengths", n, 0) for n in history_lengths})
         self.history_orders = check_int("history_orders", history_orders, 1)
         least = max([1, *self.history_lengths])

@@ -75,6 +75,8 @@ def client_table(clients: Clients, numbers: np.ndarray, counts: ClientCounts, la
 def _settings(plan: Plan) -> dict[str, Any]:
     """Return every setting that can change a number, flat, with dotted names."""
     groups = {g: science(plan.config[g]) for g in ("dataset", "backbone", "partition", "protocol")}
+    if not plan.client_mix.plain:
+        groups["client_mix"] = science(plan.config["client_mix"])
     settings = flatten(groups | {"method": science(plan.method_config)})
     return {k: v for k, v in settings.items() if not k.endswith("_target_")}
 

@@ -6,6 +6,8 @@ import logging
 import shutil
 import time
 import warnings
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +27,7 @@ from iciia_exp.artifacts import (
     read_json,
     write_json,
 )
-from iciia_exp.data.batches import ClientBatchSampler, FeatureBatches
+from iciia_exp.data.batches import ClientBatch, ClientBatchSampler, FeatureBatches, Selection
 from iciia_exp.data.clients import ROLES, Clients
 from iciia_exp.data.store import FeatureStore
 from iciia_exp.digest import file_digest
@@ -33,10 +35,10 @@ from iciia_exp.engine.build import Plan, build
 from iciia_exp.engine.console import console, partition_table, result_table
 from iciia_exp.engine.processes import plain_errors, process_rank
 from iciia_exp.engine.run import Run, save_method
-from iciia_exp.errors import UserError, first_line
+from iciia_exp.errors import ConfigError, UserError, first_line
 from iciia_exp.methods.base import Method
 from iciia_exp.models.backbone import Backbone
-from iciia_exp.seeding import derive_seed
+from iciia_exp.seeding import derive_seed, generator
 from iciia_exp.tasks import answers_per_image
 
 __all__ = ["execute"]
@@ -310,7 +312,8 @@ def _loader(
     plan: Plan, store: FeatureStore, clients: Clients, role: str, batch_size: int = 64, **order: Any
 ) -> DataLoader[Any]:
     batches = FeatureBatches(store.array(), plan.labels)
-    sampler = ClientBatchSampler(clients[role], plan.protocol.images, batch_size, **order)
+    images = plan.protocol.train_images if role == "train" else plan.protocol.images
+    sampler = ClientBatchSampler(clients[role], images, batch_size, **order)
     return DataLoader(batches, batch_size=None, sampler=sampler)
 
 
@@ -365,12 +368,15 @@ def _train(plan: Plan, store: FeatureStore, clients: Clients, tracker: Any) -> N
     head = _head(plan, store)
     torch.manual_seed(derive_seed("method", plan.seed))
     method: Method = build(plan.method_config, "method", head=head)
+    method.prepare(plan.dataset.task)
     record: dict[str, Any] = {"epochs": 0, "seconds": 0.0}
     if plan.method_class.trainable:
         from iciia_exp.engine.training import MethodModule, fit
 
         module = MethodModule(method, head, protocol.recipe, len(clients), _answers(plan))
-        order = {"shuffle": True, "shuffle_images": protocol.shuffle_images, "seed": plan.seed}
+        order: dict[str, Any] = {"shuffle": True, "shuffle_images": protocol.shuffle_images, "seed": plan.seed}
+        if not plan.client_mix.plain:
+            order["draw"] = _drawn_clients(plan, clients, "train")
         record = fit(
             module,
             _loader(plan, store, clients, "train", protocol.recipe.batch_size, **order),
@@ -386,10 +392,35 @@ def _train(plan: Plan, store: FeatureStore, clients: Clients, tracker: Any) -> N
             best, when = 100 * record["selection_accuracy"], _epochs(record["best_epoch"])
             note += f", best selection accuracy {best:.1f} % after {when}"
         log.info(note)
+        method.to("cpu").eval()
+        if chosen := method.calibrate(_calibration_batches(plan, store, clients)):
+            record["calibration"] = chosen
     write_json(folder / "training.json", record)
     facts = {"task": plan.dataset.task, "class_names": list(plan.dataset.class_names)}
     save_method(folder, method, head, plan.method_config, plan.features_dir, protocol.images, facts)
     shutil.rmtree(folder / "checkpoints", ignore_errors=True)
+
+
+def _drawn_clients(plan: Plan, clients: Clients, role: str) -> tuple[Callable[[np.random.Generator], Selection], int]:
+    """Return what draws an epoch's clients from the images of a role, and how many sequences it gives."""
+    mix, images = plan.client_mix, plan.protocol.train_images
+    try:
+        mix.check(plan.labels)
+    except ConfigError as error:
+        raise ConfigError(f"client_mix.{error.key}", error.value, error.problem) from error
+    draw = partial(mix.draw, clients[role], clients.kinds, plan.labels, images)
+    return draw, mix.count(clients[role], images)
+
+
+def _calibration_batches(plan: Plan, store: FeatureStore, clients: Clients, orders: int = 4) -> Iterator[ClientBatch]:
+    """Yield batches of selection clients, drawn like the training clients, in several orders."""
+    draw, _ = _drawn_clients(plan, clients, "selection")
+    batches = FeatureBatches(store.array(), plan.labels)
+    for order in range(orders):
+        rng = generator("calibration", plan.seed, order)
+        index_CS, client_C = draw(rng)
+        for some in np.array_split(rng.permutation(len(client_C)), -(-len(client_C) // 64)):
+            yield batches[Selection(index_CS[some], client_C[some])]
 
 
 def _evaluate(plan: Plan, store: FeatureStore, clients: Clients, tracker: Any) -> None:

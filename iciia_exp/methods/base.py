@@ -6,12 +6,14 @@ Legend: C clients, S images of a client, P images of its past, E numbers kept of
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Iterable
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from iciia_exp import tasks
+from iciia_exp.data.batches import ClientBatch
 
 __all__ = ["HeadMethod", "Method"]
 
@@ -49,11 +51,29 @@ class Method(nn.Module, ABC):
 
     @property
     def causal(self) -> bool:
-        """Whether an image's logits depend on no later image of the sequence.
-
-        One `forward` then gives the logits after every length of history.
-        """
+        """Whether `stream` gives the logits after every length of the past in one pass."""
         return False
+
+    def stream(self, x_CSD: Tensor, mask_CS: Tensor | None = None) -> Tensor:
+        """Return every image's logits after the images before it alone, [C, S, K]; only where `causal`."""
+        if not self.causal:
+            raise ValueError(f"{self.name}: an image's logits depend on later ones; use forward on each past")
+        return self(x_CSD, mask_CS)
+
+    def prepare(self, task: str) -> None:
+        """Learn which of `iciia_exp.tasks.TASKS` it is for; called before training."""
+
+    def training_logits(self, x_CSD: Tensor, mask_CS: Tensor | None = None) -> Tensor:
+        """Return the logits whose loss is trained, [C, S, K]: those of `forward`, by default."""
+        return self(x_CSD, mask_CS)
+
+    def calibrate(self, batches: Iterable[ClientBatch]) -> dict[str, Any]:
+        """Choose what is chosen on selection clients after training; return what to record of it.
+
+        Args:
+            batches: of selection clients, drawn like the training clients.
+        """
+        return {}
 
     @property
     def state_width(self) -> int:
@@ -67,7 +87,8 @@ class Method(nn.Module, ABC):
     def step(self, x_CD: Tensor, past_CPE: Tensor, mask_CP: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Return the logits [C, K] of one more image of each client, and what to keep of it, [C, E].
 
-        Equal to the last place of `forward` on past and image together. By default just that is computed.
+        Equal to the last place of `stream`, or of `forward` where there is none, on past and image together. By default
+        `forward` is computed.
 
         Args:
             x_CD: the images.

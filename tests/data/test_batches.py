@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 from torch.utils.data import DataLoader
 
-from iciia_exp.data.batches import ClientBatchSampler, FeatureBatches, cut_chunks
+from iciia_exp.data.batches import ClientBatchSampler, FeatureBatches, cut_chunks, pack
 from iciia_exp.data.clients import Ragged
 
 
@@ -104,3 +104,23 @@ def test_labels_of_several_attributes_are_padded(ragged, dtype):
             seen.append(row_of[x_D.numpy().tobytes()])
             np.testing.assert_array_equal(y_K, labels[seen[-1]])
     assert sorted(seen) == sorted(ragged.values.tolist())
+
+
+@pytest.mark.parametrize("shuffle", [True, False])
+def test_little_is_padded(shuffle):
+    rng = np.random.default_rng(0)
+    ragged = Ragged.from_rows([np.arange(n) for n in rng.integers(1, 120, 400)])
+    sampler = ClientBatchSampler(ragged, 16, 8, shuffle=shuffle, seed=1)
+    seen, places = [], 0
+    for index_CS, client_C in sampler:
+        used = (index_CS >= 0).any(0).sum()
+        places += used * len(client_C)
+        seen += [(int(c), tuple(row[row >= 0])) for row, c in zip(index_CS, client_C, strict=True)]
+    want = cut_chunks(ragged, 16)
+    assert sorted(seen) == sorted((int(c), tuple(r[r >= 0])) for r, c in zip(*want, strict=True))
+    assert places < 1.05 * ragged.lengths.sum()
+
+
+def test_chunks_of_one_length_keep_their_order():
+    order = np.random.default_rng(0).permutation(50)
+    assert (pack(np.full(50, 16), order, 8, np.random.default_rng(0)) == order).all()

@@ -1,0 +1,164 @@
+"""Which clients a method is trained on: those of the partition, and others drawn anew each epoch.
+
+A module that only ever saw clients of known kinds memorises the kinds. Drawing some of its training clients from the
+same images but with other classes teaches it to read any client.
+
+Legend: C clients (sequences), S images of a client, K classes, M images of the dataset.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from iciia_exp.data.batches import Selection, cut_chunks
+from iciia_exp.data.clients import Ragged
+from iciia_exp.errors import ConfigError, check_choice, check_float, check_int
+
+__all__ = ["ClientMix"]
+
+
+class ClientMix:
+    """Shares of kinds of training clients; an epoch has about as many images as the partition's train images.
+
+    Args:
+        natural: share of the partition's own clients.
+        random_classes: share of clients with a random set of classes, all equally frequent.
+        homogeneous: share of clients with all classes.
+        drifting: share of clients that become another one of the three kinds, at a random place.
+        fewest_classes, most_classes: sizes of the random sets; small ones are as frequent as large ones on a log scale.
+        pool: where the images of the partition's own clients come from: ``client``, or ``kind``: all clients of one
+            kind share theirs.
+        size: images of an epoch, relative to the train images.
+
+    Shares are relative to their sum.
+    """
+
+    def __init__(
+        self,
+        natural: float = 1.0,
+        random_classes: float = 0.0,
+        homogeneous: float = 0.0,
+        drifting: float = 0.0,
+        fewest_classes: int = 1,
+        most_classes: int = 20,
+        pool: str = "client",
+        size: float = 1.0,
+    ) -> None:
+        given = {"natural": natural, "random_classes": random_classes}
+        given |= {"homogeneous": homogeneous, "drifting": drifting}
+        self.shares = {key: check_float(key, share, 0.0) for key, share in given.items()}
+        if not sum(list(self.shares.values())[:3]):
+            raise ConfigError("natural", natural, "some share other than drifting must be above 0")
+        self.fewest_classes = check_int("fewest_classes", fewest_classes, 1)
+        self.most_classes = check_int("most_classes", most_classes, fewest_classes, why="of fewest_classes")
+        self.pool = check_choice("pool", pool, ("client", "kind"))
+        self.size = check_float("size", size, 0.0, open_low=True)
+
+    @property
+    def plain(self) -> bool:
+        """Whether it is the partition's clients as they are."""
+        others = sum(share for key, share in self.shares.items() if key != "natural")
+        return not others and self.pool == "client" and self.size == 1.0
+
+    def check(self, labels: np.ndarray) -> None:
+        """Raise `ConfigError` where the task has no classes to draw."""
+        if labels.ndim == 2 and self.shares["random_classes"]:
+            problem = "needs one label per image; a multi-label task can have homogeneous clients"
+            raise ConfigError("random_classes", self.shares["random_classes"], problem)
+
+    def count(self, train: Ragged, images: int) -> int:
+        """Return the number of sequences of an epoch."""
+        return max(1, round(self.size * int((-(-train.lengths // images)).sum())))
+
+    def draw(
+        self, train: Ragged, kinds: np.ndarray, labels: np.ndarray, images: int, rng: np.random.Generator
+    ) -> Selection:
+        """Return an epoch's sequences, in the order of their kinds.
+
+        Args:
+            train: train images of the partition's clients.
+            kinds: kind of every client.
+            labels: of all images of the dataset, int64 [M], or [M, K].
+            images: S.
+            rng: source of all randomness.
+
+        Returns:
+            Image numbers [C, S], -1 where a natural client has fewer, and the natural client of each, -1 for others.
+        """
+        count, total = self.count(train, images), sum(self.shares.values())
+        exact = np.cumsum([share / total * count for share in self.shares.values()])
+        parts = np.diff(np.round(np.concatenate([[0.0], exact])).astype(np.int64))
+        numbers = dict(zip(self.shares, parts, strict=True))
+        index_CS, client_C = self._some(train, kinds, labels, images, numbers, rng)
+        if drifting := int(numbers["drifting"]):
+            settled = {key: self.shares[key] for key in ("natural", "random_classes", "homogeneous")}
+            first, second = (
+                self._some(train, kinds, labels, images, _dealt(drifting, settled, rng), rng) for _ in range(2)
+            )
+            second = Selection(*(part[rng.permutation(drifting)] for part in second))
+            cut_C1 = rng.integers(1, max(2, images), (drifting, 1))
+            mixed_CS = np.where(np.arange(images) < cut_C1, first.index_CS, second.index_CS)
+            index_CS = np.concatenate([index_CS, mixed_CS])
+            client_C = np.concatenate([client_C, np.full(drifting, -1)])
+        return Selection(index_CS, client_C)
+
+    def _some(
+        self,
+        train: Ragged,
+        kinds: np.ndarray,
+        labels: np.ndarray,
+        images: int,
+        numbers: dict[str, int],
+        rng: np.random.Generator,
+    ) -> Selection:
+        """Return so many sequences of each settled kind."""
+        natural = self._natural(train, kinds, images, int(numbers["natural"]), rng)
+        pool = np.unique(train.values)
+        everything = pool[rng.integers(0, len(pool), (int(numbers["homogeneous"]), images))]
+        few = self._random_classes(pool, labels, images, int(numbers["random_classes"]), rng)
+        others = np.concatenate([few, everything])
+        return Selection(
+            np.concatenate([natural.index_CS, others]), np.concatenate([natural.client_C, np.full(len(others), -1)])
+        )
+
+    def _natural(
+        self, train: Ragged, kinds: np.ndarray, images: int, number: int, rng: np.random.Generator
+    ) -> Selection:
+        if not number:
+            return Selection(np.empty((0, images), np.int64), np.empty(0, np.int64))
+        if self.pool == "kind":
+            codes = np.unique(kinds, return_inverse=True)[1]
+            train = Ragged.from_pairs(codes[train.row_numbers], train.values, int(codes.max()) + 1)
+        parts, left = [], number
+        while left > 0:  # all images once before any comes twice
+            order = np.lexsort((rng.random(len(train.values)), train.row_numbers))
+            chunks = cut_chunks(train, images, order)
+            chosen = rng.permutation(len(chunks.client_C))[:left]
+            parts.append(Selection(chunks.index_CS[chosen], chunks.client_C[chosen]))
+            left -= len(chosen)
+        return Selection(*(np.concatenate(arrays) for arrays in zip(*parts, strict=True)))
+
+    def _random_classes(
+        self, pool: np.ndarray, labels: np.ndarray, images: int, number: int, rng: np.random.Generator
+    ) -> np.ndarray:
+        if not number:
+            return np.empty((0, images), np.int64)
+        known, codes = np.unique(labels[pool], return_inverse=True)
+        of_class = Ragged.from_pairs(codes, pool, len(known))
+        low, high = (min(n, len(known)) for n in (self.fewest_classes, self.most_classes))
+        sizes_C = np.floor(np.exp(rng.uniform(np.log(low), np.log(high + 1), number))).astype(np.int64).clip(low, high)
+        index_CS = np.empty((number, images), np.int64)
+        for start in range(0, number, 4096):  # an order of all classes for each client, 4,096 clients at a time
+            some = slice(start, min(start + 4096, number))
+            order_CK = np.argsort(rng.random((some.stop - start, len(known))), axis=1)
+            nth_CS = (rng.random((some.stop - start, images)) * sizes_C[some, None]).astype(np.int64)
+            class_CS = np.take_along_axis(order_CK, nth_CS, axis=1)
+            place_CS = (rng.random(class_CS.shape) * of_class.lengths[class_CS]).astype(np.int64)
+            index_CS[some] = of_class.values[of_class.offsets[class_CS] + place_CS]
+        return index_CS
+
+
+def _dealt(number: int, shares: dict[str, float], rng: np.random.Generator) -> dict[str, int]:
+    """Draw how many of ``number`` are of each kind."""
+    weights = np.array(list(shares.values()))
+    return dict(zip(shares, rng.multinomial(number, weights / weights.sum()).tolist(), strict=True))

@@ -1,0 +1,271 @@
+"""ICIIA for streams: what a client's past says about its classes is added to the backbone's own logits.
+
+Ours, on the published encoder (ACML 2024, PMLR 260:223-238) with causal attention. With n images in a client's past and
+b the backbone's logits of the newest image alone,
+
+    logits = A(n) b + H(n) (W m + c + a(n) g log pi)
+
+- m: mean over the past of the encoder's outputs; W m + c is what the module has learned about the classes of clients
+  with such a past. W starts at zero.
+- pi: mean over the past of the backbone's probabilities, drawn towards even classes as by a few images more; the
+  prior of classes that anybody would estimate (one step of Saerens, Latinne and Decaestecker 2002), with a weight g of
+  its own that the module reads from m.
+- A(n), H(n): how much the backbone and the correction count after n images; chosen on selection clients in the end.
+
+The newest image enters through b alone, the past through a bias of the logits alone. So without a past the answer is
+the backbone's own; a module of the published form, whose classifier sees image and past together, learns the training
+images by heart instead (README). It also means that an answer waits for none of the module's layers: they read the
+image afterwards.
+
+Legend: C clients, S images of a client, P images of its past, E numbers kept of one, D features, K classes, N layers,
+G groups, J knots, T images in all.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from iciia_exp import tasks
+from iciia_exp.cost import attention_macs, streaming_attention_macs
+from iciia_exp.data.batches import ClientBatch
+from iciia_exp.errors import check_float
+from iciia_exp.methods.base import Method
+from iciia_exp.methods.iciia import IciiaMethod
+from iciia_exp.models.iciia import ICIIA
+
+__all__ = ["KNOTS", "IciiaStream"]
+
+#: Lengths of the past at which A, H and a are parameters; between them they are linear in log(1 + n).
+KNOTS = (0, 1, 2, 3, 5, 10, 15, 30, 60, 120)
+
+# Numbers in the logits that the last choice of A and H looks at.
+_CALIBRATE = 1 << 24
+
+
+def _between_knots() -> Tensor:
+    """Return the weights of the knots for every length from 0 to the last knot, [n, J]."""
+    at, knots = np.log1p(np.arange(KNOTS[-1] + 1)), np.log1p(KNOTS)
+    return torch.from_numpy(np.stack([np.interp(at, knots, row) for row in np.eye(len(KNOTS))], axis=1)).float()
+
+
+class IciiaStream(Method):
+    """The published encoder, causal, behind a bias on the backbone's logits.
+
+    Args:
+        head: the backbone's classifier; it stays as it is.
+        num_layers: N.
+        heads: H, a divisor of D.
+        groups: G, a divisor of D, or ``max`` for D.
+        dropout: inside the encoder, while training.
+        feature_dropout: on the features of image and past, while training.
+        shuffle: interleave the groups after every projection.
+    """
+
+    name = "iciia_stream"
+
+    longest: Tensor
+    multi_label: Tensor
+    _knots: Tensor
+
+    def __init__(
+        self,
+        head: nn.Linear,
+        num_layers: int = 1,
+        heads: int = 4,
+        groups: int | str = 1,
+        dropout: float = 0.0,
+        feature_dropout: float = 0.2,
+        shuffle: bool = True,
+    ) -> None:
+        super().__init__(head)
+        given = {"num_layers": num_layers, "heads": heads, "groups": groups, "dropout": dropout, "shuffle": shuffle}
+        settings = self.canonical({**given, "feature_dropout": feature_dropout}, self.dim)
+        self.num_layers, self.groups, self.feature_dropout = num_layers, int(settings["groups"]), feature_dropout
+        sizes = (self.dim, self.num_classes, num_layers, heads, self.groups)
+        self.model = ICIIA(*sizes, dropout, settings["shuffle"], causal=True)
+        nn.init.zeros_(self.model.classifier.weight)
+        nn.init.zeros_(self.model.classifier.bias)
+        self.head = nn.Linear(self.dim, self.num_classes)
+        self.head.load_state_dict(head.state_dict())
+        self.head.requires_grad_(False)
+        self.log_anchor, self.log_correction = (nn.Parameter(torch.zeros(len(KNOTS))) for _ in range(2))
+        self.prior_weight = nn.Parameter(torch.full((len(KNOTS),), 0.5))
+        #: of the backbone's logits before they are averaged; and how many even images are added (softplus)
+        self.log_sharpness, self.even_images = nn.Parameter(torch.zeros(())), nn.Parameter(torch.ones(()))
+        #: from m: the prior's own weight, and more or fewer even images
+        self.gate = nn.Linear(self.dim, 2)
+        nn.init.zeros_(self.gate.weight)
+        nn.init.zeros_(self.gate.bias)
+        self.register_buffer("longest", torch.tensor(KNOTS[-1]))  # no longer past has been seen
+        self.register_buffer("multi_label", torch.tensor(False))
+        self.register_buffer("_knots", _between_knots(), persistent=False)
+
+    @classmethod
+    def canonical(cls, config: dict[str, Any], dim: int) -> dict[str, Any]:
+        """Check the values against D; ``max`` becomes D, and with one group shuffle changes nothing."""
+        check_float("feature_dropout", config.get("feature_dropout", 0.2), 0.0, 0.9)
+        return IciiaMethod.canonical(config, dim)
+
+    # ---- the past
+
+    def _classes(self, b: Tensor) -> Tensor:
+        """Return the backbone's probabilities, sharpened or softened."""
+        task = tasks.MULTI_LABEL if self.multi_label else tasks.SINGLE_LABEL
+        return tasks.probabilities(b * self.log_sharpness.exp(), task)
+
+    def _at(self, table_J: Tensor, n: Tensor) -> Tensor:
+        """Return a table's values for the lengths ``n``."""
+        return (self._knots @ table_J)[n.long().clamp(max=self.longest)]
+
+    def _correction(self, encoded: Tensor, classes: Tensor, n: Tensor) -> Tensor:
+        """Return the bias [..., K] from sums over the past, [..., D] and [..., K], and its length, [...]."""
+        some = (n > 0).unsqueeze(-1)
+        mean = encoded / n.clamp(min=1).unsqueeze(-1)
+        learned = self.model.classifier(mean)
+        weight, more = self.gate(mean).unbind(-1)
+        even = F.softplus(self.even_images + more).unsqueeze(-1) + 1e-3
+        if self.multi_label:
+            prior = ((classes + 0.5 * even) / (n.unsqueeze(-1) + even)).logit(1e-6)
+        else:
+            prior = ((classes + even / self.num_classes) / (n.unsqueeze(-1) + even)).log()
+        return (learned + (self._at(self.prior_weight, n) * 2 * weight.sigmoid()).unsqueeze(-1) * prior) * some
+
+    def _combine(self, b: Tensor, correction: Tensor, n: Tensor) -> Tensor:
+        anchor, share = (self._at(table, n).exp().unsqueeze(-1) for table in (self.log_anchor, self.log_correction))
+        return anchor * b + share * correction
+
+    def _read(self, x_CSD: Tensor, mask_CS: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Return the backbone's logits, what is summed over a past (0 where padded), and which images are real."""
+        if self.training:
+            x_CSD = F.dropout(x_CSD, self.feature_dropout)
+        b_CSK = self.head(x_CSD)
+        real_CS = x_CSD.new_ones(x_CSD.shape[:2]) if mask_CS is None else mask_CS.to(x_CSD.dtype)
+        encoded_CSD = self.model.encode(x_CSD, mask_CS) * real_CS.unsqueeze(-1)
+        return b_CSK, encoded_CSD, self._classes(b_CSK) * real_CS.unsqueeze(-1), real_CS
+
+    def _parts(self, x_CSD: Tensor, mask_CS: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        """Return backbone's logits and correction, [C, S, K], and length of the past, [C, S], of every image."""
+        b_CSK, encoded_CSD, classes_CSK, real_CS = self._read(x_CSD, mask_CS)
+        before = (part.cumsum(1) - part for part in (encoded_CSD, classes_CSK, real_CS))
+        encoded_CSD, classes_CSK, n_CS = before
+        return b_CSK, self._correction(encoded_CSD, classes_CSK, n_CS), n_CS
+
+    # ---- the method
+
+    @property
+    def causal(self) -> bool:
+        """`stream` looks at the past alone."""
+        return True
+
+    def stream(self, x_CSD: Tensor, mask_CS: Tensor | None = None) -> Tensor:
+        """Return every image's logits after the images before it, [C, S, K]."""
+        return self._combine(*self._parts(x_CSD, mask_CS))
+
+    def training_logits(self, x_CSD: Tensor, mask_CS: Tensor | None = None) -> Tensor:
+        """Return `stream`: every length of the past is trained at once."""
+        return self.stream(x_CSD, mask_CS)
+
+    def forward(self, x_CSD: Tensor, mask_CS: Tensor | None = None) -> Tensor:
+        """Return every image's logits with all others of its chunk as its past, [C, S, K]."""
+        b_CSK, encoded_CSD, classes_CSK, real_CS = self._read(x_CSD, mask_CS)
+        others = (part.sum(1, keepdim=True) - part for part in (encoded_CSD, classes_CSK, real_CS))
+        encoded_CSD, classes_CSK, n_CS = others
+        return self._combine(b_CSK, self._correction(encoded_CSD, classes_CSK, n_CS), n_CS)
+
+    @property
+    def state_width(self) -> int:
+        """Keys and values of every layer, the encoder's output, and the backbone's probabilities: 2 N D + D + K."""
+        return 2 * self.num_layers * self.dim + self.dim + self.num_classes
+
+    def step(self, x_CD: Tensor, past_CPE: Tensor, mask_CP: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Return the logits of one more image of each client, [C, K], and what to keep of it, [C, E]."""
+        keys_CPe, encoded_CPD, classes_CPK = past_CPE.split(
+            [2 * self.num_layers * self.dim, self.dim, self.num_classes], dim=2
+        )
+        if mask_CP is None:
+            n_C = x_CD.new_full((len(x_CD),), past_CPE.shape[1])
+        else:
+            n_C = mask_CP.sum(1).to(x_CD.dtype)
+            encoded_CPD, classes_CPK = (part * mask_CP.unsqueeze(-1) for part in (encoded_CPD, classes_CPK))
+        b_CK = self.head(x_CD)
+        logits_CK = self._combine(b_CK, self._correction(encoded_CPD.sum(1), classes_CPK.sum(1), n_C), n_C)
+        past_N2CPD = keys_CPe.unflatten(2, (self.num_layers, 2, self.dim)).permute(2, 3, 0, 1, 4)
+        encoded_CD, own_N2CD = self.model.encode_step(x_CD, past_N2CPD, mask_CP)
+        return logits_CK, torch.cat([own_N2CD.permute(2, 0, 1, 3).flatten(1), encoded_CD, self._classes(b_CK)], 1)
+
+    def prepare(self, task: str) -> None:
+        """Remember whether the classes exclude each other."""
+        self.multi_label.fill_(task == tasks.MULTI_LABEL)
+
+    @torch.no_grad()
+    def calibrate(self, batches: Iterable[ClientBatch]) -> dict[str, Any]:
+        """Choose A(n) and H(n) on selection clients, by log-loss after every length of the past.
+
+        The backbone is surer of the images its classifier was trained on than of new ones, and so is the module.
+        """
+        parts: list[list[Tensor]] = [[], [], [], []]
+        room = max(1, _CALIBRATE // self.num_classes)
+        for batch in batches:
+            b_CSK, correction_CSK, n_CS = self._parts(batch.x_CSD, batch.mask_CS)
+            for part, value in zip(parts, (b_CSK, correction_CSK, n_CS, batch.y_CS), strict=True):
+                part.append(value[batch.mask_CS])
+            if (room := room - int(batch.mask_CS.sum())) <= 0:
+                break
+        if not parts[0]:
+            return {}
+        b_TK, correction_TK, n_T, y_T = (torch.cat(part) for part in parts)
+        self.longest.fill_(min(int(n_T.max()), KNOTS[-1]))
+        before = float(tasks.loss(self._combine(b_TK, correction_TK, n_T), y_T))
+        tables = [self.log_anchor.detach().clone(), self.log_correction.detach().clone()]
+        start = [table.clone() for table in tables]
+        optimizer = torch.optim.LBFGS(tables, max_iter=60, line_search_fn="strong_wolfe")
+        weights_TJ = self._knots[n_T.long().clamp(max=self.longest)]
+
+        def closure() -> Tensor:
+            with torch.enable_grad():
+                for table in tables:
+                    table.requires_grad_()
+                    table.grad = None
+                anchor_T1, share_T1 = ((weights_TJ @ table).exp()[:, None] for table in tables)
+                loss = tasks.loss(anchor_T1 * b_TK + share_T1 * correction_TK, y_T)
+                # knots that no selection client reaches stay where training left them
+                pull = sum((table - old).square().sum() for table, old in zip(tables, start, strict=True))
+                loss = loss + 1e-4 * pull
+                loss.backward()
+            return loss
+
+        optimizer.step(closure)
+        self.log_anchor.copy_(tables[0].detach())
+        self.log_correction.copy_(tables[1].detach())
+        after = float(tasks.loss(self._combine(b_TK, correction_TK, n_T), y_T))
+        at = torch.tensor([n for n in KNOTS if n <= int(self.longest)], device=n_T.device)
+        weights = {name: self._at(table, at).exp() for name, table in
+                   (("anchor", self.log_anchor), ("correction", self.log_correction))}  # fmt: skip
+        record = {name: [round(float(v), 3) for v in values] for name, values in weights.items()}
+        return {"images": len(y_T), "log_loss_before": round(before, 4), "log_loss": round(after, 4),
+                "history": at.tolist(), **record}  # fmt: skip
+
+    # ---- its cost
+
+    @property
+    def _bias_macs(self) -> int:
+        """The classifier of the past, D K, and the gate."""
+        return self.dim * self.num_classes + 2 * self.dim
+
+    def macs(self, images: int) -> int:
+        """(6 S D^2 / G + 2 S^2 D) N + S (D K + 2 D): a classifier comes on top of the backbone's own."""
+        return attention_macs(images, self.dim, self.groups, self.num_layers) + images * self._bias_macs
+
+    def streaming_macs(self, images: int) -> int | None:
+        """(6 D^2 / G + 2 S D) N + D K + 2 D."""
+        return streaming_attention_macs(images, self.dim, self.groups, self.num_layers) + self._bias_macs
+
+    def num_parameters(self) -> int:
+        """All but the backbone's classifier."""
+        return sum(p.numel() for p in self.parameters()) - sum(p.numel() for p in self.head.parameters())

@@ -1,0 +1,138 @@
+"""ICIIA for streams, against its equations written as a loop."""
+
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from iciia_exp.data.batches import ClientBatch
+from iciia_exp.errors import ConfigError
+from iciia_exp.methods.iciia_stream import KNOTS, IciiaStream
+from iciia_exp.tasks import MULTI_LABEL, log_loss
+
+D, K = 16, 5
+
+
+def make(seed=0, task="single-label"):
+    torch.manual_seed(seed)
+    method = IciiaStream(nn.Linear(D, K), num_layers=2, heads=2, groups=4).eval()
+    for name, parameter in method.named_parameters():
+        if not name.startswith(("head", "model.layers")):
+            nn.init.normal_(parameter, std=0.3)
+    method.prepare(task)
+    return method.requires_grad_(False)
+
+
+def at(table, n):
+    """Interpolate a table of the knots, linear in log(1 + n)."""
+    right = next((i for i, knot in enumerate(KNOTS) if knot >= n), len(KNOTS) - 1)
+    if KNOTS[right] <= n:
+        return table[right]
+    low, high = math.log1p(KNOTS[right - 1]), math.log1p(KNOTS[right])
+    share = (math.log1p(n) - low) / (high - low)
+    return (1 - share) * table[right - 1] + share * table[right]
+
+
+def by_equation(method, x_D, past_PD, encoded_PD):
+    """Return the logits of one image by the module's docstring."""
+    n, b = len(past_PD), method.head(x_D)
+    if n == 0:
+        return at(method.log_anchor, 0).exp() * b
+    logits = method.head(past_PD) * method.log_sharpness.exp()
+    m = encoded_PD.mean(0)
+    weight, more = method.gate(m)
+    even = nn.functional.softplus(method.even_images + more) + 1e-3
+    if method.multi_label:
+        pi = (logits.sigmoid().sum(0) + even / 2) / (n + even)
+        prior = (pi / (1 - pi)).log()
+    else:
+        prior = ((logits.softmax(-1).sum(0) + even / K) / (n + even)).log()
+    correction = method.model.classifier(m) + at(method.prior_weight, n) * 2 * weight.sigmoid() * prior
+    return at(method.log_anchor, n).exp() * b + at(method.log_correction, n).exp() * correction
+
+
+@pytest.mark.parametrize("task", ["single-label", MULTI_LABEL])
+def test_the_equations(task):
+    method, x = make(task=task), torch.randn(9, D)
+    encoded = method.model.encode(x[None])[0]
+    stream = method.stream(x[None])[0]
+    whole = method(x[None])[0]
+    for n in range(9):
+        torch.testing.assert_close(stream[n], by_equation(method, x[n], x[:n], encoded[:n]), atol=1e-5, rtol=1e-5)
+        others = [i for i in range(9) if i != n]
+        want = by_equation(method, x[n], x[others], encoded[others])
+        torch.testing.assert_close(whole[n], want, atol=1e-5, rtol=1e-5)
+
+
+def test_without_a_past_the_answer_is_the_backbone_s():
+    method, x = make(), torch.randn(20, 1, D)
+    assert (method.stream(x).argmax(-1) == method.head(x).argmax(-1)).all()
+    fresh = IciiaStream(nn.Linear(D, K), heads=2, groups=4).eval()
+    torch.testing.assert_close(fresh.stream(x), fresh.head(x))
+
+
+def test_the_backbone_s_classifier_is_not_trained():
+    method = IciiaStream(nn.Linear(D, K), num_layers=2, heads=2, groups=4).train()
+    for _ in range(2):
+        x, y, mask = torch.randn(4, 6, D), torch.randint(0, K, (4, 6)), torch.ones(4, 6, dtype=torch.bool)
+        method.model.classifier.weight.data.normal_()
+        method.gate.weight.data.normal_()
+        method.loss(method.training_logits(x, mask), y, mask).backward()
+    for name, parameter in method.named_parameters():
+        assert (parameter.grad is None) == name.startswith("head."), name
+
+
+def batch(seed, y=None, images=7):
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(32, images, D, generator=generator)
+    y = torch.randint(0, K, (32, images), generator=generator) if y is None else y(x)
+    mask = torch.rand(32, images, generator=generator) < 0.9
+    return ClientBatch(x, y, mask, torch.arange(32))
+
+
+def selection_loss(method, batches):
+    losses = [log_loss(method.stream(b.x_CSD, b.mask_CS)[b.mask_CS], b.y_CS[b.mask_CS]) for b in batches]
+    return float(torch.cat(losses).mean())
+
+
+def test_what_helps_nobody_is_turned_off():
+    # labels are the backbone's own answers: its logits should count more, the correction not at all
+    method = make()
+    batches = [batch(s, lambda x: method.head(x).argmax(-1)) for s in range(8)]
+    before = selection_loss(method, batches)
+    record = method.calibrate(iter(batches))
+    after = selection_loss(method, batches)
+    assert after < 0.6 * before
+    assert record["log_loss"] == pytest.approx(after, abs=1e-3)
+    assert record["log_loss_before"] == pytest.approx(before, abs=1e-3)
+    assert record["history"] == [0, 1, 2, 3, 5]
+    assert min(record["anchor"]) > 2
+    assert max(c / a for c, a in zip(record["correction"][1:], record["anchor"][1:], strict=True)) < 0.3
+
+
+def test_longer_pasts_than_were_seen_count_as_the_longest():
+    method = make()
+    method.calibrate([batch(0)])
+    assert int(method.longest) == 6
+    for n in (6, 9, 400):
+        assert method._at(method.log_anchor, torch.tensor([float(n)]))[0] == method._at(
+            method.log_anchor, torch.tensor([6.0])
+        )
+    assert method.stream(torch.randn(1, 300, D)).isfinite().all()
+
+
+def test_calibration_of_a_multi_label_task_and_of_nobody():
+    method = make(task=MULTI_LABEL)
+    some = batch(0)
+    some = some._replace(y_CS=(torch.rand(32, 7, K) < 0.3).to(torch.uint8))
+    record = method.calibrate([some])
+    assert record["log_loss"] < record["log_loss_before"]
+    assert method.calibrate([]) == {}
+
+
+def test_values_are_checked():
+    with pytest.raises(ConfigError, match="feature_dropout=1.0"):
+        IciiaStream.canonical({"feature_dropout": 1.0}, D)
+    with pytest.raises(ConfigError, match="groups=3"):
+        IciiaStream.canonical({"groups": 3}, D)
