@@ -13,8 +13,9 @@ import numpy as np
 from iciia_exp.data.batches import Selection, cut_chunks
 from iciia_exp.data.clients import Ragged
 from iciia_exp.errors import ConfigError, check_choice, check_float, check_int
+from iciia_exp.seeding import generator
 
-__all__ = ["ClientMix"]
+__all__ = ["ClientMix", "unseen"]
 
 
 class ClientMix:
@@ -29,6 +30,8 @@ class ClientMix:
         pool: where the images of the partition's own clients come from: ``client``, or ``kind``: all clients of one
             kind share theirs.
         size: images of an epoch, relative to the train images.
+        unseen_kinds: share of the partition's kinds of clients that do not come as natural clients, to measure what
+            becomes of new kinds; their images still come in the other shares.
 
     Shares are relative to their sum.
     """
@@ -43,6 +46,7 @@ class ClientMix:
         most_classes: int = 20,
         pool: str = "client",
         size: float = 1.0,
+        unseen_kinds: float = 0.0,
     ) -> None:
         given = {"natural": natural, "random_classes": random_classes}
         given |= {"homogeneous": homogeneous, "drifting": drifting}
@@ -53,12 +57,13 @@ class ClientMix:
         self.most_classes = check_int("most_classes", most_classes, fewest_classes, why="of fewest_classes")
         self.pool = check_choice("pool", pool, ("client", "kind"))
         self.size = check_float("size", size, 0.0, open_low=True)
+        self.unseen_kinds = check_float("unseen_kinds", unseen_kinds, 0.0, 0.9)
 
     @property
     def plain(self) -> bool:
         """Whether it is the partition's clients as they are."""
         others = sum(share for key, share in self.shares.items() if key != "natural")
-        return not others and self.pool == "client" and self.size == 1.0
+        return not others and self.pool == "client" and self.size == 1.0 and not self.unseen_kinds
 
     def check(self, labels: np.ndarray) -> None:
         """Raise `ConfigError` where the task has no classes to draw."""
@@ -126,6 +131,9 @@ class ClientMix:
     ) -> Selection:
         if not number:
             return Selection(np.empty((0, images), np.int64), np.empty(0, np.int64))
+        if self.unseen_kinds:
+            seen_M = ~np.isin(kinds, unseen(kinds, self.unseen_kinds))[train.row_numbers]
+            train = Ragged.from_pairs(train.row_numbers[seen_M], train.values[seen_M], len(train))
         if self.pool == "kind":
             codes = np.unique(kinds, return_inverse=True)[1]
             train = Ragged.from_pairs(codes[train.row_numbers], train.values, int(codes.max()) + 1)
@@ -156,6 +164,12 @@ class ClientMix:
             place_CS = (rng.random(class_CS.shape) * of_class.lengths[class_CS]).astype(np.int64)
             index_CS[some] = of_class.values[of_class.offsets[class_CS] + place_CS]
         return index_CS
+
+
+def unseen(kinds: np.ndarray, share: float) -> np.ndarray:
+    """Return the kinds that are kept back, the same for every seed."""
+    names = np.unique(kinds.astype(str))
+    return names[generator("unseen_kinds").permutation(len(names))[: round(share * len(names))]]
 
 
 def _dealt(number: int, shares: dict[str, float], rng: np.random.Generator) -> dict[str, int]:

@@ -30,6 +30,8 @@ from iciia_exp.data.clients import Clients
 from iciia_exp.data.store import FeatureStore
 from iciia_exp.errors import UserError
 from iciia_exp.methods.base import Method
+from iciia_exp.models.backbone import Backbone, BackboneSpec
+from iciia_exp.seeding import derive_seed
 
 __all__ = ["Run", "save_method"]
 
@@ -47,7 +49,7 @@ def save_method(
 ) -> None:
     """Write ``run.json`` and ``weights.safetensors``: all that `Run.load` needs.
 
-    ``facts`` are the task and the names of the classes.
+    ``facts`` are the task and the names of the classes, and for `Run.load_backbone` where the backbone is.
     """
     from safetensors.torch import save
 
@@ -145,6 +147,27 @@ class Run:
     def features(self) -> FeatureStore:
         """The features the run was trained on, if they are still in the cache."""
         return FeatureStore.open(Path(self.info["features"]))
+
+    def load_backbone(self) -> Backbone:
+        """Rebuild the network that made the features, for images: ``features(transform(image)[None])``.
+
+        Its weights come from where the run's came from: by name, from a file, or from the cache if it was trained here.
+        """
+        from iciia_exp.engine.build import build
+
+        spec: BackboneSpec = build(self.config["backbone"], "backbone")
+        if self.info.get("backbone_arguments"):
+            raise UserError(f"{self.path}: its features were made elsewhere; there is no backbone to load")
+        torch.manual_seed(derive_seed("backbone", 0))  # as when the features were made
+        backbone = spec.initial(self.class_names)
+        if spec.train == "all":
+            from safetensors.torch import load_file
+
+            weights = Path(self.info["backbone"]) / "weights.safetensors"
+            if not weights.is_file():
+                raise UserError(f"{weights}: is not there any more; repeat the run's command with stage=backbone")
+            backbone.load_state_dict(load_file(weights))
+        return backbone.eval().requires_grad_(False)
 
     @torch.inference_mode()
     def predict(self, features: Tensor, mask: Tensor | None = None) -> Tensor:

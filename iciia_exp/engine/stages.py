@@ -37,6 +37,7 @@ from iciia_exp.engine.processes import plain_errors, process_rank
 from iciia_exp.engine.run import Run, save_method
 from iciia_exp.errors import ConfigError, UserError, first_line
 from iciia_exp.methods.base import Method
+from iciia_exp.metrics import ClientCounts
 from iciia_exp.models.backbone import Backbone
 from iciia_exp.seeding import derive_seed, generator
 from iciia_exp.tasks import answers_per_image
@@ -396,7 +397,12 @@ def _train(plan: Plan, store: FeatureStore, clients: Clients, tracker: Any) -> N
         if chosen := method.calibrate(_calibration_batches(plan, store, clients)):
             record["calibration"] = chosen
     write_json(folder / "training.json", record)
-    facts = {"task": plan.dataset.task, "class_names": list(plan.dataset.class_names)}
+    facts = {
+        "task": plan.dataset.task,
+        "class_names": list(plan.dataset.class_names),
+        "backbone": str(plan.backbone_dir) if plan.backbone_spec.train == "all" else None,
+        "backbone_arguments": plan.dataset.backbone_arguments(),
+    }
     save_method(folder, method, head, plan.method_config, plan.features_dir, protocol.images, facts)
     shutil.rmtree(folder / "checkpoints", ignore_errors=True)
 
@@ -439,6 +445,7 @@ def _evaluate(plan: Plan, store: FeatureStore, clients: Clients, tracker: Any) -
         with interruptible(trainer):
             trainer.test(module, _loader(plan, store, clients, "test"), verbose=False)
     numbers, counts = module.test_counts.counts()
+    _require_numbers(clients, numbers, counts)
     batches = FeatureBatches(store.array(), plan.labels)
     histories = None
     if plan.protocol.history_lengths:
@@ -465,6 +472,14 @@ def _evaluate(plan: Plan, store: FeatureStore, clients: Clients, tracker: Any) -
     }
     tracker.results(row, table, plots)
     write_json(folder / "results.json", row)
+
+
+def _require_numbers(clients: Clients, numbers: np.ndarray, counts: ClientCounts) -> None:
+    """Refuse results that are not numbers, with the name of a client."""
+    for who, loss_C in (("features", counts.backbone_loss_C), ("the method's answers", counts.method_loss_C)):
+        if len(wrong := np.flatnonzero(~np.isfinite(loss_C))):
+            first = clients.ids[numbers[wrong[0]]]
+            raise UserError(f"client {first}: {who} are not finite numbers ({len(wrong):,} such clients)")
 
 
 def _siblings(plan: Plan, row: dict[str, Any]) -> list[dict[str, Any]]:

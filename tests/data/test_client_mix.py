@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from iciia_exp.data.client_mix import ClientMix
+from iciia_exp.data.client_mix import ClientMix, unseen
 from iciia_exp.data.clients import Ragged
 from iciia_exp.errors import ConfigError
 
@@ -67,6 +67,14 @@ def test_a_drifting_client_becomes_another():
     index_CS, _ = draw(images=40, natural=1, drifting=100000, size=20)
     both = [set(LABELS[row[row >= 0]] // 3) == {0, 1} for row in index_CS]
     assert 0.3 < np.mean(both) < 0.7  # half of the pairs are of one kind
+
+
+def test_unseen_kinds_come_in_other_clients_alone():
+    (kind,) = unseen(KINDS, 0.5)
+    index_CS, client_C = draw(natural=1, homogeneous=1, unseen_kinds=0.5, size=4)
+    assert set(KINDS[client_C[client_C >= 0]]) == {"a", "b"} - {kind}
+    assert len(set(LABELS[index_CS[client_C < 0].ravel()])) == 6
+    assert not ClientMix(unseen_kinds=0.5).plain
 
 
 def test_an_epoch_is_a_function_of_its_seed():
