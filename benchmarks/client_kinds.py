@@ -1,9 +1,9 @@
 """What runs give to clients of kinds that they were, or were not, trained on.
 
-    python benchmarks/client_kinds.py RUN [RUN ...] [--markdown]
+    python benchmarks/client_kinds.py RUN [RUN ...]
 
-RUN is a run directory (several of one setting, with different seeds, are averaged). The test images of its partition are
-drawn to clients of four kinds, 16 images each, and every image is answered after n images before it:
+RUN is a run directory (several of one setting, with different seeds, are averaged). The test images of its partition
+are drawn to clients of four kinds, 16 images each, and every image is answered after n images before it:
 
 - seen: the partition's test clients of the kinds the run was trained on (`client_mix.unseen_kinds` keeps some back);
 - unseen: those of the kinds that were kept back;

@@ -1,13 +1,15 @@
 """The README's results on real images: three seeds of each row, printed as tables.
 
     python benchmarks/real_images.py tiny --data tiny_imagenet --weights mobilenetv2.safetensors --parents groups.csv
+    python benchmarks/real_images.py streams --data tiny_imagenet --weights mobilenetv2.safetensors --parents groups.csv
     python benchmarks/real_images.py omniglot --data FOLDER      (with images_background_small1.zip and ..._small2.zip)
     python benchmarks/real_images.py mnist --data mnist_writers.npz
 
 `tiny`: Tiny-ImageNet in ImageNet's layout; weights of MobileNetV2 for ImageNet-1K under timm's names, trained with
 "same" padding and mean and standard deviation 0.5; a table of parent categories. `mnist`: arrays `images` [M, 28, 28]
-uint8, `labels`, `writers`, `is_test` (MNIST with its NIST writers), written out in LEAF's form first. Everything else
-is the command line of the package; the commands are printed. What is finished is not repeated.
+uint8, `labels`, `writers`, `is_test` (MNIST with its NIST writers), written out in LEAF's form first. `streams`: the
+same images as `tiny`, with a classifier fitted on the frozen features as the backbone's own; accuracy by images seen
+before. Everything else is the command line of the package; the commands are printed. What is finished is not repeated.
 """
 
 from __future__ import annotations
@@ -23,6 +25,7 @@ import numpy as np
 import pandas as pd
 
 from iciia_exp.engine.console import base_of, console, result_table
+from iciia_exp.engine.history import history_summary
 from iciia_exp.metrics import ClientCounts, summarise
 
 SEEDS = "seed=0,1,2"
@@ -68,9 +71,32 @@ def of_parents_with(rows: list[dict], classes: int, table: Path) -> list[dict]:
     return result
 
 
-def tiny(options: argparse.Namespace) -> None:
-    """Tiny-ImageNet behind an ImageNet-trained MobileNetV2, clients by parent category."""
-    common = [
+def show_history(rows: list[dict], title: str) -> None:
+    """Print accuracy and log-loss by images seen before, mean and standard error over the runs."""
+    frames = [history_summary(pd.read_parquet(Path(r["run_dir"]) / "history.parquet")) for r in rows]
+    every = pd.concat(frames).query("protocol == 'stream'").groupby("history", sort=False)
+    mean, error = every.mean(numeric_only=True), every.sem(numeric_only=True)
+    print(f"\n{title}: {len(frames)} runs, mean ± s.e. over them; images seen before (-1: all)")
+    for label, key, scale, digits in (
+        ("accuracy, mean over clients", "client_accuracy", 100, 1),
+        ("  the backbone's", "backbone_client_accuracy", 100, 1),
+        ("  gain", "client_gain", 100, 1),
+        ("worst decile", "worst_decile", 100, 1),
+        ("  the backbone's", "backbone_worst_decile", 100, 1),
+        ("log-loss", "log_loss", 1, 2),
+        ("  the backbone's", "backbone_log_loss", 1, 2),
+    ):
+        cells = [
+            f"{scale * mean.loc[n, key]:.{digits}f} ± {scale * error.loc[n, key]:.{digits}f}".rjust(13)
+            for n in mean.index
+        ]
+        print(f"{label:<28}" + "".join(cells))
+    print(f"{'':<28}" + "".join(str(n).rjust(13) for n in mean.index), flush=True)
+
+
+def tiny_images(options: argparse.Namespace) -> list[str]:
+    """Return the overrides for Tiny-ImageNet behind an ImageNet-trained MobileNetV2, clients by parent category."""
+    return [
         "+experiment=mobilenetv2_tiny_imagenet",
         f"data_dir={options.data}",
         f"backbone.weights={options.weights}",
@@ -81,9 +107,31 @@ def tiny(options: argparse.Namespace) -> None:
         *OWN_SEEDS,
         SEEDS,
     ]
+
+
+def tiny(options: argparse.Namespace) -> None:
+    """Run Tiny-ImageNet with the weights' own classifier."""
+    common = tiny_images(options)
     rows = run(options.out, "tiny_imagenet", *common, "method=linear_head,iciia", "groups=256")
     show(rows, "Tiny-ImageNet, MobileNetV2, all clients")
     show(of_parents_with(rows, 4, options.parents), "the clients of parent categories with at least 4 classes")
+
+
+def streams(options: argparse.Namespace) -> None:
+    """Compare ways to serve one image after the other, behind a classifier fitted on the same features."""
+    common = [*tiny_images(options), "backbone.train=head", "num_layers=2", "groups=256"]
+    ways = {
+        "iciia": ["method=iciia"],
+        "iciia, causal": ["method=iciia", "method.attention=causal", "protocol=streaming", "client_mix.pool=kind"],
+        "iciia_stream": ["method=iciia_stream", "protocol=streaming", "client_mix.pool=kind"],
+        "iciia_stream, all kinds": ["method=iciia_stream", "protocol=streaming", "client_mix=all_kinds"],
+    }
+    if options.published:
+        ways["iciia, published protocol"] = ["method=iciia", "protocol=published"]
+    for title, way in ways.items():
+        rows = run(options.out, "tiny_streams", *common, *way)
+        show(rows, title)
+        show_history(rows, title)
 
 
 def omniglot(options: argparse.Namespace) -> None:
@@ -130,15 +178,18 @@ def write_leaf(arrays: Path, folder: Path) -> None:
 def main() -> None:
     """Run one of the sets."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("which", choices=("tiny", "omniglot", "mnist"))
+    parser.add_argument("which", choices=("tiny", "streams", "omniglot", "mnist"))
     parser.add_argument("--data", type=Path, required=True)
-    parser.add_argument("--weights", type=Path, help="of tiny")
-    parser.add_argument("--parents", type=Path, help="of tiny")
+    parser.add_argument("--weights", type=Path, help="of tiny and streams")
+    parser.add_argument("--parents", type=Path, help="of tiny and streams")
+    parser.add_argument(
+        "--published", action="store_true", help="streams: the published protocol too: 40 minutes a run"
+    )
     parser.add_argument("--out", type=Path, default=Path(os.environ.get("ICIIA_EXP_OUTPUT", "outputs")).resolve())
     options = parser.parse_args()
-    if options.which == "tiny" and not (options.weights and options.parents):
-        parser.error("tiny needs --weights and --parents")
-    {"tiny": tiny, "omniglot": omniglot, "mnist": mnist}[options.which](options)
+    if options.which in ("tiny", "streams") and not (options.weights and options.parents):
+        parser.error(f"{options.which} needs --weights and --parents")
+    {"tiny": tiny, "streams": streams, "omniglot": omniglot, "mnist": mnist}[options.which](options)
 
 
 if __name__ == "__main__":

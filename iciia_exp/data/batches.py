@@ -30,6 +30,8 @@ class ClientBatch(NamedTuple):
     y_CS: Tensor  # int64 [C, S], of a multi-label task uint8 [C, S, K]; 0 where padded
     mask_CS: Tensor  # bool, True = a real image
     client_C: Tensor  # int64, number of the client in its partition
+    #: the backbone's logits by a classifier that was not fitted on the image, [C, S, K]; None where it has no other
+    backbone_CSK: Tensor | None = None
 
 
 class Selection(NamedTuple):
@@ -168,10 +170,17 @@ class FeatureBatches(Dataset[ClientBatch]):
     Args:
         features: [M, D] array, memory-mapped or in memory, float16 or float32.
         labels: int64 [M], or uint8 [M, K] of a multi-label task.
+        logits: of some images, [R, K], and their numbers, int64 [R]; for `ClientBatch.backbone_CSK`.
     """
 
-    def __init__(self, features: np.ndarray, labels: np.ndarray) -> None:
+    def __init__(
+        self, features: np.ndarray, labels: np.ndarray, logits: tuple[np.ndarray, np.ndarray] | None = None
+    ) -> None:
         self.features, self.labels = features, labels
+        self.logits_RK, self._row_M = None, np.full(0 if logits is None else len(features), -1, dtype=np.int64)
+        if logits is not None:
+            self.logits_RK, numbers_R = logits
+            self._row_M[numbers_R] = np.arange(len(numbers_R))
 
     def __getitem__(self, selection: Selection) -> ClientBatch:
         index_CS, client_C = selection
@@ -184,5 +193,9 @@ class FeatureBatches(Dataset[ClientBatch]):
         x_CSD[mask_CS] = self.features[rows]
         labels = self.labels[index_CS]
         y_CS = np.where(mask_CS if labels.ndim == 2 else mask_CS[..., None], labels, labels.dtype.type(0))
-        arrays = (x_CSD, y_CS, mask_CS, client_C)
+        arrays = [x_CSD, y_CS, mask_CS, client_C]
+        if self.logits_RK is not None and len(rows) and (at := self._row_M[rows]).min() >= 0:
+            backbone_CSK = np.zeros((*index_CS.shape, self.logits_RK.shape[1]), dtype=np.float32)
+            backbone_CSK[mask_CS] = self.logits_RK[at]
+            arrays.append(backbone_CSK)
         return ClientBatch(*(torch.from_numpy(np.ascontiguousarray(a)) for a in arrays))

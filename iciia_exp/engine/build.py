@@ -297,7 +297,7 @@ class Plan:
     @cached_property
     def head_digest(self) -> str:
         """Names the classifier that is fitted on the features (``train: head``)."""
-        return digest([self.features_digest, self._teacher, self.backbone_spec.seed])
+        return digest([self.features_digest, self._teacher, self.backbone_spec.seed, "out of fold"])
 
     @property
     def base_digest(self) -> str:

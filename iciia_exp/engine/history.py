@@ -109,7 +109,7 @@ def _prefix(test: Ragged, length: int, longest: int) -> Iterator[Selection]:
 
 
 def _move(batch: ClientBatch, device: torch.device | str) -> ClientBatch:
-    return ClientBatch(*(tensor.to(device) for tensor in batch))
+    return ClientBatch(*(None if tensor is None else tensor.to(device) for tensor in batch))  # type: ignore[arg-type]
 
 
 def _count(metric: ClientCountsMetric, head: nn.Linear, batch: ClientBatch, logits_BSK: Tensor, at_B: Tensor) -> None:

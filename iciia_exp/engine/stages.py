@@ -199,7 +199,7 @@ def _fit_head(plan: Plan) -> None:
         from safetensors.torch import save
 
         from iciia_exp.engine.features import head_accuracy
-        from iciia_exp.models.linear_probe import fit_linear_head
+        from iciia_exp.models.linear_probe import fit_linear_head, out_of_fold_logits
 
         store = FeatureStore.open(plan.features_dir)
         rows = plan.backbone_rows[~store.bad[plan.backbone_rows]]
@@ -213,6 +213,12 @@ def _fit_head(plan: Plan) -> None:
         head = {"weight": torch.from_numpy(weight), "bias": torch.from_numpy(bias)}
         with atomic_write(folder / "head.safetensors", "wb") as file:
             file.write(save(head))
+        if np.isin(rows, plan.clients.train.values).any():  # methods will be trained on them too
+            fitted = (x_MD, plan.labels[rows], plan.dataset.task, plan.num_classes, record["penalty"])
+            with atomic_write(folder / "out_of_fold.npy", "wb") as file:
+                np.save(file, out_of_fold_logits(*fitted, derive_seed("head", spec.seed)))
+            with atomic_write(folder / "out_of_fold_images.npy", "wb") as file:
+                np.save(file, rows)
         parts = {"fitted": rows, **{r: plan.clients[r].values for r in ROLES if len(plan.clients[r].values)}}
         parts = {name: some[~store.bad[some]] for name, some in parts.items()}
         manifest = {
@@ -309,11 +315,20 @@ def _head(plan: Plan, store: FeatureStore) -> nn.Linear:
     return head.requires_grad_(False)
 
 
+def _out_of_fold(plan: Plan) -> tuple[np.ndarray, np.ndarray] | None:
+    """Return logits, as of new images, of those that the backbone's classifier was fitted on, and their numbers."""
+    folder = plan.backbone_dir
+    if plan.backbone_spec.train != "head" or not (folder / "out_of_fold.npy").is_file():
+        return None
+    return np.load(folder / "out_of_fold.npy", mmap_mode="r"), np.load(folder / "out_of_fold_images.npy")
+
+
 def _loader(
     plan: Plan, store: FeatureStore, clients: Clients, role: str, batch_size: int = 64, **order: Any
 ) -> DataLoader[Any]:
-    batches = FeatureBatches(store.array(), plan.labels)
-    images = plan.protocol.train_images if role == "train" else plan.protocol.images
+    train = role == "train"
+    batches = FeatureBatches(store.array(), plan.labels, _out_of_fold(plan) if train else None)
+    images = plan.protocol.train_images if train else plan.protocol.images
     sampler = ClientBatchSampler(clients[role], images, batch_size, **order)
     return DataLoader(batches, batch_size=None, sampler=sampler)
 

@@ -131,7 +131,7 @@ class MethodModule(_Module):
 
     def training_step(self, batch: ClientBatch, batch_idx: int) -> Tensor:
         """Return the method's loss on a client batch."""
-        logits_CSK = self.method.training_logits(batch.x_CSD, batch.mask_CS)
+        logits_CSK = self.method.training_logits(batch)
         loss = self.method.loss(logits_CSK, batch.y_CS, batch.mask_CS)
         self.log("train/loss", loss, on_step=False, on_epoch=True, batch_size=int(batch.mask_CS.sum()))
         return loss

@@ -63,9 +63,9 @@ class Method(nn.Module, ABC):
     def prepare(self, task: str) -> None:
         """Learn which of `iciia_exp.tasks.TASKS` it is for; called before training."""
 
-    def training_logits(self, x_CSD: Tensor, mask_CS: Tensor | None = None) -> Tensor:
+    def training_logits(self, batch: ClientBatch) -> Tensor:
         """Return the logits whose loss is trained, [C, S, K]: those of `forward`, by default."""
-        return self(x_CSD, mask_CS)
+        return self(batch.x_CSD, batch.mask_CS)
 
     def calibrate(self, batches: Iterable[ClientBatch]) -> dict[str, Any]:
         """Choose what is chosen on selection clients after training; return what to record of it.

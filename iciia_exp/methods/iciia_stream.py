@@ -3,13 +3,15 @@
 Ours, on the published encoder (ACML 2024, PMLR 260:223-238) with causal attention. With n images in a client's past and
 b the backbone's logits of the newest image alone,
 
-    logits = A(n) b + H(n) (W m + c + a(n) g log pi)
+    logits = A(n) b + H(n) (f (W m + c) + g a(n) log pi)
 
 - m: mean over the past of the encoder's outputs; W m + c is what the module has learned about the classes of clients
   with such a past. W starts at zero.
 - pi: mean over the past of the backbone's probabilities, drawn towards even classes as by a few images more; the
-  prior of classes that anybody would estimate (one step of Saerens, Latinne and Decaestecker 2002), with a weight g of
-  its own that the module reads from m.
+  prior of classes that anybody would estimate (one step of Saerens, Latinne and Decaestecker 2002).
+- f, g: how much to trust either, read from m and from how alike the images of the past are: the chance that two of
+  them have the same class, as the backbone sees it, how sure it is of each, and n. They turn the correction off for a
+  client with all classes.
 - A(n), H(n): how much the backbone and the correction count after n images; chosen on selection clients in the end.
 
 The newest image enters through b alone, the past through a bias of the logits alone. So without a past the answer is
@@ -43,6 +45,9 @@ __all__ = ["KNOTS", "IciiaStream"]
 
 #: Lengths of the past at which A, H and a are parameters; between them they are linear in log(1 + n).
 KNOTS = (0, 1, 2, 3, 5, 10, 15, 30, 60, 120)
+
+# Numbers that say how alike the images of a past are.
+_LIKENESS = 4
 
 # Numbers in the logits that the last choice of A and H looks at.
 _CALIBRATE = 1 << 24
@@ -98,8 +103,8 @@ class IciiaStream(Method):
         self.prior_weight = nn.Parameter(torch.full((len(KNOTS),), 0.5))
         #: of the backbone's logits before they are averaged; and how many even images are added (softplus)
         self.log_sharpness, self.even_images = nn.Parameter(torch.zeros(())), nn.Parameter(torch.ones(()))
-        #: from m: the prior's own weight, and more or fewer even images
-        self.gate = nn.Linear(self.dim, 2)
+        #: from m and the likeness of the past: f, g, and more or fewer even images
+        self.gate = nn.Linear(self.dim + _LIKENESS, 3)
         nn.init.zeros_(self.gate.weight)
         nn.init.zeros_(self.gate.bias)
         self.register_buffer("longest", torch.tensor(KNOTS[-1]))  # no longer past has been seen
@@ -123,38 +128,55 @@ class IciiaStream(Method):
         """Return a table's values for the lengths ``n``."""
         return (self._knots @ table_J)[n.long().clamp(max=self.longest)]
 
-    def _correction(self, encoded: Tensor, classes: Tensor, n: Tensor) -> Tensor:
-        """Return the bias [..., K] from sums over the past, [..., D] and [..., K], and its length, [...]."""
-        some = (n > 0).unsqueeze(-1)
-        mean = encoded / n.clamp(min=1).unsqueeze(-1)
+    def _correction(self, encoded: Tensor, classes: Tensor, squares: Tensor, n: Tensor) -> Tensor:
+        """Return the bias [..., K] from sums over the past, and its length.
+
+        Args:
+            encoded: sum of the encoder's outputs, [..., D].
+            classes: sum of the backbone's probabilities, [..., K].
+            squares: sum of each image's squared probabilities, over images and classes, [...].
+            n: length of the past, [...].
+        """
+        some, images = (n > 0).unsqueeze(-1), n.clamp(min=1)
+        mean = encoded / images.unsqueeze(-1)
         learned = self.model.classifier(mean)
-        weight, more = self.gate(mean).unbind(-1)
+        sure = squares / images  # chance that the backbone, asked twice about one image, says the same class
+        same = (classes.square().sum(-1) - squares) / (n * (n - 1)).clamp(min=1)  # ... about two images
+        likeness = torch.stack([same, sure, same / sure.clamp(min=1e-6), n.log1p()], -1)
+        trust, weight, more = self.gate(torch.cat([mean, likeness], -1)).unbind(-1)
         even = F.softplus(self.even_images + more).unsqueeze(-1) + 1e-3
         if self.multi_label:
             prior = ((classes + 0.5 * even) / (n.unsqueeze(-1) + even)).logit(1e-6)
         else:
             prior = ((classes + even / self.num_classes) / (n.unsqueeze(-1) + even)).log()
-        return (learned + (self._at(self.prior_weight, n) * 2 * weight.sigmoid()).unsqueeze(-1) * prior) * some
+        g = self._at(self.prior_weight, n) * 2 * weight.sigmoid()
+        return (2 * trust.sigmoid().unsqueeze(-1) * learned + g.unsqueeze(-1) * prior) * some
 
     def _combine(self, b: Tensor, correction: Tensor, n: Tensor) -> Tensor:
         anchor, share = (self._at(table, n).exp().unsqueeze(-1) for table in (self.log_anchor, self.log_correction))
         return anchor * b + share * correction
 
-    def _read(self, x_CSD: Tensor, mask_CS: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Return the backbone's logits, what is summed over a past (0 where padded), and which images are real."""
+    def _read(self, x_CSD: Tensor, mask_CS: Tensor | None, b_CSK: Tensor | None = None) -> tuple[Tensor, list[Tensor]]:
+        """Return the backbone's logits and what is summed over a past, 0 where padded; 1 for each image comes last.
+
+        ``b_CSK`` are the logits where they are known already.
+        """
         if self.training:
             x_CSD = F.dropout(x_CSD, self.feature_dropout)
-        b_CSK = self.head(x_CSD)
+        if b_CSK is None:
+            b_CSK = self.head(x_CSD)
         real_CS = x_CSD.new_ones(x_CSD.shape[:2]) if mask_CS is None else mask_CS.to(x_CSD.dtype)
         encoded_CSD = self.model.encode(x_CSD, mask_CS) * real_CS.unsqueeze(-1)
-        return b_CSK, encoded_CSD, self._classes(b_CSK) * real_CS.unsqueeze(-1), real_CS
+        classes_CSK = self._classes(b_CSK) * real_CS.unsqueeze(-1)
+        return b_CSK, [encoded_CSD, classes_CSK, classes_CSK.square().sum(-1), real_CS]
 
-    def _parts(self, x_CSD: Tensor, mask_CS: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    def _parts(
+        self, x_CSD: Tensor, mask_CS: Tensor | None, b_CSK: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """Return backbone's logits and correction, [C, S, K], and length of the past, [C, S], of every image."""
-        b_CSK, encoded_CSD, classes_CSK, real_CS = self._read(x_CSD, mask_CS)
-        before = (part.cumsum(1) - part for part in (encoded_CSD, classes_CSK, real_CS))
-        encoded_CSD, classes_CSK, n_CS = before
-        return b_CSK, self._correction(encoded_CSD, classes_CSK, n_CS), n_CS
+        b_CSK, summed = self._read(x_CSD, mask_CS, b_CSK)
+        before = [part.cumsum(1) - part for part in summed]
+        return b_CSK, self._correction(*before), before[-1]
 
     # ---- the method
 
@@ -167,16 +189,15 @@ class IciiaStream(Method):
         """Return every image's logits after the images before it, [C, S, K]."""
         return self._combine(*self._parts(x_CSD, mask_CS))
 
-    def training_logits(self, x_CSD: Tensor, mask_CS: Tensor | None = None) -> Tensor:
-        """Return `stream`: every length of the past is trained at once."""
-        return self.stream(x_CSD, mask_CS)
+    def training_logits(self, batch: ClientBatch) -> Tensor:
+        """Return `stream`, with the batch's own logits of the backbone: every length of the past is trained at once."""
+        return self._combine(*self._parts(batch.x_CSD, batch.mask_CS, batch.backbone_CSK))
 
     def forward(self, x_CSD: Tensor, mask_CS: Tensor | None = None) -> Tensor:
         """Return every image's logits with all others of its chunk as its past, [C, S, K]."""
-        b_CSK, encoded_CSD, classes_CSK, real_CS = self._read(x_CSD, mask_CS)
-        others = (part.sum(1, keepdim=True) - part for part in (encoded_CSD, classes_CSK, real_CS))
-        encoded_CSD, classes_CSK, n_CS = others
-        return self._combine(b_CSK, self._correction(encoded_CSD, classes_CSK, n_CS), n_CS)
+        b_CSK, summed = self._read(x_CSD, mask_CS)
+        others = [part.sum(1, keepdim=True) - part for part in summed]
+        return self._combine(b_CSK, self._correction(*others), others[-1])
 
     @property
     def state_width(self) -> int:
@@ -194,7 +215,8 @@ class IciiaStream(Method):
             n_C = mask_CP.sum(1).to(x_CD.dtype)
             encoded_CPD, classes_CPK = (part * mask_CP.unsqueeze(-1) for part in (encoded_CPD, classes_CPK))
         b_CK = self.head(x_CD)
-        logits_CK = self._combine(b_CK, self._correction(encoded_CPD.sum(1), classes_CPK.sum(1), n_C), n_C)
+        summed = encoded_CPD.sum(1), classes_CPK.sum(1), classes_CPK.square().sum((1, 2)), n_C
+        logits_CK = self._combine(b_CK, self._correction(*summed), n_C)
         past_N2CPD = keys_CPe.unflatten(2, (self.num_layers, 2, self.dim)).permute(2, 3, 0, 1, 4)
         encoded_CD, own_N2CD = self.model.encode_step(x_CD, past_N2CPD, mask_CP)
         return logits_CK, torch.cat([own_N2CD.permute(2, 0, 1, 3).flatten(1), encoded_CD, self._classes(b_CK)], 1)
@@ -256,14 +278,14 @@ class IciiaStream(Method):
     @property
     def _bias_macs(self) -> int:
         """The classifier of the past, D K, and the gate."""
-        return self.dim * self.num_classes + 2 * self.dim
+        return self.dim * self.num_classes + 3 * (self.dim + _LIKENESS)
 
     def macs(self, images: int) -> int:
-        """(6 S D^2 / G + 2 S^2 D) N + S (D K + 2 D): a classifier comes on top of the backbone's own."""
+        """(6 S D^2 / G + 2 S^2 D) N + S (D K + 3 D + 12): a classifier comes on top of the backbone's own."""
         return attention_macs(images, self.dim, self.groups, self.num_layers) + images * self._bias_macs
 
     def streaming_macs(self, images: int) -> int | None:
-        """(6 D^2 / G + 2 S D) N + D K + 2 D."""
+        """(6 D^2 / G + 2 S D) N + D K + 3 D + 12."""
         return streaming_attention_macs(images, self.dim, self.groups, self.num_layers) + self._bias_macs
 
     def num_parameters(self) -> int:

@@ -19,12 +19,15 @@ from iciia_exp.errors import UserError
 from iciia_exp.seeding import generator
 from iciia_exp.tasks import MULTI_LABEL
 
-__all__ = ["PENALTIES", "fit_linear_head"]
+__all__ = ["FOLDS", "PENALTIES", "fit_linear_head", "out_of_fold_logits"]
 
 log = logging.getLogger(__name__)
 
 #: L2 penalties to choose from, per image: half the squared norm of the weights on standardised features.
 PENALTIES = (1e-2, 1e-3, 1e-4, 1e-5)
+
+#: Parts of the images, of which each gets its logits from a classifier fitted on the others.
+FOLDS = 5
 
 #: Images that choose the penalty; the fit itself is on all.
 _CHOOSE = 20_000
@@ -101,3 +104,34 @@ def fit_linear_head(
     weight = weight / scale  # undo the standardisation
     record = {"penalty": penalty, "held_out_log_loss": {f"{p:g}": round(loss, 4) for p, loss in losses.items()}}
     return weight.astype(np.float32), (bias - weight @ mean).astype(np.float32), record
+
+
+def out_of_fold_logits(
+    x_MD: np.ndarray, labels: np.ndarray, task: str, num_classes: int, penalty: float, seed: int = 0
+) -> np.ndarray:
+    """Return the logits of every image by a classifier that was not fitted on it, float16 [M, K].
+
+    What is trained behind the classifier on the same images should see logits like those of new images: a classifier is
+    far surer of its own (Wolpert 1992, stacked generalization).
+
+    Args:
+        x_MD, labels, task, num_classes: as for `fit_linear_head`.
+        penalty: the one that it chose.
+        seed: of the folds, which have equal shares of every class.
+    """
+    mean, scale = x_MD.mean(axis=0), float(x_MD.std()) or 1.0
+    x_MD = (x_MD - mean) / scale
+    draws_M = generator("folds", seed).random(len(x_MD))
+    order_M = np.argsort(draws_M) if task == MULTI_LABEL else np.lexsort((draws_M, labels))
+    fold_M = np.empty(len(x_MD), dtype=np.int64)
+    fold_M[order_M] = np.arange(len(x_MD)) % FOLDS
+    logits_MK = np.empty((len(x_MD), num_classes), dtype=np.float16)
+    for fold in range(FOLDS):
+        others, own = fold_M != fold, fold_M == fold
+        if task == MULTI_LABEL:
+            rows = [_fit_attribute(x_MD[others], column[others].astype(np.int64), penalty) for column in labels.T]
+            weight, bias = np.stack([w for w, _ in rows]), np.array([b for _, b in rows], dtype=np.float32)
+        else:
+            weight, bias = _fit(x_MD[others], labels[others], penalty, num_classes)
+        logits_MK[own] = x_MD[own] @ weight.T + bias
+    return logits_MK

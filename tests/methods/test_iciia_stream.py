@@ -40,15 +40,21 @@ def by_equation(method, x_D, past_PD, encoded_PD):
     if n == 0:
         return at(method.log_anchor, 0).exp() * b
     logits = method.head(past_PD) * method.log_sharpness.exp()
+    p_PK = logits.sigmoid() if method.multi_label else logits.softmax(-1)
     m = encoded_PD.mean(0)
-    weight, more = method.gate(m)
+    sure = sum(p @ p for p in p_PK) / n
+    pairs = [p @ q for i, p in enumerate(p_PK) for j, q in enumerate(p_PK) if i != j]
+    same = sum(pairs) / max(1, len(pairs)) if pairs else torch.zeros(())
+    likeness = torch.stack([same, sure, same / sure, torch.tensor(math.log1p(n))])
+    trust, weight, more = method.gate(torch.cat([m, likeness]))
     even = nn.functional.softplus(method.even_images + more) + 1e-3
     if method.multi_label:
-        pi = (logits.sigmoid().sum(0) + even / 2) / (n + even)
+        pi = (p_PK.sum(0) + even / 2) / (n + even)
         prior = (pi / (1 - pi)).log()
     else:
-        prior = ((logits.softmax(-1).sum(0) + even / K) / (n + even)).log()
-    correction = method.model.classifier(m) + at(method.prior_weight, n) * 2 * weight.sigmoid() * prior
+        prior = ((p_PK.sum(0) + even / K) / (n + even)).log()
+    learned = 2 * trust.sigmoid() * method.model.classifier(m)
+    correction = learned + at(method.prior_weight, n) * 2 * weight.sigmoid() * prior
     return at(method.log_anchor, n).exp() * b + at(method.log_correction, n).exp() * correction
 
 
@@ -78,7 +84,7 @@ def test_the_backbone_s_classifier_is_not_trained():
         x, y, mask = torch.randn(4, 6, D), torch.randint(0, K, (4, 6)), torch.ones(4, 6, dtype=torch.bool)
         method.model.classifier.weight.data.normal_()
         method.gate.weight.data.normal_()
-        method.loss(method.training_logits(x, mask), y, mask).backward()
+        method.loss(method.training_logits(ClientBatch(x, y, mask, torch.arange(4))), y, mask).backward()
     for name, parameter in method.named_parameters():
         assert (parameter.grad is None) == name.startswith("head."), name
 

@@ -9,7 +9,7 @@ import torch
 
 from iciia_exp import tasks
 from iciia_exp.errors import UserError
-from iciia_exp.models.linear_probe import PENALTIES, fit_linear_head
+from iciia_exp.models.linear_probe import PENALTIES, fit_linear_head, out_of_fold_logits
 from iciia_exp.tasks import MULTI_LABEL, SINGLE_LABEL
 
 
@@ -181,3 +181,20 @@ def test_an_attribute_that_all_or_no_images_have():
     assert ((logits(x, weight, bias) > 0)[:, 1] == labels[:, 1]).mean() > 0.9
     assert np.isfinite(bias).all()
     json.dumps(record)
+
+
+@pytest.mark.parametrize("task", ["single-label", "multi-label"])
+def test_out_of_fold_logits_are_those_of_new_images(task):
+    rng = np.random.default_rng(0)
+    x = rng.standard_normal((300, 40)).astype(np.float32)
+    labels = rng.integers(0, 3, 300)  # nothing to learn: only a classifier's own images can look right
+    if task == "multi-label":
+        labels = np.eye(3, dtype=np.uint8)[labels]
+    weight, bias, _ = fit_linear_head(x, labels, task, 3)
+    own, new = x @ weight.T + bias, out_of_fold_logits(x, labels, task, 3, 1e-4)
+    assert new.dtype == np.float16
+    right = (lambda z: (z.argmax(1) == labels).mean()) if labels.ndim == 1 else (lambda z: ((z > 0) == labels).mean())
+    chance = 1 / 3 if labels.ndim == 1 else 5 / 9
+    assert right(own) > chance + 0.1
+    assert abs(right(new) - chance) < 0.08
+    assert (new == out_of_fold_logits(x, labels, task, 3, 1e-4)).all()
