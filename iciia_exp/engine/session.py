@@ -86,7 +86,10 @@ class ClientSession:
         Args:
             image: features, float [D]; or an image as the dataset gives it, where the session has a backbone.
         """
-        return _predict([self], self._as_features(image)[None])[0]
+        x_1D = self._as_features(image)[None]
+        logits_1K, own_1E = self.run.method.step(x_1D, self._state[None, : self.kept])
+        self._remember(own_1E[0], x_1D[0])
+        return tasks.probabilities(logits_1K[0], self.run.info["task"])
 
     def _as_features(self, image: Any) -> Tensor:
         dim = self.run.method.dim

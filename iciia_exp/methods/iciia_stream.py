@@ -46,8 +46,9 @@ __all__ = ["KNOTS", "IciiaStream"]
 #: Lengths of the past at which A, H and a are parameters; between them they are linear in log(1 + n).
 KNOTS = (0, 1, 2, 3, 5, 10, 15, 30, 60, 120)
 
-# Numbers that say how alike the images of a past are.
-_LIKENESS = 4
+# Of the small network that reads how alike the images of a past are.
+_LIKENESS_MACS = 4 * 16 + 16 * 3
+
 
 # Numbers in the logits that the last choice of A and H looks at.
 _CALIBRATE = 1 << 24
@@ -104,9 +105,11 @@ class IciiaStream(Method):
         #: of the backbone's logits before they are averaged; and how many even images are added (softplus)
         self.log_sharpness, self.even_images = nn.Parameter(torch.zeros(())), nn.Parameter(torch.ones(()))
         #: from m and the likeness of the past: f, g, and more or fewer even images
-        self.gate = nn.Linear(self.dim + _LIKENESS, 3)
-        nn.init.zeros_(self.gate.weight)
-        nn.init.zeros_(self.gate.bias)
+        self.gate, last = nn.Linear(self.dim, 3), nn.Linear(16, 3)
+        self.likeness = nn.Sequential(nn.Linear(4, 16), nn.ReLU(), last)
+        for start in (self.gate, last):
+            nn.init.zeros_(start.weight)
+            nn.init.zeros_(start.bias)
         self.register_buffer("longest", torch.tensor(KNOTS[-1]))  # no longer past has been seen
         self.register_buffer("multi_label", torch.tensor(False))
         self.register_buffer("_knots", _between_knots(), persistent=False)
@@ -142,8 +145,9 @@ class IciiaStream(Method):
         learned = self.model.classifier(mean)
         sure = squares / images  # chance that the backbone, asked twice about one image, says the same class
         same = (classes.square().sum(-1) - squares) / (n * (n - 1)).clamp(min=1)  # ... about two images
-        likeness = torch.stack([same, sure, same / sure.clamp(min=1e-6), n.log1p()], -1)
-        trust, weight, more = self.gate(torch.cat([mean, likeness], -1)).unbind(-1)
+        same, sure = (same.clamp(min=0) + 1e-3).log(), (sure + 1e-3).log()
+        likeness = torch.stack([same, sure, same - sure, n.log1p()], -1)
+        trust, weight, more = (self.gate(mean) + self.likeness(likeness)).unbind(-1)
         even = F.softplus(self.even_images + more).unsqueeze(-1) + 1e-3
         if self.multi_label:
             prior = ((classes + 0.5 * even) / (n.unsqueeze(-1) + even)).logit(1e-6)
@@ -278,14 +282,14 @@ class IciiaStream(Method):
     @property
     def _bias_macs(self) -> int:
         """The classifier of the past, D K, and the gate."""
-        return self.dim * self.num_classes + 3 * (self.dim + _LIKENESS)
+        return self.dim * self.num_classes + 3 * self.dim + _LIKENESS_MACS
 
     def macs(self, images: int) -> int:
-        """(6 S D^2 / G + 2 S^2 D) N + S (D K + 3 D + 12): a classifier comes on top of the backbone's own."""
+        """(6 S D^2 / G + 2 S^2 D) N + S (D K + 3 D + 112): a classifier comes on top of the backbone's own."""
         return attention_macs(images, self.dim, self.groups, self.num_layers) + images * self._bias_macs
 
     def streaming_macs(self, images: int) -> int | None:
-        """(6 D^2 / G + 2 S D) N + D K + 3 D + 12."""
+        """(6 D^2 / G + 2 S D) N + D K + 3 D + 112."""
         return streaming_attention_macs(images, self.dim, self.groups, self.num_layers) + self._bias_macs
 
     def num_parameters(self) -> int:

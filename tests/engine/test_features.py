@@ -14,7 +14,7 @@ import torch
 
 from iciia_exp import Run
 from iciia_exp.data.store import FeatureStore, FeatureWriter
-from iciia_exp.engine import features
+from iciia_exp.engine import features, stages
 from iciia_exp.engine.build import Plan
 from iciia_exp.engine.console import setup_logging
 from iciia_exp.engine.features import probes
@@ -478,3 +478,15 @@ def test_reserved_images_are_the_backbones_alone(root, folder, train):
     row = execute(plan)
     assert json.loads((plan.backbone_dir / "manifest.json").read_text())["images"] == 9
     assert row["test_images"] > 0
+
+
+def test_methods_are_trained_on_logits_as_of_new_images(folder):
+    plan = folder(*HEAD, "method=iciia_stream", "client_mix=all_kinds")
+    execute(plan)
+    logits, numbers = stages._out_of_fold(plan)
+    assert set(numbers) == set(plan.clients.train.values)
+    assert logits.shape == (len(numbers), plan.num_classes)
+    (batch, *_) = stages._loader(plan, FeatureStore.open(plan.features_dir), plan.clients, "train", 4)
+    assert batch.backbone_CSK.shape == (*batch.mask_CS.shape, plan.num_classes)
+    (batch, *_) = stages._loader(plan, FeatureStore.open(plan.features_dir), plan.clients, "test", 4)
+    assert batch.backbone_CSK is None

@@ -45,8 +45,9 @@ def by_equation(method, x_D, past_PD, encoded_PD):
     sure = sum(p @ p for p in p_PK) / n
     pairs = [p @ q for i, p in enumerate(p_PK) for j, q in enumerate(p_PK) if i != j]
     same = sum(pairs) / max(1, len(pairs)) if pairs else torch.zeros(())
-    likeness = torch.stack([same, sure, same / sure, torch.tensor(math.log1p(n))])
-    trust, weight, more = method.gate(torch.cat([m, likeness]))
+    same, sure = (same + 1e-3).log(), (sure + 1e-3).log()
+    likeness = method.likeness(torch.stack([same, sure, same - sure, torch.tensor(math.log1p(n))]))
+    trust, weight, more = method.gate(m) + likeness
     even = nn.functional.softplus(method.even_images + more) + 1e-3
     if method.multi_label:
         pi = (p_PK.sum(0) + even / 2) / (n + even)
