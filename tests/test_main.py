@@ -40,7 +40,7 @@ def test_help_is_quick_and_imports_no_torch(tmp_path):
     assert done.returncode == 0, done.stderr
     for word in (
         "+experiment=NAME",
-        "method: backbone, iciia, linear_head",
+        "method: backbone, iciia, iciia_stream, linear_head",
         "groups: 1",
         "iciia_exp.cache",
         "-m groups=",

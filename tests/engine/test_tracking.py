@@ -43,7 +43,7 @@ def test_an_offline_run_holds_everything(plan):
     clients = Run.load(made.run_dir).clients
     assert table["columns"] == list(clients)
     assert len(table["data"]) == len(clients)
-    assert len(list(Path(made.run_dir).glob("wandb/offline-run-*/files/media/images/plots/*.png"))) == 2
+    assert len(list(Path(made.run_dir).glob("wandb/offline-run-*/files/media/images/plots/*.png"))) == 3
 
 
 def test_the_logger_changes_no_number(plan, tmp_path):
