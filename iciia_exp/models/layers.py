@@ -57,6 +57,7 @@ class GroupedLinear(nn.Module):
         shape = (out_features // groups, in_features // groups)
         self.weight = nn.Parameter(torch.empty(shape if groups == 1 else (groups, *shape)))
         self.bias = nn.Parameter(torch.empty(out_features))
+        self._kept: tuple[tuple[int, ...], Tensor] | None = None  # joined blocks of weights that stay as they are
         self.reset_parameters()
 
     def blocks(self) -> Tensor:
@@ -90,6 +91,15 @@ class GroupedLinear(nn.Module):
         """
         if joined == 1:
             return self.weight.transpose(1, 2)
+        fixed = not (torch.is_grad_enabled() and self.weight.requires_grad) and not self.weight.is_inference()
+        if not fixed or torch.compiler.is_compiling():
+            return self._join(joined)
+        key = (self.weight._version, self.weight.data_ptr(), joined)
+        if self._kept is None or self._kept[0] != key:
+            self._kept = key, self._join(joined)
+        return self._kept[1]
+
+    def _join(self, joined: int) -> Tensor:
         blocks_BJoi = self.weight.view(-1, joined, self.out_features // self.groups, self.in_features // self.groups)
         joined_BJioJ = torch.diag_embed(blocks_BJoi.permute(0, 3, 2, 1), dim1=1, dim2=4)
         return joined_BJioJ.flatten(3).flatten(1, 2)
@@ -105,7 +115,7 @@ class GroupedLinear(nn.Module):
         y_BMoJ = torch.bmm(x_BMi, self._matrices(joined)).view(blocks, vectors, outputs, joined)
         # [B, M, o, J] -> [M, o, B, J]: the outputs of one group end up G apart
         y = y_BMoJ.permute(1, 2, 0, 3) if self.shuffle else y_BMoJ.permute(1, 0, 3, 2)
-        return y.reshape(*lead, self.out_features) + self.bias
+        return y.reshape(*lead, self.out_features).add_(self.bias)  # the reshape has just made it
 
     def extra_repr(self) -> str:
         """Show the sizes in ``repr``."""

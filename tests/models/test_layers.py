@@ -38,6 +38,24 @@ def test_joining_groups_changes_nothing(groups, joined, monkeypatch):
     torch.testing.assert_close(gradients, (layer.weight.grad, x.grad), atol=1e-4, rtol=1e-4)
 
 
+def test_joined_weights_follow_the_weights():
+    layer, x = GroupedLinear(96, 96, 16), torch.randn(40, 96)
+    with torch.no_grad():
+        first = layer(x)
+        torch.testing.assert_close(layer(x), first)
+        layer.weight.mul_(2.0)
+        torch.testing.assert_close(layer(x) - layer.bias, 2 * (first - layer.bias))
+        other = GroupedLinear(96, 96, 16)
+        layer.load_state_dict(other.state_dict())
+        torch.testing.assert_close(layer(x), other(x))
+        layer.weight = torch.nn.Parameter(torch.zeros_like(layer.weight))
+        torch.testing.assert_close(layer(x), layer.bias.expand(40, 96))
+    layer(x).sum().backward()
+    assert layer.weight.grad.abs().sum() > 0
+    with torch.inference_mode():
+        torch.testing.assert_close(layer(x), layer.bias.expand(40, 96))
+
+
 def test_one_group_is_a_linear_layer():
     layer, plain = GroupedLinear(6, 4), nn.Linear(6, 4)
     plain.load_state_dict(layer.state_dict())
