@@ -55,71 +55,85 @@ def history_table(
     test, numbers = clients.test, np.flatnonzero(clients.test.lengths)
     compact = Ragged(np.concatenate([[0], np.cumsum(test.lengths[numbers])]), test.values)
     lengths = [n for n in protocol.history_lengths if (compact.lengths > n).any()]
-    counts = {(p, n): ClientCountsMetric(len(numbers), answers).to(device) for p in protocols for n in [*lengths, ALL]}
-    total, done = len(counts), 0
+    keys = [(name, n) for name in protocols for n in [*lengths, ALL]]
+    counts = _Counts(keys, len(numbers), answers, head.to(device), torch.device(device))
 
     def orders() -> Iterable[Sequences]:
         return stream_orders(compact, protocol.history_orders, protocol.history_longest, 0, clients.in_time)
 
-    steps: list[tuple[tuple[str, int], Callable[[], Iterator[Selection]]]] = []
-    for n in [*lengths, ALL]:
-        if "stream" in protocols and not method.causal:
-            steps.append((("stream", n), partial(_cut, orders, n)))
-        if "prefix" in protocols:
-            steps.append((("prefix", n), partial(_prefix, compact, n, protocol.history_longest)))
-    method, head = method.to(device), head.to(device)
-    last = method.stream if method.causal else method  # the target is the last of its sequence
+    steps: list[tuple[list[tuple[str, int]], Callable[[], Iterator[Selection]]]] = []
+    tokens = 512 if counts.device.type == "cpu" else 1 << 15  # of a batch: a processor's cache is small
+    if "stream" in protocols and method.causal:
+        steps.append(([key for key in keys if key[0] == "stream"], partial(_whole, orders, tokens)))
+    elif "stream" in protocols:
+        steps += [([("stream", n)], partial(_cut, orders, n, tokens)) for n in [*lengths, ALL]]
+    if "prefix" in protocols:
+        longest = protocol.history_longest
+        steps += [([("prefix", n)], partial(_prefix, compact, n, longest, tokens)) for n in [*lengths, ALL]]
+    method = method.to(device)
+    answer = method.stream if method.causal else method  # of the last image, both are the answer after all others
     with torch.inference_mode():
-        if "stream" in protocols and method.causal:
-            for sequences in orders():
-                for selection in by_length(sequences):
-                    batch = _move(batches[selection], device)
-                    logits_BSK = method.stream(batch.x_CSD, batch.mask_CS)
-                    last_B = batch.mask_CS.sum(1) - 1
-                    for n in [*lengths, ALL]:
-                        at_B = last_B if n == ALL else torch.full_like(last_B, n)
-                        _count(counts["stream", n], head, batch, logits_BSK, at_B)
-            done = len(lengths) + 1
-        for key, selections in steps:
+        for done, (some, selections) in enumerate(steps, 1):
             for selection in selections():
                 batch = _move(batches[selection], device)
-                logits_BSK = last(batch.x_CSD, batch.mask_CS)
-                _count(counts[key], head, batch, logits_BSK, batch.mask_CS.sum(1) - 1)
-            done += 1
-            progress(done / total)
-    tables = []
-    for (name, n), metric in counts.items():
-        rows, c = metric.counts()
-        ids = numbers[rows]
-        columns = {"protocol": name, "history": n, "client": clients.ids[ids], "kind": clients.kinds[ids]}
+                counts.add(some, batch, answer(batch.x_CSD, batch.mask_CS))
+            progress(done / len(steps))
+    return counts.table(clients.ids[numbers], clients.kinds[numbers])
+
+
+class _Counts:
+    """Hits and losses by (protocol, length) and client: one metric, in which every pair of the two is a client."""
+
+    def __init__(
+        self, keys: list[tuple[str, int]], clients: int, answers: int, head: nn.Linear, device: torch.device
+    ) -> None:
+        self.keys, self.clients, self.head, self.device = keys, clients, head, device
+        self.metric = ClientCountsMetric(len(keys) * clients, answers).to(device)
+
+    def add(self, keys: list[tuple[str, int]], batch: ClientBatch, logits_BSK: Tensor) -> None:
+        """Count the targets of a batch: of one length the last images, else those at the lengths' positions."""
+        size_B = batch.mask_CS.sum(1)
+        sequences, positions, clients = [], [], []
+        for key in keys:
+            at_B = size_B - 1 if key[1] == ALL or len(keys) == 1 else torch.full_like(size_B, key[1])
+            row = (at_B < size_B).nonzero()[:, 0]
+            sequences.append(row)
+            positions.append(at_B[row])
+            clients.append(batch.client_C[row] + self.keys.index(key) * self.clients)
+        row, at, client = (torch.cat(parts) for parts in (sequences, positions, clients))
+        x_T, y_T, logits_TK = batch.x_CSD[row, at], batch.y_CS[row, at], logits_BSK[row, at]
+        real_T = torch.ones(len(row), 1, dtype=torch.bool, device=self.device)
+        self.metric.update(self.head(x_T)[:, None], logits_TK[:, None], y_T[:, None], real_T, client)
+
+    def table(self, ids: np.ndarray, kinds: np.ndarray) -> pd.DataFrame:
+        """Return one row per key and client that had targets."""
+        numbers, c = self.metric.counts()
+        key, client = np.divmod(numbers, self.clients)
+        names = np.array([name for name, _ in self.keys], dtype=object)
+        lengths = np.array([n for _, n in self.keys])
+        columns = {"protocol": names[key], "history": lengths[key], "client": ids[client], "kind": kinds[client]}
         columns |= {"targets": c.images_C, "answers": c.answers_C}
         hits = {f: getattr(c, f"{f}_C") for f in ("backbone_hits", "method_hits", "both_hits")}
         losses = {f: getattr(c, f"{f}_C") for f in ("backbone_loss", "method_loss")}
-        tables.append(pd.DataFrame({**columns, **hits, **losses}))
-    return pd.concat(tables, ignore_index=True)
+        return pd.DataFrame({**columns, **hits, **losses})
 
 
-def _cut(orders: Callable[[], Iterable[Sequences]], length: int) -> Iterator[Selection]:
+def _whole(orders: Callable[[], Iterable[Sequences]], tokens: int) -> Iterator[Selection]:
     for sequences in orders():
-        yield from by_length(sequences, None if length == ALL else length + 1)
+        yield from by_length(sequences, tokens=tokens)
 
 
-def _prefix(test: Ragged, length: int, longest: int) -> Iterator[Selection]:
-    return by_length(prefix_sequences(test, length, longest))
+def _cut(orders: Callable[[], Iterable[Sequences]], length: int, tokens: int) -> Iterator[Selection]:
+    for sequences in orders():
+        yield from by_length(sequences, None if length == ALL else length + 1, tokens)
+
+
+def _prefix(test: Ragged, length: int, longest: int, tokens: int) -> Iterator[Selection]:
+    return by_length(prefix_sequences(test, length, longest), tokens=tokens)
 
 
 def _move(batch: ClientBatch, device: torch.device | str) -> ClientBatch:
     return ClientBatch(*(None if tensor is None else tensor.to(device) for tensor in batch))  # type: ignore[arg-type]
-
-
-def _count(metric: ClientCountsMetric, head: nn.Linear, batch: ClientBatch, logits_BSK: Tensor, at_B: Tensor) -> None:
-    """Count the targets at the positions ``at_B``, where the sequences have them."""
-    some = (at_B < batch.mask_CS.sum(1)).nonzero()[:, 0]
-    at = at_B[some]
-    if len(some):
-        x_T, y_T, logits_TK = batch.x_CSD[some, at], batch.y_CS[some, at], logits_BSK[some, at]
-        real_T = torch.ones(len(some), 1, dtype=torch.bool, device=x_T.device)
-        metric.update(head(x_T)[:, None], logits_TK[:, None], y_T[:, None], real_T, batch.client_C[some])
 
 
 def history_summary(table: pd.DataFrame) -> pd.DataFrame:

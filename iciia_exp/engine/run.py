@@ -28,7 +28,7 @@ from iciia_exp import tasks
 from iciia_exp.artifacts import atomic_write, read_json, write_json
 from iciia_exp.data.clients import Clients
 from iciia_exp.data.store import FeatureStore
-from iciia_exp.errors import UserError
+from iciia_exp.errors import UserError, first_line
 from iciia_exp.methods.base import Method
 from iciia_exp.models.backbone import Backbone, BackboneSpec
 from iciia_exp.seeding import derive_seed
@@ -110,7 +110,11 @@ class Run:
         method = instantiate(info["method"], head=head, _convert_="all")
         for prefix, module in (("head.", head), ("method.", method)):
             part = {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
-            module.load_state_dict(part)
+            try:
+                module.load_state_dict(part)
+            except RuntimeError as error:
+                problem = "its weights do not fit this version's method; repeat its command into another output_dir"
+                raise UserError(f"{path}/weights.safetensors: {problem} ({first_line(error)})") from error
         method.eval().requires_grad_(False)
         return cls(path, method, head.requires_grad_(False), info["images"], info)
 
