@@ -263,7 +263,7 @@ def session(options: argparse.Namespace) -> None:
         facts = {"task": "single-label", "class_names": [str(k) for k in range(K)]}
         save_method(Path(name), method, head, config, Path(name), 16, facts)
         run = Run.load(name)
-    client = ClientSession(run, history=15)
+    client = ClientSession(run, history=15, compile=options.compile)
     classify = run.head
     backbone, added, heads = [], [], []
     with torch.inference_mode():
@@ -280,7 +280,8 @@ def session(options: argparse.Namespace) -> None:
                 heads.append(1e3 * (end - middle))
                 added.append(1e3 * (last - end) - heads[-1])
     base = statistics.median(backbone)
-    print(f"MobileNetV3-L 224 px at batch 1, N=3 G=256 causal, 15 kept images ({client.state_bytes:,} bytes)")
+    kept = f"15 kept images ({client.state_bytes:,} bytes), compile={options.compile}"
+    print(f"MobileNetV3-L 224 px at batch 1, N=3 G=256 causal, {kept}")
     print(f"backbone: {base:.2f} ms (p99 {np.percentile(backbone, 99):.2f}), classifier {statistics.median(heads):.3f}")
     middle_, high = statistics.median(added), float(np.percentile(added, 99))
     print(f"added by the session: {middle_:.3f} ms (p99 {high:.3f}), {middle_ / base:.1%} of the backbone")
@@ -319,6 +320,7 @@ def main() -> None:
     parser.add_argument("--groups", type=int, nargs="*", default=[1, 16, 256])
     parser.add_argument("--clients", type=int, nargs="*", default=[8, 64], help="clients of a step to try")
     parser.add_argument("--images", type=int, default=1000, help="of session and imagenet")
+    parser.add_argument("--compile", help="session: backend of torch.compile, inductor say")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     options = parser.parse_args()

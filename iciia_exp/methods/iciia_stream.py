@@ -76,7 +76,6 @@ class IciiaStream(Method):
     name = "iciia_stream"
 
     longest: Tensor
-    multi_label: Tensor
     _knots: Tensor
 
     def __init__(
@@ -111,7 +110,7 @@ class IciiaStream(Method):
             nn.init.zeros_(start.weight)
             nn.init.zeros_(start.bias)
         self.register_buffer("longest", torch.tensor(KNOTS[-1]))  # no longer past has been seen
-        self.register_buffer("multi_label", torch.tensor(False))
+        self.multi_label = False
         self.register_buffer("_knots", _between_knots(), persistent=False)
 
     @classmethod
@@ -227,7 +226,15 @@ class IciiaStream(Method):
 
     def prepare(self, task: str) -> None:
         """Remember whether the classes exclude each other."""
-        self.multi_label.fill_(task == tasks.MULTI_LABEL)
+        self.multi_label = task == tasks.MULTI_LABEL
+
+    def get_extra_state(self) -> Tensor:
+        """Return what the weights hold beside tensors: the task."""
+        return torch.tensor(self.multi_label)
+
+    def set_extra_state(self, state: Tensor) -> None:
+        """Take the task from weights."""
+        self.multi_label = bool(state)
 
     @torch.no_grad()
     def calibrate(self, batches: Iterable[ClientBatch]) -> dict[str, Any]:

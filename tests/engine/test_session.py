@@ -3,12 +3,12 @@
 import numpy as np
 import pytest
 import torch
+from hydra.utils import instantiate
 from torch import nn
 
 from iciia_exp.engine.run import Run, save_method
 from iciia_exp.engine.session import ClientSession, predict_together
 from iciia_exp.errors import UserError
-from iciia_exp.methods.iciia import IciiaMethod
 
 D, K = 16, 4
 
@@ -17,7 +17,7 @@ def make_run(folder, seed=0, **settings):
     torch.manual_seed(seed)
     head = nn.Linear(D, K)
     config = {"_target_": "iciia_exp.methods.iciia.IciiaMethod", "heads": 2, "groups": 4, **settings}
-    method = IciiaMethod(head, **{k: v for k, v in config.items() if k != "_target_"})
+    method = instantiate(config, head=head)
     facts = {"task": "single-label", "class_names": list("abcd")}
     save_method(folder, method, head, config, folder / "none", 16, facts)
     return Run.load(folder)
@@ -63,6 +63,20 @@ def test_many_sessions_together_equal_each_alone(run):
     for one, other in zip(*twins, strict=True):
         assert (one.seen, one.kept) == (other.seen, other.kept)
         torch.testing.assert_close(one._state, other._state, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("method", ["iciia", "iciia_stream"])
+def test_a_compiled_session_is_the_same(tmp_path, method):
+    (tmp_path / "r").mkdir()
+    settings = (
+        {"attention": "causal"} if method == "iciia" else {"_target_": "iciia_exp.methods.iciia_stream.IciiaStream"}
+    )
+    run = make_run(tmp_path / "r", num_layers=2, **settings)
+    plain, compiled = ClientSession(run, history=3), ClientSession(run, history=3, compile="eager")
+    for row in torch.randn(6, D):
+        torch.testing.assert_close(compiled.predict(row), plain.predict(row), atol=1e-5, rtol=1e-5)
+    with pytest.raises(UserError, match="compile=nonsense"):
+        ClientSession(run, compile="nonsense")
 
 
 def test_recent_keeps_the_last(run):
