@@ -23,6 +23,7 @@ from iciia_exp.data.history import ALL, Sequences, by_length, prefix_sequences, 
 from iciia_exp.engine.protocol import Protocol
 from iciia_exp.methods.base import Method
 from iciia_exp.metrics import ClientCounts, summarise
+from iciia_exp.seeding import generator
 
 __all__ = ["PROTOCOLS", "history_summary", "history_table"]
 
@@ -46,14 +47,20 @@ def history_table(
         method, head: the trained method and the backbone's classifier, in evaluation mode.
         batches: gathers features and labels.
         clients: the partition; its test images are the targets.
-        protocol: gives the lengths and the number of orders.
+        protocol: gives the lengths, the number of orders, and how many clients at most.
         answers: right-or-wrong answers of one image.
         device: where to compute.
         progress: is told the share that is done.
         protocols: which ones.
     """
     test, numbers = clients.test, np.flatnonzero(clients.test.lengths)
-    compact = Ragged(np.concatenate([[0], np.cumsum(test.lengths[numbers])]), test.values)
+    if len(numbers) > protocol.history_clients:  # every client is many sequences
+        drawn = generator("history_clients").permutation(len(numbers))[: protocol.history_clients]
+        numbers = np.sort(numbers[drawn])
+    chosen_C = np.zeros(len(test), dtype=bool)
+    chosen_C[numbers] = True
+    sizes = test.lengths[numbers]
+    compact = Ragged(np.concatenate([[0], np.cumsum(sizes)]), test.values[chosen_C[test.row_numbers]])
     lengths = [n for n in protocol.history_lengths if (compact.lengths > n).any()]
     keys = [(name, n) for name in protocols for n in [*lengths, ALL]]
     counts = _Counts(keys, len(numbers), answers, head.to(device), torch.device(device))

@@ -25,6 +25,7 @@ class Protocol:
             that there are; empty reports none.
         history_orders: orders of a client's images in the ``stream`` protocol.
         history_longest: no history has more images.
+        history_clients: of more test clients, so many are drawn for the histories.
     """
 
     def __init__(
@@ -37,6 +38,7 @@ class Protocol:
         history_lengths: Sequence[int] = HISTORY_LENGTHS,
         history_orders: int = 16,
         history_longest: int = 127,
+        history_clients: int = 5000,
     ) -> None:
         self.recipe = recipe
         self.images = check_int("images", images, 1)
@@ -45,5 +47,6 @@ class Protocol:
         self.train_images = self.images if train_images is None else check_int("train_images", train_images, 1)
         self.history_lengths = sorted({check_int("history_lengths", n, 0) for n in history_lengths})
         self.history_orders = check_int("history_orders", history_orders, 1)
+        self.history_clients = check_int("history_clients", history_clients, 1)
         least = max([1, *self.history_lengths])
         self.history_longest = check_int("history_longest", history_longest, least, why="of history_lengths")

@@ -65,6 +65,8 @@ def execute(plan: Plan, brief: bool = False) -> dict[str, Any] | None:
         return None
     # errors in the partition or in the trainer show before the first long computation
     clients = plan.clients
+    if plan.method_class.trainable:
+        _drawn_clients(plan, clients, "train")
     with quiet_lightning():
         make_trainer(plan.config["trainer"])
         if not finished_folder(plan.features_dir):

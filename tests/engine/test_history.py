@@ -73,6 +73,20 @@ def test_every_target_by_itself(world, attention, layers):
     assert summary.loc[("prefix", 0), "targets"] == sum(SIZES)
 
 
+def test_of_many_clients_some_are_drawn(world):
+    batches, clients = world
+    head = nn.Linear(D, K)
+    method = IciiaMethod(head, 1, 2, 2).eval()
+    every = history_table(method, head, batches, clients, Protocol(Recipe()), 1)
+    some = history_table(method, head, batches, clients, Protocol(Recipe(), history_clients=2), 1)
+    drawn = set(some["client"])
+    assert len(drawn) == 2
+    keys = ["protocol", "history", "client"]
+    want = every[every["client"].isin(drawn) & (every["protocol"] == "prefix")].set_index(keys)
+    got = some[some["protocol"] == "prefix"].set_index(keys)
+    assert got["method_hits"].equals(want["method_hits"])
+
+
 def test_no_length_that_nobody_has(world):
     batches, clients = world
     head = nn.Linear(D, K)

@@ -60,7 +60,8 @@ def test_a_multi_label_task_has_no_random_classes(plan, monkeypatch):
     made = plan(*STREAM, "client_mix=all_kinds")
     made.__dict__["labels"] = np.zeros((10, 3), dtype=np.uint8)
     with pytest.raises(ConfigError, match=r"client_mix.random_classes=0.2: needs one label per image"):
-        stages._drawn_clients(made, made.clients, "train")
+        execute(made)
+    assert not made.cache_dir.exists()
 
 
 def test_results_that_are_no_numbers_name_the_client(plan):
