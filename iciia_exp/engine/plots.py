@@ -105,7 +105,7 @@ def accuracy_vs_history(summary: pd.DataFrame, row: dict[str, Any], path: Path) 
     axes.set_xlabel("images of the client seen before" + " (below: clients that have so many)" * fewer)
     axes.set_ylabel("accuracy, mean over clients (%)")
     axes.set_title(f"{row['method']} on {row['dataset']}: accuracy by length of history", loc="left", fontsize=11)
-    axes.legend(frameon=False, fontsize=8.5, loc="best")
+    figure.legend(frameon=False, fontsize=8.5, loc="outside lower center", ncols=3)  # lines cross the whole plot
     return _save(figure, path)
 
 

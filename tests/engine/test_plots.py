@@ -3,7 +3,8 @@ import pandas as pd
 import pytest
 from matplotlib.image import imread
 
-from iciia_exp.engine.plots import accuracy_vs_overhead, gain_per_client
+from iciia_exp.engine.history import history_summary
+from iciia_exp.engine.plots import accuracy_vs_history, accuracy_vs_overhead, gain_per_client
 
 
 def row(**change):
@@ -35,6 +36,21 @@ def test_gain_per_client(tmp_path, clients):
         }
     )
     assert drawn(gain_per_client(frame, row(), tmp_path / "a.png"))
+
+
+@pytest.mark.parametrize("last", [3, 4])
+def test_accuracy_vs_history(tmp_path, last):
+    rng = np.random.default_rng(0)
+    parts = []
+    for name in ("stream", "prefix"):
+        for n, clients in ((0, 4), (5, last), (-1, 4)):
+            columns = {"protocol": name, "history": n, "client": [f"c{i}" for i in range(clients)], "targets": 16}
+            hits = {f"{who}_hits": rng.integers(4, 16, clients) for who in ("backbone", "method")}
+            hits["both_hits"] = np.minimum(hits["backbone_hits"], hits["method_hits"])
+            losses = {f"{who}_loss": rng.random(clients) * 16 for who in ("backbone", "method")}
+            parts.append(pd.DataFrame({**columns, "answers": 16, **hits, **losses}))
+    summary = history_summary(pd.concat(parts))
+    assert drawn(accuracy_vs_history(summary, row(), tmp_path / "a.png"))
 
 
 @pytest.mark.parametrize(
