@@ -10,13 +10,13 @@ b the backbone's logits of the newest image alone,
 - pi: mean over the past of the backbone's probabilities, drawn towards even classes as by a few images more; the
   prior of classes that anybody would estimate (one step of Saerens, Latinne and Decaestecker 2002).
 - f, g: how much to trust either, read from m and from how alike the images of the past are: the chance that two of
-  them have the same class, as the backbone sees it, how sure it is of each, and n. They turn the correction off for a
-  client with all classes.
+  them have the same class, as the backbone sees it, how sure it is of each, and n. So that the correction can be turned
+  down for a client with all classes.
 - A(n), H(n): how much the backbone and the correction count after n images; chosen on selection clients in the end.
 
 The newest image enters through b alone, the past through a bias of the logits alone. So without a past the answer is
 the backbone's own; a module of the published form, whose classifier sees image and past together, learns the training
-images by heart instead (README). It also means that an answer waits for none of the module's layers: they read the
+images by heart instead (docs/streams.md). It also means that an answer waits for none of the module's layers: they read the
 image afterwards.
 
 Legend: C clients, S images of a client, P images of its past, E numbers kept of one, D features, K classes, N layers,
@@ -48,7 +48,6 @@ KNOTS = (0, 1, 2, 3, 5, 10, 15, 30, 60, 120)
 
 # Of the small network that reads how alike the images of a past are.
 _LIKENESS_MACS = 4 * 16 + 16 * 3
-
 
 # Numbers in the logits that the last choice of A and H looks at.
 _CALIBRATE = 1 << 24
