@@ -16,8 +16,8 @@ b the backbone's logits of the newest image alone,
 
 The newest image enters through b alone, the past through a bias of the logits alone. So without a past the answer is
 the backbone's own; a module of the published form, whose classifier sees image and past together, learns the training
-images by heart instead (docs/streams.md). It also means that an answer waits for none of the module's layers: they read the
-image afterwards.
+images by heart instead (docs/streams.md). It also means that an answer waits for none of the module's layers: they
+read the image afterwards.
 
 Legend: C clients, S images of a client, P images of its past, E numbers kept of one, D features, K classes, N layers,
 G groups, J knots, T images in all.
