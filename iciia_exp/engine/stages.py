@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import shutil
 import time
-import warnings
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -14,9 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 import yaml
-from torch import nn
 from torch.utils.data import DataLoader
-from torch.utils.data.distributed import DistributedSampler
 
 from iciia_exp.artifacts import (
     atomic_write,
@@ -28,17 +25,24 @@ from iciia_exp.artifacts import (
     write_json,
 )
 from iciia_exp.data.batches import ClientBatch, ClientBatchSampler, FeatureBatches, Selection
-from iciia_exp.data.clients import ROLES, Clients
+from iciia_exp.data.clients import Clients
 from iciia_exp.data.store import FeatureStore
-from iciia_exp.digest import file_digest
+from iciia_exp.engine.backbones import (
+    backbone_head,
+    fit_head,
+    in_epochs,
+    load_backbone,
+    out_of_fold,
+    say_accuracy,
+    train_backbone,
+)
 from iciia_exp.engine.build import Plan, build
 from iciia_exp.engine.console import console, partition_table, result_table
-from iciia_exp.engine.processes import plain_errors, process_rank
+from iciia_exp.engine.processes import process_rank
 from iciia_exp.engine.run import Run, save_method
-from iciia_exp.errors import ConfigError, UserError, first_line
+from iciia_exp.errors import ConfigError, UserError
 from iciia_exp.methods.base import Method
 from iciia_exp.metrics import ClientCounts
-from iciia_exp.models.backbone import Backbone
 from iciia_exp.seeding import derive_seed, generator
 from iciia_exp.tasks import answers_per_image
 
@@ -80,13 +84,13 @@ def execute(plan: Plan, brief: bool = False) -> dict[str, Any] | None:
     if "backbone" in todo and train == "none":
         log.info("backbone: %s, nothing to train", plan.backbone_spec.name)
     if "backbone" in todo and train == "all":
-        _backbone(plan)
+        train_backbone(plan)
     if "features" in todo or ("backbone" in todo and train == "head"):
         ready = train != "all" or finished_folder(plan.backbone_dir) or finished_folder(plan.features_dir)
         _require(ready, plan, "features", "backbone", plan.backbone_dir)
         _features(plan)
     if "backbone" in todo and train == "head":
-        _fit_head(plan)
+        fit_head(plan)
     if "train" in todo or "evaluate" in todo:
         stage = "train" if "train" in todo else "evaluate"
         _require(finished_folder(plan.features_dir), plan, stage, "features", plan.features_dir)
@@ -110,144 +114,6 @@ def _shown(path: Path) -> Path:
     return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
 
 
-def _epochs(count: int) -> str:
-    return "1 epoch" if count == 1 else f"{count} epochs"
-
-
-# ---- backbone
-
-
-def _backbone(plan: Plan) -> None:
-    spec = plan.backbone_spec
-
-    def make(folder: Path) -> None:
-        from safetensors.torch import save
-
-        from iciia_exp.data.images import TransformedImages, readable
-        from iciia_exp.engine.features import image_loader, probes
-        from iciia_exp.engine.training import BackboneModule, fit
-
-        assert spec.recipe is not None
-        torch.manual_seed(derive_seed("backbone", spec.seed))
-        backbone = plan.make_backbone()
-        rows = plan.backbone_rows
-        readable(plan.dataset, backbone.transform, probes(rows))
-        log.info("backbone: training %s on %s images", spec.name, f"{len(rows):,}")
-        images = TransformedImages(plan.dataset, backbone.transform, rows, plan.labels, plan.extraction.on_bad_image)
-        sampler: DistributedSampler[Any] = DistributedSampler(
-            images, 1, 0, seed=derive_seed("order", spec.seed) % 2**31
-        )
-        loader = image_loader(images, spec.recipe.batch_size, plan.extraction.workers(len(rows)), sampler=sampler)
-        module = BackboneModule(backbone, spec.recipe)
-        with plain_errors("features.num_workers"), warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message=".*training_step. returned .None.")  # no image of it is readable
-            record = fit(
-                module,
-                loader,
-                None,
-                seed=derive_seed("backbone", spec.seed),
-                folder=folder,
-                trainer_config=plan.config["trainer"],
-                loggers=[],
-                title=f"backbone {spec.name}",
-            )
-        with atomic_write(folder / "weights.safetensors", "wb") as file:
-            file.write(save({name: t.detach().cpu().contiguous() for name, t in backbone.state_dict().items()}))
-        manifest = {
-            "format": 1,
-            "name": spec.name,
-            "digest": plan.backbone_digest,
-            "weights_digest": file_digest(folder / "weights.safetensors"),
-            "dim": backbone.dim,
-            "num_classes": backbone.num_classes,
-            "images": len(rows),
-            **record,
-            "config": {"backbone": plan.config["backbone"], "dataset": plan.config["dataset"]},
-        }
-        (folder / "last.ckpt").unlink(missing_ok=True)
-        write_json(folder / "manifest.json", manifest)
-        log.info("backbone: %s in %.1f s", _epochs(record["epochs"]), record["seconds"])
-
-    if not make_folder(plan.backbone_dir, f"backbone {spec.name}", make):
-        log.info("backbone: %s, made before", spec.name)
-
-
-def _load_backbone(plan: Plan) -> tuple[Backbone, dict[str, Any]]:
-    """Return the network that gives the features, and the manifest of its training here (empty if there was none)."""
-    torch.manual_seed(derive_seed("backbone", 0))  # weights that nothing gives or trains are the same every time
-    backbone = plan.make_backbone()
-    if plan.backbone_spec.train != "all":
-        return backbone, {}
-    path = plan.backbone_dir / "weights.safetensors"
-    try:
-        backbone.load_state_dict(_load_file(path))
-    except Exception as error:
-        why = first_line(error)
-        raise UserError(f"{path}: cannot be loaded ({why}); delete its folder and repeat") from error
-    return backbone, read_json(plan.backbone_dir / "manifest.json")
-
-
-def _load_file(path: Path) -> dict[str, torch.Tensor]:
-    from safetensors.torch import load_file
-
-    return load_file(path)
-
-
-def _fit_head(plan: Plan) -> None:
-    """Fit a classifier of the dataset's own classes on the trunk's features."""
-    spec = plan.backbone_spec
-
-    def make(folder: Path) -> None:
-        from safetensors.torch import save
-
-        from iciia_exp.engine.features import head_accuracy
-        from iciia_exp.models.linear_probe import fit_linear_head, out_of_fold_logits
-
-        store = FeatureStore.open(plan.features_dir)
-        rows = plan.backbone_rows[~store.bad[plan.backbone_rows]]
-        log.info("backbone: fitting a classifier on the features of %s images", f"{len(rows):,}")
-        start = time.monotonic()
-        features = store.array()
-        x_MD = features[rows].astype(np.float32)
-        weight, bias, record = fit_linear_head(
-            x_MD, plan.labels[rows], plan.dataset.task, plan.num_classes, derive_seed("head", spec.seed)
-        )
-        head = {"weight": torch.from_numpy(weight), "bias": torch.from_numpy(bias)}
-        with atomic_write(folder / "head.safetensors", "wb") as file:
-            file.write(save(head))
-        if np.isin(rows, plan.clients.train.values).any():  # methods will be trained on them too
-            fitted = (x_MD, plan.labels[rows], plan.dataset.task, plan.num_classes, record["penalty"])
-            with atomic_write(folder / "out_of_fold.npy", "wb") as file:
-                np.save(file, out_of_fold_logits(*fitted, derive_seed("head", spec.seed)))
-            with atomic_write(folder / "out_of_fold_images.npy", "wb") as file:
-                np.save(file, rows)
-        parts = {"fitted": rows, **{r: plan.clients[r].values for r in ROLES if len(plan.clients[r].values)}}
-        parts = {name: some[~store.bad[some]] for name, some in parts.items()}
-        manifest = {
-            "format": 1,
-            "name": spec.name,
-            "digest": plan.head_digest,
-            "features_digest": plan.features_digest,
-            "images": len(rows),
-            **record,
-            "accuracy": head_accuracy(features, plan.labels, head, parts),
-            "seconds": round(time.monotonic() - start, 2),
-        }
-        write_json(folder / "manifest.json", manifest)
-
-    if not make_folder(plan.backbone_dir, f"classifier on {spec.name}", make):
-        log.info("backbone: classifier fitted before")
-    _say_accuracy(plan, read_json(plan.backbone_dir / "manifest.json")["accuracy"])
-
-
-def _say_accuracy(plan: Plan, accuracy: dict[str, float]) -> None:
-    said = ", ".join(f"{100 * a:.1f} % of {s}" for s, a in accuracy.items())
-    published = plan.backbone_spec.published_top1
-    # the published figure is for the whole of ImageNet's validation images
-    whole = published is not None and plan.backbone_spec.train == "none" and plan.num_classes == 1000
-    log.info("features: the backbone alone gets %s%s", said, f" (published: {published} % of test)" if whole else "")
-
-
 # ---- features
 
 
@@ -265,7 +131,7 @@ def _features_manifest(plan: Plan, made: dict[str, Any]) -> dict[str, Any]:
 def _extract(plan: Plan, folder: Path) -> None:
     from iciia_exp.engine.features import extract
 
-    backbone, made = _load_backbone(plan)
+    backbone, made = load_backbone(plan)
     extract(
         plan.dataset,
         plan.dataset.table,
@@ -286,7 +152,7 @@ def _features(plan: Plan) -> None:
         bad = len(manifest.get("bad_images", ()))
         log.info("features: made before%s", f", without {bad:,} images that could not be read" if bad else "")
     if "accuracy" in manifest:
-        _say_accuracy(plan, manifest["accuracy"])
+        say_accuracy(plan, manifest["accuracy"])
 
 
 def _open_features(plan: Plan) -> FeatureStore:
@@ -309,27 +175,11 @@ def _share_features(plan: Plan) -> None:
 # ---- train and evaluate
 
 
-def _head(plan: Plan, store: FeatureStore) -> nn.Linear:
-    """Return the backbone's frozen classifier: the store's own, or the one fitted on its features."""
-    folder = plan.backbone_dir if plan.backbone_spec.train == "head" else store.path
-    head = nn.Linear(store.dim, store.num_classes)
-    head.load_state_dict(_load_file(folder / "head.safetensors"))
-    return head.requires_grad_(False)
-
-
-def _out_of_fold(plan: Plan) -> tuple[np.ndarray, np.ndarray] | None:
-    """Return logits, as of new images, of those that the backbone's classifier was fitted on, and their numbers."""
-    folder = plan.backbone_dir
-    if plan.backbone_spec.train != "head" or not (folder / "out_of_fold.npy").is_file():
-        return None
-    return np.load(folder / "out_of_fold.npy", mmap_mode="r"), np.load(folder / "out_of_fold_images.npy")
-
-
 def _loader(
     plan: Plan, store: FeatureStore, clients: Clients, role: str, batch_size: int = 64, **order: Any
 ) -> DataLoader[Any]:
     train = role == "train"
-    batches = FeatureBatches(store.array(), plan.labels, _out_of_fold(plan) if train else None)
+    batches = FeatureBatches(store.array(), plan.labels, out_of_fold(plan) if train else None)
     images = plan.protocol.train_images if train else plan.protocol.images
     sampler = ClientBatchSampler(clients[role], images, batch_size, **order)
     return DataLoader(batches, batch_size=None, sampler=sampler)
@@ -383,7 +233,7 @@ def _train(plan: Plan, store: FeatureStore, clients: Clients, tracker: Any) -> N
     clients.save(folder / "partition.parquet")
     statistics = clients.statistics(plan.labels)
     write_json(folder / "partition.json", {row["role"]: row for row in statistics.to_dict("records")})
-    head = _head(plan, store)
+    head = backbone_head(plan, store)
     torch.manual_seed(derive_seed("method", plan.seed))
     method: Method = build(plan.method_config, "method", head=head)
     method.prepare(plan.dataset.task)
@@ -405,9 +255,9 @@ def _train(plan: Plan, store: FeatureStore, clients: Clients, tracker: Any) -> N
             loggers=tracker.loggers(),
             title=f"{plan.method_class.name}",
         )
-        note = f"train: {_epochs(record['epochs'])} in {record['seconds']:.1f} s"
+        note = f"train: {in_epochs(record['epochs'])} in {record['seconds']:.1f} s"
         if record["best_epoch"]:
-            best, when = 100 * record["selection_accuracy"], _epochs(record["best_epoch"])
+            best, when = 100 * record["selection_accuracy"], in_epochs(record["best_epoch"])
             note += f", best selection accuracy {best:.1f} % after {when}"
         log.info(note)
         method.to("cpu").eval()

@@ -15,6 +15,7 @@ import torch
 from iciia_exp import Run
 from iciia_exp.data.store import FeatureStore, FeatureWriter
 from iciia_exp.engine import features, stages
+from iciia_exp.engine.backbones import out_of_fold
 from iciia_exp.engine.build import Plan
 from iciia_exp.engine.console import setup_logging
 from iciia_exp.engine.features import probes
@@ -483,7 +484,7 @@ def test_reserved_images_are_the_backbones_alone(root, folder, train):
 def test_methods_are_trained_on_logits_as_of_new_images(folder):
     plan = folder(*HEAD, "method=iciia_stream", "client_mix=all_kinds")
     execute(plan)
-    logits, numbers = stages._out_of_fold(plan)
+    logits, numbers = out_of_fold(plan)
     assert set(numbers) == set(plan.clients.train.values)
     assert logits.shape == (len(numbers), plan.num_classes)
     (batch, *_) = stages._loader(plan, FeatureStore.open(plan.features_dir), plan.clients, "train", 4)

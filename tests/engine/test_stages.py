@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 
 from iciia_exp import Run
 from iciia_exp.data.store import FeatureStore, FeatureWriter
-from iciia_exp.engine import stages, training
+from iciia_exp.engine import backbones, stages, training
 from iciia_exp.engine.console import setup_logging
 from iciia_exp.engine.stages import execute
 from iciia_exp.errors import UserError
@@ -70,7 +70,7 @@ def test_repeating_computes_nothing(plan, monkeypatch, capsys):
     def compute(*_, **__):
         raise AssertionError("computed again")
 
-    for name in ("_backbone", "_features", "_train", "_evaluate"):
+    for name in ("train_backbone", "_features", "_train", "_evaluate"):
         monkeypatch.setattr(stages, name, compute)
     monkeypatch.setattr(type(plan().dataset), "load_table", compute)
     capsys.readouterr()
@@ -107,7 +107,7 @@ def _raise(*_, **__):
 
 KILLS = {
     "backbone training": (training.BackboneModule, "training_step"),
-    "before the backbone is whole": (stages, "file_digest"),
+    "before the backbone is whole": (backbones, "file_digest"),
     "feature extraction": (FeatureWriter, "write"),
     "before the features are whole": (FeatureWriter, "finish"),
     "method training": (training.MethodModule, "training_step"),
@@ -239,7 +239,7 @@ def test_features_outlive_their_backbone(plan, monkeypatch):
     want = execute(plan())
     shutil.rmtree(plan().backbone_dir)
     shutil.rmtree(plan().run_dir)
-    monkeypatch.setattr(stages, "_backbone", _raise)
+    monkeypatch.setattr(stages, "train_backbone", _raise)
     assert science(execute(plan())) == science(want)
     assert execute(plan("stage=features")) is None
 
