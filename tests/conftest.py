@@ -77,5 +77,6 @@ SMALL = (
     "dataset.sizes={backbone: 100, train: 100, selection: 60, test: 100}",
     "partition.deals=1",
     "protocol.recipe.epochs=3",
+    "protocol.history_orders=2",
     "protocol.recipe.lr=0.003",
 )

@@ -143,7 +143,7 @@ def _move(batch: ClientBatch, device: torch.device | str) -> ClientBatch:
     return ClientBatch(*(None if tensor is None else tensor.to(device) for tensor in batch))  # type: ignore[arg-type]
 
 
-def history_summary(table: pd.DataFrame) -> pd.DataFrame:
+def history_summary(table: pd.DataFrame, resamples: int = 500) -> pd.DataFrame:
     """Return one row per protocol and length: clients, targets, averages of backbone and method, and paired gains.
 
     The averages are those of ``results.json`` (`iciia_exp.metrics.summarise`); ``log_loss_gain`` is the backbone's
@@ -154,7 +154,7 @@ def history_summary(table: pd.DataFrame) -> pd.DataFrame:
         fields = ("backbone_hits", "method_hits", "both_hits", "backbone_loss", "method_loss")
         columns: dict[str, Any] = {f"{f}_C": part[f].to_numpy() for f in fields}
         answers = int(part["answers"].iloc[0] // part["targets"].iloc[0])
-        found = summarise(ClientCounts(part["targets"].to_numpy(), **columns, answers=answers))
+        found = summarise(ClientCounts(part["targets"].to_numpy(), **columns, answers=answers), resamples)
         clients, targets = found.pop("test_clients"), found.pop("test_images")
         rows.append({"protocol": name, "history": n, "clients": clients, "targets": targets, **found})
     return pd.DataFrame(rows)

@@ -329,7 +329,7 @@ def _evaluate(plan: Plan, store: FeatureStore, clients: Clients, tracker: Any) -
     if histories is not None:
         with atomic_write(folder / "history.parquet", "wb") as file:
             histories.to_parquet(file, index=False)
-        summary = history_summary(histories)
+        summary = history_summary(histories[histories["protocol"] == "stream"])
         plots["accuracy_vs_history"] = accuracy_vs_history(summary, row, folder / "plots" / "accuracy_vs_history.png")
     plots |= {
         "gain_per_client": gain_per_client(table, row, folder / "plots" / "gain_per_client.png"),
