@@ -47,10 +47,10 @@ def kinds_of(run: RunType, labels: np.ndarray, classes: int, drawn: int) -> dict
         ]
         if rows:
             parts[name] = Selection(np.stack(rows), np.zeros(len(rows), np.int64))
-    one = np.ones(1) * drawn * IMAGES / len(clients.test.values)
+    size = drawn * IMAGES / len(clients.test.values)
     for name, mix in (
-        ("random", ClientMix(0.0, 1.0, fewest_classes=classes, most_classes=classes, size=float(one[0]))),
-        ("all", ClientMix(0.0, 0.0, 1.0, size=float(one[0]))),
+        ("random", ClientMix(0.0, 1.0, fewest_classes=classes, most_classes=classes, size=size)),
+        ("all", ClientMix(0.0, 0.0, 1.0, size=size)),
     ):
         parts[name] = mix.draw(clients.test, clients.kinds, labels, IMAGES, rng)
     return parts

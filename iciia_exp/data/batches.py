@@ -144,7 +144,7 @@ class ClientBatchSampler(Sampler[Selection]):
             return self.draw[0](rng)
         order = None
         if self.shuffle_images:
-            order = np.lexsort((rng.random(len(self.ragged.values)), self.ragged.row_numbers))
+            order = self.ragged.shuffled(rng)
         return cut_chunks(self.ragged, self.images, order)
 
 

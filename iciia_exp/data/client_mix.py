@@ -139,7 +139,7 @@ class ClientMix:
             train = Ragged.from_pairs(codes[train.row_numbers], train.values, int(codes.max()) + 1)
         parts, left = [], number
         while left > 0:  # all images once before any comes twice
-            order = np.lexsort((rng.random(len(train.values)), train.row_numbers))
+            order = train.shuffled(rng)
             chunks = cut_chunks(train, images, order)
             chosen = rng.permutation(len(chunks.client_C))[:left]
             parts.append(Selection(chunks.index_CS[chosen], chunks.client_C[chosen]))

@@ -63,6 +63,10 @@ class Ragged:
         """The row of every value, int64 [total]."""
         return np.repeat(np.arange(len(self)), self.lengths)
 
+    def shuffled(self, rng: np.random.Generator) -> np.ndarray:
+        """Return positions in ``values`` in a random order within every row, int64 [total]."""
+        return np.lexsort((rng.random(len(self.values)), self.row_numbers))
+
 
 @dataclass(frozen=True)
 class Clients:

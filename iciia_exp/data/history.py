@@ -51,7 +51,7 @@ def stream_orders(test: Ragged, orders: int, longest: int, seed: int, in_time: b
     for r in range(1 if in_time else orders):
         values = test.values
         if not in_time:
-            values = values[np.lexsort((generator("stream", seed, r).random(len(values)), test.row_numbers))]
+            values = values[test.shuffled(generator("stream", seed, r))]
         yield Sequences(Ragged(offsets, values[places]), clients)
 
 
@@ -85,7 +85,6 @@ def by_length(sequences: Sequences, length: int | None = None, tokens: int = 409
     start = 0
     while start < len(order):
         # the longest of a batch is its last: as many as fit
-        stop = start + 1
         fits = lengths[order[start : start + tokens]] * np.arange(1, len(order[start : start + tokens]) + 1) <= tokens
         stop = start + max(1, int(fits.argmin()) if not fits.all() else len(fits))
         rows = order[start:stop]

@@ -135,7 +135,7 @@ class ClientSession:
         if self.keep == "diverse":
             self._features[place] = x_D
 
-    def _most_similar(self, x_D: Tensor) -> int | None:
+    def _most_similar(self, x_D: Tensor) -> int:
         """Return the place of the older of the two most similar images."""
         f_PD = torch.nn.functional.normalize(torch.cat([self._features, x_D[None]]), dim=-1)
         similar_PP = (f_PD @ f_PD.T).fill_diagonal_(-2.0)

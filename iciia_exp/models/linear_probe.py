@@ -56,6 +56,16 @@ def _fit_attribute(x_MD: np.ndarray, y_M: np.ndarray, penalty: float) -> tuple[n
     return weight[1] - weight[0], bias[1] - bias[0]
 
 
+def _fit_task(
+    x_MD: np.ndarray, labels: np.ndarray, penalty: float, task: str, num_classes: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return weight [K, D] and bias [K] of one classifier, or of one for every attribute of a multi-label task."""
+    if task != MULTI_LABEL:
+        return _fit(x_MD, labels, penalty, num_classes)
+    rows = [_fit_attribute(x_MD, column.astype(np.int64), penalty) for column in labels.T]
+    return np.stack([w for w, _ in rows]), np.array([b for _, b in rows], dtype=np.float32)
+
+
 def _loss(x_MD: np.ndarray, y_M: np.ndarray, weight: np.ndarray, bias: np.ndarray) -> float:
     logits = (x_MD @ weight.T + bias).astype(np.float64)
     logits -= logits.max(axis=1, keepdims=True)
@@ -96,11 +106,7 @@ def fit_linear_head(
             p: _loss(x_MD[held], labels[held], *_fit(x_MD[kept], labels[kept], p, num_classes)) for p in PENALTIES
         }
         penalty = min(losses, key=lambda p: losses[p])
-    if task == MULTI_LABEL:
-        rows = [_fit_attribute(x_MD, column.astype(np.int64), penalty) for column in labels.T]
-        weight, bias = np.stack([w for w, _ in rows]), np.array([b for _, b in rows], dtype=np.float32)
-    else:
-        weight, bias = _fit(x_MD, labels, penalty, num_classes)
+    weight, bias = _fit_task(x_MD, labels, penalty, task, num_classes)
     weight = weight / scale  # undo the standardisation
     record = {"penalty": penalty, "held_out_log_loss": {f"{p:g}": round(loss, 4) for p, loss in losses.items()}}
     return weight.astype(np.float32), (bias - weight @ mean).astype(np.float32), record
@@ -128,10 +134,6 @@ def out_of_fold_logits(
     logits_MK = np.empty((len(x_MD), num_classes), dtype=np.float16)
     for fold in range(FOLDS):
         others, own = fold_M != fold, fold_M == fold
-        if task == MULTI_LABEL:
-            rows = [_fit_attribute(x_MD[others], column[others].astype(np.int64), penalty) for column in labels.T]
-            weight, bias = np.stack([w for w, _ in rows]), np.array([b for _, b in rows], dtype=np.float32)
-        else:
-            weight, bias = _fit(x_MD[others], labels[others], penalty, num_classes)
+        weight, bias = _fit_task(x_MD[others], labels[others], penalty, task, num_classes)
         logits_MK[own] = x_MD[own] @ weight.T + bias
     return logits_MK
