@@ -38,7 +38,10 @@ __all__ = ["STAGES", "Plan", "build", "check_keys", "parameters_of", "science"]
 
 STAGES = ("all", "backbone", "features", "train", "evaluate")
 
-GROUPS = ("dataset", "backbone", "features", "partition", "method", "client_mix", "protocol", "trainer", "logger")
+GROUPS = (
+    *("dataset", "backbone", "features", "partition", "method", "client_mix", "protocol", "retrieval", "trainer"),
+    "logger",
+)
 TOP_LEVEL = (*GROUPS, "name", "seed", "num_layers", "heads", "groups", "data_dir", "stage", "output_dir", "cache_dir")
 
 #: Bumped when the same configuration would give other numbers than before.
@@ -161,6 +164,7 @@ class Plan:
         self.extraction = self._build("features")
         self.protocol = self._build("protocol")
         self.client_mix: ClientMix = self._build("client_mix")
+        self.retrieval = self._build("retrieval")
         self.tracking = self._build("logger")
         self.method_config = self._canonical_method()
 

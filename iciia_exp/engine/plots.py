@@ -1,7 +1,8 @@
-"""Plots of a run and of a sweep, as PNG: gain per client, and accuracy against overhead."""
+"""Plots of a run and of a sweep: gain per client, accuracy by history, accuracy against overhead, and examples."""
 
 from __future__ import annotations
 
+import io
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,13 @@ from iciia_exp.tasks import SINGLE_LABEL
 
 __all__ = [
     *("COLOURS", "MARKERS", "new_figure", "save"),
-    *("accuracy_vs_history", "accuracy_vs_overhead", "draw_accuracy_vs_overhead", "gain_per_client"),
+    *(
+        "accuracy_vs_history",
+        "accuracy_vs_overhead",
+        "draw_accuracy_vs_overhead",
+        "gain_per_client",
+        "retrieval_examples",
+    ),
 ]
 
 # Colours that differ in lightness too, so that the plots read in grey.
@@ -202,3 +209,52 @@ def draw_accuracy_vs_overhead(rows: Sequence[dict[str, Any]], highlight: str | N
     else:
         axes.legend(frameon=False, fontsize=8.5, loc="best")
     return figure
+
+
+def retrieval_examples(examples: pd.DataFrame, row: dict[str, Any], path: Path, each: int = 2) -> Path | None:
+    """Draw targets, and beside each the images of its client that count most, with weight or influence.
+
+    Args:
+        examples: as `iciia_exp.engine.retrieval.retrieval_table` returns them; without pictures nothing is drawn.
+        row: the run's results.
+        path: the PNG to write.
+        each: examples of each case at most.
+    """
+    from PIL import Image
+
+    targets = examples[examples["rank"] == 0]
+    targets = targets[targets["thumbnail"].notna()].groupby("case", sort=False).head(each)
+    if targets.empty:
+        return None
+    columns = 1 + int(examples["rank"].max())
+    figure, axes = new_figure(1.5 * columns + 0.9, 1.75 * len(targets) + 0.7)
+    axes.remove()
+    grid = figure.subplots(len(targets), columns, squeeze=False)
+    for line, (_, target) in zip(grid, targets.iterrows(), strict=True):
+        images = examples[examples["example"] == target["example"]].sort_values("rank")
+        for axes in line:
+            axes.set_axis_off()
+        for axes, (_, image) in zip(line, images.iterrows(), strict=False):
+            if image["thumbnail"] is None:
+                continue
+            with Image.open(io.BytesIO(image["thumbnail"])) as picture:
+                small = max(picture.size) <= 40
+                axes.imshow(picture, cmap="gray", interpolation="nearest" if small else "antialiased")
+            if image["rank"]:
+                share = f"{100 * image['weight']:.0f} %, " if pd.notna(image["weight"]) else ""
+                axes.set_title(f"{_short(image['truth'])}\n{share}{image['influence']:+.2f} nats", fontsize=7.5)
+        before, after = (
+            f"{_short(target[f'{who}_answer'])} ({100 * target[f'{who}_confidence']:.0f} %)"
+            for who in ("backbone", "method")
+        )
+        line[0].set_title(f"{target['case']}: {_short(target['truth'])}\n{before} \u2192\n{after}", fontsize=7.5)
+    what = (
+        "share of attention, influence on the answer" if examples["weight"].notna().any() else "influence on the answer"
+    )
+    title = f"{row['method']} on {row['dataset']}: targets, answer before and after;\n"
+    figure.suptitle(f"{title}images of the client that count most ({what})", x=0.01, ha="left", fontsize=10)
+    return save(figure, path)
+
+
+def _short(text: str, length: int = 22) -> str:
+    return text if len(text) <= length else text[: length - 1] + "\u2026"

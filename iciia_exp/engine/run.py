@@ -7,6 +7,8 @@
     training.json         epochs, best epoch, seconds
     results.json          one flat row (written last: a run without it is unfinished)
     clients.parquet       one row per test client
+    history.parquet       and by images seen before; kinds.parquet: of clients unlike the partition's
+    retrieval.parquet     examples of targets, with the images that count most
     csv/, plots/, wandb/  metrics by epoch, PNG, offline wandb run
 
 Legend: C clients, S images of a client, D features, K classes.
@@ -141,6 +143,12 @@ class Run:
     def clients(self) -> pd.DataFrame:
         """One row per test client: images, classes, hits and log-loss sums of backbone and method."""
         return pd.read_parquet(self.path / "clients.parquet")
+
+    @cached_property
+    def retrieval(self) -> pd.DataFrame:
+        """Examples of targets and the images of their client that count most (`iciia_exp.engine.retrieval`)."""
+        path = self.path / "retrieval.parquet"
+        return pd.read_parquet(path) if path.is_file() else pd.DataFrame()
 
     @cached_property
     def partition(self) -> Clients:

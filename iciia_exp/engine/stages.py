@@ -308,9 +308,10 @@ def _calibration_batches(plan: Plan, store: FeatureStore, clients: Clients, orde
 def _evaluate(plan: Plan, store: FeatureStore, clients: Clients, tracker: Any) -> None:
     from iciia_exp.engine.history import history_table
     from iciia_exp.engine.kinds import kinds_table
-    from iciia_exp.engine.plots import accuracy_vs_history, accuracy_vs_overhead, gain_per_client
+    from iciia_exp.engine.plots import accuracy_vs_history, accuracy_vs_overhead, gain_per_client, retrieval_examples
     from iciia_exp.engine.progress import fraction_bar
     from iciia_exp.engine.results import client_table, result_row
+    from iciia_exp.engine.retrieval import retrieval_table
     from iciia_exp.engine.training import MethodModule, interruptible, make_trainer, quiet_lightning
     from iciia_exp.report.collect import history_summary
 
@@ -333,6 +334,10 @@ def _evaluate(plan: Plan, store: FeatureStore, clients: Clients, tracker: Any) -
     if plan.protocol.kinds_clients and not run.method.by_client:  # drawn clients are nobody's
         with fraction_bar("kinds of clients") as progress, atomic_write(folder / "kinds.parquet", "wb") as file:
             kinds_table(*parts, progress).to_parquet(file, index=False)
+    examples = retrieval_table(
+        *(run.method, run.head, batches, clients, plan.protocol.images, plan.retrieval, run.class_names),
+        *(plan.dataset.task, plan.dataset.__getitem__, trainer.strategy.root_device),
+    )
     seconds = time.monotonic() - start
     table = client_table(clients, numbers, counts, plan.labels)
     training, errors = read_json(folder / "training.json"), module.calibration_errors()
@@ -345,6 +350,11 @@ def _evaluate(plan: Plan, store: FeatureStore, clients: Clients, tracker: Any) -
             histories.to_parquet(file, index=False)
         summary = history_summary(histories[histories["protocol"] == "stream"])
         plots["accuracy_vs_history"] = accuracy_vs_history(summary, row, folder / "plots" / "accuracy_vs_history.png")
+    if len(examples):
+        with atomic_write(folder / "retrieval.parquet", "wb") as file:
+            examples.to_parquet(file, index=False)
+        if (drawn := retrieval_examples(examples, row, folder / "plots" / "retrieval.png")) is not None:
+            plots["retrieval"] = drawn
     plots |= {
         "gain_per_client": gain_per_client(table, row, folder / "plots" / "gain_per_client.png"),
         "accuracy_vs_overhead": accuracy_vs_overhead(

@@ -86,6 +86,13 @@ class Method(nn.Module, ABC):
         """Return the logits that an evaluation counts, [C, S, K]: those of `forward`, but for `by_client` methods."""
         return self(batch.x_CSD, batch.mask_CS)
 
+    def retrieval_weights(self, x_CSD: Tensor, mask_CS: Tensor | None = None) -> Tensor | None:
+        """Return how much of every image is in each one's answer, [C, S, S], rows summing to one, to be looked at.
+
+        None if the method attends to none (`iciia_exp.engine.retrieval`).
+        """
+        return None
+
     def training_logits(self, batch: ClientBatch) -> Tensor:
         """Return the logits whose loss is trained, [C, S, K]: those of `forward`, by default."""
         return self(batch.x_CSD, batch.mask_CS)

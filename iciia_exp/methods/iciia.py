@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from iciia_exp.cost import attention_macs, streaming_attention_macs
@@ -77,6 +78,19 @@ class IciiaMethod(Method):
     def forward(self, x_CSD: Tensor, mask_CS: Tensor | None = None) -> Tensor:
         """Return the module's logits, [C, S, K]."""
         return self.model(x_CSD, mask_CS)
+
+    def retrieval_weights(self, x_CSD: Tensor, mask_CS: Tensor | None = None) -> Tensor:
+        """Return attention, mean over heads and rolled out over layers (Abnar and Zuidema 2020), [C, S, S].
+
+        A layer's output is half its input and half what it gathers; the product over layers says how much of every
+        image is in the last layer's output of each.
+        """
+        maps_NCSS = self.model.attention_maps(x_CSD, mask_CS).mean(2)
+        itself_SS = torch.eye(x_CSD.shape[1], device=x_CSD.device)
+        rolled_CSS = itself_SS.expand_as(maps_NCSS[0])
+        for map_CSS in maps_NCSS:
+            rolled_CSS = (0.5 * map_CSS + 0.5 * itself_SS) @ rolled_CSS
+        return rolled_CSS
 
     @property
     def causal(self) -> bool:

@@ -78,6 +78,17 @@ class ICIIA(nn.Module):
             x_CSD = layer(x_CSD, seen)
         return F.relu(x_CSD)
 
+    def attention_maps(self, x_CSD: Tensor, mask_CS: Tensor | None = None) -> Tensor:
+        """Return what attends to what: weights of every layer and head, [N, C, H, S, S]; rows sum to one."""
+        seen = visible(x_CSD.shape[1], mask_CS, self.causal)
+        if seen is not None:
+            seen = seen.to(x_CSD.device)
+        maps = []
+        for layer in self.layers:
+            maps.append(layer.attention.weights(x_CSD, seen))  # type: ignore[operator, union-attr]
+            x_CSD = layer(x_CSD, seen)
+        return torch.stack(maps)
+
     @property
     def state_width(self) -> int:
         """Numbers that `encode_step` keeps of an image: keys and values of every layer, 2 N D."""

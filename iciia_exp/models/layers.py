@@ -145,6 +145,18 @@ class ImageAttention(nn.Module):
         y_CHSd = F.scaled_dot_product_attention(q_CHSd, k_CHSd, v_CHSd, attn_mask=visible, dropout_p=drop)
         return self.out(y_CHSd.transpose(1, 2).reshape(C, S, D))
 
+    def weights(self, x_CSD: Tensor, visible: Tensor | None = None) -> Tensor:
+        """Return how much every head lets each image attend to which, [C, H, S, S]; rows sum to one.
+
+        To look at: `forward` never makes them.
+        """
+        C, S, D = x_CSD.shape
+        q_CHSd, k_CHSd, _ = self.qkv(x_CSD).view(C, S, 3, self.heads, D // self.heads).permute(2, 0, 3, 1, 4)
+        scores_CHSS = q_CHSd @ k_CHSd.transpose(2, 3) / math.sqrt(D // self.heads)
+        if visible is not None:
+            scores_CHSS = scores_CHSS.masked_fill(~visible, -torch.inf)
+        return scores_CHSS.softmax(-1)
+
     def step(self, x_CD: Tensor, past_2CPD: Tensor, visible: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Return what one more image gathers from the past and itself, [C, D], and its key and value, [2, C, D].
 
