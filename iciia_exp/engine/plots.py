@@ -12,6 +12,7 @@ import pandas as pd
 
 from iciia_exp.artifacts import atomic_write
 from iciia_exp.metrics import ALL
+from iciia_exp.report.published import published_number
 from iciia_exp.tasks import SINGLE_LABEL
 
 __all__ = [
@@ -130,7 +131,8 @@ def draw_accuracy_vs_overhead(rows: Sequence[dict[str, Any]], highlight: str | N
     """Draw accuracy against overhead (published convention), one point per setting, the backbone as a line.
 
     Runs that differ only in seeds are one point, their mean; error bars are the standard error over those runs where
-    there are several, else the 95 % interval over clients. In SVG a point's id is ``run-<setting_digest>``.
+    there are several, else the 95 % interval over clients. The paper's numbers for the same settings are hollow. In SVG
+    a point's id is ``run-<setting_digest>``.
 
     Args:
         rows: rows of ``results.json`` on the same dataset and backbone.
@@ -186,6 +188,19 @@ def draw_accuracy_vs_overhead(rows: Sequence[dict[str, Any]], highlight: str | N
         points.append((x, y))
         point = axes.errorbar([x], [y], yerr=error, color=colour, alpha=1 if front else 0.45, label=label, **style)
         point.lines[0].set_gid(f"run-{setting}")
+        if (fact := published_number({str(k): v for k, v in first.dropna().items()})) is not None:
+            hollow = "published" if "published" not in labelled else None
+            labelled.add("published")
+            axes.plot(
+                [x],
+                [fact["accuracy"]],
+                marker=marker,
+                markersize=9,
+                fillstyle="none",
+                color=colour,
+                linestyle="none",
+                label=hollow,
+            )
         if pd.notna(first.get("groups")) and len(frame) <= 24:
             text = f"G={int(first['groups'])}"
             axes.annotate(text, (x, y), xytext=(7, 4), textcoords="offset points", fontsize=8, color=colour)

@@ -44,8 +44,11 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _report(options: argparse.Namespace) -> int:
+    from iciia_exp.artifacts import atomic_write
+    from iciia_exp.engine.plots import save
     from iciia_exp.report import tables
     from iciia_exp.report.collect import DRAWN_KINDS, comparisons, load_runs, select, settings
+    from iciia_exp.report.heterogeneity import draw_heterogeneity, partition_sweeps, sweep_table
 
     rows = select(load_runs(options.folders), options.where)
     shown = []
@@ -71,12 +74,20 @@ def _report(options: argparse.Namespace) -> int:
                 print(f"\nAccuracy by images seen before, {clients}\n\n{tables.markdown(text)}")
         if options.out:
             _write(options.out, f"{number}-" if number else "", title, table, found)
+    sweeps = partition_sweeps(rows)
+    for number, sweep in enumerate(sweeps):
+        swept = tables.markdown(sweep_table(sweep))
+        print(f"\n## {sweep.title}\n\n{swept}")
+        if options.out:
+            with atomic_write(options.out / f"{number}-heterogeneity.md") as file:
+                file.write(swept)
+            for ending in ("pdf", "png"):
+                save(draw_heterogeneity(sweep), options.out / f"{number}-heterogeneity.{ending}")
     if options.html:
-        from iciia_exp.artifacts import atomic_write
         from iciia_exp.report.page import page
 
         with atomic_write(options.html) as file:
-            file.write(page(shown))
+            file.write(page(shown, sweeps))
         print(f"\npage: {options.html}")
     if options.out:
         print(f"\ntables and figures in {options.out}")

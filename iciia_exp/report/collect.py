@@ -16,7 +16,8 @@ import pandas as pd
 
 from iciia_exp.engine.console import base_of, label_of, varying
 from iciia_exp.errors import UserError, nearest
-from iciia_exp.metrics import ClientCounts, summarise
+from iciia_exp.metrics import ClientCounts, averages, summarise
+from iciia_exp.report.published import published_number
 
 __all__ = ["DRAWN_KINDS", "comparisons", "history_of", "history_summary", "load_runs", "select", "settings"]
 
@@ -98,26 +99,36 @@ def settings(rows: list[dict[str, Any]]) -> pd.DataFrame:
     """Return one row per setting, seeds averaged, best accuracy first: means, standard errors (``..._se``), runs.
 
     ``label`` names the setting by what tells it from the others; ``front`` marks those that no cheaper or equally
-    expensive one beats, bounds left out. With one run, intervals over clients are kept.
+    expensive one beats, bounds left out. With one run, intervals over clients are kept. ``published`` is the paper's
+    number for the same setting, where there is one (`iciia_exp.report.published`).
     """
     keys = varying(rows)
     frames = []
-    for _, part in pd.DataFrame(rows).groupby("setting_digest", sort=False):
-        part = part.drop_duplicates("digest")
-        first = part.iloc[0]
-        row: dict[str, Any] = {"label": label_of(rows[int(first.name)], keys), "runs": len(part)}  # type: ignore[call-overload]
-        row |= {name: first.get(name) for name in SHARED}
-        for name in AVERAGED:
-            values = part[name].astype(float) if name in part else pd.Series([np.nan])
-            row[name] = values.mean()
-            row[f"{name}_se"] = values.std(ddof=1) / len(values) ** 0.5 if len(values) > 1 else np.nan
+    groups: dict[str, list[dict[str, Any]]] = {}
+    for row in {row["digest"]: row for row in rows}.values():
+        groups.setdefault(row["setting_digest"], []).append(row)
+    for part in groups.values():
+        first = part[0]
+        line: dict[str, Any] = {"label": label_of(first, keys), "runs": len(part)}
+        line |= {name: first.get(name) for name in SHARED}
+        values = np.array([[_number(row.get(name)) for name in AVERAGED] for row in part])
+        line |= dict(zip(AVERAGED, values.mean(axis=0), strict=True))
+        error = values.std(axis=0, ddof=1) / len(part) ** 0.5 if len(part) > 1 else np.full(len(AVERAGED), np.nan)
+        line |= dict(zip((f"{name}_se" for name in AVERAGED), error, strict=True))
         if len(part) == 1:
-            row |= {f"{n}_{side}": first.get(f"{n}_{side}") for n in ("accuracy", "gain") for side in ("low", "high")}
-        row["run_dirs"] = [Path(p) for p in part["run_dir"]]
-        frames.append(row)
+            line |= {f"{n}_{side}": first.get(f"{n}_{side}") for n in ("accuracy", "gain") for side in ("low", "high")}
+        for key, of in (("published", {}), ("published_backbone", {"method": "backbone"})):
+            found = published_number(first | of) or {}
+            line[key], line[f"{key}_se"] = (found.get(k, np.nan) / 100 for k in ("accuracy", "standard_error"))
+        line["run_dirs"] = [Path(row["run_dir"]) for row in part]
+        frames.append(line)
     table = pd.DataFrame(frames).sort_values("accuracy", ascending=False, kind="stable", ignore_index=True)
     table["front"] = _front(table)
     return table
+
+
+def _number(value: Any) -> float:
+    return float("nan") if value is None else float(value)
 
 
 def _front(table: pd.DataFrame) -> list[bool]:
@@ -158,9 +169,18 @@ def history_of(setting: pd.Series, file: str = "history.parquet", kind: str | No
             data = pd.read_parquet(folder / file)
             data = data[(data["protocol"] == "stream") & ((data["kind"] == kind) | (kind is None))]
             if len(data):
-                parts.append(history_summary(data, resamples=20))
+                parts += [_averages_of(n, part) for n, part in data.groupby("history", sort=False)]
     if not parts:
         return None
-    names = ["client_accuracy", "worst_decile", "log_loss"]
-    grouped = pd.concat(parts).groupby("history", sort=False)[[*names, *(f"backbone_{n}" for n in names)]]
+    grouped = pd.DataFrame(parts).groupby("history", sort=False)
     return grouped.mean().join(grouped.sem().add_suffix("_se"))
+
+
+def _averages_of(history: Any, part: pd.DataFrame) -> dict[str, Any]:
+    """Return the averages of one length of history, of the method and of the backbone."""
+    row: dict[str, Any] = {"history": history}
+    for who, prefix in (("method", ""), ("backbone", "backbone_")):
+        hits, loss, answers = (part[name].to_numpy() for name in (f"{who}_hits", f"{who}_loss", "answers"))
+        found = averages(hits, loss, answers)
+        row |= {f"{prefix}{name}": found[name] for name in ("client_accuracy", "worst_decile", "log_loss")}
+    return row

@@ -47,6 +47,9 @@ def by_groups(table: pd.DataFrame, title: str) -> Any | None:
         error = 100 * part["accuracy_se"].fillna(0)
         style: dict[str, Any] = {"color": COLOURS[i % len(COLOURS)], "marker": MARKERS[i % len(MARKERS)], "capsize": 3}
         axes.errorbar(part["groups"], 100 * part["accuracy"], error, label=f"{method} N={layers:.0f}", **style)
+        if part["published"].notna().any():
+            style |= {"fillstyle": "none", "linestyle": ":", "label": f"{method} N={layers:.0f}, published"}
+            axes.errorbar(part["groups"], 100 * part["published"], 100 * part["published_se"].fillna(0), **style)
     axes.set_xscale("log", base=2)
     ticks = sorted(set(swept["groups"].astype(int)))
     axes.set_xticks(ticks, [str(t) for t in ticks])
@@ -62,9 +65,12 @@ def by_groups(table: pd.DataFrame, title: str) -> Any | None:
 def by_history(table: pd.DataFrame, title: str, file: str = "history.parquet", kind: str | None = None) -> Any | None:
     """Draw accuracy by images seen before, a line for each setting, the backbone dashed; None where no run has it."""
     # a setting has its colour by its place in the table, the same in every figure
-    found = [
-        (i, row, h) for i, (_, row) in enumerate(table.iterrows()) if (h := history_of(row, file, kind)) is not None
-    ]
+    found: list[tuple[int, pd.Series, pd.DataFrame]] = []
+    for i, (_, row) in enumerate(table.iterrows()):
+        if (row["method"] != "backbone" or not found) and (history := history_of(row, file, kind)) is not None:
+            found.append((i, row, history))
+        if len(found) > _MOST:
+            break
     if not found:
         return None
     figure, axes = new_figure()

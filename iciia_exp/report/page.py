@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from html import escape
 from importlib.resources import files
 from pathlib import Path
@@ -16,7 +16,9 @@ import pandas as pd
 from iciia_exp import __version__
 from iciia_exp.artifacts import read_json
 from iciia_exp.engine.plots import draw_accuracy_vs_overhead
+from iciia_exp.report.examples import examples_of
 from iciia_exp.report.figures import all_figures
+from iciia_exp.report.heterogeneity import PartitionSweep, draw_heterogeneity
 from iciia_exp.report.tables import summary
 
 __all__ = ["page"]
@@ -24,10 +26,17 @@ __all__ = ["page"]
 #: Clients of a run that the page shows, at most: the ends of the list sorted by gain.
 _CLIENTS = 1000
 
+#: Settings of a table that the page has clients of, at most: the most accurate.
+_WITH_CLIENTS = 100
+
+#: Settings of a table that the page has retrieval examples of, at most: the most accurate; 200 KiB each.
+_EXAMPLES = 20
+
 #: Columns of the table by which it sorts as numbers, and where the numbers are.
 _NUMBERS = {
     "runs": "runs",
     "accuracy": "accuracy",
+    "published": "published",
     "gain": "gain",
     "client accuracy": "client_accuracy",
     "worst decile": "worst_decile",
@@ -42,11 +51,12 @@ _NUMBERS = {
 }
 
 
-def page(comparisons: list[tuple[str, pd.DataFrame]]) -> str:
+def page(comparisons: list[tuple[str, pd.DataFrame]], sweeps: Sequence[PartitionSweep] = ()) -> str:
     """Return the page.
 
     Args:
         comparisons: titles, and tables of settings (`iciia_exp.report.collect.settings`).
+        sweeps: over a number of the partition (`iciia_exp.report.heterogeneity.partition_sweeps`).
     """
     sections, data = [], []
     for number, (title, table) in enumerate(comparisons):
@@ -58,6 +68,9 @@ def page(comparisons: list[tuple[str, pd.DataFrame]]) -> str:
             f'<div class="figures">{drawn}</div></section>'
         )
         data.append(_rows(table))
+    for sweep in sweeps:
+        drawn = _svg(draw_heterogeneity(sweep), {})
+        sections.append(f"<section><h2>{escape(sweep.title)}</h2><figure>{drawn}</figure></section>")
     template = (files("iciia_exp.report") / "page.html").read_text(encoding="utf-8")
     # "</" must not end the script early
     content = json.dumps(data, allow_nan=False).replace("</", "<\\/")
@@ -71,21 +84,22 @@ def _note(table: pd.DataFrame) -> str:
         f"{first['test_clients']:,} test clients, {first['test_images']:,} test images. Percent; ± standard error over "
         "runs, [95 % interval over clients]. Overhead in multiply-accumulates, of the backbone's for one image: "
         f"{first['cost_images']} images together, each of them, one more where state is kept. * none of the same cost "
-        "or less is better. A click on a row shows its clients."
+        "or less is better. A click on a row shows its clients, and examples of what its answers owe to which images."
     )
 
 
 def _rows(table: pd.DataFrame) -> dict[str, Any]:
-    """Return the table's head, and of every row its texts, what they sort by, and its clients."""
+    """Return the table's head, and of every row its texts, what they sort by, its clients and its examples."""
     text = summary(table)
     real = table[table["method"] != "backbone"].reset_index(drop=True)
-    rows = [{"cells": list(text.iloc[0]), "sort": [None] * len(text.columns), "clients": None}]
+    rows = [{"cells": list(text.iloc[0]), "sort": [None] * len(text.columns), "clients": None, "examples": None}]
     for i, setting in real.iterrows():
         values = [setting.get(_NUMBERS.get(column, "")) for column in text.columns]
         numbers = [None if value is None or pd.isna(value) else float(value) for value in values]
-        rows.append(
-            {"cells": list(text.iloc[int(str(i)) + 1]), "sort": numbers, "clients": _clients(setting["run_dirs"])}
-        )
+        cells, folders = list(text.iloc[int(str(i)) + 1]), setting["run_dirs"]
+        examples = examples_of(folders[0]) if len(rows) <= _EXAMPLES else None
+        clients = _clients(folders) if len(rows) <= _WITH_CLIENTS else None
+        rows.append({"cells": cells, "sort": numbers, "clients": clients, "examples": examples})
     return {"head": list(text.columns), "rows": rows}
 
 

@@ -16,7 +16,18 @@ from iciia_exp.report.collect import history_of
 __all__ = ["by_history", "csv", "latex", "markdown", "summary"]
 
 _COLUMNS = (
-    *("method", "runs", "accuracy", "gain", "client accuracy", "worst decile", "harmed (chance)", "log-loss", "ECE"),
+    *(
+        "method",
+        "runs",
+        "accuracy",
+        "published",
+        "gain",
+        "client accuracy",
+        "worst decile",
+        "harmed (chance)",
+        "log-loss",
+        "ECE",
+    ),
     *("overhead", "per image", "one more image", "parameters", "kept"),
 )
 
@@ -51,15 +62,16 @@ def summary(table: pd.DataFrame) -> pd.DataFrame:
     """Return the table of settings (`iciia_exp.report.collect.settings`) as text, the backbone first.
 
     ``*`` marks settings that none of the same cost or less beats. ``kept`` is a client's state, of all but one image of
-    a chunk.
+    a chunk; ``published`` the paper's number for the same setting, where there is one.
     """
     mean = table.mean(numeric_only=True)
+    published = table[["published", "published_backbone"]].notna().any(axis=None)
     base = {name: f"{100 * mean[f'backbone_{key}']:.1f}" for name, key in
             (("accuracy", "accuracy"), ("client accuracy", "client_accuracy"), ("worst decile", "worst_decile"),
              ("ECE", "ece")) if pd.notna(mean.get(f"backbone_{key}"))}  # fmt: skip
     costs = dict.fromkeys(("overhead", "per image", "one more image", "parameters", "kept"), "0")
     lines = [{"method": f"{table['backbone'].iloc[0]} alone", **base, "log-loss": f"{mean['backbone_log_loss']:.2f}"}]
-    lines[0] |= costs
+    lines[0] |= costs | {"published": _value(table.iloc[0], "published_backbone")}
     for _, row in table[table["method"] != "backbone"].iterrows():
         chance = 100 * row["harmed_share_by_chance"]
         lines.append(
@@ -67,6 +79,7 @@ def summary(table: pd.DataFrame) -> pd.DataFrame:
                 "method": row["label"] + " *" * bool(row["front"]),
                 "runs": str(row["runs"]),
                 "accuracy": _value(row, "accuracy"),
+                "published": _value(row, "published"),
                 "gain": _value(row, "gain", sign="+"),
                 "client accuracy": _value(row, "client_accuracy"),
                 "worst decile": _value(row, "worst_decile"),
@@ -80,7 +93,8 @@ def summary(table: pd.DataFrame) -> pd.DataFrame:
                 "kept": _size(row["state_bytes"]),
             }
         )
-    return pd.DataFrame(lines, columns=list(_COLUMNS)).fillna("")
+    columns = [name for name in _COLUMNS if name != "published" or published]
+    return pd.DataFrame(lines, columns=columns).fillna("")
 
 
 def by_history(table: pd.DataFrame, file: str = "history.parquet", kind: str | None = None) -> pd.DataFrame | None:

@@ -69,7 +69,15 @@ def test_seeds_are_averaged(outputs):
 
 
 def test_the_front_has_what_nothing_cheaper_beats():
-    base = {"bound": False, "name": "x", "backbone": "b", "partition_digest": "p", "epochs": 1, "run_dir": "."}
+    base = {
+        "bound": False,
+        "name": "x",
+        "dataset": "d",
+        "backbone": "b",
+        "partition_digest": "p",
+        "epochs": 1,
+        "run_dir": ".",
+    }
     rows = [
         base | {"method": m, "setting_digest": m, "digest": m, "accuracy": a, "sequence_macs": c}
         for m, a, c in (("cheap", 0.5, 1), ("dear", 0.4, 9), ("best", 0.8, 5), ("same", 0.8, 7))
@@ -158,7 +166,7 @@ def test_a_run_counts_once(outputs):
 
 
 def test_the_page_in_a_browser(outputs, tmp_path):
-    """It opens without errors; sorting, filtering and a run's clients work."""
+    """It opens without errors; sorting, filtering, a run's clients and its examples with their pictures work."""
     browser = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
     if browser is None:
         pytest.skip("no Chromium on this machine")
@@ -183,9 +191,14 @@ def test_the_page_in_a_browser(outputs, tmp_path):
       rows().find(r => !r.hidden).click();
       said.clients = document.querySelectorAll(".clients tbody tr").length;
       said.gains = [...document.querySelectorAll(".clients tbody tr")].map(r => Number(r.cells[6].textContent));
+      said.targets = [...document.querySelectorAll(".example .target")].map(t => t.textContent);
+      said.others = [...document.querySelectorAll(".example .other")].map(t => t.textContent);
       said.hover = [...document.querySelectorAll("figure title")].map(t => t.textContent);
       said.title = document.title;
-      document.body.innerHTML = "<pre id=said>" + JSON.stringify(said) + "</pre>";
+      Promise.all([...document.querySelectorAll(".example img")].map(i => i.decode())).finally(() => {
+        said.pictures = [...document.querySelectorAll(".example img")].map(i => i.naturalWidth);
+        document.body.innerHTML = "<pre id=said>" + JSON.stringify(said) + "</pre>";
+      });
     });
     </script></body>"""
     file.write_text(text.replace("</body>", script))
@@ -206,4 +219,9 @@ def test_the_page_in_a_browser(outputs, tmp_path):
     assert [name.rstrip(" *") for name in said["left"]] == ["iciia N=1 H=4 G=4"]
     assert said["clients"] == 4
     assert said["gains"] == sorted(said["gains"])
+    assert len(said["targets"]) == 12
+    assert all("before: " in text and "after: " in text and "client " in text for text in said["targets"])
+    assert all(re.fullmatch(r"\d\d+ %, [+\u2212]\d\.\d\d", text) for text in said["others"])  # a digit, its share
+    assert set(said["pictures"]) == {8}
+    assert len(said["pictures"]) == 12 + len(said["others"])
     assert any(text.startswith("iciia N=1 H=4 G=16: ") for text in said["hover"])
