@@ -8,7 +8,7 @@ import iciia_exp
 PACKAGE = Path(iciia_exp.__file__).parent
 
 FLOORS = {"data": 1, "models": 2, "methods": 2, "engine": 3, "report": 3}
-TOP = {"__main__": 4, "cache": 4}
+TOP = {"__main__": 4, "cache": 4, "dashboard": 4}
 
 
 def floor(module):

@@ -60,6 +60,7 @@ def execute(plan: Plan, brief: bool = False) -> dict[str, Any] | None:
     todo: tuple[str, ...] = ("backbone", "features", "train", "evaluate") if plan.stage == "all" else (plan.stage,)
     if "evaluate" in todo and (plan.run_dir / "results.json").is_file():
         log.info("%s: finished before", _shown(plan.run_dir))
+        _tell_sweep(plan)
         return _results(plan, brief)
     from iciia_exp.engine.features import extraction_trainer  # late: a finished run needs no Lightning
     from iciia_exp.engine.training import make_trainer, quiet_lightning
@@ -223,6 +224,16 @@ def _tracker(plan: Plan) -> Any:
     )
 
 
+def _tell_sweep(plan: Plan) -> None:
+    """Send the results of a finished run where an agent of ``wandb sweep`` asks for them: it waits for a run."""
+    from iciia_exp.engine.tracking import in_wandb_sweep
+
+    if plan.tracking.wandb and in_wandb_sweep():
+        tracker = _tracker(plan)
+        tracker.results(read_json(plan.run_dir / "results.json"))
+        tracker.close()
+
+
 def _answers(plan: Plan) -> int:
     return answers_per_image(plan.dataset.task, plan.num_classes)
 
@@ -344,24 +355,20 @@ def _evaluate(plan: Plan, store: FeatureStore, clients: Clients, tracker: Any) -
     row = result_row(plan, run.method, store, counts, training, errors, seconds)
     with atomic_write(folder / "clients.parquet", "wb") as file:
         table.to_parquet(file, index=False)
-    plots = {}
+    plots = folder / "plots"
     if histories is not None:
         with atomic_write(folder / "history.parquet", "wb") as file:
             histories.to_parquet(file, index=False)
         summary = history_summary(histories[histories["protocol"] == "stream"])
-        plots["accuracy_vs_history"] = accuracy_vs_history(summary, row, folder / "plots" / "accuracy_vs_history.png")
+        accuracy_vs_history(summary, row, plots / "accuracy_vs_history.png")
     if len(examples):
         with atomic_write(folder / "retrieval.parquet", "wb") as file:
             examples.to_parquet(file, index=False)
-        if (drawn := retrieval_examples(examples, row, folder / "plots" / "retrieval.png")) is not None:
-            plots["retrieval"] = drawn
-    plots |= {
-        "gain_per_client": gain_per_client(table, row, folder / "plots" / "gain_per_client.png"),
-        "accuracy_vs_overhead": accuracy_vs_overhead(
-            [*_siblings(plan, row), row], folder / "plots" / "accuracy_vs_overhead.png", row["setting_digest"]
-        ),
-    }
-    tracker.results(row, table, plots)
+        retrieval_examples(examples, row, plots / "retrieval.png")
+    gain_per_client(table, row, plots / "gain_per_client.png")
+    others = [*_siblings(plan, row), row]
+    accuracy_vs_overhead(others, plots / "accuracy_vs_overhead.png", row["setting_digest"])
+    tracker.results(row)
     write_json(folder / "results.json", row)
 
 

@@ -1,17 +1,25 @@
 """Loggers: Lightning's CSV logger always, wandb where asked for; neither may ever cost a run its results.
 
-wandb summary keys (stable): ``test/accuracy``, ``test/client_accuracy``, ``test/gain``, ``test/client_gain``,
-``test/worst_decile``, ``test/log_loss``, ``test/harmed_share``, ``backbone/accuracy``, ``backbone/client_accuracy``,
-``cost/overhead_percent`` (published convention), ``cost/per_image_overhead_percent``,
-``cost/streaming_overhead_percent``, ``cost/parameters``.
+What a wandb run has (stable names):
+
+- its summary: ``test/accuracy``, ``test/client_accuracy``, ``test/gain``, ``test/client_gain``, ``test/worst_decile``,
+  ``test/log_loss``, ``test/harmed_share``, ``backbone/accuracy``, ``backbone/client_accuracy``,
+  ``cost/overhead_percent`` (published convention), ``cost/per_image_overhead_percent``,
+  ``cost/streaming_overhead_percent``, ``cost/parameters``, and the best ``selection/accuracy``;
+- curves: ``train/loss``, ``selection/accuracy``, ``selection/log_loss`` over ``epoch``; ``history/client_accuracy``,
+  ``history/worst_decile``, ``history/log_loss`` and the backbone's over ``history/images``;
+- the chart ``accuracy_vs_overhead``, a point per run; images ``plots/...``; tables ``clients`` and ``retrieval``;
+- the artifact ``results-<digest>``: the files that `iciia_exp.report` reads.
 """
 
 from __future__ import annotations
 
+import io
+import json
 import logging
 import netrc
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Hashable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal
 from urllib.parse import urlparse
@@ -19,9 +27,12 @@ from urllib.parse import urlparse
 import numpy as np
 import pandas as pd
 
+from iciia_exp.engine.console import label_of
 from iciia_exp.errors import check_bool, check_choice, first_line
+from iciia_exp.metrics import ALL
+from iciia_exp.report.collect import averages_by_history
 
-__all__ = ["Tracker", "Tracking", "wandb_logged_in"]
+__all__ = ["METRICS", "SUMMARY", "Tracker", "Tracking", "in_wandb_sweep", "wandb_logged_in"]
 
 log = logging.getLogger(__name__)
 
@@ -45,6 +56,22 @@ SUMMARY = {
     "cost/streaming_overhead_percent": "streaming_overhead_percent",
     "cost/parameters": "parameters",
 }
+
+
+#: What a metric is drawn over, and what of it stands in the summary.
+METRICS: dict[str, dict[str, str]] = {
+    "epoch": {},
+    "train/*": {"step_metric": "epoch"},
+    "selection/*": {"step_metric": "epoch"},
+    "selection/accuracy": {"step_metric": "epoch", "summary": "max"},
+    "history/images": {},
+    "history/*": {"step_metric": "history/images"},
+}
+
+
+def in_wandb_sweep() -> bool:
+    """Whether an agent of ``wandb sweep`` started this process."""
+    return bool(os.environ.get("WANDB_SWEEP_ID"))
 
 
 def wandb_logged_in() -> bool:
@@ -111,7 +138,6 @@ class Tracker:
     ) -> None:
         self.tracking, self.run_dir = tracking, run_dir
         self._init: dict[str, Any] = {
-            "id": run_id,
             "name": name,
             "group": group,
             "job_type": "train",
@@ -120,8 +146,9 @@ class Tracker:
             "project": tracking.project,
             "entity": tracking.entity,
             "dir": str(run_dir),
-            "resume": "allow",
         }
+        if not in_wandb_sweep():  # an agent of `wandb sweep` has chosen an id, which the server waits for
+            self._init |= {"id": run_id, "resume": "allow"}
         self._run: Any = None
         self._off = not tracking.wandb
 
@@ -152,6 +179,8 @@ class Tracker:
                     raise
                 log.warning("wandb: no connection (%s), logging offline", first_line(error))
                 self._run = wandb.init(**self._init, mode="offline", settings=settings)
+            for name, options in METRICS.items():
+                self._run.define_metric(name, **options)
         return self._run
 
     def loggers(self) -> list[Any]:
@@ -171,24 +200,21 @@ class Tracker:
                 loggers.append(logger)
         return loggers
 
-    def results(self, row: dict[str, Any], clients: pd.DataFrame, plots: dict[str, Path]) -> None:
-        """Log the results: summary keys, the plots as images and one table with a row per client (at most 10,000)."""
+    def results(self, row: dict[str, Any]) -> None:
+        """Log the results: summary keys, curve by history, chart, plots, tables, and the files as an artifact.
+
+        Args:
+            row: of ``results.json``; the rest is read from the run directory.
+        """
 
         def send() -> None:
-            import wandb
-
             if (run := self._start()) is None:
                 return
             run.summary.update({key: row[name] for key, name in SUMMARY.items() if row.get(name) is not None})
-            media = {f"plots/{name}": wandb.Image(str(path)) for name, path in plots.items()}
-            shown = clients
-            if len(clients) > TABLE_ROWS:
-                log.info(
-                    "wandb: its table has every %.1fth of %s clients", len(clients) / TABLE_ROWS, f"{len(clients):,}"
-                )
-                shown = clients.iloc[np.linspace(0, len(clients) - 1, TABLE_ROWS).round().astype(int)]
-            rows = shown.to_dict("split")["data"]  # plain values: several times as fast as from a frame
-            run.log({**media, "clients": wandb.Table(columns=[str(c) for c in clients], data=rows)})
+            for step in _history(self.run_dir):
+                run.log(step)
+            run.log({**_charts(row), **_media(self.run_dir)})
+            run.log_artifact(_artifact(self.run_dir, row))
 
         self._guard("logging the results", send)
 
@@ -200,3 +226,85 @@ class Tracker:
                 run.finish(exit_code=int(failed))
             except Exception as error:
                 log.warning("wandb: finishing failed (%s: %s)", type(error).__name__, error)
+
+
+def _history(folder: Path) -> Iterator[dict[str, Any]]:
+    """Yield accuracy by images seen before (``history/...``, with ``history/images`` as its step)."""
+    if (path := folder / "history.parquet").is_file():
+        for n, found in averages_by_history(pd.read_parquet(path)).iterrows():
+            if n != ALL:
+                yield {"history/images": n, **{f"history/{name}": float(value) for name, value in found.items()}}
+
+
+def _charts(row: dict[str, Any]) -> dict[str, Any]:
+    """Return this run's point in the chart of accuracy against overhead; a view of several runs has one of each."""
+    import wandb
+
+    table = wandb.Table(columns=["run", "overhead, %", "accuracy, %"])
+    if row["overhead_percent"] is not None:
+        table.add_data(label_of(row, {}), row["overhead_percent"], 100 * row["accuracy"])
+    return {
+        "accuracy_vs_overhead": wandb.plot.scatter(
+            table, "overhead, %", "accuracy, %", title="Accuracy against overhead (published convention)"
+        )
+    }
+
+
+def _media(folder: Path) -> dict[str, Any]:
+    """Return the plots, a table with a row per client (at most 10,000), and one with the retrieval examples."""
+    import wandb
+
+    media: dict[str, Any] = {
+        f"plots/{path.stem}": wandb.Image(str(path)) for path in sorted((folder / "plots").glob("*.png"))
+    }
+    shown = clients = pd.read_parquet(folder / "clients.parquet")
+    if len(clients) > TABLE_ROWS:
+        log.info("wandb: its table has every %.1fth of %s clients", len(clients) / TABLE_ROWS, f"{len(clients):,}")
+        shown = clients.iloc[np.linspace(0, len(clients) - 1, TABLE_ROWS).round().astype(int)]
+    rows = shown.to_dict("split")["data"]  # plain values: several times as fast as from a frame
+    media["clients"] = wandb.Table(columns=[str(c) for c in clients], data=rows)
+    if (path := folder / "retrieval.parquet").is_file():
+        media["retrieval"] = _retrieval(pd.read_parquet(path))
+    return media
+
+
+def _retrieval(examples: pd.DataFrame) -> Any:
+    """Return a table of examples: target, answers, and the images of the client that count most."""
+    import wandb
+    from PIL import Image
+
+    def picture(row: Mapping[Hashable, Any], caption: str) -> Any:
+        if row["thumbnail"] is None:
+            return caption
+        return wandb.Image(Image.open(io.BytesIO(row["thumbnail"])), caption=caption)
+
+    others = int(examples["rank"].max())
+    columns = ["case", "client", "truth", "target", "before", "after"]
+    table = wandb.Table(columns=[*columns, *(f"image {i}" for i in range(1, others + 1))])
+    for _, rows in examples.groupby("example"):
+        target, *rest = rows.sort_values("rank").to_dict("records")
+        answers = [
+            f"{target[f'{who}_answer']} ({100 * target[f'{who}_confidence']:.0f} %)" for who in ("backbone", "method")
+        ]
+        images = []
+        for other in rest:
+            share = "" if np.isnan(other["weight"]) else f"{100 * other['weight']:.0f} %, "
+            images.append(picture(other, f"{other['truth']}: {share}{other['influence']:+.2f}"))
+        images += [None] * (others - len(images))
+        known = target["case"], target["client"], target["truth"], picture(target, target["truth"])
+        table.add_data(*known, *answers, *images)
+    return table
+
+
+def _artifact(folder: Path, row: dict[str, Any]) -> Any:
+    """Return the files that a report reads, as one artifact ``results-<digest>`` of the type ``results``."""
+    import wandb
+
+    facts = {key: row.get(key) for key in ("method", "dataset", "backbone", "accuracy", "gain", "overhead_percent")}
+    artifact = wandb.Artifact(f"results-{row['digest']}", type="results", metadata=facts)
+    with artifact.new_file("results.json") as file:
+        json.dump(row, file, indent=2)
+    for name in ("clients", "history", "kinds", "retrieval"):
+        if (path := folder / f"{name}.parquet").is_file():
+            artifact.add_file(str(path))
+    return artifact

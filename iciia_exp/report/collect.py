@@ -19,7 +19,16 @@ from iciia_exp.errors import UserError, nearest
 from iciia_exp.metrics import ClientCounts, averages, summarise
 from iciia_exp.report.published import published_number
 
-__all__ = ["DRAWN_KINDS", "comparisons", "history_of", "history_summary", "load_runs", "select", "settings"]
+__all__ = [
+    "DRAWN_KINDS",
+    "averages_by_history",
+    "comparisons",
+    "history_of",
+    "history_summary",
+    "load_runs",
+    "select",
+    "settings",
+]
 
 #: Kinds of clients that are drawn for ``kinds.parquet`` (`iciia_exp.engine.kinds`).
 DRAWN_KINDS = ("random_classes", "homogeneous", "drifting")
@@ -169,18 +178,24 @@ def history_of(setting: pd.Series, file: str = "history.parquet", kind: str | No
             data = pd.read_parquet(folder / file)
             data = data[(data["protocol"] == "stream") & ((data["kind"] == kind) | (kind is None))]
             if len(data):
-                parts += [_averages_of(n, part) for n, part in data.groupby("history", sort=False)]
+                parts.append(averages_by_history(data))
     if not parts:
         return None
-    grouped = pd.DataFrame(parts).groupby("history", sort=False)
+    grouped = pd.concat(parts).groupby("history", sort=False)
     return grouped.mean().join(grouped.sem().add_suffix("_se"))
 
 
-def _averages_of(history: Any, part: pd.DataFrame) -> dict[str, Any]:
-    """Return the averages of one length of history, of the method and of the backbone."""
-    row: dict[str, Any] = {"history": history}
-    for who, prefix in (("method", ""), ("backbone", "backbone_")):
-        hits, loss, answers = (part[name].to_numpy() for name in (f"{who}_hits", f"{who}_loss", "answers"))
-        found = averages(hits, loss, answers)
-        row |= {f"{prefix}{name}": found[name] for name in ("client_accuracy", "worst_decile", "log_loss")}
-    return row
+def averages_by_history(data: pd.DataFrame) -> pd.DataFrame:
+    """Return averages of method and backbone by images seen before (the index), ``stream`` protocol.
+
+    ``data`` is a run's ``history.parquet``, or rows of it.
+    """
+    rows = []
+    for n, part in data[data["protocol"] == "stream"].groupby("history", sort=False):
+        row: dict[str, Any] = {"history": n}
+        for who, prefix in (("method", ""), ("backbone", "backbone_")):
+            hits, loss, answers = (part[name].to_numpy() for name in (f"{who}_hits", f"{who}_loss", "answers"))
+            found = averages(hits, loss, answers)
+            row |= {f"{prefix}{name}": found[name] for name in ("client_accuracy", "worst_decile", "log_loss")}
+        rows.append(row)
+    return pd.DataFrame(rows).set_index("history")

@@ -3,16 +3,18 @@
 import json
 import subprocess
 import sys
+from glob import glob
 from pathlib import Path
 
 import pandas as pd
 import pytest
 
 from iciia_exp import Run
-from iciia_exp.engine.console import setup_logging
+from iciia_exp.engine.console import label_of, setup_logging
 from iciia_exp.engine.stages import execute
-from iciia_exp.engine.tracking import SUMMARY, Tracking, wandb_logged_in
+from iciia_exp.engine.tracking import METRICS, SUMMARY, Tracking, wandb_logged_in
 from iciia_exp.errors import ConfigError
+from iciia_exp.report.collect import averages_by_history
 
 
 @pytest.fixture(autouse=True)
@@ -37,13 +39,59 @@ def test_an_offline_run_holds_everything(plan):
             assert key in text, key
     for word in (made.run_digest, '"digits"', "small_cnn", "mine", "selection/accuracy", "gain_per_client", "clients"):
         assert word in text, word
+    records = [json.loads(line) for line in text.splitlines()]
+    steps = [r["history"]["item"] for r in records if r["type"] == "history"]
+    curve = [step for step in steps if "history/images" in step]
+    lengths = averages_by_history(pd.read_parquet(Path(made.run_dir) / "history.parquet")).index
+    assert [c["history/images"] for c in curve] == [n for n in lengths if n >= 0]
+    assert all(0 <= c["history/client_accuracy"] <= 1 for c in curve)
+    defined = {m.get("name") or m["glob_name"]: m for r in records if r["type"] == "metric" for m in [r["metric"]]}
+    assert {name: m.get("step_metric") for name, m in defined.items()} == {
+        name: options.get("step_metric") for name, options in METRICS.items()
+    }
     tables = list(Path(made.run_dir).glob("wandb/offline-run-*/files/media/table/clients*.json"))
     assert len(tables) == 1
     table = json.loads(tables[0].read_text())
     clients = Run.load(made.run_dir).clients
     assert table["columns"] == list(clients)
     assert len(table["data"]) == len(clients)
-    assert len(list(Path(made.run_dir).glob("wandb/offline-run-*/files/media/images/plots/*.png"))) == 3
+    media = f"{made.run_dir}/wandb/offline-run-*/files/media"
+    plots = {Path(p).name.split("_")[0] for p in glob(f"{media}/images/plots/*.png")}
+    assert plots == {"accuracy", "gain", "retrieval"}
+    (examples,) = [json.loads(Path(p).read_text()) for p in glob(f"{media}/table/retrieval*.json")]
+    kept = Run.load(made.run_dir).retrieval
+    assert examples["columns"][:6] == ["case", "client", "truth", "target", "before", "after"]
+    assert [line[1] for line in examples["data"]] == kept[kept["rank"] == 0]["client"].tolist()
+    artifacts = {r["artifact"]["name"]: r["artifact"] for r in records if r["type"] == "artifact"}
+    held = {n: [c["path"] for c in a["manifest"]["contents"]] for n, a in artifacts.items()}
+    pictures = {p for p in held[f"run-{row['digest']}-retrieval"] if p.startswith("media/images/")}
+    assert len(pictures) == kept["thumbnail"].nunique()
+    (chart,) = [json.loads(Path(p).read_text()) for p in glob(f"{media}/table/accuracy_vs_overhead*.json")]
+    assert chart["data"] == [[label_of(row, {}), row["overhead_percent"], 100 * row["accuracy"]]]
+    kept_files = {f"{name}.parquet" for name in ("clients", "history", "retrieval")} | {"results.json"}
+    assert set(held[f"results-{row['digest']}"]) == kept_files
+
+
+def test_an_agent_of_a_sweep_chooses_the_id_and_hears_of_finished_runs(plan, monkeypatch):
+    """A sweep's server waits for the run whose id the agent has; what is finished is sent to it again."""
+    import wandb
+
+    execute(plan("logger=csv"))
+    made, original, started = plan("logger=wandb"), wandb.init, []
+
+    def init(*args, **kwargs):
+        started.append(kwargs)
+        return original(*args, **kwargs)
+
+    monkeypatch.setattr(wandb, "init", init)
+    execute(made)
+    assert started == []  # finished: nothing to say to anybody
+    monkeypatch.setenv("WANDB_SWEEP_ID", "abcd1234")
+    row = execute(made)
+    assert len(started) == 1
+    assert not {"id", "resume"} & set(started[0])
+    text = inspect(made.run_dir)
+    assert f"results-{row['digest']}" in text
 
 
 def test_the_logger_changes_no_number(plan, tmp_path):
