@@ -45,7 +45,8 @@ def main() -> None:
             if (failure := take_failure()) is not None:
                 raise failure
     except (UserError, HydraException, OmegaConfBaseException, ValueError) as error:
-        if tracebacks or (isinstance(error, ValueError) and "Config group override" not in str(error)):
+        ours = any(text in str(error) for text in ("Config group override", "No trials are completed"))
+        if tracebacks or (isinstance(error, ValueError) and not ours):
             raise
         from iciia_exp.engine.overrides import explain
 

@@ -24,7 +24,7 @@ def named(files):
 
 
 def test_all_files_are_seen():
-    assert len(FILES) == 95
+    assert len(FILES) == 98
     assert len(GROUP_FILES) == 66
     assert len(EXPERIMENTS) == 20
     assert len(SWEEPS) == 6
@@ -84,6 +84,17 @@ def test_sweep_runs_over_values_that_compose(path, compose):
             job = compose(*[o for o in fixed if o.split("=")[0] != key], f"{key}={value}")
             for group in GROUPS:
                 check_keys(OmegaConf.to_container(job[group], resolve=False), group)
+
+
+@pytest.mark.parametrize("choice", ["launcher=joblib", "launcher=slurm", "search=optuna"])
+def test_launchers_and_search_compose(choice, compose):
+    """Hydra checks their keys against the plugins' own schemas."""
+    hydra = compose(f"+{choice}", hydra=True).hydra
+    assert OmegaConf.to_container(hydra.launcher, resolve=False)["_target_"].startswith("hydra")
+    if choice == "search=optuna":
+        assert hydra.sweeper.direction == "maximize"
+        for key in hydra.sweeper.params:
+            assert OmegaConf.select(compose(), key) is not None, key
 
 
 def test_the_sweep_over_methods_has_them_all(compose):

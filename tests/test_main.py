@@ -196,6 +196,52 @@ def test_a_sweep_over_clients_has_a_table_for_each(monkeypatch, capsys, tmp_path
     assert len(list(tmp_path.glob("outputs/sweeps/*/accuracy_vs_overhead-*.png"))) == 2
 
 
+@pytest.mark.filterwarnings("ignore")  # Optuna 2's own
+def test_a_search_asks_selection_clients_and_survives_failures(monkeypatch, capsys, tmp_path, small):
+    arguments = ("-m", "+search=optuna", *small, "hydra.sweeper.n_trials=4", "groups=choice(1,3)", "heads=1")
+    assert call(monkeypatch, *arguments) == 1
+    out = capsys.readouterr().out
+    done = [job for job in jobs(tmp_path) if job["status"] == "done"]
+    assert 0 < len(done) < 4
+    rows = [json.loads((Path(job["run_dir"]) / "results.json").read_text()) for job in done]
+    best = max(row["selection_accuracy"] for row in rows)
+    assert f"best on selection clients, {100 * best:.1f} %: " in out
+    assert "groups=3: must divide" in out
+    monkeypatch.setenv("ICIIA_EXP_PID", "1")  # again: the same trials, finished
+    call(monkeypatch, *arguments)
+    assert capsys.readouterr().out.count("finished before") == len(done)
+
+
+@pytest.mark.filterwarnings("ignore")  # Optuna 2's own
+def test_a_search_in_which_nothing_works_is_one_line(monkeypatch, capsys, small):
+    assert call(monkeypatch, "-m", "+search=optuna", *small, "hydra.sweeper.n_trials=2", "groups=choice(3)") == 2
+    assert capsys.readouterr().err.splitlines()[-1] == "error: no trial of the search succeeded; see the errors above"
+
+
+def test_jobs_in_parallel_on_this_machine(monkeypatch, capsys, tmp_path, small):
+    """Two processes; what they share is made once, and a failing job is named by the one that started them."""
+    status = call(
+        monkeypatch, "-m", "+launcher=joblib", *small, "method=backbone,prior_map,iciia", "groups=3", "heads=1"
+    )
+    assert status == 1
+    assert sorted(job["status"] for job in jobs(tmp_path)) == ["done", "done", "failed"]
+    assert "error: job 2 failed (method=iciia): groups=3: must divide" in capsys.readouterr().out
+    assert len(list(tmp_path.glob("cache/features/*/manifest.json"))) == 1
+
+
+@pytest.mark.parametrize("wanted", ["+launcher=joblib", "+launcher=slurm", "+search=optuna"])
+def test_what_is_not_installed_is_named_with_its_command(monkeypatch, capsys, wanted):
+    from hydra.core.config_store import ConfigStore
+
+    repo = ConfigStore.instance().repo["hydra"]
+    for group in ("launcher", "sweeper"):
+        monkeypatch.setitem(repo, group, {name: node for name, node in repo[group].items() if name == "basic.yaml"})
+    assert call(monkeypatch, "-m", wanted, "seed=0,1") == 2
+    err = capsys.readouterr().err
+    assert err.startswith("error: hydra/")
+    assert err.endswith("is not installed; pip install 'iciia_exp[sweeps]'\n")
+
+
 def test_conf_works_from_any_folder(monkeypatch, tmp_path, capsys):
     (tmp_path / "deep").mkdir()
     monkeypatch.chdir(tmp_path / "deep")

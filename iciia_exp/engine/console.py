@@ -96,6 +96,10 @@ def varying(rows: Sequence[dict[str, Any]]) -> dict[str, list[str]]:
     return found
 
 
+def _short(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
 def label_of(row: dict[str, Any], keys: dict[str, list[str]]) -> str:
     """Return what names a run in a table: method, layers, heads, groups, and what else tells it from others.
 
@@ -103,7 +107,7 @@ def label_of(row: dict[str, Any], keys: dict[str, list[str]]) -> str:
     """
     letters = (("num_layers", "N"), ("heads", "H"), ("groups", "G"))
     parts = [f"{letter}={row[key]}" for key, letter in letters if row.get(key)]
-    parts += [f"{key.rsplit('.', 1)[-1]}={row[key]}" for key in keys.get(row["method"], ()) if key in row]
+    parts += [f"{key.rsplit('.', 1)[-1]}={_short(row[key])}" for key in keys.get(row["method"], ()) if key in row]
     return " ".join([row["method"], *["(bound)"] * bool(row.get("bound")), *parts])
 
 

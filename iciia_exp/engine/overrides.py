@@ -63,6 +63,8 @@ def explain(error: Exception) -> str:
         if error.missing_cfg_file is None:
             return first_line(text)
         group, _, option = error.missing_cfg_file.rpartition("/")
+        if group in ("hydra/launcher", "hydra/sweeper"):
+            return f"{group}={option}: is not installed; pip install 'iciia_exp[sweeps]'"
         options = [o for o in (error.options or option_names(group)) if o]
         if options:
             return f"{group}={option}: no such option; {_did_you_mean(option, options, 'valid')}"
@@ -79,6 +81,8 @@ def explain(error: Exception) -> str:
         return f"{match.group(1)}: several values are a sweep; add -m (or write key=[a,b] for a list)"
     if isinstance(error, OverrideParseException):
         return f"{error.override}: not of the form key=value ({first_line(error.message)}); quote special characters"
+    if "No trials are completed" in text:
+        return "no trial of the search succeeded; see the errors above"
     if isinstance(error, ValueError):
         return f"{first_line(text)}: a group cannot be null; choose one of its options"
     if isinstance(error, ConfigCompositionException) and error.__cause__ is not None:

@@ -11,6 +11,7 @@ import logging
 from pathlib import Path
 from typing import Any
 
+import yaml
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig
 
@@ -34,6 +35,16 @@ def take_exit_status() -> int:
 def record_job(folder: Path, number: int, overrides: list[str], outcome: dict[str, Any]) -> None:
     """Write down what became of job ``number``."""
     write_json(folder / "jobs" / f"{number:05d}.json", {"job": number, "overrides": overrides, **outcome})
+
+
+def _best_of_search(folder: Path) -> str | None:
+    """Return what a search over hyper-parameters found, as its sweeper leaves it in the sweep's folder; else None."""
+    path = folder / "optimization_results.yaml"
+    if not path.is_file():
+        return None
+    found = yaml.safe_load(path.read_text(encoding="utf-8"))
+    settings = " ".join(f"{key}={value}" for key, value in found["best_params"].items())
+    return f"best on selection clients, {100 * found['best_value']:.1f} %: {settings}"
 
 
 class SweepReport(Callback):
@@ -69,6 +80,8 @@ class SweepReport(Callback):
             accuracy_vs_overhead(group, folder / plot)
         done = len(jobs) - len(failures)
         out.print(f"[dim]{done} of {len(jobs)} jobs done; plot and records in {folder}[/dim]", soft_wrap=True)
+        if (best := _best_of_search(folder)) is not None:
+            out.print(best, soft_wrap=True)
         common = set.intersection(*(set(job["overrides"]) for job in jobs)) if len(jobs) > 1 else set()
         for job in failures:
             own = " ".join(o for o in job["overrides"] if o not in common)
