@@ -1,15 +1,17 @@
 """Client-adaptive image recognition: ICIIA and its rivals, trained once and evaluated on every client.
 
-``python -m iciia_exp --help`` shows the commands; ``Run.load(path)`` rebuilds a trained method from its run directory;
+``python -m iciia_exp --help`` shows the commands; ``run_experiment(*overrides)`` is the same from Python;
+``Run.load(path)`` rebuilds a trained method from its run directory;
 ``ClientSession(run)`` serves a client's images one after the other.
 """
 
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
-__all__ = ["ClientSession", "Run", "__version__", "predict_together"]
+__all__ = ["ClientSession", "Run", "__version__", "predict_together", "run_experiment"]
 
 if TYPE_CHECKING:
+    from iciia_exp.engine.jobs import run_experiment
     from iciia_exp.engine.run import Run
     from iciia_exp.engine.session import ClientSession, predict_together
 
@@ -20,6 +22,10 @@ def __getattr__(name: str) -> Any:
         from iciia_exp.engine.run import Run
 
         return Run
+    if name == "run_experiment":
+        from iciia_exp.engine.jobs import run_experiment
+
+        return run_experiment
     if name in ("ClientSession", "predict_together"):
         from iciia_exp.engine import session
 

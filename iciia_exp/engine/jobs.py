@@ -6,7 +6,7 @@ import logging
 import time
 import traceback
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
@@ -15,7 +15,10 @@ from omegaconf import DictConfig
 from iciia_exp.engine.console import setup_logging
 from iciia_exp.errors import UserError, first_line
 
-__all__ = ["run_job", "take_failure"]
+if TYPE_CHECKING:
+    from iciia_exp.engine.run import Run
+
+__all__ = ["run_experiment", "run_job", "take_failure"]
 
 log = logging.getLogger(__name__)
 
@@ -64,6 +67,36 @@ def run_job(config: DictConfig) -> float | None:
     finally:
         record_job(folder, number, overrides, {**outcome, "seconds": round(time.monotonic() - start, 2)})
     return row["selection_accuracy"] if row else None
+
+
+def run_experiment(*overrides: str) -> Run:
+    """Do from Python what ``python -m iciia_exp OVERRIDES`` does, and return the finished run.
+
+    >>> run = run_experiment("method=iciia", "groups=16")  # doctest: +SKIP
+
+    Args:
+        overrides: as on the command line, one value each; a sweep is a loop. What is finished is not repeated.
+
+    Raises:
+        UserError: says what is wrong with an override and what would be right.
+    """
+    from hydra import compose, initialize_config_dir
+    from hydra.errors import HydraException
+    from omegaconf.errors import OmegaConfBaseException
+
+    from iciia_exp.engine.overrides import explain
+    from iciia_exp.engine.paths import CONF_DIR
+    from iciia_exp.engine.run import Run
+
+    setup_logging()
+    try:
+        with initialize_config_dir(str(CONF_DIR), version_base="1.3"):
+            config = compose("config", overrides=list(overrides))
+    except (HydraException, OmegaConfBaseException) as error:
+        raise UserError(explain(error)) from error
+    if config.stage not in ("all", "evaluate"):
+        raise UserError(f"stage={config.stage}: gives no finished run; leave stage out, or use the command line")
+    return Run.load(_execute(config)[0])
 
 
 def _execute(config: DictConfig, brief: bool = False) -> tuple[Path, dict[str, Any] | None]:
