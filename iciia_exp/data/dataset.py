@@ -71,6 +71,10 @@ class ImageDataset(ABC):
         """K."""
         return len(self.class_names)
 
+    def shown_names(self) -> Sequence[str]:
+        """Return what a person would call the classes, where their names are numbers of a catalogue; for pictures."""
+        return self.class_names
+
     @property
     def has_backbone_images(self) -> bool:
         """Whether the dataset itself sets images aside for the backbone's training."""

@@ -130,6 +130,14 @@ class ImageNet(ImageDataset):
             log.warning("%d classes are not of ImageNet-1K and have no parent (%s)", len(unknown), few(unknown))
         return parents
 
+    def shown_names(self) -> list[str]:
+        """Return the classes' names in WordNet, where they are of ImageNet."""
+        from timm.data import ImageNetInfo  # late: it imports torch
+
+        known = ImageNetInfo("imagenet-22k")
+        names = set(known.label_names())
+        return [known.label_name_to_description(w) if w in names else w for w in self.class_names]
+
     def _validation(self) -> tuple[list[str], list[str]]:
         """Return the validation images' paths and wnids."""
         images = list_images(self.root / "val")

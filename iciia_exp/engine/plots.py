@@ -254,7 +254,7 @@ def retrieval_examples(examples: pd.DataFrame, row: dict[str, Any], path: Path, 
                 continue
             with Image.open(io.BytesIO(image["thumbnail"])) as picture:
                 small = max(picture.size) <= 40
-                axes.imshow(picture, cmap="gray", interpolation="nearest" if small else "antialiased")
+                axes.imshow(picture, cmap="gray", interpolation="nearest" if small else "bicubic")
             if image["rank"]:
                 share = f"{100 * image['weight']:.0f} %, " if pd.notna(image["weight"]) else ""
                 axes.set_title(f"{_short(image['truth'])}\n{share}{image['influence']:+.2f} nats", fontsize=7.5)

@@ -346,8 +346,8 @@ def _evaluate(plan: Plan, store: FeatureStore, clients: Clients, tracker: Any) -
         with fraction_bar("kinds of clients") as progress, atomic_write(folder / "kinds.parquet", "wb") as file:
             kinds_table(*parts, progress).to_parquet(file, index=False)
     examples = retrieval_table(
-        *(run.method, run.head, batches, clients, plan.protocol.images, plan.retrieval, run.class_names),
-        *(plan.dataset.task, plan.dataset.__getitem__, trainer.strategy.root_device),
+        *(run.method, run.head, batches, clients, plan.protocol.images, plan.retrieval),
+        *(list(plan.dataset.shown_names()), plan.dataset.task, plan.dataset.__getitem__, trainer.strategy.root_device),
     )
     seconds = time.monotonic() - start
     table = client_table(clients, numbers, counts, plan.labels)

@@ -4,6 +4,7 @@ import shutil
 import numpy as np
 import pytest
 from PIL import Image
+from timm.data import ImageNetInfo
 
 from iciia_exp.data.imagenet import ImageNet
 from iciia_exp.data.partitions import ParentCategory
@@ -23,6 +24,7 @@ def root(tmp_path):
 def test_every_layout_gives_the_same_images(tmp_path, layout):
     data = ImageNet(make_imagenet(tmp_path, layout=layout))
     assert data.class_names == WNIDS
+    assert data.shown_names()[0] == ImageNetInfo("imagenet-1k").label_name_to_description(WNIDS[0])
     table = data.table
     assert table["split"].value_counts().to_dict() == {"train": 72, "test": 36}
     assert table.groupby(["split", "label"]).size().unique().tolist() == [3, 6]

@@ -1,0 +1,184 @@
+"""Every command in README and docs: those of the package run on small settings, the others exist as they are typed."""
+
+import contextlib
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from omegaconf import OmegaConf
+
+from iciia_exp import dashboard
+from iciia_exp.__main__ import main
+from iciia_exp.cache import main as cache_main
+from iciia_exp.engine.build import GROUPS, check_keys
+from iciia_exp.report.__main__ import main as report_main
+from tests.engine.test_experiments import EXPERIMENTS, offline_weights  # noqa: F401
+from tests.making.vectors import make_vectors
+
+ROOT = Path(__file__).parents[1]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+TEXTS = {page.name: page.read_text() for page in PAGES}
+
+
+def commands(start):
+    """Return the commands of all pages that begin so: lines of blocks without a language, and pieces of code in text."""
+    found = []
+    for text in TEXTS.values():
+        blocks = re.findall(r"^```(?:sh|bash)?\n(.*?)^```", text, re.S | re.M)
+        prose = re.sub(r"^```.*?^```", "", text, flags=re.S | re.M)
+        lines = [line for block in blocks for line in block.replace("\\\n", " ").splitlines()]
+        lines += re.findall(r"`([^`\n]+)`", prose)
+        found += [line.split(" # ")[0].strip() for line in lines if line.startswith(start)]
+    return sorted(set(found))
+
+
+MAIN = [c for c in commands("python -m iciia_exp") if c.split()[2] == "iciia_exp"]
+
+#: Placeholders for what a reader has; with them a command is composed and checked, or gets small data of the form.
+NEEDS_MORE = ("FILE", "NAME", "trainer=gpu", "launcher=slurm", "OVERRIDES", "--help")
+
+
+def split(arguments, compose):
+    """Return the arguments without a sweep's values, and those of its first and its last job."""
+    plain, swept = [], {}
+    for override in OverridesParser.create().parse_overrides([a for a in arguments if a not in ("-m", "--multirun")]):
+        if override.is_sweep_override():
+            values = [str(value) for value in override.sweep_string_iterator()]
+            swept[override.get_key_element()] = values
+        else:
+            plain.append(override.input_line)
+    config = compose(*plain, hydra=True)
+    named = {} if "search=optuna" in " ".join(plain) else dict(config.hydra.sweeper.params or {})
+    for key, values in named.items():
+        swept.setdefault(key, str(values).split(","))
+    jobs = [[f"{key}={values[place]}" for key, values in swept.items()] for place in (0, -1)]
+    return plain, jobs
+
+
+def test_there_are_commands():
+    assert len(MAIN) >= 20
+    assert {"README.md", "reports.md", "rivals.md", "streams.md"} <= set(TEXTS)
+
+
+@pytest.mark.filterwarnings("ignore")  # Optuna's own
+@pytest.mark.parametrize("command", MAIN)
+def test_a_command_of_the_package_works(command, compose, small, tmp_path, monkeypatch, offline_weights, capsys):  # noqa: F811
+    arguments = [a for a in shlex.split(command)[3:] if a != "..."]
+    if "--help" in arguments:
+        monkeypatch.setattr(sys, "argv", ["iciia_exp", *arguments])
+        with pytest.raises(SystemExit) as stop:
+            main()
+        assert not stop.value.code
+        return
+    name = next(
+        (e for a in arguments if "experiment=" in a for e in re.findall(r"\w+", a)[1:] if e in EXPERIMENTS), None
+    )
+    make, more = EXPERIMENTS[name] if name else (None, ())
+    if name == "features":
+        make, more = (
+            (lambda root, _: make_vectors(root)),
+            ("partition=classes_per_client", "partition.classes_per_client=2"),
+        )
+    data = tmp_path / "data"
+    if make is not None:
+        data.mkdir()
+        make(data, monkeypatch)
+    arguments = [f"data_dir={data}" if a.startswith("data_dir=") else a for a in arguments]
+    if name == "folder" and "partition=owner" in arguments:
+        lines = [f"{p.relative_to(data)},{p.parent.name},{i % 7}" for i, p in enumerate(sorted(data.rglob("*.jpg")))]
+        (tmp_path / "images.csv").write_text("\n".join(["path,label,owner", *lines]))
+        more = [m for m in more if not m.startswith("partition")]
+    arguments = [f"dataset.csv={tmp_path}/images.csv" if a.startswith("dataset.csv=") else a for a in arguments]
+    plain, jobs = split(arguments, compose)
+    if any(word in command for word in NEEDS_MORE):  # a GPU, a cluster, a file of weights: checked, not run
+        for job in jobs:
+            config = compose(*plain, *job)
+            for group in GROUPS:
+                check_keys(OmegaConf.to_container(config[group], resolve=False), group)
+        return
+    size = ("logger=csv", "trainer=smoke", *more) if make is not None else small
+    fewer = ("hydra.sweeper.n_trials=2",) if "search=optuna" in command else ()
+    plain = [p for p in plain if not p.startswith("hydra.sweeper.n_trials")]
+    for job in jobs[: 1 + (jobs[0] != jobs[1])]:
+        mode = ("-m", *fewer) if fewer else ("hydra.mode=RUN",)
+        given = [s for s in size if not (s.startswith("partition.") and any(j.startswith("partition=") for j in job))]
+        monkeypatch.setattr(sys, "argv", ["iciia_exp", *mode, *plain, *given, *job])
+        with contextlib.suppress(SystemExit):
+            main()
+        assert "error" not in capsys.readouterr().err
+    if "stage=" not in command:
+        assert list(tmp_path.glob("outputs/*/*/results.json"))
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A folder with finished runs at outputs/digits and outputs/rivals."""
+    import os
+
+    from iciia_exp import run_experiment
+    from tests.conftest import SMALL
+
+    folder, keep = tmp_path_factory.mktemp("documents"), os.getcwd()
+    os.chdir(folder)
+    try:
+        for name in ("digits", "rivals"):
+            for method in ("iciia", "iciia_prior"):
+                run_experiment(f"method={method}", f"name={name}", f"cache_dir={folder}/cache", "groups=4", *SMALL)
+    finally:
+        os.chdir(keep)
+    return folder
+
+
+@pytest.mark.parametrize("command", commands("python -m iciia_exp.report"))
+def test_a_command_of_the_report_works(command, finished, monkeypatch, capsys):
+    monkeypatch.chdir(finished)
+    assert report_main(shlex.split(command)[3:]) == 0
+    assert "small_cnn alone" in capsys.readouterr().out
+
+
+@pytest.mark.filterwarnings("ignore:Pydantic:DeprecationWarning")
+def test_commands_of_cache_and_dashboard_work(capsys):
+    (command,) = commands("python -m iciia_exp.cache")
+    assert cache_main(shlex.split(command)[3:]) == 0
+    (command,) = commands("python -m iciia_exp.dashboard")
+    assert dashboard.main([*shlex.split(command)[3:], "--dry-run"]) == 0
+
+
+@pytest.mark.parametrize("script", sorted({c.split()[1] for c in commands("python benchmarks/")}))
+def test_a_benchmark_knows_its_options(script):
+    done = subprocess.run(
+        [sys.executable, ROOT / script, "--help"], capture_output=True, text=True, timeout=120, cwd=ROOT
+    )
+    assert done.returncode == 0, done.stderr
+    for command in commands(f"python {script}"):
+        for word in shlex.split(command)[2:]:
+            if not word.isdigit() and "|" not in word:
+                assert word in done.stdout, word
+
+
+def test_other_commands_exist():
+    targets = re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.M)
+    for command in commands("make "):
+        assert command.split()[1] in targets
+    for command in commands("wandb sweep"):
+        assert (ROOT / command.split()[2]).is_file()
+    extras = re.findall(r"iciia_exp\[([\w,]+)\]", "".join(TEXTS.values()))
+    listed = (ROOT / "pyproject.toml").read_text()
+    assert extras
+    for extra in extras:
+        assert f"\n{extra} = [" in listed
+
+
+def test_links_and_pictures_are_there():
+    for page in PAGES:
+        for target in re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", page.read_text()):
+            if not target.startswith("http"):
+                assert (page.parent / target).exists(), f"{page.name}: {target}"
+
+
+def test_the_readme_is_short():
+    assert len(TEXTS["README.md"].splitlines()) < 250
