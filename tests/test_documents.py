@@ -7,12 +7,14 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import OmegaConf
 
 from iciia_exp import dashboard
 from iciia_exp.__main__ import main
+from iciia_exp.artifacts import read_json
 from iciia_exp.cache import main as cache_main
 from iciia_exp.engine.build import GROUPS, check_keys
 from iciia_exp.report.__main__ import main as report_main
@@ -112,6 +114,32 @@ def test_a_command_of_the_package_works(command, compose, small, tmp_path, monke
         assert "error" not in capsys.readouterr().err
     if "stage=" not in command:
         assert list(tmp_path.glob("outputs/*/*/results.json"))
+
+
+def test_what_a_reader_brings_works_as_the_page_shows(tmp_path, monkeypatch, capsys):
+    """The files of docs/extend.md, written as they stand, and its commands."""
+    from sklearn.datasets import load_digits
+
+    blocks = re.findall(r"^```(?:python|yaml)\n# file: (\S+)\n(.*?)^```", TEXTS["extend.md"], re.S | re.M)
+    assert len(blocks) == 9
+    for name, text in blocks:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(text)
+    digits = load_digits()
+    users = np.arange(len(digits.target)) % 50
+    np.savez(tmp_path / "images.npz", images=(digits.images / 16).astype(np.float32), labels=digits.target, users=users)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    for command in (c for c in MAIN if "--config-dir" in c):
+        arguments = shlex.split(command)[3:]
+        monkeypatch.setattr(sys, "argv", ["iciia_exp", *arguments, "logger=csv", "protocol.recipe.epochs=2"])
+        with contextlib.suppress(SystemExit):
+            main()
+        out, err = capsys.readouterr()
+        assert err == ""
+        assert "perceptron alone" in out
+    rows = [read_json(path) for path in tmp_path.glob("outputs/mine/*/results.json")]
+    assert {row["method"] for row in rows} == {"mean_prior", "iciia"}
+    assert all(row["gain"] > 0 for row in rows if row["method"] == "mean_prior")
 
 
 @pytest.fixture(scope="module")

@@ -39,6 +39,9 @@ CASES = ("corrected", "spoiled", "unchanged")
 # Targets that are tried for every example that is kept.
 _TRIED = 32
 
+# Images of a sequence at most: leaving out each in turn takes the square of it.
+_LONGEST = 64
+
 # Images up to this size are kept as they are (PNG), larger ones as JPEG.
 _SMALL = 40
 
@@ -161,11 +164,11 @@ def retrieval_table(
         ``thumbnail`` (PNG or JPEG). No rows where no client has two test
         images, or the method looks at no other image.
     """
-    if isinstance(method, PerImage) or method.by_client:
+    if isinstance(method, PerImage) or method.by_client or not options.examples or images < 2:
         return pd.DataFrame()
     rng = generator("retrieval")
-    selection = _sequences(clients, _TRIED * max(options.examples, 1), images, rng)
-    if not options.examples or not len(selection.client_C):
+    selection = _sequences(clients, _TRIED * options.examples, min(images, _LONGEST), rng)
+    if not len(selection.client_C):
         return pd.DataFrame()
     method.to(device)
     head.to(device)

@@ -135,6 +135,8 @@ def test_nothing_to_show():
     assert made(LinearHead)[0].empty  # it looks at no other image
     assert made(options=Retrieval(0))[0].empty
     cloud = small_cloud(8, 4)
+    parts = (IciiaMethod(torch.nn.Linear(8, 4)).eval(), torch.nn.Linear(8, 4), cloud.batches, cloud.clients)
+    assert retrieval_table(*parts, 1, Retrieval(), NAMES, SINGLE_LABEL).empty  # chunks of one image
     ids = cloud.clients.ids
     one = Ragged(np.arange(len(ids) + 1), cloud.clients.test.values[: len(ids)])
     nobody = Ragged(np.zeros(len(ids) + 1, np.int64), np.empty(0, np.int64))
