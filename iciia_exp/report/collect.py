@@ -15,7 +15,7 @@ import numpy as np
 import pandas as pd
 
 from iciia_exp.engine.console import base_of, label_of, varying
-from iciia_exp.errors import UserError, nearest
+from iciia_exp.errors import UserError, first_line, nearest
 from iciia_exp.metrics import ClientCounts, averages, summarise
 from iciia_exp.report.published import published_number
 
@@ -26,6 +26,7 @@ __all__ = [
     "history_of",
     "history_summary",
     "load_runs",
+    "read_table",
     "select",
     "settings",
 ]
@@ -64,6 +65,17 @@ def load_runs(folders: Iterable[Path]) -> list[dict[str, Any]]:
             except (json.JSONDecodeError, KeyError, TypeError) as error:
                 raise UserError(f"{path}: is not the results of a run ({error})") from error
     return list(rows.values())
+
+
+def read_table(path: Path) -> pd.DataFrame | None:
+    """Return one of a run's tables; None where there is none, a `UserError` that names a damaged one."""
+    if not path.is_file():
+        return None
+    try:
+        return pd.read_parquet(path)
+    except Exception as error:  # Arrow raises several kinds
+        hint = "delete the run's folder and repeat its command"
+        raise UserError(f"{path}: cannot be read ({first_line(error)}); {hint}") from error
 
 
 def select(rows: list[dict[str, Any]], conditions: Iterable[str]) -> list[dict[str, Any]]:
@@ -174,8 +186,7 @@ def history_of(setting: pd.Series, file: str = "history.parquet", kind: str | No
     """
     parts = []
     for folder in setting["run_dirs"]:
-        if (folder / file).is_file():
-            data = pd.read_parquet(folder / file)
+        if (data := read_table(folder / file)) is not None:
             data = data[(data["protocol"] == "stream") & ((data["kind"] == kind) | (kind is None))]
             if len(data):
                 parts.append(averages_by_history(data))

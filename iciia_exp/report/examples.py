@@ -8,16 +8,17 @@ from typing import Any
 
 import pandas as pd
 
+from iciia_exp.report.collect import read_table
+
 __all__ = ["examples_of"]
 
 
 def examples_of(folder: Path) -> list[dict[str, Any]] | None:
     """Return a run's examples, each with its target and the images that count most; None where it kept none."""
-    path = folder / "retrieval.parquet"
-    if not path.is_file():
+    if (table := read_table(folder / "retrieval.parquet")) is None:
         return None
     examples = []
-    for _, rows in pd.read_parquet(path).groupby("example"):
+    for _, rows in table.groupby("example"):
         target, others = rows[rows["rank"] == 0].iloc[0], rows[rows["rank"] > 0].sort_values("rank")
         examples.append(
             {

@@ -12,7 +12,7 @@ import pandas as pd
 from iciia_exp.artifacts import read_json
 from iciia_exp.engine.plots import COLOURS, MARKERS, accuracy_vs_overhead, new_figure, save
 from iciia_exp.metrics import ALL
-from iciia_exp.report.collect import DRAWN_KINDS, history_of
+from iciia_exp.report.collect import DRAWN_KINDS, history_of, read_table
 
 __all__ = ["by_groups", "by_history", "gain_distribution", "write_all"]
 
@@ -98,7 +98,7 @@ def gain_distribution(table: pd.DataFrame, title: str) -> Any | None:
     """Draw how the gain over the backbone is spread over clients, a box for each setting, all its runs together."""
     gains, labels = [], []
     for _, row in table[table["method"] != "backbone"].head(_MOST).iterrows():
-        parts = [pd.read_parquet(f / "clients.parquet") for f in row["run_dirs"] if (f / "clients.parquet").is_file()]
+        parts = [t for f in row["run_dirs"] if (t := read_table(f / "clients.parquet")) is not None]
         if parts:
             clients = pd.concat(parts)
             gains.append(100 * ((clients["method_hits"] - clients["backbone_hits"]) / clients["answers"]).to_numpy())

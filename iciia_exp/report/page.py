@@ -16,6 +16,7 @@ import pandas as pd
 from iciia_exp import __version__
 from iciia_exp.artifacts import read_json
 from iciia_exp.engine.plots import draw_accuracy_vs_overhead
+from iciia_exp.report.collect import read_table
 from iciia_exp.report.examples import examples_of
 from iciia_exp.report.figures import all_figures
 from iciia_exp.report.heterogeneity import PartitionSweep, draw_heterogeneity
@@ -108,10 +109,8 @@ def _clients(folders: list[Path]) -> list[list[Any]] | None:
 
     Of very many, both ends.
     """
-    path = folders[0] / "clients.parquet"
-    if not path.is_file():
+    if (table := read_table(folders[0] / "clients.parquet")) is None:
         return None
-    table = pd.read_parquet(path)
     table = table.assign(
         backbone=100 * table["backbone_hits"] / table["answers"], method=100 * table["method_hits"] / table["answers"]
     )

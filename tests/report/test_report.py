@@ -165,6 +165,19 @@ def test_a_run_counts_once(outputs):
     assert read_json(next(outputs.rglob("results.json")))["digest"] in {r["digest"] for r in load_runs([outputs])}
 
 
+@pytest.mark.parametrize("name", ["clients", "history", "retrieval"])
+def test_a_damaged_table_is_named(outputs, tmp_path, capsys, name):
+    shutil.copytree(outputs, tmp_path / "outputs")
+    for path in (tmp_path / "outputs").rglob(f"{name}.parquet"):
+        path.write_bytes(path.read_bytes()[:50])
+    assert main([str(tmp_path / "outputs"), "--html", str(tmp_path / "page.html")]) == 1
+    err = capsys.readouterr().err
+    assert err.startswith("error: ")
+    assert f"{name}.parquet: cannot be read (" in err
+    assert err.count("\n") == 1
+    assert not (tmp_path / "page.html").exists()
+
+
 def test_the_page_in_a_browser(outputs, tmp_path):
     """It opens without errors; sorting, filtering, a run's clients and its examples with their pictures work."""
     browser = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
