@@ -1,5 +1,7 @@
 """Serving clients one image at a time."""
 
+import shutil
+
 import numpy as np
 import pytest
 import torch
@@ -77,6 +79,31 @@ def test_a_compiled_session_is_the_same(tmp_path, method):
         torch.testing.assert_close(compiled.predict(row), plain.predict(row), atol=1e-5, rtol=1e-5)
     with pytest.raises(UserError, match="compile=nonsense"):
         ClientSession(run, compile="nonsense")
+
+
+@pytest.mark.skipif(shutil.which("c++") is None and shutil.which("g++") is None, reason="no C++ compiler")
+@pytest.mark.filterwarnings("ignore")  # of the compiler
+def test_a_session_compiled_ahead_of_time_is_the_same_and_goes_on_after_loading(tmp_path):
+    (tmp_path / "r").mkdir()
+    run = make_run(tmp_path / "r", num_layers=2, attention="causal")
+    plain, compiled = ClientSession(run, history=3), ClientSession(run, history=3, compile="inductor")
+    rows = torch.randn(8, D)
+    for row in rows[:5]:
+        torch.testing.assert_close(compiled.predict(row), plain.predict(row), atol=1e-5, rtol=1e-5)
+    compiled.save(tmp_path / "s.safetensors")
+    again = ClientSession.load(tmp_path / "s.safetensors", run, compile="inductor")
+    assert again._compiled is compiled._compiled
+    for row in rows[5:]:
+        torch.testing.assert_close(again.predict(row), plain.predict(row), atol=1e-5, rtol=1e-5)
+    few = ClientSession(run, history=0, compile="inductor")
+    assert few.predict(rows[0]).shape == plain.predict(rows[0]).shape
+
+
+def test_a_large_feature_is_a_finite_one(run):
+    session = ClientSession(run, history=3)
+    assert session.predict(torch.full((D,), 3e38)).shape == (len(run.class_names),)
+    with pytest.raises(UserError, match="not finite"):
+        session.predict(torch.tensor([float("nan"), *[0.0] * (D - 1)]))
 
 
 def test_recent_keeps_the_last(run):
