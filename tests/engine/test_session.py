@@ -95,6 +95,12 @@ def test_a_session_compiled_ahead_of_time_is_the_same_and_goes_on_after_loading(
     assert again._compiled is compiled._compiled
     for row in rows[5:]:
         torch.testing.assert_close(again.predict(row), plain.predict(row), atol=1e-5, rtol=1e-5)
+    seen = again.seen
+    with pytest.raises(UserError, match="features are not finite numbers"):
+        again.predict(torch.full((D,), float("inf")))
+    with pytest.raises(UserError, match=r"features have shape \[3\]"):
+        again.predict(torch.zeros(3))
+    assert again.seen == seen
     few = ClientSession(run, history=0, compile="inductor")
     assert few.predict(rows[0]).shape == plain.predict(rows[0]).shape
 
@@ -120,7 +126,7 @@ def test_a_reservoir_is_a_uniform_sample(run):
         session = ClientSession(run, history=3, keep="reservoir", seed=seed)
         for _ in range(12):
             session._remember(torch.zeros(session._state.shape[1]), torch.zeros(D))
-        kept[session._age.numpy() - 1] += 1
+        kept[session._age - 1] += 1
     assert abs(kept / 400 - 3 / 12).max() < 0.1
 
 
