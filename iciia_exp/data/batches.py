@@ -34,6 +34,10 @@ class ClientBatch(NamedTuple):
     backbone_CSK: Tensor | None = None
     image_CS: Tensor | None = None  # int64, number of the image in the dataset, -1 where padded
 
+    def moved(self, device: torch.device | str) -> ClientBatch:
+        """Return the batch on a device."""
+        return ClientBatch(*(None if tensor is None else tensor.to(device) for tensor in self))  # type: ignore[arg-type]
+
 
 class Selection(NamedTuple):
     """What the sampler asks for: image numbers (-1 = padding) and whose they are."""

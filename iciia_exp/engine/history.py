@@ -88,7 +88,7 @@ def history_table(
     with torch.inference_mode():
         for done, (some, selections) in enumerate(steps, 1):
             for selection in selections():
-                batch = _move(batches[selection], device)
+                batch = batches[selection].moved(device)
                 counts.add(some, batch, answer(batch))
             progress(done / len(steps))
     return counts.table(clients.ids[numbers], clients.kinds[numbers])
@@ -143,7 +143,3 @@ def _cut(orders: Callable[[], Iterable[Sequences]], length: int, tokens: int) ->
 
 def _prefix(test: Ragged, length: int, longest: int, tokens: int) -> Iterator[Selection]:
     return by_length(prefix_sequences(test, length, longest), tokens=tokens)
-
-
-def _move(batch: ClientBatch, device: torch.device | str) -> ClientBatch:
-    return ClientBatch(*(None if tensor is None else tensor.to(device) for tensor in batch))  # type: ignore[arg-type]

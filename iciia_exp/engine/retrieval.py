@@ -174,7 +174,7 @@ def retrieval_table(
     head.to(device)
     parts = []
     for some in np.array_split(np.arange(len(selection.client_C)), -(-len(selection.client_C) // 32)):
-        batch = _moved(batches[Selection(selection.index_CS[some], selection.client_C[some])], device)
+        batch = batches[Selection(selection.index_CS[some], selection.client_C[some])].moved(device)
         x_TD, y_T = _at_targets(batch.x_CSD, batch.mask_CS), _at_targets(batch.y_CS, batch.mask_CS)
         logits_TK, before_TK = _at_targets(method.answers(batch), batch.mask_CS), head(x_TD)
         hits = [tasks.hits(logits, y_T).sum(1).cpu().numpy() for logits in (logits_TK, before_TK)]
@@ -187,7 +187,7 @@ def retrieval_table(
         one = Selection(selection.index_CS[[row]], selection.client_C[[row]])
         shared = {"example": example, "case": case, "cases": counts[case], "drawn": len(change_T)}
         shared["client"] = str(clients.ids[selection.client_C[row]])
-        for found in _example(method, head, _moved(batches[one], device), class_names, task, options.neighbours):
+        for found in _example(method, head, batches[one].moved(device), class_names, task, options.neighbours):
             rows.append(shared | found | {"thumbnail": pictures(found["image"])})
     return pd.DataFrame(rows)
 
@@ -223,10 +223,6 @@ def _example(
         found = {"weight": float(weight_P[p]), "influence": float(influence_P[p])}
         rows.append({"rank": rank, "image": image_S[p], "truth": truth, **found})
     return rows
-
-
-def _moved(batch: ClientBatch, device: torch.device | str) -> ClientBatch:
-    return ClientBatch(*(None if tensor is None else tensor.to(device) for tensor in batch))  # type: ignore[arg-type]
 
 
 class _Thumbnails:
