@@ -247,3 +247,21 @@ def test_conf_works_from_any_folder(monkeypatch, tmp_path, capsys):
     monkeypatch.chdir(tmp_path / "deep")
     assert call(monkeypatch, "--cfg", "job", "groups=4") == 0
     assert "groups: 4" in capsys.readouterr().out
+
+
+def test_the_same_from_python(small, tmp_path):
+    from iciia_exp import run_experiment
+    from iciia_exp.errors import UserError
+
+    run = run_experiment("method=prior_map", *small)
+    assert run.results["method"] == "prior_map"
+    assert run_experiment("method=prior_map", *small).path == run.path
+    for overrides, message in (
+        (["gruops=4"], "gruops: no such key; did you mean groups?"),
+        (["groups=5", *small], "groups=5: must divide"),
+        (["method=iccia"], "method=iccia: no such option; did you mean iciia?"),
+        (["stage=features", *small], "stage=features: gives no finished run"),
+    ):
+        with pytest.raises(UserError) as error:
+            run_experiment(*overrides)
+        assert message in str(error.value)

@@ -31,7 +31,7 @@ def examples_of(folder: Path) -> list[dict[str, Any]] | None:
                     {
                         "truth": str(other["truth"]),
                         "weight": None if pd.isna(other["weight"]) else _percent(other["weight"]),
-                        "influence": round(float(other["influence"]), 3),
+                        "influence": round(float(other["influence"]), 4),
                         "picture": _data_url(other["thumbnail"]),
                     }
                     for _, other in others.iterrows()

@@ -234,7 +234,7 @@ def test_the_page_in_a_browser(outputs, tmp_path):
     assert said["gains"] == sorted(said["gains"])
     assert len(said["targets"]) == 12
     assert all("before: " in text and "after: " in text and "client " in text for text in said["targets"])
-    assert all(re.fullmatch(r"\d\d+ %, [+\u2212]\d\.\d\d", text) for text in said["others"])  # a digit, its share
+    assert all(re.fullmatch(r"\d\d+ %, (0|[+\u2212]\d\.\d\d+)", text) for text in said["others"])  # a digit, its share
     assert set(said["pictures"]) == {8}
     assert len(said["pictures"]) == 12 + len(said["others"])
     assert any(text.startswith("iciia N=1 H=4 G=16: ") for text in said["hover"])
