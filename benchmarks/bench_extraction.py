@@ -55,7 +55,7 @@ import torch
 from PIL import Image
 
 from iciia_exp.data.imagenet import ImageNet
-from iciia_exp.engine import features
+from iciia_exp.engine import features, loading
 from iciia_exp.engine.features import Extraction, extract
 from iciia_exp.models.timm_backbone import TimmBackbone
 
@@ -147,7 +147,7 @@ def main() -> None:
         decoding = len(raw) / (time.process_time() - start)
         eager, bare = model.net, copy.deepcopy(model)
         done = bare.faster(raw[0])
-        chosen = features.images_per_step(raw[0].numel(), "cpu")
+        chosen = loading.images_per_step(raw[0].numel(), "cpu")
         plain, last = model.normalise(raw).contiguous(), bare.normalise(raw)
         sizes = list(dict.fromkeys([chosen, *args.sizes]))
         print(f"{args.model}, {args.image_size} px, {len(dataset):,} images, {os.cpu_count()} cores; {', '.join(done)}")

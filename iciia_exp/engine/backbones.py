@@ -41,7 +41,8 @@ def train_backbone(plan: Plan) -> None:
         from safetensors.torch import save
 
         from iciia_exp.data.images import TransformedImages, readable
-        from iciia_exp.engine.features import image_loader, probes
+        from iciia_exp.engine.features import probes
+        from iciia_exp.engine.loading import image_loader
         from iciia_exp.engine.training import BackboneModule, fit
 
         assert spec.recipe is not None
