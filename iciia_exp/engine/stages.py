@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import shutil
-import time
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -40,10 +39,9 @@ from iciia_exp.engine.backbones import (
 from iciia_exp.engine.build import Plan, build
 from iciia_exp.engine.console import console, partition_table, result_table
 from iciia_exp.engine.processes import process_rank
-from iciia_exp.engine.run import Run, save_method
+from iciia_exp.engine.run import save_method
 from iciia_exp.errors import ConfigError, UserError
 from iciia_exp.methods.base import Method
-from iciia_exp.metrics import ClientCounts
 from iciia_exp.seeding import derive_seed, generator
 from iciia_exp.tasks import answers_per_image
 
@@ -204,7 +202,9 @@ def _run(plan: Plan, clients: Clients, todo: tuple[str, ...]) -> None:
                     _require(False, plan, "evaluate", "train", folder / "weights.safetensors")
                 _train(plan, store, clients, tracker)
             if "evaluate" in todo and not (folder / "results.json").is_file():
-                _evaluate(plan, store, clients, tracker)
+                from iciia_exp.engine.evaluation import evaluate
+
+                evaluate(plan, store, clients, _loader(plan, store, clients, "test"), tracker.results)
             failed = False
         finally:
             tracker.close(failed)
@@ -314,84 +314,6 @@ def _calibration_batches(plan: Plan, store: FeatureStore, clients: Clients, orde
         index_CS, client_C = draw(rng)
         for some in np.array_split(rng.permutation(len(client_C)), -(-len(client_C) // 64)):
             yield batches[Selection(index_CS[some], client_C[some])]
-
-
-def _evaluate(plan: Plan, store: FeatureStore, clients: Clients, tracker: Any) -> None:
-    from iciia_exp.engine.history import history_table
-    from iciia_exp.engine.kinds import kinds_table
-    from iciia_exp.engine.plots import accuracy_vs_history, accuracy_vs_overhead, gain_per_client, retrieval_examples
-    from iciia_exp.engine.progress import fraction_bar
-    from iciia_exp.engine.results import client_table, result_row
-    from iciia_exp.engine.retrieval import retrieval_table
-    from iciia_exp.engine.training import MethodModule, interruptible, make_trainer, quiet_lightning
-    from iciia_exp.report.collect import history_summary
-
-    folder = plan.run_dir
-    run = Run.load(folder)
-    start = time.monotonic()
-    module = MethodModule(run.method, run.head, plan.protocol.recipe, len(clients), _answers(plan))
-    with quiet_lightning():
-        trainer = make_trainer(plan.config["trainer"], limit_test_batches=None)  # every client, always
-        with interruptible(trainer):
-            trainer.test(module, _loader(plan, store, clients, "test"), verbose=False)
-    numbers, counts = module.test_counts.counts()
-    _require_numbers(clients, numbers, counts)
-    batches = FeatureBatches(store.array(), plan.labels)
-    histories = None
-    parts = (run.method, run.head, batches, clients, plan.protocol, _answers(plan), trainer.strategy.root_device)
-    if plan.protocol.history_lengths:
-        with fraction_bar("histories") as progress:
-            histories = history_table(*parts, progress)
-    if plan.protocol.kinds_clients and not run.method.by_client:  # drawn clients are nobody's
-        with fraction_bar("kinds of clients") as progress, atomic_write(folder / "kinds.parquet", "wb") as file:
-            kinds_table(*parts, progress).to_parquet(file, index=False)
-    examples = retrieval_table(
-        *(run.method, run.head, batches, clients, plan.protocol.images, plan.retrieval),
-        *(list(plan.dataset.shown_names()), plan.dataset.task, plan.dataset.__getitem__, trainer.strategy.root_device),
-    )
-    seconds = time.monotonic() - start
-    table = client_table(clients, numbers, counts, plan.labels)
-    training, errors = read_json(folder / "training.json"), module.calibration_errors()
-    row = result_row(plan, run.method, store, counts, training, errors, seconds)
-    with atomic_write(folder / "clients.parquet", "wb") as file:
-        table.to_parquet(file, index=False)
-    plots = folder / "plots"
-    if histories is not None:
-        with atomic_write(folder / "history.parquet", "wb") as file:
-            histories.to_parquet(file, index=False)
-        summary = history_summary(histories[histories["protocol"] == "stream"])
-        accuracy_vs_history(summary, row, plots / "accuracy_vs_history.png")
-    if len(examples):
-        with atomic_write(folder / "retrieval.parquet", "wb") as file:
-            examples.to_parquet(file, index=False)
-        retrieval_examples(examples, row, plots / "retrieval.png")
-    gain_per_client(table, row, plots / "gain_per_client.png")
-    others = [*_siblings(plan, row), row]
-    accuracy_vs_overhead(others, plots / "accuracy_vs_overhead.png", row["setting_digest"])
-    tracker.results(row)
-    write_json(folder / "results.json", row)
-
-
-def _require_numbers(clients: Clients, numbers: np.ndarray, counts: ClientCounts) -> None:
-    """Refuse results that are not numbers, with the name of a client."""
-    for who, loss_C in (("features", counts.backbone_loss_C), ("the method's answers", counts.method_loss_C)):
-        if len(wrong := np.flatnonzero(~np.isfinite(loss_C))):
-            first = clients.ids[numbers[wrong[0]]]
-            raise UserError(f"client {first}: {who} are not finite numbers ({len(wrong):,} such clients)")
-
-
-def _siblings(plan: Plan, row: dict[str, Any]) -> list[dict[str, Any]]:
-    """Return the rows of the experiment's other finished runs on the same clients, for comparison in the plot."""
-    rows = []
-    for path in sorted(plan.run_dir.parent.glob("*/results.json")):
-        if path.parent != plan.run_dir:
-            try:
-                other = read_json(path)
-            except (OSError, UserError):
-                continue
-            if other.get("partition_digest") == row["partition_digest"]:
-                rows.append(other)
-    return rows
 
 
 def _results(plan: Plan, brief: bool) -> dict[str, Any]:

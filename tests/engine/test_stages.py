@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 
 from iciia_exp import Run
 from iciia_exp.data.store import FeatureStore, FeatureWriter
-from iciia_exp.engine import backbones, stages, training
+from iciia_exp.engine import backbones, evaluation, stages, training
 from iciia_exp.engine.console import setup_logging
 from iciia_exp.engine.stages import execute
 from iciia_exp.errors import UserError
@@ -70,7 +70,7 @@ def test_repeating_computes_nothing(plan, monkeypatch, capsys):
     def compute(*_, **__):
         raise AssertionError("computed again")
 
-    for name in ("train_backbone", "_features", "_train", "_evaluate"):
+    for name in ("train_backbone", "_features", "_train", "_run"):
         monkeypatch.setattr(stages, name, compute)
     monkeypatch.setattr(type(plan().dataset), "load_table", compute)
     capsys.readouterr()
@@ -113,7 +113,7 @@ KILLS = {
     "method training": (training.MethodModule, "training_step"),
     "after training": (stages, "save_method"),
     "evaluation": (training.MethodModule, "test_step"),
-    "before the results": (stages, "_siblings"),
+    "before the results": (evaluation, "_siblings"),
 }
 
 

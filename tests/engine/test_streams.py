@@ -7,7 +7,7 @@ import pandas as pd
 import pytest
 
 from iciia_exp import ClientSession, Run
-from iciia_exp.engine import stages
+from iciia_exp.engine import evaluation
 from iciia_exp.engine.stages import execute
 from iciia_exp.errors import ConfigError, UserError
 from iciia_exp.metrics import ClientCounts
@@ -72,7 +72,7 @@ def test_results_that_are_no_numbers_name_the_client(plan):
     for backbone, method, who in ((loss, ones, "features"), (ones, loss, "the method's answers")):
         counts = ClientCounts(ones, ones, ones, ones, backbone.astype(float), method.astype(float))
         with pytest.raises(UserError, match=rf"client {clients.ids[numbers[1]]}: {who} are not finite"):
-            stages._require_numbers(clients, numbers, counts)
+            evaluation._require_numbers(clients, numbers, counts)
 
 
 @pytest.mark.parametrize("key", ["history_lengths=[-1]", "history_longest=10", "history_orders=0", "train_images=0"])
