@@ -16,7 +16,7 @@ from iciia_exp.report.published import published_number
 from iciia_exp.tasks import SINGLE_LABEL
 
 __all__ = [
-    *("COLOURS", "MARKERS", "new_figure", "save"),
+    *("COLOURS", "MARKERS", "hover", "new_figure", "save"),
     *(
         "accuracy_vs_history",
         "accuracy_vs_overhead",
@@ -44,6 +44,11 @@ def new_figure(width: float = 7.0, height: float = 4.2) -> tuple[Any, Any]:
     axes.grid(axis="y", color="#dddddd", linewidth=0.8)
     axes.set_axisbelow(True)
     return figure, axes
+
+
+def hover(artist: Any, text: str) -> None:
+    """Let a line or a point say what it is: in SVG its id is ``hover:<text>``, which a page makes a tooltip."""
+    artist.set_gid(f"hover:{text}")
 
 
 def save(figure: Any, path: Path) -> Path:

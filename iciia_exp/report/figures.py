@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 
 from iciia_exp.artifacts import read_json
-from iciia_exp.engine.plots import COLOURS, MARKERS, accuracy_vs_overhead, new_figure, save
+from iciia_exp.engine.plots import COLOURS, MARKERS, accuracy_vs_overhead, hover, new_figure, save
 from iciia_exp.metrics import ALL
 from iciia_exp.report.collect import DRAWN_KINDS, history_of, read_table
 
@@ -46,7 +46,8 @@ def by_groups(table: pd.DataFrame, title: str) -> Any | None:
     for i, ((method, layers), part) in enumerate(lines):
         error = 100 * part["accuracy_se"].fillna(0)
         style: dict[str, Any] = {"color": COLOURS[i % len(COLOURS)], "marker": MARKERS[i % len(MARKERS)], "capsize": 3}
-        axes.errorbar(part["groups"], 100 * part["accuracy"], error, label=f"{method} N={layers:.0f}", **style)
+        drawn = axes.errorbar(part["groups"], 100 * part["accuracy"], error, label=f"{method} N={layers:.0f}", **style)
+        hover(drawn.lines[0], f"{method} N={layers:.0f}")
         if part["published"].notna().any():
             style |= {"fillstyle": "none", "linestyle": ":", "label": f"{method} N={layers:.0f}, published"}
             axes.errorbar(part["groups"], 100 * part["published"], 100 * part["published_se"].fillna(0), **style)
@@ -82,7 +83,8 @@ def by_history(table: pd.DataFrame, title: str, file: str = "history.parquet", k
         style: dict[str, Any] = {"color": COLOURS[i % len(COLOURS)], "marker": MARKERS[i % len(MARKERS)], "capsize": 2}
         style["linestyle"] = ":" if row["bound"] else "-"
         error = 100 * part["client_accuracy_se"].fillna(0)
-        axes.errorbar(place, 100 * part["client_accuracy"], error, label=row["label"], markersize=5, **style)
+        line = axes.errorbar(place, 100 * part["client_accuracy"], error, label=row["label"], markersize=5, **style)
+        hover(line.lines[0], row["label"])
     base = 100 * found[0][2].reindex(lengths)["backbone_client_accuracy"]
     axes.plot(place, base, "--", color="#333333", label=f"{table['backbone'].iloc[0]} alone")
     axes.set_xticks(place, [str(n) for n in lengths])
@@ -108,8 +110,9 @@ def gain_distribution(table: pd.DataFrame, title: str) -> Any | None:
     figure, axes = new_figure(height=1.4 + 0.42 * len(gains))
     style: dict[str, Any] = {"showfliers": False, "showmeans": True, "patch_artist": True, "widths": 0.6}
     boxes = axes.boxplot(gains[::-1], orientation="horizontal", whis=(10, 90), **style)
-    for box in boxes["boxes"]:
+    for box, label in zip(boxes["boxes"], labels[::-1], strict=True):
         box.set(facecolor="#d5e3f2", edgecolor="#1f5fa8")
+        hover(box, label)
     for mark, style in (("medians", {"color": "#1f5fa8"}), ("means", {"marker": "D", "markerfacecolor": "#e8912d"})):
         for artist in boxes[mark]:
             artist.set(**style)

@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 
 from iciia_exp.engine.console import base_of, label_of, varying
-from iciia_exp.engine.plots import COLOURS, MARKERS, new_figure
+from iciia_exp.engine.plots import COLOURS, MARKERS, hover, new_figure
 from iciia_exp.report.published import published_number
 
 __all__ = ["PartitionSweep", "draw_heterogeneity", "partition_sweeps", "sweep_table"]
@@ -101,7 +101,8 @@ def draw_heterogeneity(sweep: PartitionSweep) -> Any:
         part = sweep.table[sweep.table["label"] == label].sort_values("value")
         style: dict[str, Any] = {"color": COLOURS[i % len(COLOURS)], "marker": MARKERS[i % len(MARKERS)]}
         error = 100 * part["accuracy_se"].fillna(0)
-        axes.errorbar(part["value"], 100 * part["accuracy"], error, capsize=3, label=label, **style)
+        line = axes.errorbar(part["value"], 100 * part["accuracy"], error, capsize=3, label=label, **style)
+        hover(line.lines[0], label)
         if part["published"].notna().any():
             style |= {"linestyle": ":", "fillstyle": "none", "label": f"{label}, published"}
             axes.plot(part["value"], 100 * part["published"], **style)

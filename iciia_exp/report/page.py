@@ -133,7 +133,7 @@ def _figures(table: pd.DataFrame, title: str) -> Iterator[tuple[str, str]]:
 
 
 def _svg(figure: Any, labels: dict[str, str]) -> str:
-    """Return a figure as SVG with text as text; what has the id ``run-<key>`` gets its label to hover."""
+    """Return a figure as SVG with text as text; ids ``run-<key>`` and ``hover:<label>`` become tooltips."""
     import matplotlib
 
     out = io.StringIO()
@@ -141,6 +141,7 @@ def _svg(figure: Any, labels: dict[str, str]) -> str:
         figure.savefig(out, format="svg", metadata={"Date": None})
     text = out.getvalue()
     text = text[text.index("<svg") :]
+    text = re.sub(r'<g id="hover:([^"]*)">', r"<g><title>\1</title>", text)
     for key, label in labels.items():
         text = text.replace(f'<g id="run-{key}">', f'<g id="run-{key}"><title>{escape(label)}</title>')
     return text

@@ -238,3 +238,5 @@ def test_the_page_in_a_browser(outputs, tmp_path):
     assert set(said["pictures"]) == {8}
     assert len(said["pictures"]) == 12 + len(said["others"])
     assert any(text.startswith("iciia N=1 H=4 G=16: ") for text in said["hover"])
+    assert said["hover"].count("iciia N=1 H=4 G=16") >= 2  # its line by history, its box of gains
+    assert "iciia N=1" in said["hover"]  # the line by groups
