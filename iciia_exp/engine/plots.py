@@ -246,28 +246,32 @@ def retrieval_examples(examples: pd.DataFrame, row: dict[str, Any], path: Path, 
     targets = targets[targets["thumbnail"].notna()].groupby("case", sort=False).head(each)
     if targets.empty:
         return None
-    columns = 1 + int(examples["rank"].max())
-    figure, axes = new_figure(1.5 * columns + 0.9, 1.75 * len(targets) + 0.7)
-    axes.remove()
-    grid = figure.subplots(len(targets), columns, squeeze=False)
-    for line, (_, target) in zip(grid, targets.iterrows(), strict=True):
+    columns, rows, step = 1 + int(examples["rank"].max()), len(targets), 1.45
+    figure, axes = new_figure(1.5 * columns, 1.82 * rows + 0.75)
+    figure.set_layout_engine("none")  # one pair of axes for all pictures: forty pairs take a second to lay out
+    axes.set_position((0.01, 0.0, 0.98, 1 - 0.55 / (1.82 * rows + 0.75)))
+    text: dict[str, Any] = {"fontsize": 7.5, "ha": "center", "va": "bottom"}
+    for line, (_, target) in enumerate(targets.iterrows()):
         images = examples[examples["example"] == target["example"]].sort_values("rank")
-        for axes in line:
-            axes.set_axis_off()
-        for axes, (_, image) in zip(line, images.iterrows(), strict=False):
-            if image["thumbnail"] is None:
-                continue
-            with Image.open(io.BytesIO(image["thumbnail"])) as picture:
-                small = max(picture.size) <= 40
-                axes.imshow(picture, cmap="gray", interpolation="nearest" if small else "bicubic")
+        for column, (_, image) in enumerate(images.iterrows()):
+            x, y = 1.18 * column, step * line
+            if image["thumbnail"] is not None:
+                with Image.open(io.BytesIO(image["thumbnail"])) as picture:
+                    small, (w, h) = max(picture.size) <= 40, (side / max(picture.size) / 2 for side in picture.size)
+                    where = (x + 0.5 - w, x + 0.5 + w, y + 0.5 + h, y + 0.5 - h)
+                    axes.imshow(picture, cmap="gray", extent=where, interpolation="nearest" if small else "bilinear")
             if image["rank"]:
                 share = f"{100 * image['weight']:.0f} %, " if pd.notna(image["weight"]) else ""
-                axes.set_title(f"{_short(image['truth'])}\n{share}{image['influence']:+.2f} nats", fontsize=7.5)
+                axes.text(x + 0.5, y - 0.02, f"{_short(image['truth'])}\n{share}{image['influence']:+.2f} nats", **text)
         before, after = (
             f"{_short(target[f'{who}_answer'])} ({100 * target[f'{who}_confidence']:.0f} %)"
             for who in ("backbone", "method")
         )
-        line[0].set_title(f"{target['case']}: {_short(target['truth'])}\n{before} \u2192\n{after}", fontsize=7.5)
+        said = f"{target['case']}: {_short(target['truth'])}\n{before} \u2192\n{after}"
+        axes.text(0.5, step * line - 0.02, said, **text)
+    axes.set_xlim(-0.08, 1.18 * columns - 0.1)
+    axes.set_ylim(step * rows - 0.4, -0.45)
+    axes.set_axis_off()
     what = (
         "share of attention, influence on the answer" if examples["weight"].notna().any() else "influence on the answer"
     )

@@ -50,7 +50,7 @@ class ClientSession:
             kept too).
         backbone: turns images into features, for `predict` on images (`Run.load_backbone`).
         seed: seed of the reservoir.
-        compile: ``inductor`` makes `predict` a program ahead of time (AOTInductor): half the time of an image, after
+        compile: ``inductor`` makes `predict` a program ahead of time (AOTInductor): a quarter of an image's time, after
             some seconds for the first session of a run and history. It needs a C++ compiler. Or another backend of
             `torch.compile`.
     """
