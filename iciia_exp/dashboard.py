@@ -8,7 +8,6 @@ the workspace as wandb stores it and reaches no network.
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from typing import Any
 
@@ -25,11 +24,13 @@ def workspace(entity: str, project: str, name: str = "iciia_exp") -> Any:
     except ImportError as error:
         raise UserError("wandb-workspaces is not installed; pip install 'iciia_exp[dashboard]'") from error
     accuracy, overhead = wr.SummaryMetric("test/accuracy"), wr.SummaryMetric("cost/overhead_percent")
-    streaming = wr.SummaryMetric("cost/streaming_overhead_percent")
     groups, layers = wr.Config("groups"), wr.Config("num_layers")
 
     def wide(height: int = 8) -> Any:
         return wr.Layout(w=24, h=height)
+
+    def half() -> Any:
+        return wr.Layout(w=12, h=8)
 
     def axis(metric: Any, title: str) -> Any:
         return wr.ParallelCoordinatesPlotColumn(metric, display_name=title)
@@ -40,19 +41,12 @@ def workspace(entity: str, project: str, name: str = "iciia_exp") -> Any:
             is_open=True,
             panels=[
                 wr.ScatterPlot(
-                    title="accuracy, overhead in % of the backbone (published convention)",
-                    x=overhead,
-                    y=accuracy,
-                    log_x=True,
-                    layout=wr.Layout(w=12, h=8),
-                ),
-                wr.ScatterPlot(
-                    title="accuracy, cost of one more image in % of the backbone",
-                    x=streaming,
-                    y=accuracy,
-                    log_x=True,
-                    layout=wr.Layout(w=12, h=8),
-                ),
+                    title=f"accuracy, {what} in % of the backbone", x=cost, y=accuracy, log_x=True, layout=half()
+                )
+                for what, cost in (
+                    ("overhead (published convention)", overhead),
+                    ("cost of one more image", wr.SummaryMetric("cost/streaming_overhead_percent")),
+                )
             ],
         ),
         ws.Section(
@@ -78,17 +72,12 @@ def workspace(entity: str, project: str, name: str = "iciia_exp") -> Any:
             is_open=True,
             panels=[
                 wr.LinePlot(
-                    title="accuracy by images of the client seen before",
+                    title=f"{what} by images of the client seen before",
                     x="history/images",
-                    y=["history/client_accuracy", "history/backbone_client_accuracy"],
-                    layout=wr.Layout(w=12, h=8),
-                ),
-                wr.LinePlot(
-                    title="worst decile of the clients by images seen before",
-                    x="history/images",
-                    y=["history/worst_decile", "history/backbone_worst_decile"],
-                    layout=wr.Layout(w=12, h=8),
-                ),
+                    y=[f"history/{key}", f"history/backbone_{key}"],
+                    layout=half(),
+                )
+                for what, key in (("accuracy", "client_accuracy"), ("worst decile of the clients", "worst_decile"))
             ],
         ),
         ws.Section(
@@ -130,7 +119,7 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         made = workspace(options.entity, options.project, options.name)
         if options.dry_run:
-            print(json.dumps(json.loads(made._to_model().spec.model_dump_json(by_alias=True)), indent=2))
+            print(made._to_model().spec.model_dump_json(by_alias=True, indent=2))
             return 0
         from iciia_exp.engine.tracking import wandb_logged_in
 

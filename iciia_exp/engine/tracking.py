@@ -30,7 +30,7 @@ import pandas as pd
 from iciia_exp.engine.console import label_of
 from iciia_exp.errors import check_bool, check_choice, first_line
 from iciia_exp.metrics import ALL
-from iciia_exp.report.collect import averages_by_history
+from iciia_exp.report.collect import averages_by_history, read_table
 
 __all__ = ["METRICS", "SUMMARY", "Tracker", "Tracking", "in_wandb_sweep", "wandb_logged_in"]
 
@@ -230,8 +230,8 @@ class Tracker:
 
 def _history(folder: Path) -> Iterator[dict[str, Any]]:
     """Yield accuracy by images seen before (``history/...``, with ``history/images`` as its step)."""
-    if (path := folder / "history.parquet").is_file():
-        for n, found in averages_by_history(pd.read_parquet(path)).iterrows():
+    if (data := read_table(folder / "history.parquet")) is not None:
+        for n, found in averages_by_history(data).iterrows():
             if n != ALL:
                 yield {"history/images": n, **{f"history/{name}": float(value) for name, value in found.items()}}
 
@@ -263,8 +263,8 @@ def _media(folder: Path) -> dict[str, Any]:
         shown = clients.iloc[np.linspace(0, len(clients) - 1, TABLE_ROWS).round().astype(int)]
     rows = shown.to_dict("split")["data"]  # plain values: several times as fast as from a frame
     media["clients"] = wandb.Table(columns=[str(c) for c in clients], data=rows)
-    if (path := folder / "retrieval.parquet").is_file():
-        media["retrieval"] = _retrieval(pd.read_parquet(path))
+    if (examples := read_table(folder / "retrieval.parquet")) is not None:
+        media["retrieval"] = _retrieval(examples)
     return media
 
 
