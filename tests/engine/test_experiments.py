@@ -52,6 +52,7 @@ def small_cifar100(root, monkeypatch):
 
 TINY = "backbone.model.image_size=32"
 CLIENTS = "partition.images_per_client=4"
+CHEAP = ("trainer=smoke", "logger=csv", "protocol.history_orders=1", "groups=16")  # of 2,560 features, most of the time
 
 EXPERIMENTS = {
     "digits": (None, ()),
@@ -72,7 +73,7 @@ EXPERIMENTS = {
     "fashion_mnist": (lambda root, _: make_fashion_mnist(root, train=400, test=80), (CLIENTS,)),
     "omniglot": (lambda root, _: make_omniglot(root), ()),
     "folder": (lambda root, _: make_folder(root), (TINY, CLIENTS)),
-    "features": (lambda root, _: make_vectors(root), (CLIENTS, "partition.classes_per_client=2")),
+    "features": (lambda root, _: make_vectors(root), (CLIENTS, "partition.classes_per_client=2", "groups=4")),
 }
 
 
@@ -87,7 +88,7 @@ def test_every_experiment_runs(name, compose, tmp_path, monkeypatch, offline_wei
     if make is not None:
         (tmp_path / "data").mkdir()
         make(tmp_path / "data", monkeypatch)
-    plan = Plan(compose(f"+experiment={name}", *data, "trainer=smoke", "logger=csv", *overrides))
+    plan = Plan(compose(f"+experiment={name}", *data, *CHEAP, *overrides))
     row = execute(plan)
     assert row["name"] == name
     assert row["test_clients"] > 0
