@@ -34,7 +34,7 @@ class IciiaPrior(IciiaStream):
 
     Args:
         head: the backbone's classifier; it stays as it is.
-        num_layers, heads, groups, dropout, feature_dropout, shuffle: as of `iciia_stream`.
+        num_layers, heads, groups, dropout, feature_dropout, shuffle, perceptron: as of `iciia_stream`.
         calibrator, most_types, smoothing, new, all_classes, strengths, forget: as of `client_prior`.
     """
 
@@ -57,9 +57,11 @@ class IciiaPrior(IciiaStream):
         all_classes: float = 0.6,
         strengths: Sequence[float] = (1.0, 4.0, 16.0),
         forget: float = 0.0,
+        perceptron: int = 0,
     ) -> None:
-        super().__init__(head, num_layers, heads, groups, dropout, feature_dropout, shuffle)
+        super().__init__(head, num_layers, heads, groups, dropout, feature_dropout, shuffle, perceptron)
         self.inferred = ClientPrior(head, calibrator, most_types, smoothing, new, all_classes, strengths, forget)
+        self.inferred.classify = self.classify  # type: ignore[method-assign]
         nn.init.ones_(self.prior_weight)
         last = nn.Linear(16, 3)
         nn.init.zeros_(last.weight)
@@ -68,8 +70,12 @@ class IciiaPrior(IciiaStream):
 
     def study(self, data: CloudData) -> None:
         """Read the training clients' class histograms, and calibrate on selection clients."""
+        super().study(data)
         self.inferred.study(data)
+        training = self.training
+        self.eval()  # `classify` as it will be
         self.inferred.calibrate(data.chunks("selection"))
+        self.train(training)
 
     def _infer(self, b_CSK: Tensor, real_CS: Tensor, causal: bool) -> tuple[Tensor, Tensor]:
         """Return log pi / s, [C, S, K], and what the gates see of the kind of client, [C, S, 2]."""
@@ -106,7 +112,7 @@ class IciiaPrior(IciiaStream):
         """
         keys_CPe, encoded_CPD, b_CPK = self._kept(past_CPE)
         real_CP = real_images(b_CPK, mask_CP)
-        b_CK = self.head(x_CD)
+        b_CK = self.classify(x_CD)
         b_CSK, real_CS = torch.cat([b_CPK, b_CK.unsqueeze(1)], 1), F.pad(real_CP, (0, 1), value=1.0)
         classes_CPK = self._classes(b_CPK) * real_CP.unsqueeze(2)
         sums = (encoded_CPD * real_CP.unsqueeze(2)).sum(1), classes_CPK.sum(1), classes_CPK.square().sum((1, 2))

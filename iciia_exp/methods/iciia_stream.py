@@ -5,6 +5,10 @@ b the backbone's logits of the newest image alone,
 
     logits = A(n) b + H(n) (f (W m + c) + g a(n) log pi)
 
+With ``perceptron`` b is the sum of the backbone's logits and a second opinion of the image by itself, weighted on
+selection clients: a perceptron fitted on the clients' train images (`iciia_exp.models.perceptron`). The module is
+trained behind the backbone's logits alone, as the perceptron is far surer of the images that it was fitted on.
+
 - m: mean over the past of the encoder's outputs; W m + c is what the module has learned about the classes of clients
   with such a past. W starts at zero.
 - pi: mean over the past of the backbone's probabilities, drawn towards even classes as by a few images more; the
@@ -15,9 +19,9 @@ b the backbone's logits of the newest image alone,
 - A(n), H(n): how much the backbone and the correction count after n images; chosen on selection clients in the end.
 
 The newest image enters through b alone, the past through a bias of the logits alone. So without a past the answer is
-the backbone's own; a module of the published form, whose classifier sees image and past together, learns the training
-images by heart instead (docs/streams.md). It also means that an answer waits for none of the module's layers: they
-read the image afterwards.
+that of b; a module of the published form, whose classifier sees image and past together, learns the training images by
+heart instead (docs/streams.md). It also means that an answer waits for none of the module's layers: they read the image
+afterwards.
 
 Legend: C clients, S images of a client, P images of its past, E numbers kept of one, D features, K classes, N layers,
 G groups, J knots, T images in all.
@@ -36,11 +40,13 @@ from torch.nn import functional as F
 from iciia_exp import tasks
 from iciia_exp.cost import attention_macs, streaming_attention_macs
 from iciia_exp.data.batches import ClientBatch
-from iciia_exp.errors import check_float
+from iciia_exp.data.cloud import CloudData
+from iciia_exp.errors import check_float, check_int
 from iciia_exp.methods.base import Method
 from iciia_exp.methods.iciia import IciiaMethod
-from iciia_exp.methods.training_free import real_images
+from iciia_exp.methods.training_free import SELECTION_IMAGES, real_images
 from iciia_exp.models.iciia import ICIIA
+from iciia_exp.models.perceptron import Perceptron, fit_perceptron, opinion_weights
 
 __all__ = ["KNOTS", "IciiaStream"]
 
@@ -71,11 +77,13 @@ class IciiaStream(Method):
         dropout: inside the encoder, while training.
         feature_dropout: on the features of image and past, while training.
         shuffle: interleave the groups after every projection.
+        perceptron: W, width of a second classifier of single images; 0 for none.
     """
 
     name = "iciia_stream"
 
     longest: Tensor
+    opinion_weight: Tensor
     _knots: Tensor
 
     def __init__(
@@ -87,10 +95,12 @@ class IciiaStream(Method):
         dropout: float = 0.0,
         feature_dropout: float = 0.2,
         shuffle: bool = True,
+        perceptron: int = 0,
     ) -> None:
         super().__init__(head)
         given = {"num_layers": num_layers, "heads": heads, "groups": groups, "dropout": dropout, "shuffle": shuffle}
-        settings = self.canonical({**given, "feature_dropout": feature_dropout}, self.dim)
+        given |= {"feature_dropout": feature_dropout, "perceptron": perceptron}
+        settings = self.canonical(given, self.dim)
         self.num_layers, self.groups, self.feature_dropout = num_layers, int(settings["groups"]), feature_dropout
         sizes = (self.dim, self.num_classes, num_layers, heads, self.groups)
         self.model = ICIIA(*sizes, dropout, settings["shuffle"], causal=True)
@@ -112,12 +122,38 @@ class IciiaStream(Method):
         self.register_buffer("longest", torch.tensor(KNOTS[-1]))  # no longer past has been seen
         self.multi_label = False
         self.register_buffer("_knots", _between_knots(), persistent=False)
+        self.perceptron = Perceptron(self.dim, self.num_classes, perceptron) if perceptron else None
+        if perceptron:
+            self.register_buffer("opinion_weight", torch.tensor([1.0, 0.0]))  # of backbone and perceptron in b
 
     @classmethod
     def canonical(cls, config: dict[str, Any], dim: int) -> dict[str, Any]:
         """Check the values against D; ``max`` becomes D, and with one group shuffle changes nothing."""
         check_float("feature_dropout", config.get("feature_dropout", 0.2), 0.0, 0.9)
+        check_int("perceptron", config.get("perceptron", 0), 0)
         return IciiaMethod.canonical(config, dim)
+
+    # ---- one image by itself
+
+    def classify(self, x: Tensor) -> Tensor:
+        """Return b of images [..., D] by themselves, [..., K]; in training the backbone's logits alone."""
+        b = self.head(x)
+        if self.training or self.perceptron is None:
+            return b
+        return self.opinion_weight[0] * b + self.opinion_weight[1] * self.perceptron(x)
+
+    def study(self, data: CloudData) -> None:
+        """Fit the perceptron on train images of the clients, and weigh it on selection images."""
+        if self.perceptron is None:
+            return
+        fit_perceptron(self.perceptron, data.batches, np.unique(data.clients.train.values))
+        if some := list(data.chunks("selection", most_images=SELECTION_IMAGES)):
+            x_MD = torch.cat([batch.x_CSD[batch.mask_CS] for batch in some])
+            y = torch.cat([batch.y_CS[batch.mask_CS] for batch in some])
+            with torch.no_grad():
+                logits = self.head(x_MD), self.perceptron(x_MD)
+            self.opinion_weight.copy_(opinion_weights(*logits, y))
+        self.perceptron.train(self.training)
 
     # ---- the past
 
@@ -182,7 +218,7 @@ class IciiaStream(Method):
         if self.training:
             x_CSD = F.dropout(x_CSD, self.feature_dropout)
         if b_CSK is None:
-            b_CSK = self.head(x_CSD)
+            b_CSK = self.classify(x_CSD)
         real_CS = real_images(x_CSD, mask_CS)
         encoded_CSD = self.model.encode(x_CSD, mask_CS) * real_CS.unsqueeze(-1)
         classes_CSK = self._classes(b_CSK) * real_CS.unsqueeze(-1)
@@ -230,7 +266,7 @@ class IciiaStream(Method):
         else:
             n_C = mask_CP.sum(1).to(x_CD.dtype)
             encoded_CPD, classes_CPK = (part * mask_CP.unsqueeze(-1) for part in (encoded_CPD, classes_CPK))
-        b_CK = self.head(x_CD)
+        b_CK = self.classify(x_CD)
         summed = encoded_CPD.sum(1), classes_CPK.sum(1), classes_CPK.square().sum((1, 2)), n_C
         logits_CK = self._combine(b_CK, self._correction(*summed), n_C)
         encoded_CD, own_Ce = self.model.encode_step(x_CD, keys_CPe, mask_CP)
@@ -296,6 +332,8 @@ class IciiaStream(Method):
         at = torch.tensor([n for n in KNOTS if n <= int(self.longest)], device=n_T.device)
         weights = {name: self._at(table, at).exp() for name, table in
                    (("anchor", self.log_anchor), ("correction", self.log_correction))}  # fmt: skip
+        if self.perceptron is not None:
+            weights["backbone_and_perceptron"] = self.opinion_weight
         record = {name: [round(float(v), 3) for v in values] for name, values in weights.items()}
         return {"images": len(y_T), "log_loss_before": round(before, 4), "log_loss": round(after, 4),
                 "history": at.tolist(), **record}  # fmt: skip
@@ -303,17 +341,18 @@ class IciiaStream(Method):
     # ---- its cost
 
     @property
-    def _bias_macs(self) -> int:
-        """The classifier of the past, D K, and the gate."""
-        return self.dim * self.num_classes + 3 * self.dim + _LIKENESS_MACS
+    def _image_macs(self) -> int:
+        """Of one image: the classifier of the past, D K, the gate, and the perceptron."""
+        own = 0 if self.perceptron is None else self.perceptron.macs
+        return self.dim * self.num_classes + 3 * self.dim + _LIKENESS_MACS + own
 
     def macs(self, images: int) -> int:
-        """(6 S D^2 / G + 2 S^2 D) N + S (D K + 3 D + 112): a classifier comes on top of the backbone's own."""
-        return attention_macs(images, self.dim, self.groups, self.num_layers) + images * self._bias_macs
+        """(6 S D^2 / G + 2 S^2 D) N + S (D K + 3 D + 112 + W (D + K)): a classifier of the past comes on top."""
+        return attention_macs(images, self.dim, self.groups, self.num_layers) + images * self._image_macs
 
     def streaming_macs(self, images: int) -> int | None:
-        """(6 D^2 / G + 2 S D) N + D K + 3 D + 112."""
-        return streaming_attention_macs(images, self.dim, self.groups, self.num_layers) + self._bias_macs
+        """(6 D^2 / G + 2 S D) N + D K + 3 D + 112 + W (D + K)."""
+        return streaming_attention_macs(images, self.dim, self.groups, self.num_layers) + self._image_macs
 
     def num_parameters(self) -> int:
         """All but the backbone's classifier."""

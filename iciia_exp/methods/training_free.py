@@ -95,9 +95,13 @@ class TrainingFree(Method):
         """Remember whether the classes exclude each other."""
         self.multi_label.fill_(task == tasks.MULTI_LABEL)
 
+    def classify(self, x: Tensor) -> Tensor:
+        """Return the classifier's logits of images [..., D] by themselves, [..., K]."""
+        return self.head(x)
+
     def calibrated(self, x_CSD: Tensor) -> Tensor:
         """Return the classifier's calibrated logits of every image by itself, [C, S, K]."""
-        return self.head(x_CSD) * (-self.log_temperature).exp() + self.bias
+        return self.classify(x_CSD) * (-self.log_temperature).exp() + self.bias
 
     @torch.inference_mode()
     def calibrate(self, batches: Iterable[ClientBatch]) -> dict[str, Any]:
@@ -110,7 +114,7 @@ class TrainingFree(Method):
                 break
         if not images:
             return {}
-        b_TK = torch.cat([self.head(batch.x_CSD)[batch.mask_CS] for batch in some])
+        b_TK = torch.cat([self.classify(batch.x_CSD)[batch.mask_CS] for batch in some])
         y_T = torch.cat([batch.y_CS[batch.mask_CS] for batch in some])
         log_temperature, bias = fit_calibrator(b_TK, y_T, self.calibrator)
         self.log_temperature.copy_(log_temperature)

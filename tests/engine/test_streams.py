@@ -5,6 +5,7 @@ import json
 import numpy as np
 import pandas as pd
 import pytest
+from torch import nn
 
 from iciia_exp import ClientSession, Run
 from iciia_exp.engine import evaluation
@@ -16,7 +17,7 @@ STREAM = ("method=iciia_stream", "protocol=streaming", "protocol.recipe.epochs=3
 
 
 def test_the_job_and_a_session_on_it(plan):
-    made = plan(*STREAM, "client_mix=all_kinds", "protocol.history_orders=2")
+    made = plan(*STREAM, "client_mix=all_kinds", "protocol.history_orders=2", "method.perceptron=0")
     row = execute(made)
     record = json.loads((made.run_dir / "training.json").read_text())
     assert record["calibration"]["log_loss"] <= record["calibration"]["log_loss_before"]
@@ -41,6 +42,16 @@ def test_the_job_and_a_session_on_it(plan):
     by_feature = ClientSession(run)
     for got, row_D in zip(served, features, strict=True):
         np.testing.assert_allclose(got, by_feature.predict(row_D), atol=1e-4)
+
+
+def test_a_second_classifier_of_single_images(plan):
+    made = plan(*STREAM, "method.perceptron=16")
+    row = execute(made)
+    record = json.loads((made.run_dir / "training.json").read_text())
+    assert len(record["calibration"]["backbone_and_perceptron"]) == 2
+    assert record["calibration"]["backbone_and_perceptron"] != [1.0, 0.0]
+    plain = plan(*STREAM, "method.perceptron=0").method_class(nn.Linear(32, 10), 2, 4, 4)
+    assert row["sequence_macs"] - plain.macs(16) == 16 * 16 * (32 + 10)
 
 
 def test_the_training_clients_are_part_of_the_run(plan):

@@ -8,15 +8,19 @@ from torch import nn
 
 from iciia_exp.data.batches import ClientBatch
 from iciia_exp.errors import ConfigError
+from iciia_exp.methods.iciia_prior import IciiaPrior
 from iciia_exp.methods.iciia_stream import KNOTS, IciiaStream
 from iciia_exp.tasks import MULTI_LABEL, log_loss
+from tests.making.cloud import small_cloud
 
 D, K = 16, 5
 
 
-def make(seed=0, task="single-label"):
+def make(seed=0, task="single-label", perceptron=0):
     torch.manual_seed(seed)
-    method = IciiaStream(nn.Linear(D, K), num_layers=2, heads=2, groups=4).eval()
+    method = IciiaStream(nn.Linear(D, K), num_layers=2, heads=2, groups=4, perceptron=perceptron).eval()
+    if perceptron:
+        method.opinion_weight.copy_(torch.tensor([0.7, 0.4]))
     for name, parameter in method.named_parameters():
         if not name.startswith(("head", "model.layers")):
             nn.init.normal_(parameter, std=0.3)
@@ -36,10 +40,14 @@ def at(table, n):
 
 def by_equation(method, x_D, past_PD, encoded_PD):
     """Return the logits of one image by the module's docstring."""
-    n, b = len(past_PD), method.head(x_D)
+
+    def classify(x):
+        return method.head(x) if method.perceptron is None else 0.7 * method.head(x) + 0.4 * method.perceptron(x)
+
+    n, b = len(past_PD), classify(x_D)
     if n == 0:
         return at(method.log_anchor, 0).exp() * b
-    logits = method.head(past_PD) * method.log_sharpness.exp()
+    logits = classify(past_PD) * method.log_sharpness.exp()
     p_PK = logits.sigmoid() if method.multi_label else logits.softmax(-1)
     m = encoded_PD.mean(0)
     sure = sum(p @ p for p in p_PK) / n
@@ -59,9 +67,10 @@ def by_equation(method, x_D, past_PD, encoded_PD):
     return at(method.log_anchor, n).exp() * b + at(method.log_correction, n).exp() * correction
 
 
+@pytest.mark.parametrize("perceptron", [0, 8])
 @pytest.mark.parametrize("task", ["single-label", MULTI_LABEL])
-def test_the_equations(task):
-    method, x = make(task=task), torch.randn(9, D)
+def test_the_equations(task, perceptron):
+    method, x = make(task=task, perceptron=perceptron), torch.randn(9, D)
     encoded = method.model.encode(x[None])[0]
     stream = method.stream(x[None])[0]
     whole = method(x[None])[0]
@@ -88,6 +97,41 @@ def test_the_backbone_s_classifier_is_not_trained():
         method.loss(method.training_logits(ClientBatch(x, y, mask, torch.arange(4))), y, mask).backward()
     for name, parameter in method.named_parameters():
         assert (parameter.grad is None) == name.startswith("head."), name
+
+
+@pytest.mark.parametrize("kind", [IciiaStream, IciiaPrior])
+def test_the_second_opinion_is_of_the_clients_images(kind):
+    torch.manual_seed(0)
+    cloud = small_cloud(D, K)  # the head has seen none of them
+    method = kind(nn.Linear(D, K), heads=2, groups=4, perceptron=32)
+    method.prepare("single-label")
+    method.study(cloud)
+    assert method.training  # as it was
+    x, y = (torch.cat([b[i][b.mask_CS] for b in cloud.chunks("test")]) for i in (0, 1))
+    assert torch.equal(method.classify(x), method.head(x))  # what training sees
+    method.eval()
+    right = [float((logits.argmax(-1) == y).float().mean()) for logits in (method.head(x), method.classify(x))]
+    assert right[1] > right[0] + 0.2
+    torch.testing.assert_close(method.stream(x[:, None]).argmax(-1)[:, 0], method.classify(x).argmax(-1))
+    added = method.macs(16) - kind(nn.Linear(D, K), heads=2, groups=4).macs(16)
+    if kind is IciiaPrior:  # whose prior has as many types as it has read
+        want = method.classify(x) * (-method.inferred.log_temperature).exp() + method.inferred.bias
+        torch.testing.assert_close(method.inferred.calibrated(x), want)
+    else:
+        assert added == 16 * 32 * (D + K)
+
+
+def test_the_second_opinion_is_not_trained_with_the_module():
+    method = make(perceptron=8).train()
+    method.requires_grad_(True)
+    x, y, mask = torch.randn(4, 6, D), torch.randint(0, K, (4, 6)), torch.ones(4, 6, dtype=torch.bool)
+    method.loss(method.training_logits(ClientBatch(x, y, mask, torch.arange(4))), y, mask).backward()
+    assert all(p.grad is None for p in method.perceptron.parameters())
+
+
+def test_a_width_that_is_none_is_named():
+    with pytest.raises(ConfigError, match=r"perceptron=-1: must be a whole number of at least 0"):
+        IciiaStream(nn.Linear(D, K), heads=2, groups=4, perceptron=-1)
 
 
 def batch(seed, y=None, images=7):

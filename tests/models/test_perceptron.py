@@ -1,0 +1,106 @@
+"""The classifier of single images: its equations, its training, and what it counts beside the backbone's."""
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from iciia_exp.data.batches import FeatureBatches
+from iciia_exp.models.perceptron import Perceptron, fit_perceptron, opinion_weights
+
+D, K, W = 12, 4, 16
+
+
+def make():
+    torch.manual_seed(0)
+    net = Perceptron(D, K, W)
+    nn.init.normal_(net.norm.weight)
+    nn.init.normal_(net.norm.bias)
+    return net.eval()
+
+
+def test_the_equations():
+    net, x_D = make(), torch.randn(D)
+    roots = torch.tensor([abs(v) ** 0.5 * (1 if v > 0 else -1) for v in x_D.tolist()])
+    roots = (roots - roots.mean()) / (roots.var(unbiased=False) + 1e-5).sqrt()
+    hidden = net.hidden.weight @ roots + net.hidden.bias
+    hidden = (hidden - hidden.mean()) / (hidden.var(unbiased=False) + 1e-5).sqrt() * net.norm.weight + net.norm.bias
+    hidden = torch.stack([0.5 * h * (1 + torch.erf(h / 2**0.5)) for h in hidden])
+    torch.testing.assert_close(net(x_D.expand(2, 3, D))[1, 2], net.last.weight @ hidden + net.last.bias)
+    assert net.macs == W * D + W * K == sum(p.numel() for m in (net.hidden, net.last) for p in (m.weight,))
+
+
+@pytest.mark.parametrize("multi", [False, True])
+def test_the_loss_is_that_of_mixed_images(multi):
+    net, x_BD = make(), torch.randn(5, D)
+    y = torch.randint(0, 2, (5, K)) if multi else torch.randint(0, K, (5,))
+    torch.manual_seed(3)
+    got = net.loss(x_BD, y)
+    torch.manual_seed(3)
+    other, share = torch.randperm(5).tolist(), float(torch.rand(()))
+    assert other != list(range(5))
+    losses = []
+    for i, j in enumerate(other):
+        mixed = share * net._normalised(x_BD[i]) + (1 - share) * net._normalised(x_BD[j])
+        logits = net._classify(mixed)
+        if multi:
+            want = share * y[i] + (1 - share) * y[j]
+            losses.append(-(want * F.logsigmoid(logits) + (1 - want) * F.logsigmoid(-logits)).mean())
+        else:
+            want = share * F.one_hot(y[i], K) + (1 - share) * F.one_hot(y[j], K)
+            losses.append(-((0.9 * want + 0.1 / K) * logits.log_softmax(-1)).sum())
+    torch.testing.assert_close(got, torch.stack(losses).mean())
+
+
+def ring(images):
+    """Classes that no linear classifier tells apart: a feature's size, whatever its sign."""
+    rng = np.random.default_rng(0)
+    y = rng.integers(0, 2, images)
+    x = rng.choice([-1.0, 1.0], (images, D)) * np.where(np.arange(D) % 2 == y[:, None], 2.0, 0.2)
+    return (x + 0.1 * rng.standard_normal(x.shape)).astype(np.float32), y
+
+
+def test_it_learns_what_a_linear_classifier_cannot_and_always_the_same():
+    x_MD, y_M = ring(700)
+    batches, rows_M = FeatureBatches(x_MD, y_M), np.arange(600)
+    nets = []
+    for before in (1, 2):
+        torch.manual_seed(0)
+        net = Perceptron(D, 2, 64)
+        torch.manual_seed(before)
+        state = torch.get_rng_state()
+        fit_perceptron(net, batches, rows_M)
+        assert torch.equal(torch.get_rng_state(), state)  # nothing else depends on it
+        assert not net.training
+        assert not any(p.requires_grad for p in net.parameters())
+        nets.append(net)
+    held_out = nets[0](torch.from_numpy(x_MD[600:])).argmax(-1)
+    assert (held_out.numpy() == y_M[600:]).mean() > 0.9
+    for ours, same in zip(nets[0].parameters(), nets[1].parameters(), strict=True):
+        assert torch.equal(ours, same)
+
+
+@pytest.mark.parametrize("images", [0, 1, 3])
+def test_hardly_any_images(images):
+    x_MD, y_M = ring(8)
+    net = make()
+    fit_perceptron(net, FeatureBatches(x_MD, y_M), np.arange(images))
+    assert net(torch.from_numpy(x_MD)).isfinite().all()
+
+
+def test_what_counts_is_what_is_right():
+    generator = torch.Generator().manual_seed(0)
+    y = torch.randint(0, K, (2000,), generator=generator)
+    noise = torch.randn(2000, K, generator=generator)
+    # of Gaussians of one width around one-hot means these are the logits of Bayes' rule
+    good = 1.5**2 * (F.one_hot(y, K) + torch.randn(2000, K, generator=generator) / 1.5)
+    backbone, other = opinion_weights(3 * good, noise, y).tolist()
+    assert (backbone, other) == (pytest.approx(1.0, abs=0.05), pytest.approx(0.0, abs=0.25))  # the backbone's own scale
+    second = 1.5**2 * (F.one_hot(y, K) + torch.randn(2000, K, generator=generator) / 1.5)
+    backbone, other = opinion_weights(3 * good, second, y).tolist()
+    assert other / backbone == pytest.approx(
+        3.0, rel=0.15
+    )  # as sure as each other: the scale aside they count the same
+    backbone, other = opinion_weights(noise + good / 100, good, y).tolist()
+    assert other > 10 * abs(backbone)
