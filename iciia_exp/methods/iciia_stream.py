@@ -84,6 +84,7 @@ class IciiaStream(Method):
 
     longest: Tensor
     opinion_weight: Tensor
+    opinion_known: Tensor
     _knots: Tensor
 
     def __init__(
@@ -125,6 +126,7 @@ class IciiaStream(Method):
         self.perceptron = Perceptron(self.dim, self.num_classes, perceptron) if perceptron else None
         if perceptron:
             self.register_buffer("opinion_weight", torch.tensor([1.0, 0.0]))  # of backbone and perceptron in b
+            self.register_buffer("opinion_known", torch.ones(self.num_classes, dtype=torch.bool))
 
     @classmethod
     def canonical(cls, config: dict[str, Any], dim: int) -> dict[str, Any]:
@@ -140,13 +142,19 @@ class IciiaStream(Method):
         b = self.head(x)
         if self.training or self.perceptron is None:
             return b
-        return self.opinion_weight[0] * b + self.opinion_weight[1] * self.perceptron(x)
+        both = self.opinion_weight[0] * b + self.opinion_weight[1] * self.perceptron(x)
+        if not self.multi_label:  # the perceptron knows nothing of classes without images: those keep their odds
+            others = ~self.opinion_known
+            sums = (part.masked_fill(others, -torch.inf).logsumexp(-1, keepdim=True) for part in (b, both))
+            both = both + next(sums) - next(sums)
+        return torch.where(self.opinion_known, both, b)
 
     def study(self, data: CloudData) -> None:
         """Fit the perceptron on train images of the clients, and weigh it on selection images."""
         if self.perceptron is None:
             return
         fit_perceptron(self.perceptron, data.batches, np.unique(data.clients.train.values))
+        self.opinion_known.copy_(torch.from_numpy(data.class_counts("train").any(0)))
         if some := list(data.chunks("selection", most_images=SELECTION_IMAGES)):
             x_MD = torch.cat([batch.x_CSD[batch.mask_CS] for batch in some])
             y = torch.cat([batch.y_CS[batch.mask_CS] for batch in some])

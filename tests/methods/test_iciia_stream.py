@@ -21,6 +21,7 @@ def make(seed=0, task="single-label", perceptron=0):
     method = IciiaStream(nn.Linear(D, K), num_layers=2, heads=2, groups=4, perceptron=perceptron).eval()
     if perceptron:
         method.opinion_weight.copy_(torch.tensor([0.7, 0.4]))
+        method.opinion_known[0] = False
     for name, parameter in method.named_parameters():
         if not name.startswith(("head", "model.layers")):
             nn.init.normal_(parameter, std=0.3)
@@ -42,7 +43,16 @@ def by_equation(method, x_D, past_PD, encoded_PD):
     """Return the logits of one image by the module's docstring."""
 
     def classify(x):
-        return method.head(x) if method.perceptron is None else 0.7 * method.head(x) + 0.4 * method.perceptron(x)
+        b = method.head(x)
+        if method.perceptron is None:
+            return b
+        both = 0.7 * b + 0.4 * method.perceptron(x)
+        if (
+            not method.multi_label
+        ):  # among the classes that it knows; those have the odds against the others that b says
+            both = both[..., 1:].log_softmax(-1) + b[..., 1:].logsumexp(-1, keepdim=True)
+            return torch.cat([b[..., :1], both], -1)
+        return torch.cat([b[..., :1], both[..., 1:]], -1)
 
     n, b = len(past_PD), classify(x_D)
     if n == 0:
@@ -119,6 +129,17 @@ def test_the_second_opinion_is_of_the_clients_images(kind):
         torch.testing.assert_close(method.inferred.calibrated(x), want)
     else:
         assert added == 16 * 32 * (D + K)
+
+
+def test_a_class_without_images_keeps_what_the_backbone_says_of_it():
+    method, x = make(perceptron=8), torch.randn(50, D)
+    b, both = method.head(x).softmax(-1), method.classify(x).softmax(-1)
+    torch.testing.assert_close(both[:, 0], b[:, 0])
+    assert not torch.allclose(both, b)
+    cloud = small_cloud(D, K)
+    cloud.batches.labels[cloud.batches.labels == 2] = 3
+    method.study(cloud)
+    assert method.opinion_known.tolist() == [True, True, False, True, True]
 
 
 def test_the_second_opinion_is_not_trained_with_the_module():
