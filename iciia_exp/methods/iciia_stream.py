@@ -144,9 +144,8 @@ class IciiaStream(Method):
             return b
         both = self.opinion_weight[0] * b + self.opinion_weight[1] * self.perceptron(x)
         if not self.multi_label:  # the perceptron knows nothing of classes without images: those keep their odds
-            others = ~self.opinion_known
-            sums = (part.masked_fill(others, -torch.inf).logsumexp(-1, keepdim=True) for part in (b, both))
-            both = both + next(sums) - next(sums)
+            known_b, known_both = (part.masked_fill(~self.opinion_known, -torch.inf) for part in (b, both))
+            both = both + known_b.logsumexp(-1, keepdim=True) - known_both.logsumexp(-1, keepdim=True)
         return torch.where(self.opinion_known, both, b)
 
     def study(self, data: CloudData) -> None:

@@ -99,8 +99,7 @@ def test_what_counts_is_what_is_right():
     assert (backbone, other) == (pytest.approx(1.0, abs=0.05), pytest.approx(0.0, abs=0.25))  # the backbone's own scale
     second = 1.5**2 * (F.one_hot(y, K) + torch.randn(2000, K, generator=generator) / 1.5)
     backbone, other = opinion_weights(3 * good, second, y).tolist()
-    assert other / backbone == pytest.approx(
-        3.0, rel=0.15
-    )  # as sure as each other: the scale aside they count the same
+    # as sure as each other: the scale aside they count the same
+    assert other / backbone == pytest.approx(3.0, rel=0.15)
     backbone, other = opinion_weights(noise + good / 100, good, y).tolist()
     assert other > 10 * abs(backbone)
