@@ -45,6 +45,7 @@ from iciia_exp.engine.plots import gain_per_client
 from iciia_exp.engine.results import client_table
 from iciia_exp.engine.tracking import Tracker, Tracking
 from iciia_exp.engine.training import MethodModule, make_trainer, quiet_lightning
+from iciia_exp.memory import keep_freed_memory
 from iciia_exp.methods.iciia import IciiaMethod
 from iciia_exp.metrics import harmed_by_chance, summarise
 from iciia_exp.recipe import Recipe
@@ -113,6 +114,7 @@ def main() -> None:
     parser.add_argument("--uneven", action="store_true", help="clients of many sizes")
     parser.add_argument("--repeats", type=int, default=3)
     args = parser.parse_args()
+    keep_freed_memory()
     os.environ["WANDB_SILENT"] = "true"
     print(f"{args.images} images of a client; {os.cpu_count()} cores; processor seconds")
     measure(1000, args.images, args.dim, args.classes, args.uneven)  # imports and caches

@@ -57,6 +57,7 @@ from PIL import Image
 from iciia_exp.data.imagenet import ImageNet
 from iciia_exp.engine import features, loading
 from iciia_exp.engine.features import Extraction, extract
+from iciia_exp.memory import keep_freed_memory
 from iciia_exp.models.timm_backbone import TimmBackbone
 
 TRAINER = {"_target_": "lightning.pytorch.Trainer", "accelerator": "cpu"}
@@ -132,6 +133,7 @@ def main() -> None:
     parser.add_argument("--sizes", type=int, nargs="*", default=[21, 32], help="more batch sizes of the bare network")
     parser.add_argument("--repeats", type=int, default=5)
     args = parser.parse_args()
+    keep_freed_memory()
     logging.getLogger("iciia_exp").setLevel(logging.WARNING)
     features._Write = _Timed  # type: ignore[misc]
     features.progress_bar = lambda visible: progress_bar(visible=False)  # type: ignore[assignment]

@@ -61,6 +61,7 @@ from iciia_exp.data.clients import Clients
 from iciia_exp.data.parents import IMAGENET_PARENTS
 from iciia_exp.data.partitions.parent_category import ParentCategory
 from iciia_exp.data.store import FORMAT, FeatureStore
+from iciia_exp.memory import keep_freed_memory
 
 IMAGES_OF_A_CLIENT = 16
 
@@ -178,6 +179,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--folder", type=Path, help="for the store; a temporary one without")
     args = parser.parse_args()
+    keep_freed_memory()
     table = make_table(args.train_images, args.test_images)
     labels = table["label"].to_numpy()
     print(f"{len(table):,} images x {args.dim} float16; {os.cpu_count()} cores, {torch.get_num_threads()} threads")

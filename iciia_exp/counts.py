@@ -1,11 +1,11 @@
 """The torchmetrics metric that collects `ClientCounts` over batches, devices and processes.
 
-Legend: C clients of a batch, S images of each, K classes.
+Legend: C clients of a batch, S images of each, M images, K classes, A answers of an image.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -15,30 +15,34 @@ from torchmetrics import Metric
 from iciia_exp import tasks
 from iciia_exp.metrics import ClientCounts
 
-__all__ = ["ClientCountsMetric", "count_update"]
+__all__ = ["Answers", "ClientCountsMetric", "read_answers", "read_batch"]
 
 _FIELDS = ("images", "backbone_hits", "method_hits", "both_hits", "backbone_loss", "method_loss")
 
 
-def count_update(
-    backbone_CSK: Tensor, method_CSK: Tensor, y_CS: Tensor, mask_CS: Tensor, client_C: Tensor, clients: int
-) -> dict[str, Tensor]:
-    """Return what one batch adds to the counts, each of shape [clients]; masked images add nothing."""
+class Answers(NamedTuple):
+    """How right logits are about M images, with A answers each."""
+
+    hits_MA: Tensor  # bool
+    loss_M: Tensor  # float64, log-loss in nats
+
+    def at(self, rows: Tensor) -> Answers:
+        """Return those of some images."""
+        return Answers(self.hits_MA[rows], self.loss_M[rows])
+
+
+def read_answers(logits_MK: Tensor, y: Tensor) -> Answers:
+    """Return how right logits are, by the task that the labels are of."""
+    return Answers(tasks.hits(logits_MK, y), tasks.log_loss(logits_MK, y))
+
+
+def read_batch(
+    backbone_CSK: Tensor, method_CSK: Tensor, y_CS: Tensor, mask_CS: Tensor, client_C: Tensor
+) -> tuple[Tensor, Answers, Answers]:
+    """Return what `ClientCountsMetric.update` takes from a padded batch, as in `ClientBatch`; masked images are out."""
     client_M = client_C[:, None].expand_as(mask_CS)[mask_CS]
-    y_M, backbone_MK, method_MK = y_CS[mask_CS], backbone_CSK[mask_CS], method_CSK[mask_CS]
-    backbone_MA, method_MA = tasks.hits(backbone_MK, y_M), tasks.hits(method_MK, y_M)
-    per_image = {
-        "images": torch.ones_like(client_M),
-        "backbone_hits": backbone_MA.sum(-1),
-        "method_hits": method_MA.sum(-1),
-        "both_hits": (backbone_MA & method_MA).sum(-1),
-        "backbone_loss": tasks.log_loss(backbone_MK, y_M),
-        "method_loss": tasks.log_loss(method_MK, y_M),
-    }
-    return {
-        name: torch.zeros(clients, dtype=value_M.dtype, device=value_M.device).index_add_(0, client_M, value_M)
-        for name, value_M in per_image.items()
-    }
+    y_M = y_CS[mask_CS]
+    return client_M, read_answers(backbone_CSK[mask_CS], y_M), read_answers(method_CSK[mask_CS], y_M)
 
 
 class ClientCountsMetric(Metric):
@@ -59,16 +63,22 @@ class ClientCountsMetric(Metric):
             dtype = torch.float64 if name.endswith("loss") else torch.int64
             self.add_state(name, torch.zeros(clients, dtype=dtype), dist_reduce_fx="sum")
 
-    def update(self, backbone_CSK: Tensor, method_CSK: Tensor, y_CS: Tensor, mask_CS: Tensor, client_C: Tensor) -> None:
-        """Add one padded batch: logits [C, S, K], labels and mask (True = a real image) as in `ClientBatch`."""
-        # only the batch's clients are touched: with 100,000 of them adding whole arrays is most of an evaluation
-        numbers, rows_C = client_C.unique(return_inverse=True)
-        added = count_update(backbone_CSK, method_CSK, y_CS, mask_CS, rows_C, len(numbers))
-        for name, value in added.items():
+    def update(self, client_M: Tensor, backbone: Answers, method: Answers) -> None:
+        """Add images, each of the client with the number ``client_M``, int64."""
+        added = {
+            "images": torch.ones_like(client_M),
+            "backbone_hits": backbone.hits_MA.sum(-1),
+            "method_hits": method.hits_MA.sum(-1),
+            "both_hits": (backbone.hits_MA & method.hits_MA).sum(-1),
+            "backbone_loss": backbone.loss_M,
+            "method_loss": method.loss_M,
+        }
+        for name, value_M in added.items():
             state = getattr(self, name)
             if state.is_inference() and not torch.is_inference_mode_enabled():  # reset there, not to be changed here
                 state = state.clone()
-            setattr(self, name, state.index_add_(0, numbers, value))
+            # touches the batch's clients alone: with 100,000 of them adding whole arrays is most of an evaluation
+            setattr(self, name, state.index_add_(0, client_M, value_M))
 
     def compute(self) -> dict[str, Tensor]:
         """Return the counts of all clients, each of shape [clients], summed over processes."""

@@ -3,7 +3,7 @@ import math
 import numpy as np
 import torch
 
-from iciia_exp.counts import ClientCountsMetric
+from iciia_exp.counts import ClientCountsMetric, read_batch
 
 
 def batch(rng, clients, C=5, S=4, K=3):
@@ -20,7 +20,7 @@ def test_counts_equal_a_plain_loop():
     want = {name: [0.0] * 7 for name in ("n", "b", "m", "bm", "lb", "lm")}
     for _ in range(3):
         base, method, y, mask, client = batch(rng, 6)  # client 6 never has images
-        metric.update(base, method, y, mask, client)
+        metric.update(*read_batch(base, method, y, mask, client))
         for c in range(len(client)):
             for s in range(y.shape[1]):
                 if not mask[c, s]:
@@ -50,15 +50,15 @@ def test_batches_add_up_in_any_grouping():
     batches = [batch(rng, 4) for _ in range(4)]
     one, parts = ClientCountsMetric(4), [ClientCountsMetric(4) for _ in range(2)]
     for i, b in enumerate(batches):
-        one.update(*b)
-        parts[i % 2].update(*b)
+        one.update(*read_batch(*b))
+        parts[i % 2].update(*read_batch(*b))
     for name, value in one.compute().items():
         torch.testing.assert_close(value, parts[0].compute()[name] + parts[1].compute()[name])
 
 
 def test_one_client():
     metric = ClientCountsMetric(1)
-    metric.update(*batch(np.random.default_rng(0), 1))
+    metric.update(*read_batch(*batch(np.random.default_rng(0), 1)))
     numbers, counts = metric.counts()
     assert numbers.tolist() == [0]
     assert len(counts) == 1
@@ -78,7 +78,7 @@ def test_multi_label_counts_equal_plain_numpy():
     images = np.zeros(7, dtype=int)
     for _ in range(3):
         given = multi_label_batch(rng, 6)
-        metric.update(*given)
+        metric.update(*read_batch(*given))
         base, method, y, mask, client = (t.numpy() for t in given)
         for c, s in zip(*np.nonzero(mask), strict=True):
             images[client[c]] += 1
@@ -108,8 +108,8 @@ def test_padded_images_of_a_multi_label_batch_count_nothing():
     rng = np.random.default_rng(3)
     base, method, y, mask, client = multi_label_batch(rng, 4)
     plain, noisy = ClientCountsMetric(4, answers=3), ClientCountsMetric(4, answers=3)
-    plain.update(base, method, y, mask, client)
+    plain.update(*read_batch(base, method, y, mask, client))
     noise = torch.where(mask[..., None], base, torch.full_like(base, torch.nan))
-    noisy.update(noise, method, torch.where(mask[..., None], y, 1 - y), mask, client)
+    noisy.update(*read_batch(noise, method, torch.where(mask[..., None], y, 1 - y), mask, client))
     for name, value in plain.compute().items():
         torch.testing.assert_close(value, noisy.compute()[name])

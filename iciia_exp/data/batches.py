@@ -192,10 +192,13 @@ class FeatureBatches(Dataset[ClientBatch]):
         mask_CS = index_CS >= 0
         used = int(np.flatnonzero(mask_CS.any(axis=0))[-1]) + 1  # do not carry columns that are padding for all
         index_CS, mask_CS = index_CS[:, :used], mask_CS[:, :used]
-        x_CSD = np.zeros((*index_CS.shape, self.features.shape[1]), dtype=np.float32)
         rows = index_CS[mask_CS]
         _read_ahead(self.features, rows)
-        x_CSD[mask_CS] = self.features[rows]
+        if len(rows) == index_CS.size:
+            x_CSD = self.features[index_CS].astype(np.float32, copy=False)
+        else:
+            x_CSD = np.zeros((*index_CS.shape, self.features.shape[1]), dtype=np.float32)
+            x_CSD[mask_CS] = self.features[rows]
         labels = self.labels[index_CS]
         y_CS = np.where(mask_CS if labels.ndim == 2 else mask_CS[..., None], labels, labels.dtype.type(0))
         batch = ClientBatch(*_tensors(x_CSD, y_CS, mask_CS, client_C))._replace(image_CS=_tensors(index_CS)[0])

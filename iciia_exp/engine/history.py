@@ -2,7 +2,7 @@
 
 A causal method gives every length of ``stream`` in one pass; any other gets the sequences that end with a target.
 
-Legend: C clients, B sequences of a batch, S images of a sequence, K classes.
+Legend: C clients, B sequences of a batch, S images of a sequence, L lengths, M images, T targets, K classes.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import pandas as pd
 import torch
 from torch import Tensor, nn
 
-from iciia_exp.counts import ClientCountsMetric
+from iciia_exp.counts import Answers, ClientCountsMetric, read_answers
 from iciia_exp.data.batches import ClientBatch, FeatureBatches, Selection
 from iciia_exp.data.clients import Clients, Ragged
 from iciia_exp.data.history import ALL, Sequences, by_length, prefix_sequences, stream_orders
@@ -61,13 +61,13 @@ def history_table(
     compact = Ragged(np.concatenate([[0], np.cumsum(sizes)]), test.values[chosen_C[test.row_numbers]])
     lengths = [n for n in protocol.history_lengths if (compact.lengths > n).any()]
     keys = [(name, n) for name in protocols for n in [*lengths, ALL]]
-    counts = _Counts(keys, len(numbers), answers, head.to(device), torch.device(device))
+    counts = _Counts(keys, len(numbers), answers, torch.device(device))
 
     def orders() -> Iterable[Sequences]:
         return stream_orders(compact, protocol.history_orders, protocol.history_longest, 0, clients.in_time)
 
     steps: list[tuple[list[tuple[str, int]], Callable[[], Iterator[Selection]]]] = []
-    tokens = 512 if counts.device.type == "cpu" else 1 << 15  # of a batch: a processor's cache is small
+    tokens = 1024 if counts.device.type == "cpu" else 1 << 15  # of a batch: a processor's cache is small
     alone = method.causal or method.by_client  # one pass gives every image's answer after those before it
     if "stream" in protocols and alone:
         steps.append(([key for key in keys if key[0] == "stream"], partial(_whole, orders, tokens)))
@@ -86,6 +86,7 @@ def history_table(
         return (method.stream if method.causal else method)(batch.x_CSD, batch.mask_CS)
 
     with torch.inference_mode():
+        counts.read_backbone(head.to(device), batches, compact.values)
         for done, (some, selections) in enumerate(steps, 1):
             for selection in selections():
                 batch = batches[selection].moved(device)
@@ -97,26 +98,38 @@ def history_table(
 class _Counts:
     """Hits and losses by (protocol, length) and client: one metric, in which every pair of the two is a client."""
 
-    def __init__(
-        self, keys: list[tuple[str, int]], clients: int, answers: int, head: nn.Linear, device: torch.device
-    ) -> None:
-        self.keys, self.clients, self.head, self.device = keys, clients, head, device
+    def __init__(self, keys: list[tuple[str, int]], clients: int, answers: int, device: torch.device) -> None:
+        self.keys, self.clients, self.device = keys, clients, device
         self.metric = ClientCountsMetric(len(keys) * clients, answers).to(device)
+
+    def read_backbone(self, head: nn.Linear, batches: FeatureBatches, images: np.ndarray) -> None:
+        """Ask the backbone about every image once, however often it is a target."""
+        images = np.unique(images)
+        parts = []
+        for start in range(0, len(images), 4096):
+            selection = Selection(images[None, start : start + 4096], np.zeros(1, dtype=np.int64))
+            batch = batches[selection].moved(self.device)
+            parts.append(read_answers(head(batch.x_CSD[0]), batch.y_CS[0]))
+        self.backbone = Answers(*(torch.cat(values) for values in zip(*parts, strict=True)))
+        row_M = torch.full((int(images[-1]) + 1,), -1)
+        row_M[torch.from_numpy(images)] = torch.arange(len(images))
+        self.row_M = row_M.to(self.device)
 
     def add(self, keys: list[tuple[str, int]], batch: ClientBatch, logits_BSK: Tensor) -> None:
         """Count the targets of a batch: of one length the last images, else those at the lengths' positions."""
-        size_B = batch.mask_CS.sum(1)
-        sequences, positions, clients = [], [], []
-        for key in keys:
-            at_B = size_B - 1 if key[1] == ALL or len(keys) == 1 else torch.full_like(size_B, key[1])
-            row = (at_B < size_B).nonzero()[:, 0]
-            sequences.append(row)
-            positions.append(at_B[row])
-            clients.append(batch.client_C[row] + self.keys.index(key) * self.clients)
-        row, at, client = (torch.cat(parts) for parts in (sequences, positions, clients))
-        x_T, y_T, logits_TK = batch.x_CSD[row, at], batch.y_CS[row, at], logits_BSK[row, at]
-        real_T = torch.ones(len(row), 1, dtype=torch.bool, device=self.device)
-        self.metric.update(self.head(x_T)[:, None], logits_TK[:, None], y_T[:, None], real_T, client)
+        assert batch.image_CS is not None  # `FeatureBatches` gives it
+        size_B1 = batch.mask_CS.sum(1, keepdim=True)
+        ends = [n == ALL or len(keys) == 1 for _, n in keys]
+        length_L, end_L, key_L = (
+            torch.tensor(values, device=self.device)
+            for values in ([n for _, n in keys], ends, [self.keys.index(key) for key in keys])
+        )
+        at_BL = torch.where(end_L, size_B1 - 1, length_L)
+        row_T, column_T = (at_BL < size_B1).nonzero().unbind(1)
+        at_T = at_BL[row_T, column_T]
+        method = read_answers(logits_BSK[row_T, at_T], batch.y_CS[row_T, at_T])
+        client_T = batch.client_C[row_T] + key_L[column_T] * self.clients
+        self.metric.update(client_T, self.backbone.at(self.row_M[batch.image_CS[row_T, at_T]]), method)
 
     def table(self, ids: np.ndarray, kinds: np.ndarray) -> pd.DataFrame:
         """Return one row per key and client that had targets."""

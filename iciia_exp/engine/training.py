@@ -25,7 +25,7 @@ from torch.utils.data import DataLoader
 from torchmetrics.classification import BinaryCalibrationError
 
 from iciia_exp import tasks
-from iciia_exp.counts import ClientCountsMetric
+from iciia_exp.counts import ClientCountsMetric, read_batch
 from iciia_exp.data.batches import ClientBatch
 from iciia_exp.data.images import ImageBatch
 from iciia_exp.engine.build import check_keys, parameters_of
@@ -143,7 +143,7 @@ class MethodModule(_Module):
         """Add a batch's counts; return the logits of both."""
         head = self._head[0].to(batch.x_CSD.device)
         logits = {"backbone": head(batch.x_CSD), "method": self.method.answers(batch)}
-        metric.update(logits["backbone"], logits["method"], batch.y_CS, batch.mask_CS, batch.client_C)
+        metric.update(*read_batch(logits["backbone"], logits["method"], batch.y_CS, batch.mask_CS, batch.client_C))
         return logits
 
     def on_validation_epoch_start(self) -> None:

@@ -1,9 +1,10 @@
 """Grouped projection with shuffle, and self-attention over the images of a client.
 
 Source: ICIIA (ACML 2024, PMLR 260:223-238), section 3 and supplement. What differs from the released code: the
-grouped product is a batched matrix product instead of a broadcast and a sum, with small groups joined to blocks that a
-processor or GPU multiplies well; attention runs through PyTorch's fused kernel; and it can be causal, so that the
-newest image of a client costs one step, with the keys and values of the others kept.
+grouped product is a batched matrix product instead of a broadcast and a sum (in inference on a processor, a grouped
+1 x 1 convolution and a channel shuffle), with small groups joined to blocks that a processor or GPU multiplies well;
+attention runs through PyTorch's fused kernel; and it can be causal, so that the newest image of a client costs one
+step, with the keys and values of the others kept.
 
 Legend: C clients, S images of a client, P images of its past, D features, H heads, G groups, M vectors.
 """
@@ -11,6 +12,7 @@ Legend: C clients, S images of a client, P images of its past, D features, H hea
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -19,8 +21,11 @@ from torch.nn import functional as F
 __all__ = ["EncoderLayer", "GroupedLinear", "ImageAttention", "visible"]
 
 # Groups are joined until a block is about this wide: 40 x 40 is the fastest for 5 x 5 on a processor, though seven
-# eighths of it are zeros (benchmarks/bench_iciia.py). Fewer vectors than this are not worth joining for.
+# eighths of it are zeros (benchmarks/bench_iciia.py); 20 x 20 is for convolutions, which leave the outputs where the
+# shuffle is cheap. Fewer vectors than this are not worth joining, or convolving, for.
 _JOINED_WIDTH, _JOINED_VECTORS = 48, 16
+_CONVOLVED_WIDTH, _CONVOLVED_VECTORS = 32, 64
+_CONVOLVE = torch.backends.mkldnn.is_available()
 
 
 def visible(images: int, mask_CS: Tensor | None, causal: bool) -> Tensor | None:
@@ -57,7 +62,7 @@ class GroupedLinear(nn.Module):
         shape = (out_features // groups, in_features // groups)
         self.weight = nn.Parameter(torch.empty(shape if groups == 1 else (groups, *shape)))
         self.bias = nn.Parameter(torch.empty(out_features))
-        self._kept: tuple[tuple[int, ...], Tensor] | None = None  # joined blocks of weights that stay as they are
+        self._kept: dict[str, tuple[tuple[int, ...], tuple[Tensor, ...]]] = {}  # forms of weights that stay as they are
         self.reset_parameters()
 
     def blocks(self) -> Tensor:
@@ -80,39 +85,63 @@ class GroupedLinear(nn.Module):
     @property
     def joined(self) -> int:
         """Number of neighbouring groups that are multiplied as one block."""
-        width = self.in_features // self.groups
-        most = min(self.groups, max(1, _JOINED_WIDTH // width))
+        return self._most_joined(_JOINED_WIDTH)
+
+    def _most_joined(self, width: int) -> int:
+        most = min(self.groups, max(1, width // (self.in_features // self.groups)))
         return max(m for m in range(1, most + 1) if self.groups % m == 0)
 
-    def _matrices(self, joined: int) -> Tensor:
-        """Return the weight as [G/J, J*in/G, out/G*J] for J ``joined`` groups, zero between different groups.
+    def _in_form(self, form: str, make: Callable[[], tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
+        """Return what ``make`` makes of the weights; it is kept while they stay as they are."""
+        own = self.weight, self.bias
+        fixed = not any((torch.is_grad_enabled() and p.requires_grad) or p.is_inference() for p in own)
+        if not fixed or torch.compiler.is_compiling():
+            return make()
+        state = tuple(number for p in own for number in (p._version, p.data_ptr()))
+        if form not in self._kept or self._kept[form][0] != state:
+            self._kept[form] = state, make()
+        return self._kept[form][1]
+
+    def _matrices(self) -> tuple[Tensor]:
+        """Return the weight as [G/J, J*in/G, out/G*J] for J joined groups, zero between different groups.
 
         Outputs of a block are ordered by (output of a group, group), so that the shuffle moves runs of J numbers.
         """
-        if joined == 1:
-            return self.weight.transpose(1, 2)
-        fixed = not (torch.is_grad_enabled() and self.weight.requires_grad) and not self.weight.is_inference()
-        if not fixed or torch.compiler.is_compiling():
-            return self._join(joined)
-        key = (self.weight._version, self.weight.data_ptr(), joined)
-        if self._kept is None or self._kept[0] != key:
-            self._kept = key, self._join(joined)
-        return self._kept[1]
-
-    def _join(self, joined: int) -> Tensor:
-        blocks_BJoi = self.weight.view(-1, joined, self.out_features // self.groups, self.in_features // self.groups)
+        blocks_BJoi = self.blocks().unflatten(0, (-1, self.joined))
         joined_BJioJ = torch.diag_embed(blocks_BJoi.permute(0, 3, 2, 1), dim1=1, dim2=4)
-        return joined_BJioJ.flatten(3).flatten(1, 2)
+        return (joined_BJioJ.flatten(3).flatten(1, 2),)
+
+    def _kernels(self) -> tuple[Tensor, Tensor]:
+        """Return weight [out, J*in/G, 1, 1] and bias [out] of a convolution, outputs group by group."""
+        blocks_BJoi = self.blocks().unflatten(0, (-1, self._most_joined(_CONVOLVED_WIDTH)))
+        joined_BJoJi = torch.diag_embed(blocks_BJoi.permute(0, 2, 3, 1), dim1=1, dim2=3)
+        bias = self.bias.view(-1, self.groups).t().flatten() if self.shuffle else self.bias
+        return joined_BJoJi.reshape(self.out_features, -1, 1, 1), bias
+
+    def _convolved(self, x: Tensor, vectors: int) -> bool:
+        """Whether a convolution does it faster: 1.2 to 2 times on a processor; its gradient is slower."""
+        if not _CONVOLVE or torch.compiler.is_compiling() or vectors < _CONVOLVED_VECTORS:
+            return False
+        recorded = torch.is_grad_enabled() and (x.requires_grad or self.weight.requires_grad)
+        return x.device.type == "cpu" and x.dtype == torch.float32 and not recorded
 
     def forward(self, x: Tensor) -> Tensor:
         """Project, shuffle, add the bias; costs in*out/G multiply-accumulates per vector (see `joined`)."""
         if self.groups == 1:
             return F.linear(x, self.weight, self.bias)
         lead, vectors = x.shape[:-1], x.numel() // self.in_features
+        if self._convolved(x, vectors):
+            weight, bias = self._in_form("kernels", self._kernels)
+            x_1DM1 = x.reshape(1, vectors, 1, -1).permute(0, 3, 1, 2)  # vectors are pixels, channels last
+            y_1EM1 = F.conv2d(x_1DM1, weight, bias, groups=self.in_features // weight.shape[1])
+            if self.shuffle:
+                y_1EM1 = torch.native_channel_shuffle(y_1EM1, self.groups)
+            return y_1EM1.permute(0, 2, 3, 1).reshape(*lead, self.out_features)
         joined = self.joined if vectors >= _JOINED_VECTORS else 1
         blocks, outputs = self.groups // joined, self.out_features // self.groups
         x_BMi = x.reshape(vectors, blocks, -1).transpose(0, 1)
-        y_BMoJ = torch.bmm(x_BMi, self._matrices(joined)).view(blocks, vectors, outputs, joined)
+        weight_Bio = self.weight.transpose(1, 2) if joined == 1 else self._in_form("matrices", self._matrices)[0]
+        y_BMoJ = torch.bmm(x_BMi, weight_Bio).view(blocks, vectors, outputs, joined)
         # [B, M, o, J] -> [M, o, B, J]: the outputs of one group end up G apart
         y = y_BMoJ.permute(1, 2, 0, 3) if self.shuffle else y_BMoJ.permute(1, 0, 3, 2)
         return y.reshape(*lead, self.out_features).add_(self.bias)  # the reshape has just made it
@@ -209,5 +238,5 @@ class EncoderLayer(nn.Module):
         return self._perceive(self.norm1(x_CD + gathered_CD)), own_2CD
 
     def _perceive(self, x: Tensor) -> Tensor:
-        hidden = self.dropout(F.relu(self.linear1(x)))
+        hidden = self.dropout(F.relu_(self.linear1(x)))
         return self.norm2(x + self.dropout(self.linear2(hidden)))

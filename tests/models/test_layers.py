@@ -38,8 +38,9 @@ def test_joining_groups_changes_nothing(groups, joined, monkeypatch):
     torch.testing.assert_close(gradients, (layer.weight.grad, x.grad), atol=1e-4, rtol=1e-4)
 
 
-def test_joined_weights_follow_the_weights():
-    layer, x = GroupedLinear(96, 96, 16), torch.randn(40, 96)
+@pytest.mark.parametrize("vectors", [40, 80])
+def test_joined_weights_follow_the_weights(vectors):
+    layer, x = GroupedLinear(96, 96, 16), torch.randn(vectors, 96)
     with torch.no_grad():
         first = layer(x)
         torch.testing.assert_close(layer(x), first)
@@ -49,11 +50,32 @@ def test_joined_weights_follow_the_weights():
         layer.load_state_dict(other.state_dict())
         torch.testing.assert_close(layer(x), other(x))
         layer.weight = torch.nn.Parameter(torch.zeros_like(layer.weight))
-        torch.testing.assert_close(layer(x), layer.bias.expand(40, 96))
+        torch.testing.assert_close(layer(x), layer.bias.expand(vectors, 96))
     layer(x).sum().backward()
     assert layer.weight.grad.abs().sum() > 0
     with torch.inference_mode():
-        torch.testing.assert_close(layer(x), layer.bias.expand(40, 96))
+        torch.testing.assert_close(layer(x), layer.bias.expand(vectors, 96))
+
+
+@pytest.mark.parametrize("shuffle", [True, False])
+@pytest.mark.parametrize(("inputs", "outputs", "groups"), [(96, 96, 2), (96, 288, 16), (96, 96, 96), (40, 40, 8)])
+def test_a_convolution_does_the_same(inputs, outputs, groups, shuffle, monkeypatch):
+    monkeypatch.setattr("iciia_exp.models.layers._CONVOLVE", True)  # also where it would be slow
+    layer = GroupedLinear(inputs, outputs, groups, shuffle)
+    x = torch.randn(5, 16, inputs)
+    product = layer(x)  # its gradient is recorded
+    with torch.inference_mode():
+        convolved = layer(x)
+        assert set(layer._kept) == {"kernels"}
+        torch.testing.assert_close(convolved, product, atol=1e-5, rtol=1e-5)
+        monkeypatch.setattr("iciia_exp.models.layers._CONVOLVED_VECTORS", 81)
+        torch.testing.assert_close(layer(x), product, atol=1e-6, rtol=1e-6)
+        monkeypatch.setattr("iciia_exp.models.layers._CONVOLVED_VECTORS", 80)
+    with torch.no_grad():
+        layer.bias.add_(1.0)
+        torch.testing.assert_close(layer(x), product + 1, atol=1e-5, rtol=1e-5)
+        layer.weight.zero_()
+        torch.testing.assert_close(layer(x), layer.bias.expand_as(product))
 
 
 def test_one_group_is_a_linear_layer():
