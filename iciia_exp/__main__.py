@@ -18,7 +18,6 @@ from omegaconf.errors import OmegaConfBaseException
 
 from iciia_exp.engine.paths import CONF_DIR
 from iciia_exp.errors import UserError
-from iciia_exp.memory import keep_freed_memory
 
 
 @hydra.main(version_base="1.3", config_path=str(CONF_DIR), config_name="config")
@@ -34,7 +33,6 @@ def main() -> None:
     asked = os.environ.get("HYDRA_FULL_ERROR")
     tracebacks = asked == "1"
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra hands its errors up, instead of printing them its own way
-    keep_freed_memory()
     os.environ.setdefault("ICIIA_EXP_PID", str(os.getpid()))  # two sweeps in one second get two folders
     for flag in {"-m", "--multirun"} & set(sys.argv[1:]):  # Hydra takes it before or after all overrides, not between
         sys.argv.remove(flag)

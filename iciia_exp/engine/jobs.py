@@ -14,6 +14,7 @@ from omegaconf import DictConfig
 
 from iciia_exp.engine.console import setup_logging
 from iciia_exp.errors import UserError, first_line
+from iciia_exp.memory import keep_freed_memory
 
 if TYPE_CHECKING:
     from iciia_exp.engine.run import Run
@@ -104,6 +105,7 @@ def _execute(config: DictConfig, brief: bool = False) -> tuple[Path, dict[str, A
     from iciia_exp.engine.stages import execute
 
     plan = Plan(config)
+    keep_freed_memory()
     try:
         return plan.run_dir, execute(plan, brief)
     except OSError as error:  # a folder that cannot be written, a full disk

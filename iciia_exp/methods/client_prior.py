@@ -7,7 +7,8 @@ one hypothesis among several about where a client's classes come from:
 - a new client, whose classes nobody knows beforehand: a Dirichlet prior around the histogram s of all images, of
   strength a, for some a from few classes to nearly all. After n images with expected class counts c the next one has
   the classes (c_k + a s_k) / (n + a); the counts follow the images one by one (quasi-Bayes, Smith and Makov 1978);
-- a client with all classes: s itself.
+- a client with all classes: s itself. After up to seven images its probability beforehand is raised, so far that such
+  clients are no worse off than with the backbone (`caution`, chosen on selection images).
 
 Each says how likely the past was, image by image; that weighs what each says of the next image. After an image or two
 nobody can tell one kind from another, later the evidence decides.
@@ -17,15 +18,17 @@ Legend: C clients, S images of a client, K classes, T types, J strengths.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import ClassVar
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
+from iciia_exp.data.batches import ClientBatch
 from iciia_exp.errors import ConfigError, check_float
+from iciia_exp.methods.caution import LENGTHS, caution_after, choose_caution
 from iciia_exp.methods.client_types import ClientTypes
-from iciia_exp.methods.training_free import real_images
+from iciia_exp.methods.training_free import SELECTION_IMAGES, first_images, real_images
 
 __all__ = ["ClientPrior"]
 
@@ -42,9 +45,12 @@ class ClientPrior(ClientTypes):
         all_classes: share of it that is for clients with all classes; the rest is for new clients with some.
         strengths: a of the new clients with some classes, in images, equally probable.
         forget: share of what the past says that each image of a stream takes away from it: for clients that drift.
+        caution: nats that a client with all classes is more probable beforehand after 0 to 7 images; null is chosen on
+            selection clients for every length, so that such clients are no worse off (`iciia_exp.methods.caution`).
     """
 
     name = "client_prior"
+    caution: Tensor
     log_hypotheses: Tensor
     strengths_J: Tensor
     grids: ClassVar[dict[str, Sequence[float]]] = ClientTypes.grids
@@ -59,6 +65,7 @@ class ClientPrior(ClientTypes):
         all_classes: float = 0.6,
         strengths: Sequence[float] = (1.0, 4.0, 16.0),
         forget: float = 0.0,
+        caution: float | None = 0.0,
     ) -> None:
         super().__init__(head, calibrator, most_types, smoothing)
         self.new, self.forget = check_float("new", new, 0.0, 1.0), check_float("forget", forget, 0.0, 0.9)
@@ -72,6 +79,19 @@ class ClientPrior(ClientTypes):
         shares = torch.tensor([new * (1 - every) / len(strengths)] * len(strengths) + [new * every])
         self.register_buffer("log_hypotheses", shares.log(), persistent=False)
         self.register_buffer("strengths_J", torch.tensor([*strengths, 1e9]), persistent=False)
+        self.cautious = caution is None
+        given = 0.0 if caution is None else check_float("caution", caution, 0.0)
+        self.register_buffer("caution", torch.full((len(LENGTHS),), given), persistent=self.cautious)
+
+    def calibrate(self, batches: Iterable[ClientBatch]) -> dict[str, Any]:
+        """Fit the calibrator, choose `grids`, then the caution, all on selection clients."""
+        some = first_images(batches, SELECTION_IMAGES)
+        record = super().calibrate(some)
+        return record | self.choose_caution(self.stream, some) if record else record
+
+    def choose_caution(self, stream: Callable[[Tensor], Tensor], batches: Sequence[ClientBatch]) -> dict[str, Any]:
+        """Choose the caution, where it is not given, for a method's answers to streams of images."""
+        return choose_caution(self.caution, stream, self.head, batches) if self.cautious else {}
 
     def _sequence(self, b_CSK: Tensor, real_CS: Tensor, causal: bool) -> Tensor:
         log_prior_CSK, _ = self.log_prior(b_CSK, real_CS, causal)
@@ -100,7 +120,7 @@ class ClientPrior(ClientTypes):
         for i in range(b_CSK.shape[1]):
             prior_CJK = self._new_prior(counts_CJK, n_C11, source_K)
             if causal:
-                answers.append(self._mix(past_CT, evidence_CJ, prior_CJK, types_TK))
+                answers.append(self._mix(past_CT, evidence_CJ, n_C11.flatten(), prior_CJK, types_TK))
             likely_CJ = torch.bmm(prior_CJK, likelihood_CSK[:, i].unsqueeze(2)).squeeze(2).clamp(min=1e-30)
             real_C1 = real_CS[:, i : i + 1]
             share_CJK = prior_CJK * likelihood_CSK[:, i].unsqueeze(1) * (real_C1 / likely_CJ).unsqueeze(2)
@@ -116,7 +136,7 @@ class ClientPrior(ClientTypes):
                 others_C11 = n_C11 - real_CS[:, i].view(-1, 1, 1)
                 prior_CJK = self._new_prior(counts_CJK - share_CJK, others_C11, source_K)
                 past_CT, past_CJ = all_CT - types_CST[:, i], evidence_CJ - added_CJ
-                answers.append(self._mix(past_CT, past_CJ, prior_CJK, types_TK))
+                answers.append(self._mix(past_CT, past_CJ, others_C11.flatten(), prior_CJK, types_TK))
         priors, known = zip(*answers, strict=True)
         return torch.stack(priors, 1), torch.stack(known, 1)
 
@@ -125,13 +145,17 @@ class ClientPrior(ClientTypes):
         strengths_J1 = self.strengths_J.unsqueeze(1)
         return (counts_CJK.clamp(min=0) + strengths_J1 * source_K) / (n_C11.clamp(min=0) + strengths_J1)
 
-    def _mix(self, past_CT: Tensor, evidence_CJ: Tensor, prior_CJK: Tensor, types_TK: Tensor) -> tuple[Tensor, Tensor]:
+    def _mix(
+        self, past_CT: Tensor, evidence_CJ: Tensor, n_C: Tensor, prior_CJK: Tensor, types_TK: Tensor
+    ) -> tuple[Tensor, Tensor]:
         """Return the next image's log-prior [C, K] and how probable a training client is [C].
 
-        From the log-likelihood of the past under each hypothesis.
+        From the log-likelihood of the past, of ``n_C`` images, under each hypothesis.
         """
         known_CT = past_CT + self.log_weight + torch.log1p(-self.log_hypotheses.exp().sum())
-        weight_CH = torch.cat([known_CT, evidence_CJ + self.log_hypotheses], 1).softmax(1)
+        every_C1 = (evidence_CJ[:, -1] + caution_after(self.caution, n_C)).unsqueeze(1)
+        new_CJ = torch.cat([evidence_CJ[:, :-1], every_C1], 1) + self.log_hypotheses
+        weight_CH = torch.cat([known_CT, new_CJ], 1).softmax(1)
         known_CK = weight_CH[:, : known_CT.shape[1]] @ types_TK
         new_CK = torch.bmm(weight_CH[:, None, known_CT.shape[1] :], prior_CJK).squeeze(1)
         return (known_CK + new_CK).clamp(min=1e-30).log(), weight_CH[:, : known_CT.shape[1]].sum(1)

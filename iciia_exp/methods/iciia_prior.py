@@ -14,17 +14,19 @@ Legend: C clients, S images of a client, P images of its past, E numbers kept of
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from iciia_exp import tasks
+from iciia_exp.data.batches import ClientBatch
 from iciia_exp.data.cloud import CloudData
 from iciia_exp.methods.client_prior import ClientPrior
 from iciia_exp.methods.iciia_stream import IciiaStream
-from iciia_exp.methods.training_free import real_images
+from iciia_exp.methods.training_free import TrainingFree, first_images, real_images
 
 __all__ = ["IciiaPrior"]
 
@@ -35,7 +37,8 @@ class IciiaPrior(IciiaStream):
     Args:
         head: the backbone's classifier; it stays as it is.
         num_layers, heads, groups, dropout, feature_dropout, shuffle, perceptron: as of `iciia_stream`.
-        calibrator, most_types, smoothing, new, all_classes, strengths, forget: as of `client_prior`.
+        calibrator, most_types, smoothing, new, all_classes, strengths, forget, caution: as of `client_prior`; the
+            module is trained without caution, which is chosen afterwards, for what it answers then.
     """
 
     name = "iciia_prior"
@@ -58,9 +61,11 @@ class IciiaPrior(IciiaStream):
         strengths: Sequence[float] = (1.0, 4.0, 16.0),
         forget: float = 0.0,
         perceptron: int = 0,
+        caution: float | None = 0.0,
     ) -> None:
         super().__init__(head, num_layers, heads, groups, dropout, feature_dropout, shuffle, perceptron)
-        self.inferred = ClientPrior(head, calibrator, most_types, smoothing, new, all_classes, strengths, forget)
+        told = (calibrator, most_types, smoothing, new, all_classes, strengths, forget, caution)
+        self.inferred = ClientPrior(head, *told)
         self.inferred.classify = self.classify  # type: ignore[method-assign]
         nn.init.ones_(self.prior_weight)
         last = nn.Linear(16, 3)
@@ -74,8 +79,14 @@ class IciiaPrior(IciiaStream):
         self.inferred.study(data)
         training = self.training
         self.eval()  # `classify` as it will be
-        self.inferred.calibrate(data.chunks("selection"))
+        TrainingFree.calibrate(self.inferred, data.chunks("selection"))
         self.train(training)
+
+    def calibrate(self, batches: Iterable[ClientBatch]) -> dict[str, Any]:
+        """Choose A(n) and H(n), then the caution, on selection clients; the last word is that nobody is worse off."""
+        some = first_images(batches, self.calibration_images)
+        record = super().calibrate(some)
+        return record | self.inferred.choose_caution(self.stream, some) if record else record
 
     def _infer(self, b_CSK: Tensor, real_CS: Tensor, causal: bool) -> tuple[Tensor, Tensor]:
         """Return log pi / s, [C, S, K], and what the gates see of the kind of client, [C, S, 2]."""

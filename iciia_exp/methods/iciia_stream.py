@@ -44,7 +44,7 @@ from iciia_exp.data.cloud import CloudData
 from iciia_exp.errors import check_float, check_int
 from iciia_exp.methods.base import Method
 from iciia_exp.methods.iciia import IciiaMethod
-from iciia_exp.methods.training_free import SELECTION_IMAGES, real_images
+from iciia_exp.methods.training_free import SELECTION_IMAGES, first_images, real_images
 from iciia_exp.models.iciia import ICIIA
 from iciia_exp.models.perceptron import Perceptron, fit_perceptron, opinion_weights
 
@@ -295,6 +295,11 @@ class IciiaStream(Method):
         """Take the task from weights."""
         self.multi_label = bool(state)
 
+    @property
+    def calibration_images(self) -> int:
+        """Selection images that `calibrate` looks at, at most."""
+        return max(1, _CALIBRATE // self.num_classes)
+
     @torch.no_grad()
     def calibrate(self, batches: Iterable[ClientBatch]) -> dict[str, Any]:
         """Choose A(n) and H(n) on selection clients, by log-loss after every length of the past.
@@ -302,13 +307,10 @@ class IciiaStream(Method):
         The backbone is surer of the images its classifier was trained on than of new ones, and so is the module.
         """
         parts: list[list[Tensor]] = [[], [], [], []]
-        room = max(1, _CALIBRATE // self.num_classes)
-        for batch in batches:
+        for batch in first_images(batches, self.calibration_images):
             b_CSK, correction_CSK, n_CS = self._parts(batch.x_CSD, batch.mask_CS)
             for part, value in zip(parts, (b_CSK, correction_CSK, n_CS, batch.y_CS), strict=True):
                 part.append(value[batch.mask_CS])
-            if (room := room - int(batch.mask_CS.sum())) <= 0:
-                break
         if not parts[0]:
             return {}
         b_TK, correction_TK, n_T, y_T = (torch.cat(part) for part in parts)

@@ -22,12 +22,31 @@ from iciia_exp.data.batches import ClientBatch
 from iciia_exp.errors import check_choice
 from iciia_exp.methods.base import Method
 
-__all__ = ["CALIBRATORS", "SELECTION_IMAGES", "TrainingFree", "fit_calibrator", "in_parts", "normalised", "real_images"]
+__all__ = [
+    "CALIBRATORS",
+    "SELECTION_IMAGES",
+    "TrainingFree",
+    "first_images",
+    "fit_calibrator",
+    "in_parts",
+    "normalised",
+    "real_images",
+]
 
 CALIBRATORS = ("none", "temperature", "bcts")
 
 #: Selection images that calibration looks at, at most.
 SELECTION_IMAGES = 20_000
+
+
+def first_images(batches: Iterable[ClientBatch], most: int) -> list[ClientBatch]:
+    """Return the first batches, until they have so many images."""
+    some: list[ClientBatch] = []
+    for batch in batches:
+        some.append(batch)
+        if (most := most - int(batch.mask_CS.sum())) <= 0:
+            break
+    return some
 
 
 def real_images(x_CSD: Tensor, mask_CS: Tensor | None) -> Tensor:
@@ -106,13 +125,8 @@ class TrainingFree(Method):
     @torch.inference_mode()
     def calibrate(self, batches: Iterable[ClientBatch]) -> dict[str, Any]:
         """Fit the calibrator, then choose what `grids` names by log-loss, both on selection clients."""
-        some, images = [], 0
-        for batch in batches:
-            some.append(batch)
-            images += int(batch.mask_CS.sum())
-            if images >= SELECTION_IMAGES:
-                break
-        if not images:
+        some = first_images(batches, SELECTION_IMAGES)
+        if not (images := sum(int(batch.mask_CS.sum()) for batch in some)):
             return {}
         b_TK = torch.cat([self.classify(batch.x_CSD)[batch.mask_CS] for batch in some])
         y_T = torch.cat([batch.y_CS[batch.mask_CS] for batch in some])

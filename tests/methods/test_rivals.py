@@ -165,10 +165,11 @@ def test_types_are_clustered_where_there_are_many():
     assert alone.tolist() == [1.0]
 
 
-@pytest.mark.parametrize("forget", [0.0, 0.2])
-def test_client_prior_against_a_loop(head, x, forget):
+@pytest.mark.parametrize(("forget", "caution"), [(0.0, 0.0), (0.2, 0.0), (0.0, 1.5), (0.2, 1.5)])
+def test_client_prior_against_a_loop(head, x, forget, caution):
     strengths, new = [1.0, 4.0], 0.4
     settings = {"smoothing": 0.1, "new": new, "all_classes": 0.5, "strengths": strengths, "forget": forget}
+    settings["caution"] = caution
     method, cloud = studied(ClientPrior(head, **settings))
     p, s = posteriors(method, x)
     likelihood = p / s
@@ -183,8 +184,9 @@ def test_client_prior_against_a_loop(head, x, forget):
     got = method.stream(x[None])[0].softmax(-1)
     for i in range(S):
         priors = [(c + a * s) / (n + a) for a, c in hypotheses]
-        total = weight.sum() + shares.sum()
-        prior = (weight @ types + sum(w * q for w, q in zip(shares, priors, strict=True))) / total
+        trusted = [*shares[:-1], shares[-1] * math.exp(caution)]  # the past is at most 6 images
+        total = weight.sum() + sum(trusted)
+        prior = (weight @ types + sum(w * q for w, q in zip(trusted, priors, strict=True))) / total
         want = likelihood[i] * prior
         np.testing.assert_allclose(got[i], want / want.sum(), atol=1e-4)
         weight = before * (weight / before) ** keep * (types @ likelihood[i])

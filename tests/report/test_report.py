@@ -221,7 +221,7 @@ def test_the_page_in_a_browser(outputs, tmp_path):
         "--disable-component-update",
         f"--user-data-dir={tmp_path / 'profile'}",
     ]
-    command = [browser, *flags, "--virtual-time-budget=3000", "--dump-dom", f"file://{file}"]
+    command = [browser, *flags, "--virtual-time-budget=30000", "--dump-dom", f"file://{file}"]
     page = subprocess.run(command, capture_output=True, text=True, timeout=120).stdout
     said = json.loads(html.unescape(re.search(r'<pre id="said">(.*?)</pre>', page, re.S).group(1)))
     assert said["title"] == "iciia_exp: report"
