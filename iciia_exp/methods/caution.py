@@ -2,7 +2,7 @@
 
 After one image a client with all classes looks like any other, so whatever is gained on clients with few classes is
 lost on it in part. `choose_caution` asks selection images, dealt at random into clients with all classes, how cautious
-a method has to be after 1, 2, 3, 5 and 7 images, to answer such clients as well as the backbone does.
+a method has to be after 1, 2, 3, 5, 7 and 15 images, to answer such clients as well as the backbone does.
 
 Legend: C clients, S images of a client, K classes, M images, T targets.
 """
@@ -22,18 +22,18 @@ from iciia_exp.seeding import generator
 
 __all__ = ["LENGTHS", "caution_after", "choose_caution"]
 
-#: Longest past of each value of a caution; 0 belongs to the first, and after the last there is none.
-LENGTHS = (1, 2, 3, 5, 7)
+#: Longest past of each value of a caution; no past belongs to the first, longer ones to the last.
+LENGTHS = (1, 2, 3, 5, 7, 15)
 
 _GRID = tuple(range(9))  # in nats
-_CLIENTS, _DRAWS = 4096, 20  # at most so many clients, and so many that an image is of
+_CLIENTS, _DRAWS = 2048, 20  # at most so many clients, and so many that an image is of
 _AT_ONCE = 64  # clients
 
 
 def caution_after(caution_J: Tensor, n: Tensor) -> Tensor:
     """Return the caution after ``n`` images, of the same shape; ``caution_J`` has a value for each of `LENGTHS`."""
-    bounds = torch.tensor([length + 0.5 for length in LENGTHS], device=n.device)
-    return torch.cat([caution_J, caution_J.new_zeros(1)])[torch.bucketize(n, bounds)]
+    bounds = torch.tensor([length + 0.5 for length in LENGTHS[:-1]], device=n.device)
+    return caution_J[torch.bucketize(n, bounds)]
 
 
 def _mixed_clients(batches: Sequence[ClientBatch]) -> tuple[Tensor, Tensor, Tensor]:

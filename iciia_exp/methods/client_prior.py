@@ -7,8 +7,8 @@ one hypothesis among several about where a client's classes come from:
 - a new client, whose classes nobody knows beforehand: a Dirichlet prior around the histogram s of all images, of
   strength a, for some a from few classes to nearly all. After n images with expected class counts c the next one has
   the classes (c_k + a s_k) / (n + a); the counts follow the images one by one (quasi-Bayes, Smith and Makov 1978);
-- a client with all classes: s itself. After up to seven images its probability beforehand is raised, so far that such
-  clients are no worse off than with the backbone (`caution`, chosen on selection images).
+- a client with all classes: s itself. Its probability beforehand is raised for each length of the past, so far that
+  such clients are no worse off than with the backbone (`caution`, chosen on selection images).
 
 Each says how likely the past was, image by image; that weighs what each says of the next image. After an image or two
 nobody can tell one kind from another, later the evidence decides.
@@ -45,8 +45,8 @@ class ClientPrior(ClientTypes):
         all_classes: share of it that is for clients with all classes; the rest is for new clients with some.
         strengths: a of the new clients with some classes, in images, equally probable.
         forget: share of what the past says that each image of a stream takes away from it: for clients that drift.
-        caution: nats that a client with all classes is more probable beforehand after 0 to 7 images; null is chosen on
-            selection clients for every length, so that such clients are no worse off (`iciia_exp.methods.caution`).
+        caution: nats that a client with all classes is more probable beforehand; null is chosen on selection clients
+            for every length of the past, so that such clients are no worse off (`iciia_exp.methods.caution`).
     """
 
     name = "client_prior"

@@ -25,13 +25,14 @@ def selection(images=800, seed=0):
 
 
 def test_caution_by_length():
-    values = torch.tensor([5.0, 4.0, 3.0, 2.0, 1.0])
+    values = torch.tensor([5.0, 4.0, 3.0, 2.0, 1.0, 0.0])
     assert caution_after(values, torch.arange(10)).tolist() == [5, 5, 4, 3, 2, 2, 1, 1, 0, 0]
+    assert caution_after(values, torch.tensor([15, 16, 1000])).tolist() == [0, 0, 0]
     assert caution_after(values, torch.tensor([[0.9, 6.3]])).tolist() == [[5, 1]]  # where a stream forgets
 
 
 def test_the_least_caution_that_harms_nobody():
-    caution, need = torch.full((len(LENGTHS),), 9.0), torch.tensor([4.0, 4.0, 2.0, 1.0, 0.0, 0.0, 0.0, 0.0])
+    caution, need = torch.full((len(LENGTHS),), 9.0), torch.tensor([4.0, 4.0, 2.0, 1.0] + 12 * [0.0])
 
     def stream(x_CSD):
         # an unjust bias until the caution after so many images is what is needed there
@@ -40,8 +41,8 @@ def test_the_least_caution_that_harms_nobody():
         return x_CSD + 3.0 * short[None, :, None] * torch.eye(K)[0]
 
     record = choose_caution(caution, stream, lambda x: x, [selection()])
-    assert caution.tolist() == [4.0, 2.0, 1.0, 0.0, 0.0]
-    assert record == {"caution": {"1": 4.0, "2": 2.0, "3": 1.0, "5": 0.0, "7": 0.0}}
+    assert caution.tolist() == [4.0, 2.0, 1.0, 0.0, 0.0, 0.0]
+    assert record == {"caution": {"1": 4.0, "2": 2.0, "3": 1.0, "5": 0.0, "7": 0.0, "15": 0.0}}
 
 
 def test_a_method_that_always_harms_is_as_cautious_as_can_be():
@@ -59,12 +60,12 @@ def test_accuracy_counts_as_well_as_log_loss():
     assert caution.tolist() == [8.0] * len(LENGTHS)
 
 
-@pytest.mark.parametrize("images", [0, 7])
+@pytest.mark.parametrize("images", [0, 15])
 def test_too_few_images_say_nothing(images):
     caution = torch.ones(len(LENGTHS))
-    batch = selection(8)
+    batch = selection(16)
     mask = torch.zeros_like(batch.mask_CS)
-    mask[0, :images] = True
+    mask.view(-1)[:images] = True
     assert choose_caution(caution, lambda x: x, lambda x: x, [batch._replace(mask_CS=mask)]) == {}
     assert caution.tolist() == [0.0] * len(LENGTHS)
 
@@ -108,9 +109,9 @@ def test_the_caution_is_saved_with_the_weights():
     cloud = small_cloud(D, K)
     method = ClientPrior(nn.Linear(D, K), caution=None).eval()
     method.study(cloud)
-    method.caution.copy_(torch.arange(5.0))
+    method.caution.copy_(torch.arange(6.0))
     other = ClientPrior(nn.Linear(D, K), caution=None)
     other.study(cloud)
     other.load_state_dict(method.state_dict())
-    assert other.caution.tolist() == [0, 1, 2, 3, 4]
+    assert other.caution.tolist() == [0, 1, 2, 3, 4, 5]
     assert "caution" not in ClientPrior(nn.Linear(D, K)).state_dict()  # given: it is in the settings
