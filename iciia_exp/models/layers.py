@@ -28,6 +28,11 @@ _CONVOLVED_WIDTH, _CONVOLVED_VECTORS = 32, 64
 _CONVOLVE = torch.backends.mkldnn.is_available()
 
 
+def _recording() -> bool:
+    """Whether a program is being made of what is called (`torch.export`, `torch.compile`, tracing)."""
+    return torch.compiler.is_compiling() or torch.jit.is_tracing()
+
+
 def visible(images: int, mask_CS: Tensor | None, causal: bool) -> Tensor | None:
     """Return which images see which, bool [C, 1, S, S] (or [C, 1, 1, S]); None where all see all.
 
@@ -95,7 +100,7 @@ class GroupedLinear(nn.Module):
         """Return what ``make`` makes of the weights; it is kept while they stay as they are."""
         own = self.weight, self.bias
         fixed = not any((torch.is_grad_enabled() and p.requires_grad) or p.is_inference() for p in own)
-        if not fixed or torch.compiler.is_compiling():
+        if not fixed or _recording():
             return make()
         state = tuple(number for p in own for number in (p._version, p.data_ptr()))
         if form not in self._kept or self._kept[form][0] != state:
@@ -120,7 +125,7 @@ class GroupedLinear(nn.Module):
 
     def _convolved(self, x: Tensor, vectors: int) -> bool:
         """Whether a convolution does it faster: 1.2 to 2 times on a processor; its gradient is slower."""
-        if not _CONVOLVE or torch.compiler.is_compiling() or vectors < _CONVOLVED_VECTORS:
+        if not _CONVOLVE or vectors < _CONVOLVED_VECTORS or _recording():
             return False
         recorded = torch.is_grad_enabled() and (x.requires_grad or self.weight.requires_grad)
         return x.device.type == "cpu" and x.dtype == torch.float32 and not recorded
