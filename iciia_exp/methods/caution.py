@@ -26,8 +26,8 @@ __all__ = ["LENGTHS", "caution_after", "choose_caution"]
 LENGTHS = (1, 2, 3, 5, 7, 15)
 
 _GRID = tuple(range(9))  # in nats
-_CLIENTS, _DRAWS = 2048, 20  # at most so many clients, and so many that an image is of
-_AT_ONCE = 64  # clients
+_IMAGES, _DRAWS = 16_384, 20  # of clients to try a length on, at most, and of how many clients an image is
+_AT_ONCE = 1024  # images
 
 
 def caution_after(caution_J: Tensor, n: Tensor) -> Tensor:
@@ -36,20 +36,23 @@ def caution_after(caution_J: Tensor, n: Tensor) -> Tensor:
     return caution_J[torch.bucketize(n, bounds)]
 
 
-def _mixed_clients(batches: Sequence[ClientBatch]) -> tuple[Tensor, Tensor, Tensor]:
-    """Return features [M, D], labels [M], and which of them each client with all classes has, [C, S], none twice."""
+def _images(batches: Sequence[ClientBatch]) -> tuple[Tensor, Tensor]:
+    """Return features [M, D] and labels [M] of the batches' images, each once."""
     x_MD = torch.cat([batch.x_CSD[batch.mask_CS] for batch in batches])
     y_M = torch.cat([batch.y_CS[batch.mask_CS] for batch in batches])
     if all(batch.image_CS is not None for batch in batches):
         number_M = torch.cat([batch.image_CS[batch.mask_CS] for batch in batches])  # type: ignore[index]
         _, first_M = np.unique(number_M.numpy(), return_index=True)
         x_MD, y_M = x_MD[first_M], y_M[first_M]
-    size, rng = LENGTHS[-1] + 1, generator("caution")
-    each = len(y_M) // size
-    draws = min(_DRAWS, -(-_CLIENTS // each)) if each else 0
-    rows = [torch.from_numpy(rng.permutation(len(y_M))[: each * size].reshape(each, size)) for _ in range(draws)]
-    rows_CS = torch.cat(rows)[:_CLIENTS] if rows else torch.empty(0, size, dtype=torch.long)
-    return x_MD, y_M, rows_CS
+    return x_MD, y_M
+
+
+def _mixed_clients(images: int, size: int) -> Tensor:
+    """Return which of so many images clients with all classes have, [C, size]; no client has an image twice."""
+    rng, each = generator("caution", size), images // size
+    draws = min(_DRAWS, -(-_IMAGES // (each * size))) if each else 0
+    rows = [rng.permutation(images)[: each * size].reshape(each, size) for _ in range(draws)]
+    return torch.from_numpy(np.concatenate(rows)[: _IMAGES // size] if rows else np.empty((0, size), dtype=np.int64))
 
 
 @torch.inference_mode()
@@ -71,34 +74,31 @@ def choose_caution(
         batches: selection clients.
     """
     caution_J.zero_()
-    x_MD, y_M, rows_CS = _mixed_clients(batches)
-    if not len(rows_CS):
+    x_MD, y_M = _images(batches)
+    if len(y_M) <= LENGTHS[-1]:
         return {}
 
-    def read(logits: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor]:
-        """Return hits and log-loss of every image, float64 [C, S]."""
+    def read(logits: Callable[[Tensor], Tensor], rows_CS: Tensor, first: int) -> tuple[Tensor, Tensor]:
+        """Return hits and log-loss of each client's images from the ``first`` on, float64 [T]."""
         hits, losses = [], []
-        for rows in rows_CS.split(_AT_ONCE):
-            b_TK, y_T = logits(x_MD[rows]).flatten(0, 1), y_M[rows].flatten()
+        for rows in rows_CS.split(_AT_ONCE // rows_CS.shape[1]):
+            b_TK, y_T = logits(x_MD[rows])[:, first:].flatten(0, 1), y_M[rows[:, first:]].flatten()
             hits.append(tasks.hits(b_TK, y_T)[:, 0].double())
             losses.append(tasks.log_loss(b_TK, y_T))
-        return torch.cat(hits).view(rows_CS.shape), torch.cat(losses).view(rows_CS.shape)
+        return torch.cat(hits), torch.cat(losses)
 
-    hits_CS, loss_CS = read(head)
-    starts = (0, *LENGTHS[:-1])
-    found: dict[int, int] = {}
-    for value in _GRID:
-        caution_J.fill_(value)
-        own_hits_CS, own_loss_CS = read(stream)
-        for j, (shorter, longest) in enumerate(zip(starts, LENGTHS, strict=True)):
-            some = slice(shorter + 1, longest + 1)
-            losses = (hits_CS - own_hits_CS)[:, some], (own_loss_CS - loss_CS)[:, some]
-            if j not in found and not any(_above_zero(loss_T.flatten()) for loss_T in losses):
-                found[j] = value
-        if len(found) == len(LENGTHS):
-            break
-    caution_J.copy_(torch.tensor([float(found.get(j, _GRID[-1])) for j in range(len(LENGTHS))]))
-    return {"caution": dict(zip(map(str, LENGTHS), caution_J.tolist(), strict=True))}
+    chosen = []
+    for shorter, longest in zip((0, *LENGTHS[:-1]), LENGTHS, strict=True):
+        rows_CS, first = _mixed_clients(len(y_M), longest + 1), shorter + 1
+        hits_T, loss_T = read(head, rows_CS, first)
+        for value in _GRID:
+            caution_J.fill_(value)
+            own_hits_T, own_loss_T = read(stream, rows_CS, first)
+            if not (_above_zero(hits_T - own_hits_T) or _above_zero(own_loss_T - loss_T)):
+                break
+        chosen.append(float(value))
+    caution_J.copy_(torch.tensor(chosen))
+    return {"caution": dict(zip(map(str, LENGTHS), chosen, strict=True))}
 
 
 def _above_zero(difference_T: Tensor) -> bool:

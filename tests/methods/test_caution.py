@@ -37,7 +37,7 @@ def test_the_least_caution_that_harms_nobody():
     def stream(x_CSD):
         # an unjust bias until the caution after so many images is what is needed there
         n = torch.arange(x_CSD.shape[1])
-        short = caution_after(caution, n) < need
+        short = caution_after(caution, n) < need[n]
         return x_CSD + 3.0 * short[None, :, None] * torch.eye(K)[0]
 
     record = choose_caution(caution, stream, lambda x: x, [selection()])
