@@ -2,7 +2,7 @@
 
 After one image a client with all classes looks like any other, so whatever is gained on clients with few classes is
 lost on it in part. `choose_caution` asks selection images, dealt at random into clients with all classes, how cautious
-a method has to be after 1, 2, 3, 5, 7 and 15 images, to answer such clients as well as the backbone does.
+a method has to be after 1, 2, 3, 5 and 7 images, to answer such clients as well as the backbone does.
 
 Legend: C clients, S images of a client, K classes, M images, T targets.
 """
@@ -22,8 +22,8 @@ from iciia_exp.seeding import generator
 
 __all__ = ["LENGTHS", "caution_after", "choose_caution"]
 
-#: Longest past of each value of a caution; no past belongs to the first, longer ones to the last.
-LENGTHS = (1, 2, 3, 5, 7, 15)
+#: Longest past of each value of a caution; no past belongs to the first, and after the last there is none.
+LENGTHS = (1, 2, 3, 5, 7)
 
 _GRID = tuple(range(9))  # in nats
 _IMAGES, _DRAWS = 16_384, 20  # of clients to try a length on, at most, and of how many clients an image is
@@ -32,8 +32,8 @@ _AT_ONCE = 1024  # images
 
 def caution_after(caution_J: Tensor, n: Tensor) -> Tensor:
     """Return the caution after ``n`` images, of the same shape; ``caution_J`` has a value for each of `LENGTHS`."""
-    bounds = torch.tensor([length + 0.5 for length in LENGTHS[:-1]], device=n.device)
-    return caution_J[torch.bucketize(n, bounds)]
+    bounds = torch.tensor([length + 0.5 for length in LENGTHS], device=n.device)
+    return torch.cat([caution_J, caution_J.new_zeros(1)])[torch.bucketize(n, bounds)]
 
 
 def _images(batches: Sequence[ClientBatch]) -> tuple[Tensor, Tensor]:
@@ -64,8 +64,10 @@ def choose_caution(
 ) -> dict[str, Any]:
     """Set each value to the least with which neither accuracy nor log-loss is worse than the backbone's.
 
-    Worse by more than a standard error of the paired difference, on clients with all classes; the most of the grid
-    where there is none. Values stay 0 where there are too few selection images to tell.
+    Worse by more than a standard error of the paired difference, on clients with all classes. Where the method's own
+    answer to a single image is worse than the backbone's, that is compared with: no caution makes it better. Where
+    nothing is enough, it is the least that by log-loss is as good as any, within a standard error; where there are too
+    few selection images to tell, 0.
 
     Args:
         caution_J: what is set, in place; ``stream`` reads it.
@@ -90,12 +92,20 @@ def choose_caution(
     chosen = []
     for shorter, longest in zip((0, *LENGTHS[:-1]), LENGTHS, strict=True):
         rows_CS, first = _mixed_clients(len(y_M), longest + 1), shorter + 1
-        hits_T, loss_T = read(head, rows_CS, first)
+        caution_J.fill_(_GRID[-1])  # of an image by itself: as of a client with all classes
+        answers = read(head, rows_CS, first), read(stream, rows_CS[:, first:].reshape(-1, 1), 0)
+        hits_T = min((hits for hits, _ in answers), key=torch.mean)
+        loss_T = max((loss for _, loss in answers), key=torch.mean)
+        tried = []
         for value in _GRID:
             caution_J.fill_(value)
             own_hits_T, own_loss_T = read(stream, rows_CS, first)
+            tried.append(own_loss_T)
             if not (_above_zero(hits_T - own_hits_T) or _above_zero(own_loss_T - loss_T)):
                 break
+        else:
+            best_T = min(tried, key=torch.mean)
+            value = next(v for v, own_T in zip(_GRID, tried, strict=True) if not _above_zero(own_T - best_T))
         chosen.append(float(value))
     caution_J.copy_(torch.tensor(chosen))
     return {"caution": dict(zip(map(str, LENGTHS), chosen, strict=True))}
