@@ -105,6 +105,8 @@ class _Counts:
     def read_backbone(self, head: nn.Linear, batches: FeatureBatches, images: np.ndarray) -> None:
         """Ask the backbone about every image once, however often it is a target."""
         images = np.unique(images)
+        if not len(images):
+            return
         parts = []
         for start in range(0, len(images), 4096):
             selection = Selection(images[None, start : start + 4096], np.zeros(1, dtype=np.int64))
