@@ -9,7 +9,7 @@ import pytest
 
 # pages that a process gets for the same 40 MiB again and again, above what glibc keeps by itself
 CODE = """
-import resource, sys
+import resource
 import numpy as np
 from iciia_exp.memory import keep_freed_memory
 keep_freed_memory()

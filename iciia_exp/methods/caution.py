@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from iciia_exp import tasks
+from iciia_exp.counts import read_answers
 from iciia_exp.data.batches import ClientBatch
 from iciia_exp.seeding import generator
 
@@ -48,11 +48,11 @@ def _images(batches: Sequence[ClientBatch]) -> tuple[Tensor, Tensor]:
 
 
 def _mixed_clients(images: int, size: int) -> Tensor:
-    """Return which of so many images clients with all classes have, [C, size]; no client has an image twice."""
+    """Return which of ``images`` >= ``size`` images clients with all classes have, [C, size]; no client one twice."""
     rng, each = generator("caution", size), images // size
-    draws = min(_DRAWS, -(-_IMAGES // (each * size))) if each else 0
+    draws = min(_DRAWS, -(-_IMAGES // (each * size)))
     rows = [rng.permutation(images)[: each * size].reshape(each, size) for _ in range(draws)]
-    return torch.from_numpy(np.concatenate(rows)[: _IMAGES // size] if rows else np.empty((0, size), dtype=np.int64))
+    return torch.from_numpy(np.concatenate(rows)[: _IMAGES // size])
 
 
 @torch.inference_mode()
@@ -82,12 +82,11 @@ def choose_caution(
 
     def read(logits: Callable[[Tensor], Tensor], rows_CS: Tensor, first: int) -> tuple[Tensor, Tensor]:
         """Return hits and log-loss of each client's images from the ``first`` on, float64 [T]."""
-        hits, losses = [], []
-        for rows in rows_CS.split(_AT_ONCE // rows_CS.shape[1]):
-            b_TK, y_T = logits(x_MD[rows])[:, first:].flatten(0, 1), y_M[rows[:, first:]].flatten()
-            hits.append(tasks.hits(b_TK, y_T)[:, 0].double())
-            losses.append(tasks.log_loss(b_TK, y_T))
-        return torch.cat(hits), torch.cat(losses)
+        parts = [
+            read_answers(logits(x_MD[rows])[:, first:].flatten(0, 1), y_M[rows[:, first:]].flatten())
+            for rows in rows_CS.split(_AT_ONCE // rows_CS.shape[1])
+        ]
+        return torch.cat([part.hits_MA[:, 0] for part in parts]).double(), torch.cat([part.loss_M for part in parts])
 
     chosen = []
     for shorter, longest in zip((0, *LENGTHS[:-1]), LENGTHS, strict=True):

@@ -85,7 +85,7 @@ class ClientPrior(ClientTypes):
 
     def calibrate(self, batches: Iterable[ClientBatch]) -> dict[str, Any]:
         """Fit the calibrator, choose `grids`, then the caution, all on selection clients."""
-        some = first_images(batches, SELECTION_IMAGES)
+        some = list(first_images(batches, SELECTION_IMAGES))
         record = super().calibrate(some)
         return record | self.choose_caution(self.stream, some) if record else record
 

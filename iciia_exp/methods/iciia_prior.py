@@ -84,7 +84,7 @@ class IciiaPrior(IciiaStream):
 
     def calibrate(self, batches: Iterable[ClientBatch]) -> dict[str, Any]:
         """Choose A(n) and H(n), then the caution, on selection clients; the last word is that nobody is worse off."""
-        some = first_images(batches, self.calibration_images)
+        some = list(first_images(batches, self.calibration_images))
         record = super().calibrate(some)
         return record | self.inferred.choose_caution(self.stream, some) if record else record
 

@@ -10,7 +10,7 @@ Legend: C clients, S images of a client, D features, K classes, T images in all.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -39,14 +39,12 @@ CALIBRATORS = ("none", "temperature", "bcts")
 SELECTION_IMAGES = 20_000
 
 
-def first_images(batches: Iterable[ClientBatch], most: int) -> list[ClientBatch]:
-    """Return the first batches, until they have so many images."""
-    some: list[ClientBatch] = []
+def first_images(batches: Iterable[ClientBatch], most: int) -> Iterator[ClientBatch]:
+    """Yield the first batches, until they have so many images."""
     for batch in batches:
-        some.append(batch)
+        yield batch
         if (most := most - int(batch.mask_CS.sum())) <= 0:
-            break
-    return some
+            return
 
 
 def real_images(x_CSD: Tensor, mask_CS: Tensor | None) -> Tensor:
@@ -125,7 +123,7 @@ class TrainingFree(Method):
     @torch.inference_mode()
     def calibrate(self, batches: Iterable[ClientBatch]) -> dict[str, Any]:
         """Fit the calibrator, then choose what `grids` names by log-loss, both on selection clients."""
-        some = first_images(batches, SELECTION_IMAGES)
+        some = list(first_images(batches, SELECTION_IMAGES))
         if not (images := sum(int(batch.mask_CS.sum()) for batch in some)):
             return {}
         b_TK = torch.cat([self.classify(batch.x_CSD)[batch.mask_CS] for batch in some])
