@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
+from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -22,6 +23,7 @@ from iciia_exp.data.history import ALL, Sequences, by_length, prefix_sequences, 
 from iciia_exp.engine.protocol import Protocol
 from iciia_exp.methods.base import Method
 from iciia_exp.seeding import generator
+from iciia_exp.threads import side_by_side
 
 __all__ = ["PROTOCOLS", "history_table"]
 
@@ -85,14 +87,28 @@ def history_table(
         # of the last image, both are the answer after all others
         return (method.stream if method.causal else method)(batch.x_CSD, batch.mask_CS)
 
+    several = side_by_side if counts.device.type == "cpu" else map
     with torch.inference_mode():
         counts.read_backbone(head.to(device), batches, compact.values)
         for done, (some, selections) in enumerate(steps, 1):
-            for selection in selections():
+            wanted = counts.wanted(some)
+
+            def read(selection: Selection, wanted: _Wanted = wanted) -> tuple[Tensor, Answers, Answers]:
                 batch = batches[selection].moved(device)
-                counts.add(some, batch, answer(batch))
+                return counts.read(wanted, batch, answer(batch))
+
+            for answers_M in several(read, selections()):
+                counts.metric.update(*answers_M)
             progress(done / len(steps))
     return counts.table(clients.ids[numbers], clients.kinds[numbers])
+
+
+class _Wanted(NamedTuple):
+    """Which images of a sequence are targets, by length of history."""
+
+    length_L: Tensor  # int64, position
+    end_L: Tensor  # bool: the last image instead
+    key_L: Tensor  # int64, number of (protocol, length)
 
 
 class _Counts:
@@ -117,21 +133,22 @@ class _Counts:
         row_M[torch.from_numpy(images)] = torch.arange(len(images))
         self.row_M = row_M.to(self.device)
 
-    def add(self, keys: list[tuple[str, int]], batch: ClientBatch, logits_BSK: Tensor) -> None:
-        """Count the targets of a batch: of one length the last images, else those at the lengths' positions."""
+    def wanted(self, keys: list[tuple[str, int]]) -> _Wanted:
+        """Return the targets of sequences: of one length the last images, else those at the lengths' positions."""
+        ends = [n == ALL or len(keys) == 1 for _, n in keys]
+        values = [n for _, n in keys], ends, [self.keys.index(key) for key in keys]
+        return _Wanted(*(torch.tensor(value, device=self.device) for value in values))
+
+    def read(self, wanted: _Wanted, batch: ClientBatch, logits_BSK: Tensor) -> tuple[Tensor, Answers, Answers]:
+        """Return what the metric counts of a batch's targets."""
         assert batch.image_CS is not None  # `FeatureBatches` gives it
         size_B1 = batch.mask_CS.sum(1, keepdim=True)
-        ends = [n == ALL or len(keys) == 1 for _, n in keys]
-        length_L, end_L, key_L = (
-            torch.tensor(values, device=self.device)
-            for values in ([n for _, n in keys], ends, [self.keys.index(key) for key in keys])
-        )
-        at_BL = torch.where(end_L, size_B1 - 1, length_L)
+        at_BL = torch.where(wanted.end_L, size_B1 - 1, wanted.length_L)
         row_T, column_T = (at_BL < size_B1).nonzero().unbind(1)
         at_T = at_BL[row_T, column_T]
         method = read_answers(logits_BSK[row_T, at_T], batch.y_CS[row_T, at_T])
-        client_T = batch.client_C[row_T] + key_L[column_T] * self.clients
-        self.metric.update(client_T, self.backbone.at(self.row_M[batch.image_CS[row_T, at_T]]), method)
+        client_T = batch.client_C[row_T] + wanted.key_L[column_T] * self.clients
+        return client_T, self.backbone.at(self.row_M[batch.image_CS[row_T, at_T]]), method
 
     def table(self, ids: np.ndarray, kinds: np.ndarray) -> pd.DataFrame:
         """Return one row per key and client that had targets."""

@@ -23,7 +23,7 @@ class Method(nn.Module, ABC):
     """A way to use a client's images together. Built by the engine as ``Method(head, **config)``.
 
     ``head`` is the backbone's classifier; its sizes give D and K. A method without a cost cannot exist: `macs` and
-    `streaming_macs` are abstract.
+    `streaming_macs` are abstract. Answering leaves the module as it is: an evaluation asks from several threads.
     """
 
     #: Short name for folders and tables.

@@ -21,10 +21,10 @@ from torch.nn import functional as F
 __all__ = ["EncoderLayer", "GroupedLinear", "ImageAttention", "visible"]
 
 # Groups are joined until a block is about this wide: 40 x 40 is the fastest for 5 x 5 on a processor, though seven
-# eighths of it are zeros (benchmarks/bench_iciia.py); 20 x 20 is for convolutions, which leave the outputs where the
-# shuffle is cheap. Fewer vectors than this are not worth joining, or convolving, for.
+# eighths of it are zeros (benchmarks/bench_iciia.py). A convolution needs no more outputs than a vector register holds,
+# and leaves them where the shuffle is cheap. Fewer vectors than this are not worth joining, or convolving, for.
 _JOINED_WIDTH, _JOINED_VECTORS = 48, 16
-_CONVOLVED_WIDTH, _CONVOLVED_VECTORS = 32, 64
+_CONVOLVED_OUTPUTS, _CONVOLVED_VECTORS = 16, 64
 _CONVOLVE = torch.backends.mkldnn.is_available()
 
 
@@ -90,10 +90,10 @@ class GroupedLinear(nn.Module):
     @property
     def joined(self) -> int:
         """Number of neighbouring groups that are multiplied as one block."""
-        return self._most_joined(_JOINED_WIDTH)
+        return self._most_joined(_JOINED_WIDTH // (self.in_features // self.groups))
 
-    def _most_joined(self, width: int) -> int:
-        most = min(self.groups, max(1, width // (self.in_features // self.groups)))
+    def _most_joined(self, most: int) -> int:
+        most = min(self.groups, max(1, most))
         return max(m for m in range(1, most + 1) if self.groups % m == 0)
 
     def _in_form(self, form: str, make: Callable[[], tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
@@ -118,17 +118,33 @@ class GroupedLinear(nn.Module):
 
     def _kernels(self) -> tuple[Tensor, Tensor]:
         """Return weight [out, J*in/G, 1, 1] and bias [out] of a convolution, outputs group by group."""
-        blocks_BJoi = self.blocks().unflatten(0, (-1, self._most_joined(_CONVOLVED_WIDTH)))
+        joined = self._most_joined(_CONVOLVED_OUTPUTS // (self.out_features // self.groups))
+        blocks_BJoi = self.blocks().unflatten(0, (-1, joined))
         joined_BJoJi = torch.diag_embed(blocks_BJoi.permute(0, 2, 3, 1), dim1=1, dim2=3)
         bias = self.bias.view(-1, self.groups).t().flatten() if self.shuffle else self.bias
         return joined_BJoJi.reshape(self.out_features, -1, 1, 1), bias
 
     def _convolved(self, x: Tensor, vectors: int) -> bool:
-        """Whether a convolution does it faster: 1.2 to 2 times on a processor; its gradient is slower."""
+        """Whether a convolution does it faster: 2 to 5 times on a processor; its gradient is slower."""
         if not _CONVOLVE or vectors < _CONVOLVED_VECTORS or _recording():
             return False
         recorded = torch.is_grad_enabled() and (x.requires_grad or self.weight.requires_grad)
         return x.device.type == "cpu" and x.dtype == torch.float32 and not recorded
+
+    def _convolve(self, x_MD: Tensor) -> Tensor:
+        """Return the products of all vectors, group by group, with the bias that belongs there.
+
+        Vectors are the pixels, channels last, of 16 or more images: with fewer, one thread gets a slow convolution. How
+        images of 16 pixels are laid out makes no difference, but for blocks of 16 x 16 (half the time).
+        """
+        weight, bias = self._in_form("kernels", self._kernels)
+        vectors, pixels = len(x_MD), min(16, len(x_MD) // 16)
+        square = pixels == 16 and weight.shape[1] == 16
+        if short := -vectors % pixels:
+            x_MD = F.pad(x_MD, (0, 0, 0, short))
+        x_NDhw = x_MD.view(-1, 4 if square else 1, 4 if square else pixels, self.in_features).permute(0, 3, 1, 2)
+        y_NEhw = F.conv2d(x_NDhw, weight, bias, groups=self.in_features // weight.shape[1])
+        return y_NEhw.permute(0, 2, 3, 1).reshape(-1, self.out_features)[:vectors]
 
     def forward(self, x: Tensor) -> Tensor:
         """Project, shuffle, add the bias; costs in*out/G multiply-accumulates per vector (see `joined`)."""
@@ -136,12 +152,11 @@ class GroupedLinear(nn.Module):
             return F.linear(x, self.weight, self.bias)
         lead, vectors = x.shape[:-1], x.numel() // self.in_features
         if self._convolved(x, vectors):
-            weight, bias = self._in_form("kernels", self._kernels)
-            x_1DM1 = x.reshape(1, vectors, 1, -1).permute(0, 3, 1, 2)  # vectors are pixels, channels last
-            y_1EM1 = F.conv2d(x_1DM1, weight, bias, groups=self.in_features // weight.shape[1])
+            y_MD = self._convolve(x.reshape(vectors, -1))
             if self.shuffle:
-                y_1EM1 = torch.native_channel_shuffle(y_1EM1, self.groups)
-            return y_1EM1.permute(0, 2, 3, 1).reshape(*lead, self.out_features)
+                y_MD = torch.native_channel_shuffle(y_MD[None, :, None].permute(0, 3, 1, 2), self.groups)
+                y_MD = y_MD.permute(0, 2, 3, 1)
+            return y_MD.reshape(*lead, self.out_features)
         joined = self.joined if vectors >= _JOINED_VECTORS else 1
         blocks, outputs = self.groups // joined, self.out_features // self.groups
         x_BMi = x.reshape(vectors, blocks, -1).transpose(0, 1)

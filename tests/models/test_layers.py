@@ -78,6 +78,17 @@ def test_a_convolution_does_the_same(inputs, outputs, groups, shuffle, monkeypat
         torch.testing.assert_close(layer(x), layer.bias.expand_as(product))
 
 
+@pytest.mark.parametrize("vectors", [64, 83, 256, 261])  # 83 and 261 are filled up to whole images of 5 and 16 pixels
+@pytest.mark.parametrize(("inputs", "groups", "square"), [(32, 8, True), (40, 8, False)])
+def test_any_number_of_vectors_is_convolved(vectors, inputs, groups, square, monkeypatch):
+    monkeypatch.setattr("iciia_exp.models.layers._CONVOLVE", True)
+    layer, x = GroupedLinear(inputs, inputs, groups), torch.randn(vectors, inputs)
+    assert (layer._kernels()[0].shape[1] == 16) is square
+    with torch.inference_mode():
+        torch.testing.assert_close(layer(x), torch.cat([layer(row[None]) for row in x]), atol=1e-6, rtol=1e-5)
+        assert set(layer._kept) == {"kernels"}
+
+
 def test_one_group_is_a_linear_layer():
     layer, plain = GroupedLinear(6, 4), nn.Linear(6, 4)
     plain.load_state_dict(layer.state_dict())
