@@ -131,20 +131,31 @@ class GroupedLinear(nn.Module):
         recorded = torch.is_grad_enabled() and (x.requires_grad or self.weight.requires_grad)
         return x.device.type == "cpu" and x.dtype == torch.float32 and not recorded
 
-    def _convolve(self, x_MD: Tensor) -> Tensor:
-        """Return the products of all vectors, group by group, with the bias that belongs there.
+    def _convolve(self, x: Tensor, vectors: int) -> Tensor:
+        """Project, add the bias and shuffle, as `forward`.
 
-        Vectors are the pixels, channels last, of 16 or more images: with fewer, one thread gets a slow convolution. How
-        images of 16 pixels are laid out makes no difference, but for blocks of 16 x 16 (half the time).
+        Vectors are the pixels, channels last, of images; the layout decides how fast it is (benchmarks/bench_iciia.py):
+        of less than 16 images a single thread gets a slow convolution, and wide blocks are better off with columns of
+        pixels, narrow ones with rows, and those of 16 x 16 with squares.
         """
         weight, bias = self._in_form("kernels", self._kernels)
-        vectors, pixels = len(x_MD), min(16, len(x_MD) // 16)
-        square = pixels == 16 and weight.shape[1] == 16
+        width, threads = weight.shape[1], torch.get_num_threads()
+        images = 16 if threads == 1 else 1 if width > 16 else min(16, threads)
+        pixels = -(-vectors // images)
+        shape = (pixels, 1) if width > 16 else (1, pixels)
+        if width == 16 and vectors >= 256:
+            pixels, shape = 16, (4, 4)
+        lead = x.shape[:-1]
         if short := -vectors % pixels:
-            x_MD = F.pad(x_MD, (0, 0, 0, short))
-        x_NDhw = x_MD.view(-1, 4 if square else 1, 4 if square else pixels, self.in_features).permute(0, 3, 1, 2)
-        y_NEhw = F.conv2d(x_NDhw, weight, bias, groups=self.in_features // weight.shape[1])
-        return y_NEhw.permute(0, 2, 3, 1).reshape(-1, self.out_features)[:vectors]
+            x = F.pad(x.reshape(vectors, -1), (0, 0, 0, short))
+        x_NDhw = x.reshape(-1, *shape, self.in_features).permute(0, 3, 1, 2)
+        y_NEhw = F.conv2d(x_NDhw, weight, bias, groups=self.in_features // width)
+        if self.shuffle:
+            y_NEhw = torch.native_channel_shuffle(y_NEhw, self.groups)
+        y_NhwE = y_NEhw.permute(0, 2, 3, 1)
+        if short:
+            y_NhwE = y_NhwE.reshape(-1, self.out_features)[:vectors]
+        return y_NhwE.reshape(*lead, self.out_features)
 
     def forward(self, x: Tensor) -> Tensor:
         """Project, shuffle, add the bias; costs in*out/G multiply-accumulates per vector (see `joined`)."""
@@ -152,11 +163,7 @@ class GroupedLinear(nn.Module):
             return F.linear(x, self.weight, self.bias)
         lead, vectors = x.shape[:-1], x.numel() // self.in_features
         if self._convolved(x, vectors):
-            y_MD = self._convolve(x.reshape(vectors, -1))
-            if self.shuffle:
-                y_MD = torch.native_channel_shuffle(y_MD[None, :, None].permute(0, 3, 1, 2), self.groups)
-                y_MD = y_MD.permute(0, 2, 3, 1)
-            return y_MD.reshape(*lead, self.out_features)
+            return self._convolve(x, vectors)
         joined = self.joined if vectors >= _JOINED_VECTORS else 1
         blocks, outputs = self.groups // joined, self.out_features // self.groups
         x_BMi = x.reshape(vectors, blocks, -1).transpose(0, 1)
