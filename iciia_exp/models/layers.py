@@ -125,7 +125,7 @@ class GroupedLinear(nn.Module):
         return joined_BJoJi.reshape(self.out_features, -1, 1, 1), bias
 
     def _convolved(self, x: Tensor, vectors: int) -> bool:
-        """Whether a convolution does it faster: 2 to 5 times on a processor; its gradient is slower."""
+        """Whether a convolution does it faster: 2 to 5 times on a processor; with its gradient seldom."""
         if not _CONVOLVE or vectors < _CONVOLVED_VECTORS or _recording():
             return False
         recorded = torch.is_grad_enabled() and (x.requires_grad or self.weight.requires_grad)

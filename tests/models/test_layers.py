@@ -79,7 +79,9 @@ def test_a_convolution_does_the_same(inputs, outputs, groups, shuffle, monkeypat
 
 
 @pytest.mark.parametrize("vectors", [64, 83, 256, 261])  # 83 and 261 are filled up to whole images of 5 and 16 pixels
-@pytest.mark.parametrize(("inputs", "groups", "square"), [(32, 8, True), (40, 8, False), (24, 8, False), (64, 64, True)])
+@pytest.mark.parametrize(
+    ("inputs", "groups", "square"), [(32, 8, True), (40, 8, False), (24, 8, False), (64, 64, True)]
+)
 def test_any_number_of_vectors_is_convolved(vectors, inputs, groups, square, monkeypatch):
     monkeypatch.setattr("iciia_exp.models.layers._CONVOLVE", True)
     layer, x = GroupedLinear(inputs, inputs, groups), torch.randn(vectors, inputs)
