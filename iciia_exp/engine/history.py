@@ -87,17 +87,15 @@ def history_table(
         # of the last image, both are the answer after all others
         return (method.stream if method.causal else method)(batch.x_CSD, batch.mask_CS)
 
+    def read(wanted: _Wanted, selection: Selection) -> tuple[Tensor, Answers, Answers]:
+        batch = batches[selection].moved(device)
+        return counts.read(wanted, batch, answer(batch))
+
     several = side_by_side if counts.device.type == "cpu" else map
     with torch.inference_mode():
         counts.read_backbone(head.to(device), batches, compact.values)
         for done, (some, selections) in enumerate(steps, 1):
-            wanted = counts.wanted(some)
-
-            def read(selection: Selection, wanted: _Wanted = wanted) -> tuple[Tensor, Answers, Answers]:
-                batch = batches[selection].moved(device)
-                return counts.read(wanted, batch, answer(batch))
-
-            for answers_M in several(read, selections()):
+            for answers_M in several(partial(read, counts.wanted(some)), selections()):
                 counts.metric.update(*answers_M)
             progress(done / len(steps))
     return counts.table(clients.ids[numbers], clients.kinds[numbers])

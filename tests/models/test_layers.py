@@ -78,12 +78,14 @@ def test_a_convolution_does_the_same(inputs, outputs, groups, shuffle, monkeypat
         torch.testing.assert_close(layer(x), layer.bias.expand_as(product))
 
 
-@pytest.mark.parametrize("vectors", [64, 83, 256, 261])  # 83 and 261 are filled up to whole images of 5 and 16 pixels
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("vectors", [64, 83, 256, 261])  # 83 and 261 are filled up to whole images
 @pytest.mark.parametrize(
-    ("inputs", "groups", "square"), [(32, 8, True), (40, 8, False), (24, 8, False), (64, 64, True)]
+    ("inputs", "groups", "square"), [(32, 8, True), (40, 8, False), (24, 8, False), (64, 64, True), (96, 2, False)]
 )
-def test_any_number_of_vectors_is_convolved(vectors, inputs, groups, square, monkeypatch):
+def test_any_number_of_vectors_is_convolved(vectors, inputs, groups, square, threads, monkeypatch):
     monkeypatch.setattr("iciia_exp.models.layers._CONVOLVE", True)
+    monkeypatch.setattr("torch.get_num_threads", lambda: threads)  # what the layout goes by
     layer, x = GroupedLinear(inputs, inputs, groups), torch.randn(vectors, inputs)
     assert (layer._kernels()[0].shape[1] == 16) is square
     with torch.inference_mode():
