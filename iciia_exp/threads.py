@@ -11,39 +11,40 @@ import torch
 
 __all__ = ["side_by_side"]
 
-# Python itself runs one thread at a time: of a batch it takes about a tenth.
-_WORKERS = 4
-
 _Item = TypeVar("_Item")
 _Made = TypeVar("_Made")
 
 
-def side_by_side(make: Callable[[_Item], _Made], items: Iterable[_Item]) -> Iterator[_Made]:
+def side_by_side(
+    make: Callable[[_Item], _Made], items: Iterable[_Item], most: int = 4, ahead: int = 1
+) -> Iterator[_Made]:
     """Yield what ``make`` makes of every item, in their order, several at a time, each with its share of the threads.
 
     Threads that share an operation wait for each other at its end, and it ends often where batches are small enough for
-    a processor's cache. ``make`` runs without gradients and must leave what it uses as it is. Until the iterator ends,
-    PyTorch's operations have that share of its threads in the whole process.
+    a processor's cache. ``make`` runs without gradients and must leave what it uses as it is.
+
+    Args:
+        make: called in threads of its own.
+        items: asked for as they are needed.
+        most: items at a time; more wait for each other, since Python itself runs one thread at a time.
+        ahead: items for each of them that are made, or being made, before they are asked for.
     """
     threads = torch.get_num_threads()
-    workers = min(threads, _WORKERS)
+    workers = min(threads, most)
 
     def work(item: _Item) -> _Made:
         with torch.inference_mode():  # every thread has its own
             return make(item)
 
-    if workers == 1:
-        yield from map(work, items)
-        return
-    torch.set_num_threads(threads // workers)
+    waiting: deque[Future[_Made]] = deque()
+    pool = ThreadPoolExecutor(workers, "side_by_side", torch.set_num_threads, (threads // workers,))
     try:
-        with ThreadPoolExecutor(workers) as pool:
-            waiting: deque[Future[_Made]] = deque()
-            for item in items:
-                waiting.append(pool.submit(work, item))
-                if len(waiting) > workers:
-                    yield waiting.popleft().result()
-            while waiting:
+        for item in items:
+            waiting.append(pool.submit(work, item))
+            if len(waiting) > ahead * workers:
                 yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
     finally:
+        pool.shutdown(cancel_futures=True)
         torch.set_num_threads(threads)

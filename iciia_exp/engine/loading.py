@@ -5,9 +5,7 @@ Legend: B images of a batch, D features.
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import torch
@@ -15,6 +13,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from iciia_exp.data.images import ImageBatch, ImageBlocks, TransformedImages, collate
+from iciia_exp.threads import side_by_side
 
 __all__ = ["Streams", "image_loader", "images_per_step"]
 
@@ -72,23 +71,9 @@ class Streams:
         return len(self.dataset)
 
     def __iter__(self) -> Iterator[tuple[ImageBatch, Tensor]]:
-        """Yield (batch without its images, features) in order, at most two batches per thread ahead."""
-        cores = torch.get_num_threads()
-        streams = min(cores, self.most, max(1, len(self)))
-        waiting: deque[Future[tuple[ImageBatch, Tensor]]] = deque()
-        pool = ThreadPoolExecutor(streams, "features", torch.set_num_threads, (cores // streams,))
-        try:
-            for index in range(len(self)):
-                waiting.append(pool.submit(self._compute, index))
-                if len(waiting) >= 2 * streams:
-                    yield waiting.popleft().result()
-            while waiting:
-                yield waiting.popleft().result()
-        finally:
-            pool.shutdown(cancel_futures=True)
-            torch.set_num_threads(cores)
+        """Return (batch without its images, features) in order, at most two batches per thread ahead."""
+        return side_by_side(self._compute, range(len(self)), min(self.most, max(1, len(self))), ahead=2)
 
-    @torch.inference_mode()
     def _compute(self, index: int) -> tuple[ImageBatch, Tensor]:
         batch = self.dataset[index]
         return batch._replace(images=torch.empty(0)), self.features(batch)
