@@ -33,6 +33,7 @@ from iciia_exp.data.store import FeatureStore
 from iciia_exp.errors import UserError, first_line
 from iciia_exp.methods.base import Method
 from iciia_exp.models.backbone import Backbone, BackboneSpec
+from iciia_exp.report.collect import read_table
 from iciia_exp.seeding import derive_seed
 
 __all__ = ["Run", "save_method"]
@@ -147,8 +148,8 @@ class Run:
     @cached_property
     def retrieval(self) -> pd.DataFrame:
         """Examples of targets and the images of their client that count most (`iciia_exp.engine.retrieval`)."""
-        path = self.path / "retrieval.parquet"
-        return pd.read_parquet(path) if path.is_file() else pd.DataFrame()
+        table = read_table(self.path / "retrieval.parquet")
+        return pd.DataFrame() if table is None else table
 
     @cached_property
     def partition(self) -> Clients:

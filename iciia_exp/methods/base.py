@@ -16,7 +16,14 @@ from iciia_exp import tasks
 from iciia_exp.data.batches import ClientBatch
 from iciia_exp.data.cloud import CloudData
 
-__all__ = ["HeadMethod", "Method", "PerImage"]
+__all__ = ["HeadMethod", "Method", "PerImage", "copy_of"]
+
+
+def copy_of(head: nn.Linear, trained: bool) -> nn.Linear:
+    """Return a classifier of a method's own that starts as the backbone's, and stays so unless it is ``trained``."""
+    own = nn.Linear(head.in_features, head.out_features)
+    own.load_state_dict(head.state_dict())
+    return own.requires_grad_(trained)
 
 
 class Method(nn.Module, ABC):
@@ -173,8 +180,7 @@ class HeadMethod(PerImage):
 
     def __init__(self, head: nn.Linear) -> None:
         super().__init__(head)
-        self.head = nn.Linear(head.in_features, head.out_features)
-        self.head.load_state_dict(head.state_dict())
+        self.head = copy_of(head, trained=True)
 
     def forward(self, x_CSD: Tensor, mask_CS: Tensor | None = None) -> Tensor:
         """Return the classifier's logits of every image by itself, [C, S, K]."""

@@ -22,7 +22,7 @@ from iciia_exp import tasks
 from iciia_exp.data.batches import ClientBatch, Selection, cut_chunks
 from iciia_exp.data.cloud import CloudData
 from iciia_exp.errors import UserError, check_float, check_int
-from iciia_exp.methods.base import Method
+from iciia_exp.methods.base import Method, copy_of
 
 __all__ = ["FineTune"]
 
@@ -65,9 +65,7 @@ class FineTune(Method):
         self.batch_size = check_int("batch_size", batch_size, 1)
         self.clip_norm = check_float("clip_norm", clip_norm, 0.0, open_low=True)
         self.epochs, self.patience = check_int("epochs", epochs, 1), check_int("patience", patience, 1)
-        self.head = nn.Linear(self.dim, self.num_classes)
-        self.head.load_state_dict(head.state_dict())
-        self.head.requires_grad_(False)
+        self.head = copy_of(head, trained=False)
         # answers to the test images, not a classifier of D x K for every client: (client, image) and logits
         self.register_buffer("keys", torch.zeros(0, 2, dtype=torch.int64))
         self.register_buffer("logits", torch.zeros(0, self.num_classes))

@@ -42,7 +42,7 @@ from iciia_exp.cost import attention_macs, streaming_attention_macs
 from iciia_exp.data.batches import ClientBatch
 from iciia_exp.data.cloud import CloudData
 from iciia_exp.errors import check_float, check_int
-from iciia_exp.methods.base import Method
+from iciia_exp.methods.base import Method, copy_of
 from iciia_exp.methods.iciia import IciiaMethod
 from iciia_exp.methods.training_free import SELECTION_IMAGES, first_images, real_images
 from iciia_exp.models.iciia import ICIIA
@@ -107,9 +107,7 @@ class IciiaStream(Method):
         self.model = ICIIA(*sizes, dropout, settings["shuffle"], causal=True)
         nn.init.zeros_(self.model.classifier.weight)
         nn.init.zeros_(self.model.classifier.bias)
-        self.head = nn.Linear(self.dim, self.num_classes)
-        self.head.load_state_dict(head.state_dict())
-        self.head.requires_grad_(False)
+        self.head = copy_of(head, trained=False)
         self.log_anchor, self.log_correction = (nn.Parameter(torch.zeros(len(KNOTS))) for _ in range(2))
         self.prior_weight = nn.Parameter(torch.full((len(KNOTS),), 0.5))
         #: of the backbone's logits before they are averaged; and how many even images are added (softplus)

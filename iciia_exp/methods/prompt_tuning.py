@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from iciia_exp.data.batches import ClientBatch
 from iciia_exp.data.cloud import CloudData
 from iciia_exp.errors import UserError, check_int
-from iciia_exp.methods.base import Method
+from iciia_exp.methods.base import Method, copy_of
 
 __all__ = ["PromptTuning"]
 
@@ -35,8 +35,7 @@ class PromptTuning(Method):
     def __init__(self, head: nn.Linear, width: int | None = None) -> None:
         super().__init__(head)
         self.width = max(1, self.dim // 2) if width is None else check_int("width", width, 1)
-        self.head = nn.Linear(self.dim, self.num_classes)
-        self.head.load_state_dict(head.state_dict())
+        self.head = copy_of(head, trained=True)
         self.prompt = nn.Linear(self.width, self.num_classes)
         self.vectors = nn.Parameter(torch.zeros(0, self.width))
 

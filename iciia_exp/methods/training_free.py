@@ -20,7 +20,7 @@ from torch.nn import functional as F
 from iciia_exp import tasks
 from iciia_exp.data.batches import ClientBatch
 from iciia_exp.errors import check_choice
-from iciia_exp.methods.base import Method
+from iciia_exp.methods.base import Method, copy_of
 
 __all__ = [
     "CALIBRATORS",
@@ -100,9 +100,7 @@ class TrainingFree(Method):
     def __init__(self, head: nn.Linear, calibrator: str = "none") -> None:
         super().__init__(head)
         self.calibrator = check_choice("calibrator", calibrator, CALIBRATORS)
-        self.head = nn.Linear(self.dim, self.num_classes)
-        self.head.load_state_dict(head.state_dict())
-        self.head.requires_grad_(False)
+        self.head = copy_of(head, trained=False)
         self.register_buffer("log_temperature", torch.zeros(()))
         self.register_buffer("bias", torch.zeros(self.num_classes))
         self.register_buffer("log_source", torch.full((self.num_classes,), 1 / self.num_classes).log())
