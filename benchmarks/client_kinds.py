@@ -1,8 +1,9 @@
 """What runs give to clients of kinds that they were, or were not, trained on.
 
     python benchmarks/client_kinds.py RUN [RUN ...]
+    python benchmarks/client_kinds.py RUN [RUN ...] --classes 2 20 --caution 0 1 2
 
-RUN is a run directory (several of one setting, with different seeds, are averaged). The test images of its partition
+RUN is a run directory; several of one setting, with different seeds, are averaged. The test images of its partition
 are drawn to clients of four kinds, 16 images each, and every image is answered after n images before it:
 
 - seen: the partition's test clients of the kinds the run was trained on (`client_mix.unseen_kinds` keeps some back);
@@ -11,7 +12,8 @@ are drawn to clients of four kinds, 16 images each, and every image is answered 
 - all: clients with all classes.
 
 Beside the method stand the backbone alone and the prior of classes estimated by EM from all 16 images (Saerens,
-Latinne and Decaestecker 2002), as the last column of a history of 15.
+Latinne and Decaestecker 2002), as the last column of a history of 15. `--caution` answers again with so many nats of
+caution after any number of images, instead of what the run chose (`method=iciia_prior`, `client_prior`).
 """
 
 from __future__ import annotations
@@ -21,20 +23,27 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
-import torch
 
 from iciia_exp import Run
-from iciia_exp.data.batches import FeatureBatches, Selection
+from iciia_exp.data.batches import FeatureBatches
 from iciia_exp.data.client_mix import ClientMix, unseen
+from iciia_exp.data.clients import Clients
 from iciia_exp.data.dataset import dense_labels
+from iciia_exp.engine.history import history_table
+from iciia_exp.engine.kinds import clients_in_order
+from iciia_exp.engine.protocol import Protocol
 from iciia_exp.engine.run import Run as RunType
+from iciia_exp.methods.backbone import BackboneOnly
+from iciia_exp.methods.base import Method
+from iciia_exp.methods.prior_em import PriorEM
+from iciia_exp.recipe import Recipe
 
 LENGTHS = (0, 1, 2, 3, 5, 10, 15)
 IMAGES = 16
 
 
-def kinds_of(run: RunType, labels: np.ndarray, classes: int, drawn: int) -> dict[str, Selection]:
-    """Return the sequences of every kind of client."""
+def kinds_of(run: RunType, labels: np.ndarray, classes: list[int], drawn: int, orders: int) -> dict[str, Clients]:
+    """Return the clients of every kind."""
     clients, rng = run.partition, np.random.default_rng(123)
     kept_back = unseen(clients.kinds, run.config["client_mix"]["unseen_kinds"])
     new_C = np.isin(clients.kinds.astype(str), kept_back)
@@ -43,64 +52,78 @@ def kinds_of(run: RunType, labels: np.ndarray, classes: int, drawn: int) -> dict
         rows = [
             rng.permutation(clients.test[i])[:IMAGES]
             for i in np.flatnonzero(who & (clients.test.lengths >= IMAGES))
-            for _ in range(8)
+            for _ in range(orders)
         ]
         if rows:
-            parts[name] = Selection(np.stack(rows), np.zeros(len(rows), np.int64))
+            parts[name] = clients_in_order(np.stack(rows), name)
     size = drawn * IMAGES / len(clients.test.values)
     for name, mix in (
-        ("random", ClientMix(0.0, 1.0, fewest_classes=classes, most_classes=classes, size=size)),
+        ("random", ClientMix(0.0, 1.0, fewest_classes=classes[0], most_classes=classes[-1], size=size)),
         ("all", ClientMix(0.0, 0.0, 1.0, size=size)),
     ):
-        parts[name] = mix.draw(clients.test, clients.kinds, labels, IMAGES, rng)
+        parts[name] = clients_in_order(mix.draw(clients.test, clients.kinds, labels, IMAGES, rng).index_CS, name)
     return parts
 
 
-def em(logits_SK: torch.Tensor, steps: int = 50) -> torch.Tensor:
-    """Return log posteriors under the prior that EM finds in the images of each client, [..., S, K]."""
-    log_p = logits_SK.log_softmax(-1)
-    log_prior = torch.zeros_like(log_p[..., :1, :])
-    for _ in range(steps):
-        log_prior = (log_p + log_prior).softmax(-1).mean(-2, keepdim=True).clamp(min=1e-8).log()
-    return (log_p + log_prior).log_softmax(-1)
+def answered(method: Method, run: RunType, batches: FeatureBatches, clients: Clients, *lengths: int) -> pd.DataFrame:
+    """Return a method's accuracy and gain over the backbone, in percent, and its log-loss, by length of history."""
+    protocol = Protocol(Recipe(), IMAGES, history_lengths=lengths, history_clients=len(clients))
+    table = history_table(method, run.head, batches, clients, protocol, 1, protocols=("stream",))
+    sums = table[table["history"] >= 0].groupby("history").sum(numeric_only=True)
+    hits, gained, loss = sums["method_hits"], sums["method_hits"] - sums["backbone_hits"], sums["method_loss"]
+    columns = {"accuracy": 100 * hits, "gain": 100 * gained, "log_loss": loss}
+    return pd.DataFrame(columns).div(sums["targets"], axis=0).reset_index()
 
 
-@torch.inference_mode()
-def measure(run: RunType, classes: int, drawn: int) -> pd.DataFrame:
-    """Return accuracy and log-loss of every kind of client and length."""
+def measure(run: RunType, options: argparse.Namespace) -> pd.DataFrame:
+    """Return one row for every kind of client, who answers, and length."""
     store = run.features
-    table = store.table
-    labels = dense_labels(table["label"], run.info["task"], store.num_classes)
+    labels = dense_labels(store.table["label"], run.info["task"], store.num_classes)
     batches = FeatureBatches(store.array(), labels)
-    rows = []
-    for kind, sequences in kinds_of(run, labels, classes, drawn).items():
-        seen: dict[tuple[str, int], list[torch.Tensor]] = {}
-        for start in range(0, len(sequences.index_CS), 64):
-            some = slice(start, start + 64)
-            batch = batches[Selection(sequences.index_CS[some], sequences.client_C[some])]
-            plain_CSK = run.head(batch.x_CSD)
-            whole = run.method.stream(batch.x_CSD) if run.method.causal else None
-            for n in LENGTHS:
-                logits_CK = run.method(batch.x_CSD[:, : n + 1])[:, n] if whole is None else whole[:, n]
-                answers = {"method": logits_CK, "backbone": plain_CSK[:, n]}
-                if n == LENGTHS[-1]:
-                    answers["em"] = em(plain_CSK)[:, n]
-                for who, logits in answers.items():
-                    y_C = batch.y_CS[:, n]
-                    hit_C = (logits.argmax(-1) == y_C).double()
-                    loss_C = torch.nn.functional.cross_entropy(logits.double(), y_C, reduction="none")
-                    seen.setdefault((who, n), []).append(torch.stack([hit_C, loss_C]))
-        for (who, n), parts in seen.items():
-            hit, loss = torch.cat(parts, 1).mean(1).tolist()
-            rows.append({"kind": kind, "who": who, "n": n, "accuracy": 100 * hit, "log_loss": loss})
-    return pd.DataFrame(rows)
+    em = PriorEM(run.head, calibrator="none").eval()
+    caution = getattr(getattr(run.method, "inferred", run.method), "caution", None)
+    chosen = None if caution is None else caution.clone()
+    frames = []
+    for kind, clients in kinds_of(run, labels, options.classes, options.drawn, options.orders).items():
+        tables = {
+            "backbone": answered(BackboneOnly(run.head), run, batches, clients, *LENGTHS),
+            "em": answered(em, run, batches, clients, LENGTHS[-1]),
+            "method": answered(run.method, run, batches, clients, *LENGTHS),
+        }
+        for nats in options.caution if caution is not None else ():
+            caution.fill_(nats)
+            tables[f"caution={nats:g}"] = answered(run.method, run, batches, clients, *LENGTHS)
+            caution.copy_(chosen)
+        frames += [table.assign(kind=kind, who=who) for who, table in tables.items()]
+    return pd.concat(frames)
+
+
+def show(name: str, frames: list[pd.DataFrame]) -> None:
+    """Print one setting's table: means over its runs, and their standard errors."""
+    print(f"\n{name}, {len(frames)} run(s); accuracy after n images, gain over the backbone, in brackets the log-loss")
+    every = pd.concat(frames).groupby(["kind", "who", "history"], sort=False)[["accuracy", "gain", "log_loss"]]
+    mean, error = every.mean(), every.sem()
+    print(" " * 22 + "".join(f"n = {n}".rjust(24) for n in LENGTHS))
+    for kind, who in dict.fromkeys((k, w) for k, w, _ in mean.index):
+        cells = []
+        for n in LENGTHS:
+            if (kind, who, n) not in mean.index:
+                cells.append(" " * 24)
+                continue
+            value = mean.loc[(kind, who, n)]
+            about = f"±{error.loc[(kind, who, n), 'gain']:.1f}" if len(frames) > 1 and who != "backbone" else ""
+            gain = "" if who == "backbone" else f" {value['gain']:+.1f}{about}"
+            cells.append(f"{value['accuracy']:.1f}{gain} ({value['log_loss']:.3f})".rjust(24))
+        print(f"{kind:<8}{who:<14}" + "".join(cells))
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", type=Path, nargs="+")
-    parser.add_argument("--classes", type=int, default=4, help="of the random sets")
-    parser.add_argument("--drawn", type=int, default=2000, help="clients of the random kinds")
+    parser.add_argument("--classes", type=int, nargs="+", default=[4], help="of the random sets; fewest and most")
+    parser.add_argument("--drawn", type=int, default=2000, help="clients of the drawn kinds")
+    parser.add_argument("--orders", type=int, default=8, help="of each of the partition's clients")
+    parser.add_argument("--caution", type=float, nargs="*", default=[], help="in nats, beside what the run chose")
     options = parser.parse_args()
     settings: dict[str, list[pd.DataFrame]] = {}
     for path in options.runs:
@@ -109,21 +132,9 @@ def main() -> None:
         shares = "/".join(f"{mix[k]:g}" for k in ("natural", "random_classes", "homogeneous", "drifting"))
         name = f"{run.method.name} attention={run.config['method'].get('attention', 'causal')} mix={shares}"
         name += f" unseen={mix['unseen_kinds']:g} recipe={run.config['protocol']['recipe']['optimizer']}"
-        settings.setdefault(name, []).append(measure(run, options.classes, options.drawn))
+        settings.setdefault(name, []).append(measure(run, options))
     for name, frames in settings.items():
-        print(f"\n{name}, {len(frames)} run(s); accuracy after n images, in brackets the log-loss")
-        every = pd.concat(frames).groupby(["kind", "who", "n"], sort=False)[["accuracy", "log_loss"]]
-        mean, spread = every.mean(), every.std() / len(frames) ** 0.5
-        for kind, who in dict.fromkeys((k, w) for k, w, _ in mean.index):
-            cells = []
-            for n in LENGTHS:
-                if (kind, who, n) not in mean.index:
-                    cells.append(f"{'':>18}")
-                    continue
-                value, error = mean.loc[(kind, who, n)], spread.loc[(kind, who, n)]
-                about = f"±{error['accuracy']:.1f}" if len(frames) > 1 else ""
-                cells.append(f"{value['accuracy']:>6.1f}{about} ({value['log_loss']:.2f})".rjust(18))
-            print(f"{kind:<8}{who:<9}" + "".join(cells))
+        show(name, frames)
 
 
 if __name__ == "__main__":

@@ -31,7 +31,7 @@ from iciia_exp.methods.base import Method
 from iciia_exp.report.collect import DRAWN_KINDS
 from iciia_exp.seeding import generator
 
-__all__ = ["DRAWN_KINDS", "drawn_clients", "kinds_table"]
+__all__ = ["DRAWN_KINDS", "clients_in_order", "drawn_clients", "kinds_table"]
 
 # Images since the change for which a drifting client's accuracy is reported, beside the last before it.
 _SINCE = (0, 1, 2, 3, 5, 7)
@@ -52,10 +52,16 @@ def drawn_clients(clients: Clients, labels: np.ndarray, number: int, images: int
     index_CS = draw("first")
     if kind == "drifting":
         index_CS[:, images // 2 :] = draw("second")[:, images // 2 :]
-    test = Ragged(np.arange(len(index_CS) + 1) * images, index_CS.reshape(-1))
-    nobody = Ragged(np.zeros(len(index_CS) + 1, np.int64), np.empty(0, np.int64))
-    names = np.array([f"{kind}-{i}" for i in range(len(index_CS))], dtype=object)
-    return Clients(names, np.full(len(index_CS), kind, dtype=object), nobody, nobody, test, in_time=True)
+    return clients_in_order(index_CS, kind)
+
+
+def clients_in_order(index_CS: np.ndarray, kind: str) -> Clients:
+    """Return a client of each row of image numbers, with these test images in this order and no others."""
+    number, images = index_CS.shape
+    test = Ragged(np.arange(number + 1) * images, index_CS.reshape(-1))
+    nobody = Ragged(np.zeros(number + 1, np.int64), np.empty(0, np.int64))
+    names = np.array([f"{kind}-{i}" for i in range(number)], dtype=object)
+    return Clients(names, np.full(number, kind, dtype=object), nobody, nobody, test, in_time=True)
 
 
 def kinds_table(
