@@ -1,18 +1,18 @@
 """What runs give to clients of kinds that they were, or were not, trained on.
 
     python benchmarks/client_kinds.py RUN [RUN ...]
-    python benchmarks/client_kinds.py RUN [RUN ...] --classes 2 20 --caution 0 1 2
+    python benchmarks/client_kinds.py RUN [RUN ...] --images 6 --drawn 20000 --classes 2 20 --caution 0 1 2
 
 RUN is a run directory; several of one setting, with different seeds, are averaged. The test images of its partition
-are drawn to clients of four kinds, 16 images each, and every image is answered after n images before it:
+are drawn to clients of four kinds, `--images` each, and every image is answered after n images before it:
 
 - seen: the partition's test clients of the kinds the run was trained on (`client_mix.unseen_kinds` keeps some back);
 - unseen: those of the kinds that were kept back;
 - random: clients with a random set of `--classes` classes, all equally frequent;
 - all: clients with all classes.
 
-Beside the method stand the backbone alone and the prior of classes estimated by EM from all 16 images (Saerens,
-Latinne and Decaestecker 2002), as the last column of a history of 15. `--caution` answers again with so many nats of
+Beside the method stand the backbone alone and, in the last column, the prior of classes estimated by EM from all images
+of a client (Saerens, Latinne and Decaestecker 2002). `--caution` answers again with so many nats of
 caution after any number of images, instead of what the run chose (`method=iciia_prior`, `client_prior`).
 """
 
@@ -39,35 +39,34 @@ from iciia_exp.methods.prior_em import PriorEM
 from iciia_exp.recipe import Recipe
 
 LENGTHS = (0, 1, 2, 3, 5, 10, 15)
-IMAGES = 16
 
 
-def kinds_of(run: RunType, labels: np.ndarray, classes: list[int], drawn: int, orders: int) -> dict[str, Clients]:
+def kinds_of(run: RunType, labels: np.ndarray, options: argparse.Namespace) -> dict[str, Clients]:
     """Return the clients of every kind."""
-    clients, rng = run.partition, np.random.default_rng(123)
+    clients, rng, images, classes = run.partition, np.random.default_rng(123), options.images, options.classes
     kept_back = unseen(clients.kinds, run.config["client_mix"]["unseen_kinds"])
     new_C = np.isin(clients.kinds.astype(str), kept_back)
     parts = {}
     for name, who in (("seen", ~new_C), ("unseen", new_C)):
         rows = [
-            rng.permutation(clients.test[i])[:IMAGES]
-            for i in np.flatnonzero(who & (clients.test.lengths >= IMAGES))
-            for _ in range(orders)
+            rng.permutation(clients.test[i])[:images]
+            for i in np.flatnonzero(who & (clients.test.lengths >= images))
+            for _ in range(options.orders)
         ]
         if rows:
             parts[name] = clients_in_order(np.stack(rows), name)
-    size = drawn * IMAGES / len(clients.test.values)
+    size = options.drawn * images / len(clients.test.values)
     for name, mix in (
         ("random", ClientMix(0.0, 1.0, fewest_classes=classes[0], most_classes=classes[-1], size=size)),
         ("all", ClientMix(0.0, 0.0, 1.0, size=size)),
     ):
-        parts[name] = clients_in_order(mix.draw(clients.test, clients.kinds, labels, IMAGES, rng).index_CS, name)
+        parts[name] = clients_in_order(mix.draw(clients.test, clients.kinds, labels, images, rng).index_CS, name)
     return parts
 
 
-def answered(method: Method, run: RunType, batches: FeatureBatches, clients: Clients, *lengths: int) -> pd.DataFrame:
+def answered(method: Method, run: RunType, batches: FeatureBatches, clients: Clients, lengths: list) -> pd.DataFrame:
     """Return a method's accuracy and gain over the backbone, in percent, and its log-loss, by length of history."""
-    protocol = Protocol(Recipe(), IMAGES, history_lengths=lengths, history_clients=len(clients))
+    protocol = Protocol(Recipe(), history_lengths=lengths, history_clients=len(clients))
     table = history_table(method, run.head, batches, clients, protocol, 1, protocols=("stream",))
     sums = table[table["history"] >= 0].groupby("history").sum(numeric_only=True)
     hits, gained, loss = sums["method_hits"], sums["method_hits"] - sums["backbone_hits"], sums["method_loss"]
@@ -83,16 +82,16 @@ def measure(run: RunType, options: argparse.Namespace) -> pd.DataFrame:
     em = PriorEM(run.head, calibrator="none").eval()
     caution = getattr(getattr(run.method, "inferred", run.method), "caution", None)
     chosen = None if caution is None else caution.clone()
-    frames = []
-    for kind, clients in kinds_of(run, labels, options.classes, options.drawn, options.orders).items():
+    frames, lengths = [], [n for n in LENGTHS if n < options.images]
+    for kind, clients in kinds_of(run, labels, options).items():
         tables = {
-            "backbone": answered(BackboneOnly(run.head), run, batches, clients, *LENGTHS),
-            "em": answered(em, run, batches, clients, LENGTHS[-1]),
-            "method": answered(run.method, run, batches, clients, *LENGTHS),
+            "backbone": answered(BackboneOnly(run.head), run, batches, clients, lengths),
+            "em": answered(em, run, batches, clients, lengths[-1:]),
+            "method": answered(run.method, run, batches, clients, lengths),
         }
         for nats in options.caution if caution is not None else ():
             caution.fill_(nats)
-            tables[f"caution={nats:g}"] = answered(run.method, run, batches, clients, *LENGTHS)
+            tables[f"caution={nats:g}"] = answered(run.method, run, batches, clients, lengths)
             caution.copy_(chosen)
         frames += [table.assign(kind=kind, who=who) for who, table in tables.items()]
     return pd.concat(frames)
@@ -103,10 +102,11 @@ def show(name: str, frames: list[pd.DataFrame]) -> None:
     print(f"\n{name}, {len(frames)} run(s); accuracy after n images, gain over the backbone, in brackets the log-loss")
     every = pd.concat(frames).groupby(["kind", "who", "history"], sort=False)[["accuracy", "gain", "log_loss"]]
     mean, error = every.mean(), every.sem()
-    print(" " * 22 + "".join(f"n = {n}".rjust(24) for n in LENGTHS))
+    lengths = sorted(set(mean.index.get_level_values("history")))
+    print(" " * 22 + "".join(f"n = {n}".rjust(24) for n in lengths))
     for kind, who in dict.fromkeys((k, w) for k, w, _ in mean.index):
         cells = []
-        for n in LENGTHS:
+        for n in lengths:
             if (kind, who, n) not in mean.index:
                 cells.append(" " * 24)
                 continue
@@ -121,6 +121,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", type=Path, nargs="+")
     parser.add_argument("--classes", type=int, nargs="+", default=[4], help="of the random sets; fewest and most")
+    parser.add_argument("--images", type=int, default=16, help="of a client")
     parser.add_argument("--drawn", type=int, default=2000, help="clients of the drawn kinds")
     parser.add_argument("--orders", type=int, default=8, help="of each of the partition's clients")
     parser.add_argument("--caution", type=float, nargs="*", default=[], help="in nats, beside what the run chose")
