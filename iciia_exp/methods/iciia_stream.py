@@ -45,6 +45,7 @@ from iciia_exp.errors import check_float, check_int
 from iciia_exp.methods.base import Method, copy_of
 from iciia_exp.methods.iciia import IciiaMethod
 from iciia_exp.methods.training_free import SELECTION_IMAGES, first_images, real_images
+from iciia_exp.models.dropping import drop
 from iciia_exp.models.iciia import ICIIA
 from iciia_exp.models.perceptron import Perceptron, fit_perceptron, opinion_weights
 
@@ -221,7 +222,7 @@ class IciiaStream(Method):
         ``b_CSK`` are the logits where they are known already.
         """
         if self.training:
-            x_CSD = F.dropout(x_CSD, self.feature_dropout)
+            x_CSD = drop(x_CSD, self.feature_dropout)
         if b_CSK is None:
             b_CSK = self.classify(x_CSD)
         real_CS = real_images(x_CSD, mask_CS)

@@ -18,6 +18,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from iciia_exp.models.dropping import Dropout
+
 __all__ = ["EncoderLayer", "GroupedLinear", "ImageAttention", "visible"]
 
 # Groups are joined until a block is about this wide: 40 x 40 is the fastest for 5 x 5 on a processor, though seven
@@ -252,7 +254,7 @@ class EncoderLayer(nn.Module):
         self.linear1 = GroupedLinear(dim, dim, groups, shuffle)
         self.linear2 = GroupedLinear(dim, dim, groups, shuffle)
         self.norm1, self.norm2 = nn.LayerNorm(dim), nn.LayerNorm(dim)
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = Dropout(dropout)
 
     def forward(self, x_CSD: Tensor, visible: Tensor | None = None) -> Tensor:
         """Return the layer's output, [C, S, D]."""

@@ -20,6 +20,7 @@ from torch.nn import functional as F
 
 from iciia_exp import tasks
 from iciia_exp.data.batches import FeatureBatches, Selection
+from iciia_exp.models.dropping import Dropout
 from iciia_exp.seeding import derive_seed, generator
 
 __all__ = ["Perceptron", "fit_perceptron", "opinion_weights"]
@@ -41,6 +42,7 @@ class Perceptron(nn.Module):
         super().__init__()
         self.dim, self.num_classes, self.width = dim, num_classes, width
         self.hidden, self.norm, self.last = nn.Linear(dim, width), nn.LayerNorm(width), nn.Linear(width, num_classes)
+        self.dropout = Dropout(_DROPOUT)
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the logits of every image by itself."""
@@ -50,8 +52,7 @@ class Perceptron(nn.Module):
         return F.layer_norm(x.sign() * x.abs().sqrt(), (self.dim,))
 
     def _classify(self, x: Tensor) -> Tensor:
-        x = F.gelu(self.norm(self.hidden(F.dropout(x, _DROPOUT, self.training))))
-        return self.last(F.dropout(x, _DROPOUT, self.training))
+        return self.last(self.dropout(F.gelu(self.norm(self.hidden(self.dropout(x))))))
 
     def loss(self, x_BD: Tensor, y: Tensor) -> Tensor:
         """Return the mean loss on images mixed with one another; labels int64 [B], or 0/1 [B, K]."""
