@@ -126,6 +126,7 @@ def streams(options: argparse.Namespace) -> None:
         "iciia_stream": ["method=iciia_stream", "protocol=streaming", "client_mix.pool=kind"],
         "iciia_stream, all kinds": ["method=iciia_stream", "protocol=streaming", "client_mix=all_kinds"],
         "iciia_prior, all kinds": ["method=iciia_prior", "protocol=streaming", "client_mix=all_kinds"],
+        "iciia_prior": ["method=iciia_prior", "protocol=streaming", "client_mix.pool=kind"],
         "client_prior": ["method=client_prior"],
     }
     if options.published:

@@ -47,6 +47,7 @@ from iciia_exp.methods.iciia import IciiaMethod
 from iciia_exp.methods.training_free import SELECTION_IMAGES, first_images, real_images
 from iciia_exp.models.dropping import drop
 from iciia_exp.models.iciia import ICIIA
+from iciia_exp.models.minimising import minimise
 from iciia_exp.models.perceptron import Perceptron, fit_perceptron, opinion_weights
 
 __all__ = ["KNOTS", "IciiaStream"]
@@ -315,27 +316,17 @@ class IciiaStream(Method):
         b_TK, correction_TK, n_T, y_T = (torch.cat(part) for part in parts)
         self.longest.fill_(min(int(n_T.max()), KNOTS[-1]))
         before = float(tasks.loss(self._combine(b_TK, correction_TK, n_T), y_T))
-        tables = [self.log_anchor.detach().clone(), self.log_correction.detach().clone()]
-        start = [table.clone() for table in tables]
-        optimizer = torch.optim.LBFGS(tables, max_iter=60, line_search_fn="strong_wolfe")
         weights_TJ = self._knots[n_T.long().clamp(max=self.longest)]
+        start = [self.log_anchor.detach(), self.log_correction.detach()]
 
-        def closure() -> Tensor:
-            with torch.enable_grad():
-                for table in tables:
-                    table.requires_grad_()
-                    table.grad = None
-                anchor_T1, share_T1 = ((weights_TJ @ table).exp()[:, None] for table in tables)
-                loss = tasks.loss(anchor_T1 * b_TK + share_T1 * correction_TK, y_T)
-                # knots that no selection client reaches stay where training left them
-                pull = sum((table - old).square().sum() for table, old in zip(tables, start, strict=True))
-                loss = loss + 1e-4 * pull
-                loss.backward()
-            return loss
+        def loss(*tables: Tensor) -> Tensor:
+            anchor_T1, share_T1 = ((weights_TJ @ table).exp()[:, None] for table in tables)
+            # knots that no selection client reaches stay where training left them
+            pull = sum((table - old).square().sum() for table, old in zip(tables, start, strict=True))
+            return tasks.loss(anchor_T1 * b_TK + share_T1 * correction_TK, y_T) + 1e-4 * pull
 
-        optimizer.step(closure)
-        self.log_anchor.copy_(tables[0].detach())
-        self.log_correction.copy_(tables[1].detach())
+        for table, found in zip(start, minimise(loss, *start, most=60), strict=True):
+            table.copy_(found)
         after = float(tasks.loss(self._combine(b_TK, correction_TK, n_T), y_T))
         at = torch.tensor([n for n in KNOTS if n <= int(self.longest)], device=n_T.device)
         weights = {name: self._at(table, at).exp() for name, table in

@@ -21,6 +21,7 @@ from iciia_exp import tasks
 from iciia_exp.data.batches import ClientBatch
 from iciia_exp.errors import check_choice
 from iciia_exp.methods.base import Method, copy_of
+from iciia_exp.models.minimising import minimise
 
 __all__ = [
     "CALIBRATORS",
@@ -60,23 +61,16 @@ def fit_calibrator(b_TK: Tensor, y_T: Tensor, calibrator: str) -> tuple[Tensor, 
     log_temperature, bias_K = b_TK.new_zeros(()), b_TK.new_zeros(b_TK.shape[1])
     if calibrator == "none" or not len(b_TK):
         return log_temperature, bias_K
-    free = [log_temperature, bias_K] if calibrator == "bcts" else [log_temperature]
-    with torch.enable_grad(), torch.inference_mode(False):
+    with torch.inference_mode(False):
         b_TK, y_T = b_TK.clone(), y_T.clone()  # out of inference mode
-        free = [value.clone().requires_grad_() for value in free]
-        optimizer = torch.optim.LBFGS(free, max_iter=100, line_search_fn="strong_wolfe")
 
-        def closure() -> Tensor:
-            optimizer.zero_grad()
-            logits_TK = b_TK * (-free[0]).exp()
-            loss = tasks.loss(logits_TK + free[1] if len(free) > 1 else logits_TK, y_T)
-            if len(free) > 1:
-                loss = loss + free[1].square().sum() / (2 * len(b_TK))
-            loss.backward()
-            return loss
+    def loss(log_temperature: Tensor, *bias: Tensor) -> Tensor:
+        logits_TK = b_TK * (-log_temperature).exp()
+        if not bias:
+            return tasks.loss(logits_TK, y_T)
+        return tasks.loss(logits_TK + bias[0], y_T) + bias[0].square().sum() / (2 * len(b_TK))
 
-        optimizer.step(closure)
-    found = [value.detach() for value in free]
+    found = minimise(loss, log_temperature, *([bias_K] if calibrator == "bcts" else []))
     return found[0], found[1] if len(found) > 1 else bias_K
 
 

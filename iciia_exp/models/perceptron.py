@@ -21,6 +21,7 @@ from torch.nn import functional as F
 from iciia_exp import tasks
 from iciia_exp.data.batches import FeatureBatches, Selection
 from iciia_exp.models.dropping import Dropout
+from iciia_exp.models.minimising import minimise
 from iciia_exp.seeding import derive_seed, generator
 
 __all__ = ["Perceptron", "fit_perceptron", "opinion_weights"]
@@ -111,18 +112,10 @@ def opinion_weights(b_MK: Tensor, o_MK: Tensor, y: Tensor) -> Tensor:
     """
 
     def best(*logits: Tensor) -> Tensor:
-        weights = torch.full((len(logits),), 1.0 / len(logits), requires_grad=True)
-        optimizer = torch.optim.LBFGS([weights], max_iter=50, line_search_fn="strong_wolfe")
+        def loss(weights: Tensor) -> Tensor:
+            return tasks.loss(sum(w * part for w, part in zip(weights, logits, strict=True)), y)
 
-        def closure() -> Tensor:
-            optimizer.zero_grad()
-            loss = tasks.loss(sum(w * part for w, part in zip(weights, logits, strict=True)), y)
-            loss.backward()
-            return loss
-
-        with torch.enable_grad():
-            optimizer.step(closure)
-        return weights.detach()
+        return minimise(loss, torch.full((len(logits),), 1.0 / len(logits)), most=50)[0]
 
     scale = best(b_MK)[0].clamp(min=1e-3)
     return best(b_MK, o_MK) / scale
