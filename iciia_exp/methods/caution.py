@@ -25,7 +25,8 @@ __all__ = ["LENGTHS", "caution_after", "choose_caution"]
 #: Longest past of each value of a caution; no past belongs to the first, and after the last there is none.
 LENGTHS = (1, 2, 3, 5, 7)
 
-_GRID = tuple(range(9))  # in nats
+_GRID, _FINER = tuple(map(float, range(9))), (0.5, 0.25)  # in nats
+_TOLERATED = 0.002  # of accuracy, and of log-loss in nats
 _IMAGES, _DRAWS = 16_384, 20  # of clients to try a length on, at most, and of how many clients an image is
 _AT_ONCE = 1024  # images
 
@@ -64,10 +65,10 @@ def choose_caution(
 ) -> dict[str, Any]:
     """Set each value to the least with which neither accuracy nor log-loss is worse than the backbone's.
 
-    Worse by more than a standard error of the paired difference, on clients with all classes. Where the method's own
-    answer to a single image is worse than the backbone's, that is compared with: no caution makes it better. Where
-    nothing is enough, it is the least that by log-loss is as good as any, within a standard error; where there are too
-    few selection images to tell, 0.
+    On clients with all classes, by more than 0.2 points or 0.002 nats; in quarters of a nat, below the first whole
+    number that is enough. Where the method's own answer to a single image is worse than the backbone's, that is
+    compared with: no caution makes it better. Where nothing is enough, it is the least whole number that by log-loss
+    is as good as any, within a standard error; where there are too few selection images to tell, 0.
 
     Args:
         caution_J: what is set, in place; ``stream`` reads it.
@@ -88,24 +89,30 @@ def choose_caution(
         ]
         return torch.cat([part.hits_MA[:, 0] for part in parts]).double(), torch.cat([part.loss_M for part in parts])
 
-    chosen = []
-    for shorter, longest in zip((0, *LENGTHS[:-1]), LENGTHS, strict=True):
-        rows_CS, first = _mixed_clients(len(y_M), longest + 1), shorter + 1
+    def least(rows_CS: Tensor, first: int) -> float:
+        """Return the value for the images from the ``first`` on."""
         caution_J.fill_(_GRID[-1])  # of an image by itself: as of a client with all classes
         answers = read(head, rows_CS, first), read(stream, rows_CS[:, first:].reshape(-1, 1), 0)
-        hits_T = min((hits for hits, _ in answers), key=torch.mean)
-        loss_T = max((loss for _, loss in answers), key=torch.mean)
-        tried = []
-        for value in _GRID:
+        accuracy = min(float(hits_T.mean()) for hits_T, _ in answers)
+        log_loss = max(float(loss_T.mean()) for _, loss_T in answers)
+        losses: dict[float, Tensor] = {}
+
+        def harmful(value: float) -> bool:
             caution_J.fill_(value)
-            own_hits_T, own_loss_T = read(stream, rows_CS, first)
-            tried.append(own_loss_T)
-            if not (_above_zero(hits_T - own_hits_T) or _above_zero(own_loss_T - loss_T)):
-                break
-        else:
-            best_T = min(tried, key=torch.mean)
-            value = next(v for v, own_T in zip(_GRID, tried, strict=True) if not _above_zero(own_T - best_T))
-        chosen.append(float(value))
+            hits_T, losses[value] = read(stream, rows_CS, first)
+            return max(accuracy - float(hits_T.mean()), float(losses[value].mean()) - log_loss) > _TOLERATED
+
+        value = next((value for value in _GRID if not harmful(value)), None)
+        if value is None:
+            best_T = min(losses.values(), key=torch.mean)
+            return next(v for v in _GRID if not _above_zero(losses[v] - best_T))
+        for step in _FINER if value else ():
+            value -= 0.0 if harmful(value - step) else step
+        return value
+
+    chosen = []
+    for shorter, longest in zip((0, *LENGTHS[:-1]), LENGTHS, strict=True):
+        chosen.append(least(_mixed_clients(len(y_M), longest + 1), shorter + 1))
     caution_J.copy_(torch.tensor(chosen))
     return {"caution": dict(zip(map(str, LENGTHS), chosen, strict=True))}
 

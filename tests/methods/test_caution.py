@@ -42,6 +42,9 @@ def test_the_least_caution_that_harms_nobody():
     record = choose_caution(caution, stream, lambda x: x, [selection()])
     assert caution.tolist() == [4.0, 2.0, 1.0, 0.0, 0.0]
     assert record == {"caution": {"1": 4.0, "2": 2.0, "3": 1.0, "5": 0.0, "7": 0.0}}
+    need[1:4] = torch.tensor([2.2, 1.6, 0.2])
+    choose_caution(caution, stream, lambda x: x, [selection()])
+    assert caution.tolist() == [2.25, 1.75, 0.25, 0.0, 0.0]
 
 
 def harmful(bias):
