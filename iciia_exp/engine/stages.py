@@ -276,7 +276,7 @@ def _train(plan: Plan, store: FeatureStore, clients: Clients, tracker: Any) -> N
             best, when = 100 * record["selection_accuracy"], in_epochs(record["best_epoch"])
             note += f", best selection accuracy {best:.1f} % after {when}"
         log.info(note)
-        method.to("cpu").eval()
+        method.to("cpu").eval().requires_grad_(False)
         selection = _calibration_batches(plan, store, clients)
     else:
         method.eval()

@@ -99,10 +99,13 @@ class GroupedLinear(nn.Module):
         return max(m for m in range(1, most + 1) if self.groups % m == 0)
 
     def _in_form(self, form: str, make: Callable[[], tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
-        """Return what ``make`` makes of the weights; it is kept while they stay as they are."""
+        """Return what ``make`` makes of the weights; it is kept while they need no gradients and stay as they are.
+
+        A fused optimiser changes weights and leaves their version number: what is still trained is made every time.
+        """
         own = self.weight, self.bias
-        fixed = not any((torch.is_grad_enabled() and p.requires_grad) or p.is_inference() for p in own)
-        if not fixed or _recording():
+        if any(p.requires_grad or p.is_inference() for p in own) or _recording():
+            self._kept.clear()
             return make()
         state = tuple(number for p in own for number in (p._version, p.data_ptr()))
         if form not in self._kept or self._kept[form][0] != state:

@@ -14,6 +14,7 @@ from iciia_exp.engine import training
 from iciia_exp.engine.training import MethodModule, fit, make_trainer
 from iciia_exp.errors import ConfigError, UserError
 from iciia_exp.methods.iciia import IciiaMethod
+from iciia_exp.models import layers
 from iciia_exp.recipe import Recipe
 
 TRAINER = {"_target_": "lightning.pytorch.Trainer", "_partial_": True, "accelerator": "cpu", "devices": 1}
@@ -50,6 +51,7 @@ def run(tmp_path):
         last = torch.load(tmp_path / folder / "last.ckpt", weights_only=True)["state_dict"]
         return module.method.state_dict() | {f"last.{name}": t for name, t in last.items()}, record
 
+    make.features, make.labels = features, labels
     return make
 
 
@@ -126,6 +128,18 @@ def test_the_best_epoch_is_kept(run):
     _, record = run("a", epochs=8)
     assert 1 <= record["best_epoch"] <= 8
     assert 0 < record["selection_accuracy"] < 1
+
+
+def test_an_epoch_is_judged_by_its_own_weights(run, monkeypatch):
+    monkeypatch.setattr(layers, "_JOINED_VECTORS", 1)  # a form of the weights that may be kept
+    state, record = run("a", epochs=8, lr=0.05)
+    assert record["best_epoch"] > 1
+    method = IciiaMethod(nn.Linear(D, K), 1, 2, 4)
+    method.load_state_dict({name: tensor for name, tensor in state.items() if not name.startswith("last.")})
+    with torch.no_grad():
+        logits_CSK = method.eval()(torch.from_numpy(run.features[80:].reshape(-1, 4, D)))
+    hits_M = logits_CSK.argmax(-1).flatten().numpy() == run.labels[80:]
+    assert hits_M.mean() == pytest.approx(record["selection_accuracy"])
 
 
 def test_seed_zero_is_a_seed(run):

@@ -40,17 +40,19 @@ def test_joining_groups_changes_nothing(groups, joined, monkeypatch):
 
 @pytest.mark.parametrize("vectors", [40, 80])
 def test_joined_weights_follow_the_weights(vectors):
-    layer, x = GroupedLinear(96, 96, 16), torch.randn(vectors, 96)
+    layer, x = GroupedLinear(96, 96, 16).requires_grad_(False), torch.randn(vectors, 96)
     with torch.no_grad():
         first = layer(x)
+        assert layer._kept
         torch.testing.assert_close(layer(x), first)
         layer.weight.mul_(2.0)
         torch.testing.assert_close(layer(x) - layer.bias, 2 * (first - layer.bias))
         other = GroupedLinear(96, 96, 16)
         layer.load_state_dict(other.state_dict())
         torch.testing.assert_close(layer(x), other(x))
-        layer.weight = torch.nn.Parameter(torch.zeros_like(layer.weight))
+        layer.weight = torch.nn.Parameter(torch.zeros_like(layer.weight), requires_grad=False)
         torch.testing.assert_close(layer(x), layer.bias.expand(vectors, 96))
+    layer.requires_grad_(True)
     layer(x).sum().backward()
     assert layer.weight.grad.abs().sum() > 0
     with torch.inference_mode():
@@ -63,7 +65,8 @@ def test_a_convolution_does_the_same(inputs, outputs, groups, shuffle, monkeypat
     monkeypatch.setattr("iciia_exp.models.layers._CONVOLVE", True)  # also where it would be slow
     layer = GroupedLinear(inputs, outputs, groups, shuffle)
     x = torch.randn(5, 16, inputs)
-    product = layer(x)  # its gradient is recorded
+    product = layer(x).detach()  # its gradient is recorded
+    layer.requires_grad_(False)
     with torch.inference_mode():
         convolved = layer(x)
         assert set(layer._kept) == {"kernels"}
@@ -78,6 +81,21 @@ def test_a_convolution_does_the_same(inputs, outputs, groups, shuffle, monkeypat
         torch.testing.assert_close(layer(x), layer.bias.expand_as(product))
 
 
+@pytest.mark.parametrize("options", [{}, {"fused": True}, {"foreach": True}])
+@pytest.mark.parametrize(("groups", "vectors"), [(2, 100), (8, 100), (8, 20)])
+def test_answers_follow_every_step_of_an_optimiser(groups, vectors, options):
+    layer, x = GroupedLinear(64, 64, groups), torch.randn(vectors, 64)
+    optimizer = torch.optim.AdamW(layer.parameters(), lr=0.1, **options)
+    for _ in range(3):
+        layer(x).square().sum().backward()
+        optimizer.step()
+        with torch.inference_mode():  # an epoch's validation
+            own = layer(x)
+            fresh = GroupedLinear(64, 64, groups)
+            fresh.load_state_dict(layer.state_dict())
+            torch.testing.assert_close(own, fresh(x))
+
+
 @pytest.mark.parametrize("threads", [1, 2])
 @pytest.mark.parametrize("vectors", [64, 83, 256, 261])  # 83 and 261 are filled up to whole images
 @pytest.mark.parametrize(
@@ -86,7 +104,7 @@ def test_a_convolution_does_the_same(inputs, outputs, groups, shuffle, monkeypat
 def test_any_number_of_vectors_is_convolved(vectors, inputs, groups, square, threads, monkeypatch):
     monkeypatch.setattr("iciia_exp.models.layers._CONVOLVE", True)
     monkeypatch.setattr("torch.get_num_threads", lambda: threads)  # what the layout goes by
-    layer, x = GroupedLinear(inputs, inputs, groups), torch.randn(vectors, inputs)
+    layer, x = GroupedLinear(inputs, inputs, groups).requires_grad_(False), torch.randn(vectors, inputs)
     assert (layer._kernels()[0].shape[1] == 16) is square
     with torch.inference_mode():
         torch.testing.assert_close(layer(x), torch.cat([layer(row[None]) for row in x]), atol=1e-6, rtol=1e-5)
