@@ -173,7 +173,7 @@ def encoder(options: argparse.Namespace) -> None:
                 for mode in ("training", "inference"):
                     ways = {}
                     for name, net in nets.items():
-                        net = net.to(device).train(mode == "training")
+                        net = net.to(device).train(mode == "training").requires_grad_(mode == "training")
                         for clients in [1] if name == "loop" else options.clients:
                             x_CSD = torch.randn(clients, S, dim, device=device)
                             step = trainer(net, x_CSD) if mode == "training" else reader(net, x_CSD)
@@ -224,7 +224,7 @@ def stream(options: argparse.Namespace) -> None:
     nobody = Ragged(np.zeros(clients + 1, np.int64), np.empty(0, np.int64))
     ids = np.array([str(i) for i in range(clients)], dtype=object)
     head = nn.Linear(dim, 200)
-    method = IciiaMethod(head, 2, 4, 256, attention="causal").eval()
+    method = IciiaMethod(head, 2, 4, 256, attention="causal").eval().requires_grad_(False)
     people, batches = Clients(ids, ids, nobody, nobody, rows), FeatureBatches(features, labels)
     protocol = Protocol(Recipe(), history_lengths=range(16), history_orders=S, history_longest=15)
     x_MD, y_M = torch.from_numpy(features), torch.from_numpy(labels)
