@@ -111,7 +111,8 @@ def comparisons(rows: list[dict[str, Any]]) -> Iterator[tuple[str, list[dict[str
         first = part[0]
         alike = [b for b, other in groups.items() if all(other[0][k] == first[k] for k in same)]
         differs = [f"{k.removeprefix('config.')}={v}" for k, v in base if any((k, v) not in b for b in alike)]
-        titled.append((" ".join([f"{first['name']}: {first['dataset']}, {first['backbone']}", *differs]), part))
+        what = dict.fromkeys((first["name"], first["dataset"]))  # an experiment is often named by its data
+        titled.append((" ".join([f"{': '.join(what)}, {first['backbone']}", *differs]), part))
     # numbers in titles count as numbers: 2 before 10
     yield from sorted(titled, key=lambda item: [int(w) if w.isdigit() else w for w in re.split(r"(\d+)", item[0])])
 

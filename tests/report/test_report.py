@@ -57,7 +57,7 @@ def test_seeds_are_averaged(outputs):
     assert len(rows) == 5
     (title, part), *rest = comparisons(rows)
     assert not rest
-    assert title == "digits: digits, small_cnn"
+    assert title == "digits, small_cnn"
     table = settings(part)
     assert sorted(table["runs"]) == [1, 1, 1, 2]
     pair = table[table["runs"] == 2].iloc[0]
