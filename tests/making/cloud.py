@@ -7,6 +7,9 @@ from iciia_exp.data.clients import Clients, Ragged
 from iciia_exp.data.cloud import CloudData
 from iciia_exp.tasks import SINGLE_LABEL
 
+#: Sizes of the classifier and the client that `tests/methods/conftest.py` makes.
+D, K, S = 12, 6, 7
+
 
 def small_cloud(dim, classes, clients=12, images=8, task=SINGLE_LABEL, seed=0, noise=1.0, owned=2):
     """Return train, selection and test images of every client, ``images`` each."""
@@ -22,3 +25,13 @@ def small_cloud(dim, classes, clients=12, images=8, task=SINGLE_LABEL, seed=0, n
     if task != SINGLE_LABEL:
         labels = np.eye(classes, dtype=np.uint8)[labels] | np.eye(classes, dtype=np.uint8)[(labels + 1) % classes]
     return CloudData(task, classes, Clients(names, names, *rows), FeatureBatches(features, labels), images)
+
+
+def studied(method, **cloud):
+    """Return a method that has read and calibrated on a small cloud of its sizes, and the cloud."""
+    cloud = small_cloud(method.dim, method.num_classes, **cloud)
+    method.eval()
+    method.prepare(cloud.task)
+    method.study(cloud)
+    method.calibrate(cloud.chunks("selection"))
+    return method, cloud
