@@ -7,9 +7,7 @@ from iciia_exp.data.store import FeatureWriter
 from iciia_exp.engine.stages import execute
 from iciia_exp.engine.training import BackboneModule
 from iciia_exp.errors import UserError
-from tests.making.extraction import BAD, HEAD, damage, repair, same_stores, store_of, store_of_finished
-
-ROLES = ("train", "selection", "test")
+from tests.making.extraction import BAD, HEAD, ROLES, damage, repair, same_stores, store_of, store_of_finished
 
 
 @pytest.mark.parametrize("train", ["all", "head"])

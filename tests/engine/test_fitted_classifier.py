@@ -13,10 +13,8 @@ from iciia_exp.engine.backbones import out_of_fold
 from iciia_exp.engine.stages import execute
 from iciia_exp.errors import UserError
 from iciia_exp.models import linear_probe
-from tests.making.extraction import HEAD
+from tests.making.extraction import HEAD, ROLES
 from tests.making.folder import write_table
-
-ROLES = ("train", "selection", "test")
 
 
 def test_the_classifier_never_sees_selection_or_test_images(folder, monkeypatch):

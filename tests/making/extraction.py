@@ -14,6 +14,7 @@ SMALL = (
     *("backbone.recipe.epochs=2", "protocol.recipe.epochs=2", "protocol.images=8", "features.batch_size=8"),
 )
 HEAD = ("backbone.train=head", "backbone.recipe=null")
+ROLES = ("train", "selection", "test")
 
 
 def owned_images(folder):
