@@ -13,13 +13,14 @@ one hypothesis among several about where a client's classes come from:
 Each says how likely the past was, image by image; that weighs what each says of the next image. After an image or two
 nobody can tell one kind from another, later the evidence decides.
 
-Legend: C clients, S images of a client, K classes, T types, J strengths.
+Legend: C clients, S images of a client, P images of its past, E numbers kept of one, K classes, T types, J kinds of new
+clients.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
-from typing import Any, ClassVar
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -31,6 +32,15 @@ from iciia_exp.methods.client_types import ClientTypes
 from iciia_exp.methods.training_free import SELECTION_IMAGES, first_images, real_images
 
 __all__ = ["ClientPrior"]
+
+
+class _Past(NamedTuple):
+    """What a past says, in sums over its images."""
+
+    counts_CJK: Tensor  # expected class counts, under each kind of new clients
+    evidence_CJ: Tensor  # log-likelihood of those kinds
+    types_CT: Tensor  # log-likelihood of the types
+    images_C1: Tensor  # their number
 
 
 class ClientPrior(ClientTypes):
@@ -105,77 +115,99 @@ class ClientPrior(ClientTypes):
             real_CS: 1 for a real image, 0 for padding.
             causal: the past is the images before; else all others, each one's own share taken out of the whole.
         """
-        types_TK = self._types()
-        log_likelihood_CSK, types_CST = self._read(b_CSK, types_TK)
-        types_CST = types_CST * real_CS.unsqueeze(2)
-        top_CS1 = log_likelihood_CSK.amax(-1, keepdim=True)
-        likelihood_CSK = (log_likelihood_CSK - top_CS1).exp()
-        source_K = self.log_source.exp()
-        shape = len(b_CSK), len(self.strengths_J), self.num_classes
-        counts_CJK, evidence_CJ = b_CSK.new_zeros(shape), b_CSK.new_zeros(shape[:2])
-        n_C11 = b_CSK.new_zeros(len(b_CSK), 1, 1)
-        answers, steps = [], []
-        past_CT = types_CST.new_zeros(types_CST.shape[0], types_CST.shape[2])
         keep = 1 - self.forget if causal else 1.0  # without an order nothing is older
-        for i in range(b_CSK.shape[1]):
-            prior_CJK = self._new_prior(counts_CJK, n_C11, source_K)
+        answers, added = [], []
+        for past, prior_CJK, own in self._follow(*self._read(b_CSK), real_CS, keep):
+            if own is None:
+                break
             if causal:
-                answers.append(self._mix(past_CT, evidence_CJ, n_C11.flatten(), prior_CJK, types_TK))
-            likely_CJ = torch.bmm(prior_CJK, likelihood_CSK[:, i].unsqueeze(2)).squeeze(2).clamp(min=1e-30)
-            real_C1 = real_CS[:, i : i + 1]
-            share_CJK = prior_CJK * likelihood_CSK[:, i].unsqueeze(1) * (real_C1 / likely_CJ).unsqueeze(2)
-            added_CJ = (likely_CJ.log() + top_CS1[:, i]) * real_C1
-            kept_C1 = 1 - (1 - keep) * real_C1  # padding makes nothing older
-            counts_CJK, n_C11 = kept_C1.unsqueeze(2) * counts_CJK + share_CJK, kept_C1.unsqueeze(2) * n_C11
-            evidence_CJ, past_CT = kept_C1 * evidence_CJ + added_CJ, kept_C1 * past_CT + types_CST[:, i]
-            n_C11 = n_C11 + real_C1.unsqueeze(2)
-            steps.append((share_CJK, added_CJ))
-        if not causal:
-            all_CT = past_CT
-            for i, (share_CJK, added_CJ) in enumerate(steps):
-                others_C11 = n_C11 - real_CS[:, i].view(-1, 1, 1)
-                prior_CJK = self._new_prior(counts_CJK - share_CJK, others_C11, source_K)
-                past_CT, past_CJ = all_CT - types_CST[:, i], evidence_CJ - added_CJ
-                answers.append(self._mix(past_CT, past_CJ, others_C11.flatten(), prior_CJK, types_TK))
+                answers.append(self._mix(past, prior_CJK))
+            else:
+                added.append(own)
+        for own in added:
+            others = _Past(*(whole - part for whole, part in zip(past, own, strict=True)))
+            answers.append(self._mix(others, self._new_prior(others)))
         priors, known = zip(*answers, strict=True)
         return torch.stack(priors, 1), torch.stack(known, 1)
 
-    def _new_prior(self, counts_CJK: Tensor, n_C11: Tensor, source_K: Tensor) -> Tensor:
-        """Return what each hypothesis about new clients says of the next image, [C, J, K]."""
-        strengths_J1 = self.strengths_J.unsqueeze(1)
-        return (counts_CJK.clamp(min=0) + strengths_J1 * source_K) / (n_C11.clamp(min=0) + strengths_J1)
+    def next_log_prior(self, b_CPK: Tensor, types_CPT: Tensor, real_CP: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the log-prior of the image after a past, [C, K], and how probable a training client is, [C].
 
-    def _mix(
-        self, past_CT: Tensor, evidence_CJ: Tensor, n_C: Tensor, prior_CJK: Tensor, types_TK: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """Return the next image's log-prior [C, K] and how probable a training client is [C].
-
-        From the log-likelihood of the past, of ``n_C`` images, under each hypothesis.
+        Args:
+            b_CPK: calibrated logits of the past's images.
+            types_CPT: their log-likelihoods of the types, from `types_of`.
+            real_CP: 1 for a real image, 0 for padding.
         """
-        known_CT = past_CT + self.log_weight + torch.log1p(-self.log_hypotheses.exp().sum())
-        every_C1 = (evidence_CJ[:, -1] + caution_after(self.caution, n_C)).unsqueeze(1)
-        new_CJ = torch.cat([evidence_CJ[:, :-1], every_C1], 1) + self.log_hypotheses
+        log_likelihood_CPK = b_CPK.log_softmax(-1) - self.log_source
+        for past, prior_CJK, _ in self._follow(log_likelihood_CPK, types_CPT, real_CP, 1 - self.forget):  # noqa: B007
+            pass
+        return self._mix(past, prior_CJK)
+
+    def types_of(self, b_CK: Tensor) -> Tensor:
+        """Return the types' log-likelihoods of an image of each client, [C, T], from its calibrated logits."""
+        return self._read(b_CK)[1]
+
+    def _follow(
+        self, log_likelihood_CSK: Tensor, types_CST: Tensor, real_CS: Tensor, keep: float
+    ) -> Iterator[tuple[_Past, Tensor, _Past | None]]:
+        """Yield for every image what its past says, its prior for new clients [C, J, K], and what it adds to the past.
+
+        And after the last image what all of them say, the prior for the next one, and None.
+        """
+        top_CS1 = log_likelihood_CSK.amax(-1, keepdim=True)
+        likelihood_CSK, types_CST = (log_likelihood_CSK - top_CS1).exp(), types_CST * real_CS.unsqueeze(2)
+        clients, kinds = len(real_CS), len(self.strengths_J)
+        zeros = log_likelihood_CSK.new_zeros
+        past = _Past(
+            zeros(clients, kinds, self.num_classes),
+            zeros(clients, kinds),
+            zeros(clients, types_CST.shape[2]),
+            zeros(clients, 1),
+        )
+        for i in range(real_CS.shape[1]):
+            prior_CJK, real_C1 = self._new_prior(past), real_CS[:, i : i + 1]
+            likely_CJ = torch.bmm(prior_CJK, likelihood_CSK[:, i].unsqueeze(2)).squeeze(2).clamp(min=1e-30)
+            share_CJK = prior_CJK * likelihood_CSK[:, i].unsqueeze(1) * (real_C1 / likely_CJ).unsqueeze(2)
+            own = _Past(share_CJK, (likely_CJ.log() + top_CS1[:, i]) * real_C1, types_CST[:, i], real_C1)
+            yield past, prior_CJK, own
+            if keep < 1:  # padding makes nothing older
+                kept_C1 = 1 - (1 - keep) * real_C1
+                past = _Past(kept_C1.unsqueeze(2) * past[0], *(kept_C1 * part for part in past[1:]))
+            past = _Past(*(part + added for part, added in zip(past, own, strict=True)))
+        yield past, self._new_prior(past), None
+
+    def _new_prior(self, past: _Past) -> Tensor:
+        """Return what each hypothesis about new clients says of the next image, [C, J, K]."""
+        strengths_J1, source_K = self.strengths_J.unsqueeze(1), self.log_source.exp()
+        images_C11 = past.images_C1.clamp(min=0).unsqueeze(2)
+        return (past.counts_CJK.clamp(min=0) + strengths_J1 * source_K) / (images_C11 + strengths_J1)
+
+    def _mix(self, past: _Past, prior_CJK: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the next image's log-prior [C, K] and how probable a training client is [C]."""
+        known_CT = past.types_CT + self.log_weight + torch.log1p(-self.log_hypotheses.exp().sum())
+        every_C1 = past.evidence_CJ[:, -1:] + caution_after(self.caution, past.images_C1)
+        new_CJ = torch.cat([past.evidence_CJ[:, :-1], every_C1], 1) + self.log_hypotheses
         weight_CH = torch.cat([known_CT, new_CJ], 1).softmax(1)
-        known_CK = weight_CH[:, : known_CT.shape[1]] @ types_TK
+        known_CK = self._histogram(weight_CH[:, : known_CT.shape[1]])
         new_CK = torch.bmm(weight_CH[:, None, known_CT.shape[1] :], prior_CJK).squeeze(1)
         return (known_CK + new_CK).clamp(min=1e-30).log(), weight_CH[:, : known_CT.shape[1]].sum(1)
 
     @property
     def state_width(self) -> int:
-        """The calibrated logits: K."""
-        return self.num_classes
+        """The calibrated logits, and the types' log-likelihoods: K + T."""
+        return self.num_classes + len(self.types)
 
     def step(self, x_CD: Tensor, past_CPE: Tensor, mask_CP: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Return the logits of one more image, [C, K], and its calibrated logits, [C, K]."""
+        """Return the logits of one more image, [C, K], and its calibrated logits and types' log-likelihoods, [C, E]."""
+        b_CPK, types_CPT = past_CPE.split([self.num_classes, len(self.types)], dim=2)
+        log_prior_CK, _ = self.next_log_prior(b_CPK, types_CPT, real_images(b_CPK, mask_CP))
         b_CK = self.calibrated(x_CD)
-        b_CSK = torch.cat([past_CPE, b_CK.unsqueeze(1)], 1)
-        mask_CS = None if mask_CP is None else nn.functional.pad(mask_CP, (0, 1), value=True)
-        return self._sequence(b_CSK, real_images(b_CSK, mask_CS), True)[:, -1], b_CK
+        return b_CK.log_softmax(-1) - self.log_source + log_prior_CK, torch.cat([b_CK, self.types_of(b_CK)], 1)
 
     def macs(self, images: int) -> int:
-        """2 S K (T + J + 1): likelihood of every hypothesis, and the mixed prior."""
+        """2 S K (T + J): likelihood of every hypothesis, and the mixed prior."""
         return 2 * images * self.num_classes * (len(self.types) + len(self.strengths_J))
 
     def streaming_macs(self, images: int) -> int | None:
-        """The same: `step` goes through the kept images again."""
-        return self.macs(images)
+        """2 K T + S K J: what new clients are like is found from the kept images again."""
+        return self.num_classes * (2 * len(self.types) + images * len(self.strengths_J))

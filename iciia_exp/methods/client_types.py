@@ -60,6 +60,7 @@ class ClientTypes(TrainingFree):
 
     types: Tensor
     log_weight: Tensor
+    pooled: Tensor
     smoothing: Tensor
 
     def __init__(
@@ -77,6 +78,7 @@ class ClientTypes(TrainingFree):
             self.grids = {}  # type: ignore[misc]
         self.register_buffer("types", torch.full((1, self.num_classes), 1 / self.num_classes))
         self.register_buffer("log_weight", torch.zeros(1))
+        self.register_buffer("pooled", self.types[0].clone())
 
     def study(self, data: CloudData) -> None:
         """Read the class histograms of the training clients."""
@@ -87,30 +89,31 @@ class ClientTypes(TrainingFree):
         types_TK, share_T = cluster_histograms(counts_CK / counts_CK.sum(1, keepdims=True), self.most_types)
         self.types = torch.from_numpy(types_TK).float()
         self.log_weight = torch.from_numpy(share_T).float().log()
+        self.pooled.copy_(torch.from_numpy(share_T @ types_TK))
 
-    def _types(self) -> Tensor:
-        """Return the smoothed histograms, [T, K]."""
-        pooled_K = (self.log_weight.exp().unsqueeze(1) * self.types).sum(0)
-        return (1 - self.smoothing) * self.types + self.smoothing * pooled_K
-
-    def _read(self, b_CSK: Tensor, types_TK: Tensor) -> tuple[Tensor, Tensor]:
+    def _read(self, b_CSK: Tensor) -> tuple[Tensor, Tensor]:
         """Return log-likelihoods of the classes, [C, S, K], and of the types, [C, S, T]."""
         log_likelihood_CSK = b_CSK.log_softmax(-1) - self.log_source
         top_CS1 = log_likelihood_CSK.amax(-1, keepdim=True)
-        mixed_CST = (log_likelihood_CSK - top_CS1).exp() @ types_TK.T
+        likelihood_CSK = (log_likelihood_CSK - top_CS1).exp()
+        pooled_CS1 = (likelihood_CSK @ self.pooled).unsqueeze(-1)
+        mixed_CST = torch.lerp(likelihood_CSK @ self.types.T, pooled_CS1, self.smoothing)
         return log_likelihood_CSK, mixed_CST.clamp(min=1e-30).log() + top_CS1
 
-    def _answer(self, log_likelihood: Tensor, past_T: Tensor, types_TK: Tensor) -> Tensor:
+    def _histogram(self, weight: Tensor) -> Tensor:
+        """Return the sum [..., K] of the types' smoothed histograms, weighted by [..., T]."""
+        return torch.lerp(weight @ self.types, weight.sum(-1, keepdim=True) * self.pooled, self.smoothing)
+
+    def _answer(self, log_likelihood: Tensor, past_T: Tensor) -> Tensor:
         """Return the answers [..., K] from the past's sum of the types' log-likelihoods [..., T]."""
-        prior = (self.log_weight + past_T).softmax(-1) @ types_TK
+        prior = self._histogram((self.log_weight + past_T).softmax(-1))
         return log_likelihood + prior.clamp(min=1e-30).log()
 
     def _sequence(self, b_CSK: Tensor, real_CS: Tensor, causal: bool) -> Tensor:
-        types_TK = self._types()
-        log_likelihood_CSK, types_CST = self._read(b_CSK, types_TK)
+        log_likelihood_CSK, types_CST = self._read(b_CSK)
         types_CST = types_CST * real_CS.unsqueeze(2)
         whole_CST = types_CST.cumsum(1) if causal else types_CST.sum(1, keepdim=True)
-        return self._answer(log_likelihood_CSK, whole_CST - types_CST, types_TK)
+        return self._answer(log_likelihood_CSK, whole_CST - types_CST)
 
     def forward(self, x_CSD: Tensor, mask_CS: Tensor | None = None) -> Tensor:
         """Return every image's logits with all others of its chunk as its past, [C, S, K]."""
@@ -134,14 +137,13 @@ class ClientTypes(TrainingFree):
 
     def step(self, x_CD: Tensor, past_CPE: Tensor, mask_CP: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Return the logits of one more image, [C, K], and the types' log-likelihoods of it, [C, T]."""
-        types_TK = self._types()
-        log_likelihood_C1K, types_C1T = self._read(self.calibrated(x_CD.unsqueeze(1)), types_TK)
+        log_likelihood_C1K, types_C1T = self._read(self.calibrated(x_CD.unsqueeze(1)))
         if mask_CP is not None:
             past_CPE = past_CPE * mask_CP.unsqueeze(2)
-        return self._answer(log_likelihood_C1K[:, 0], past_CPE.sum(1), types_TK), types_C1T[:, 0]
+        return self._answer(log_likelihood_C1K[:, 0], past_CPE.sum(1)), types_C1T[:, 0]
 
     def macs(self, images: int) -> int:
-        """2 S K T: likelihood of every type, and the mixed prior; smoothing is done once."""
+        """2 S K T: likelihood of every type, and the mixed prior; without the S K of smoothing."""
         return 2 * images * self.num_classes * len(self.types)
 
     def streaming_macs(self, images: int) -> int | None:

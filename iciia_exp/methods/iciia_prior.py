@@ -9,7 +9,8 @@ of the past (`client_prior`), s that of all images; f and g, how much to trust t
 probable it is that the client is like a training client. A prior of classes is all that posteriors can tell; what the
 module reads from features comes on top, where there is something.
 
-Legend: C clients, S images of a client, P images of its past, E numbers kept of one, D features, K classes, N layers.
+Legend: C clients, S images of a client, P images of its past, E numbers kept of one, D features, K classes, N layers,
+T types of clients.
 """
 
 from __future__ import annotations
@@ -19,7 +20,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from iciia_exp import tasks
 from iciia_exp.data.batches import ClientBatch
@@ -91,10 +91,14 @@ class IciiaPrior(IciiaStream):
     def _infer(self, b_CSK: Tensor, real_CS: Tensor, causal: bool) -> tuple[Tensor, Tensor]:
         """Return log pi / s, [C, S, K], and what the gates see of the kind of client, [C, S, 2]."""
         with torch.no_grad():
-            calibrated_CSK = b_CSK * (-self.inferred.log_temperature).exp() + self.inferred.bias
-            log_prior_CSK, known_CS = self.inferred.log_prior(calibrated_CSK, real_CS, causal)
-            known_CS2 = torch.stack([known_CS, known_CS.logit(1e-3)], -1)
-            return log_prior_CSK - self.inferred.log_source, known_CS2
+            return self._seen(*self.inferred.log_prior(self._calibrated(b_CSK), real_CS, causal))
+
+    def _calibrated(self, b: Tensor) -> Tensor:
+        return b * (-self.inferred.log_temperature).exp() + self.inferred.bias
+
+    def _seen(self, log_prior: Tensor, known: Tensor) -> tuple[Tensor, Tensor]:
+        """Return log pi / s, [..., K], and what the gates see of how probable a training client is, [..., 2]."""
+        return log_prior - self.inferred.log_source, torch.stack([known, known.logit(1e-3)], -1)
 
     def _parts(
         self, x_CSD: Tensor, mask_CS: Tensor | None, b_CSK: Tensor | None = None
@@ -121,28 +125,37 @@ class IciiaPrior(IciiaStream):
 
         The backbone's logits are kept in the place of its probabilities.
         """
-        keys_CPe, encoded_CPD, b_CPK = self._kept(past_CPE)
+        keys_CPe, encoded_CPD, b_CPK, types_CPT = self._kept(past_CPE)
         real_CP = real_images(b_CPK, mask_CP)
-        b_CK = self.classify(x_CD)
-        b_CSK, real_CS = torch.cat([b_CPK, b_CK.unsqueeze(1)], 1), F.pad(real_CP, (0, 1), value=1.0)
         classes_CPK = self._classes(b_CPK) * real_CP.unsqueeze(2)
         sums = (encoded_CPD * real_CP.unsqueeze(2)).sum(1), classes_CPK.sum(1), classes_CPK.square().sum((1, 2))
         n_C = real_CP.sum(1)
-        prior_CSK, known_CS2 = self._infer(b_CSK, real_CS, True)
-        mean_CD, (trust, weight, _) = self._gates(*sums, n_C, known_CS2[:, -1])
-        logits_CK = self._combine(b_CK, self._bias(mean_CD, trust, weight, prior_CSK[:, -1], n_C), n_C)
+        prior_CK, known_C2 = self._seen(*self.inferred.next_log_prior(self._calibrated(b_CPK), types_CPT, real_CP))
+        mean_CD, (trust, weight, _) = self._gates(*sums, n_C, known_C2)
+        b_CK = self.classify(x_CD)
+        logits_CK = self._combine(b_CK, self._bias(mean_CD, trust, weight, prior_CK, n_C), n_C)
         encoded_CD, own_Ce = self.model.encode_step(x_CD, keys_CPe, mask_CP)
-        return logits_CK, torch.cat([own_Ce, encoded_CD, b_CK], 1)
+        own_CT = self.inferred.types_of(self._calibrated(b_CK))
+        return logits_CK, torch.cat([own_Ce, encoded_CD, b_CK, own_CT], 1)
+
+    @property
+    def state_width(self) -> int:
+        """That of `iciia_stream`, and the types' log-likelihoods: 2 N D + D + K + T."""
+        return super().state_width + len(self.inferred.types)
+
+    def _kept(self, past_CPE: Tensor) -> tuple[Tensor, ...]:
+        """Return what `iciia_stream` keeps, and the types' log-likelihoods, [C, P, T]."""
+        own_CPE, types_CPT = past_CPE.split([super().state_width, len(self.inferred.types)], dim=2)
+        return *super()._kept(own_CPE), types_CPT
 
     def macs(self, images: int) -> int:
         """That of `iciia_stream` and of `client_prior`, and 2 * 16 more for what the gates see."""
         return super().macs(images) + self.inferred.macs(images) + 2 * 16 * images
 
     def streaming_macs(self, images: int) -> int | None:
-        """One more image of `iciia_stream`; the inference of the prior goes through the kept images again."""
-        streaming = super().streaming_macs(images)
-        assert streaming is not None  # it is causal
-        return streaming + self.inferred.macs(images) + 2 * 16
+        """One more image of `iciia_stream` and of `client_prior`, and 2 * 16 more for what the gates see."""
+        own, inferred = super().streaming_macs(images), self.inferred.streaming_macs(images)
+        return None if own is None or inferred is None else own + inferred + 2 * 16
 
     def num_parameters(self) -> int:
         """All but the backbone's classifier."""

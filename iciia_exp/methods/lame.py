@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from iciia_exp import tasks
 from iciia_exp.errors import check_float, check_int
-from iciia_exp.methods.training_free import TrainingFree, in_parts, normalised, real_images
+from iciia_exp.methods.training_free import WholeChunks, normalised
 
 __all__ = ["Lame", "nearest_neighbours"]
 
@@ -35,7 +35,7 @@ def nearest_neighbours(x_CSD: Tensor, real_CS: Tensor, neighbours: int) -> Tenso
     return torch.zeros_like(similar_CSS).scatter_(2, index_CSN, (value_CSN > -torch.inf).to(x_CSD.dtype))
 
 
-class Lame(TrainingFree):
+class Lame(WholeChunks):
     """Laplacian-adjusted maximum-likelihood estimation.
 
     Args:
@@ -62,12 +62,9 @@ class Lame(TrainingFree):
         self.weight = check_float("weight", weight, 0.0)
         self.iterations = check_int("iterations", iterations, 1)
 
-    def forward(self, x_CSD: Tensor, mask_CS: Tensor | None = None) -> Tensor:
+    def together(self, x_CSD: Tensor, real_CS: Tensor, b_CSK: Tensor) -> Tensor:
         """Return the logits that the graph leaves, [C, S, K]."""
-        log_p_CSK = self.calibrated(x_CSD).log_softmax(-1)
-        return in_parts(self._settled, 16, x_CSD, real_images(x_CSD, mask_CS), log_p_CSK)
-
-    def _settled(self, x_CSD: Tensor, real_CS: Tensor, log_p_CSK: Tensor) -> Tensor:
+        log_p_CSK = b_CSK.log_softmax(-1)
         edges_CSS = self.weight * nearest_neighbours(x_CSD, real_CS, self.neighbours)
         logits_CSK = log_p_CSK
         for _ in range(self.iterations):
@@ -78,7 +75,3 @@ class Lame(TrainingFree):
         """S^2 D + S^2 K I: the graph, and one product an iteration."""
         graph = images * images * self.dim if self.neighbours and images > 1 else 0
         return graph + images * images * self.num_classes * self.iterations
-
-    def streaming_macs(self, images: int) -> int | None:
-        """The same: a new image changes the graph of the others."""
-        return self.macs(images)

@@ -26,7 +26,7 @@ from iciia_exp import tasks
 from iciia_exp.data.cloud import CloudData
 from iciia_exp.errors import check_float, check_int
 from iciia_exp.methods.lame import nearest_neighbours
-from iciia_exp.methods.training_free import TrainingFree, in_parts, normalised, real_images
+from iciia_exp.methods.training_free import WholeChunks, normalised
 
 __all__ = ["StatA"]
 
@@ -34,7 +34,7 @@ __all__ = ["StatA"]
 _ANCHOR_IMAGES = 300_000
 
 
-class StatA(TrainingFree):
+class StatA(WholeChunks):
     """Anchored Gaussian statistics.
 
     Args:
@@ -49,6 +49,7 @@ class StatA(TrainingFree):
     """
 
     name = "stata"
+    clients_at_once = 32
     tasks = (tasks.SINGLE_LABEL,)
     grids: ClassVar[dict[str, Sequence[float]]] = {"sharpness": (1.0, 0.3, 0.1, 0.03, 0.01, 0.003, 0.001, 0.0003)}
 
@@ -97,12 +98,9 @@ class StatA(TrainingFree):
         freedom = max(1.0, float(count_K.sum() - seen_K.sum()))
         self.variance.copy_((within_D / freedom).clamp(min=1e-6 / self.dim))
 
-    def forward(self, x_CSD: Tensor, mask_CS: Tensor | None = None) -> Tensor:
+    def together(self, x_CSD: Tensor, real_CS: Tensor, b_CSK: Tensor) -> Tensor:
         """Return the logarithms of the assignments, [C, S, K]."""
-        log_p_CSK = self.calibrated(x_CSD).log_softmax(-1)
-        return in_parts(self._assign, 32, x_CSD, real_images(x_CSD, mask_CS), log_p_CSK)
-
-    def _assign(self, x_CSD: Tensor, real_CS: Tensor, log_p_CSK: Tensor) -> Tensor:
+        log_p_CSK = b_CSK.log_softmax(-1)
         f_CSD = normalised(x_CSD * real_CS.unsqueeze(2))
         edges_CSS = nearest_neighbours(x_CSD, real_CS, self.neighbours)
         if self.neighbours and x_CSD.shape[1] > 1:
@@ -160,7 +158,3 @@ class StatA(TrainingFree):
         moments = images * classes * self.dim + classes * self.dim + square * (self.dim + classes)
         graph = 2 * square * self.dim if self.neighbours and images > 1 else 0
         return graph + (2 * self.iterations - 1) * moments + self.iterations * self.steps * square * classes
-
-    def streaming_macs(self, images: int) -> int | None:
-        """The same: a new image changes the assignments of the others."""
-        return self.macs(images)

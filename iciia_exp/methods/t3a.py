@@ -23,7 +23,7 @@ from torch.nn import functional as F
 from iciia_exp import tasks
 from iciia_exp.data.batches import ClientBatch
 from iciia_exp.errors import check_int
-from iciia_exp.methods.training_free import SELECTION_IMAGES, TrainingFree, fit_calibrator, in_parts, real_images
+from iciia_exp.methods.training_free import SELECTION_IMAGES, WholeChunks, fit_calibrator
 
 __all__ = ["T3A"]
 
@@ -33,7 +33,7 @@ def _entropy(logits: Tensor) -> Tensor:
     return -(log_p.exp() * log_p).sum(-1)
 
 
-class T3A(TrainingFree):
+class T3A(WholeChunks):
     """Test-time templates adjustment.
 
     Args:
@@ -54,13 +54,8 @@ class T3A(TrainingFree):
         # of the weights' own answers, as supports; as in the paper a class's weights count as one of its own
         self.register_buffer("entropy", _entropy(self.head(self.head.weight)).detach())
 
-    def forward(self, x_CSD: Tensor, mask_CS: Tensor | None = None) -> Tensor:
+    def together(self, x_CSD: Tensor, real_CS: Tensor, b_CSK: Tensor) -> Tensor:
         """Return the products with each client's prototypes, scaled, [C, S, K]."""
-        real_CS = real_images(x_CSD, mask_CS)
-        b_CSK = self.head(x_CSD)
-        return in_parts(self._products, 16, x_CSD, real_CS, b_CSK) * self.log_scale.exp()
-
-    def _products(self, x_CSD: Tensor, real_CS: Tensor, b_CSK: Tensor) -> Tensor:
         weight_KD = self.head.weight
         length_K = weight_KD.norm(dim=1).clamp(min=1e-12)
         x_CSD = x_CSD * real_CS.unsqueeze(2)
@@ -81,7 +76,7 @@ class T3A(TrainingFree):
         own_weight = 1.0 if keep_CK is None else keep_CK
         unit_CSK = with_weights_CSK / length_CS1 * one_hot_CSK
         square_CK = of_images_CSK.sum(1) + unit_CSK.sum(1) + own_weight
-        return product_CSK * square_CK.clamp(min=1e-12).rsqrt().unsqueeze(1)
+        return product_CSK * square_CK.clamp(min=1e-12).rsqrt().unsqueeze(1) * self.log_scale.exp()
 
     def _surest(self, entropy_CS: Tensor, label_CS: Tensor, real_CS: Tensor) -> tuple[Tensor, Tensor]:
         """Return which images, [C, S], and which weights, [C, K], are among the surest supports of their class."""
@@ -121,7 +116,3 @@ class T3A(TrainingFree):
     def macs(self, images: int) -> int:
         """S^2 (D + K): products of images with each other, summed by pseudo-label."""
         return images * images * (self.dim + self.num_classes)
-
-    def streaming_macs(self, images: int) -> int | None:
-        """The same, as `step` computes it: prototypes are not kept."""
-        return self.macs(images)

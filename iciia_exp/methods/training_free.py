@@ -10,6 +10,7 @@ Legend: C clients, S images of a client, D features, K classes, T images in all.
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, ClassVar
 
@@ -27,6 +28,7 @@ __all__ = [
     "CALIBRATORS",
     "SELECTION_IMAGES",
     "TrainingFree",
+    "WholeChunks",
     "first_images",
     "fit_calibrator",
     "in_parts",
@@ -160,6 +162,40 @@ class TrainingFree(Method):
     def num_parameters(self) -> int:
         """What was read from selection and training clients; the classifier is the backbone's."""
         return sum(b.numel() for b in self.buffers() if b.dtype != torch.bool)
+
+
+class WholeChunks(TrainingFree):
+    """A `TrainingFree` in whose answer all images of a client have a part, so that one more changes all.
+
+    What is kept of an image are its features and calibrated logits; the rest is computed again.
+    """
+
+    clients_at_once: ClassVar[int] = 16  # what is read many times stays in the cache
+
+    @abstractmethod
+    def together(self, x_CSD: Tensor, real_CS: Tensor, b_CSK: Tensor) -> Tensor:
+        """Return the logits [C, S, K] from features, 1 where an image is real, and calibrated logits."""
+
+    def forward(self, x_CSD: Tensor, mask_CS: Tensor | None = None) -> Tensor:
+        """Return the logits of `together`, [C, S, K]."""
+        parts = x_CSD, real_images(x_CSD, mask_CS), self.calibrated(x_CSD)
+        return in_parts(self.together, self.clients_at_once, *parts)
+
+    @property
+    def state_width(self) -> int:
+        """Features and calibrated logits: D + K."""
+        return self.dim + self.num_classes
+
+    def step(self, x_CD: Tensor, past_CPE: Tensor, mask_CP: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Return the logits of one more image, [C, K], and its features and calibrated logits, [C, E]."""
+        own_CE = torch.cat([x_CD, self.calibrated(x_CD)], 1)
+        x_CSD, b_CSK = torch.cat([past_CPE, own_CE.unsqueeze(1)], 1).split([self.dim, self.num_classes], dim=2)
+        mask_CS = None if mask_CP is None else F.pad(mask_CP, (0, 1), value=True)
+        return self.together(x_CSD, real_images(x_CSD, mask_CS), b_CSK)[:, -1], own_CE
+
+    def streaming_macs(self, images: int) -> int | None:
+        """The same as of the whole sequence."""
+        return self.macs(images)
 
 
 def in_parts(function: Callable[..., Tensor], clients: int, *tensors: Tensor) -> Tensor:

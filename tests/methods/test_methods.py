@@ -73,6 +73,20 @@ def test_cost_is_stated_and_agrees_with_the_counter(method, monkeypatch):
     assert method.num_parameters() >= 0
 
 
+class OneMore(nn.Module):
+    """A method's step as a network's forward pass."""
+
+    def __init__(self, method):
+        super().__init__()
+        self.forward = method.step
+
+
+def test_cost_of_one_more_image_agrees_with_the_counter(method, monkeypatch):
+    monkeypatch.setattr("iciia_exp.models.layers._JOINED_VECTORS", 1000)
+    counted = count_macs(OneMore(method), torch.randn(1, D), torch.randn(1, 15, method.state_width)) - D * K
+    assert method.streaming_macs(16) in (None, counted)
+
+
 def test_weights_round_trip(method, path):
     again = make(path)
     again.load_state_dict(method.state_dict())

@@ -246,4 +246,4 @@ def test_state_of_a_client_is_stated(head):
     assert PriorEM(head).state_bytes(15) == 4 * 15 * K
     assert FineTune(head).state_bytes(15) == 4 * K * (D + 1)
     assert PromptTuning(head).state_bytes(15) == 4 * D // 2
-    assert Lame(head).state_bytes(15) == 4 * 15 * D
+    assert Lame(head).state_bytes(15) == 4 * 15 * (D + K)
