@@ -4,7 +4,12 @@ After one image a client with all classes looks like any other, so whatever is g
 lost on it in part. `choose_caution` asks selection images, dealt at random into clients with all classes, how cautious
 a method has to be after 1, 2, 3, 5 and 7 images, to answer such clients as well as the backbone does.
 
-Legend: C clients, S images of a client, K classes, M images, T targets.
+In a client with all classes the past says nothing, so what an image shows is all that there is to know of it: it has
+each class with the probability that the method, calibrated on selection clients, gives it by itself. What an answer
+is worth is therefore counted by those probabilities and not by the image's label, whose chance would make two samples
+of some thousand images differ by a nat and more in what they ask for.
+
+Legend: C clients, S images of a client, D features, K classes, M images, T targets.
 """
 
 from __future__ import annotations
@@ -16,7 +21,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from iciia_exp.counts import read_answers
 from iciia_exp.data.batches import ClientBatch
 from iciia_exp.seeding import generator
 
@@ -37,15 +41,14 @@ def caution_after(caution_J: Tensor, n: Tensor) -> Tensor:
     return torch.cat([caution_J, caution_J.new_zeros(1)])[torch.bucketize(n, bounds)]
 
 
-def _images(batches: Sequence[ClientBatch]) -> tuple[Tensor, Tensor]:
-    """Return features [M, D] and labels [M] of the batches' images, each once."""
+def _images(batches: Sequence[ClientBatch]) -> Tensor:
+    """Return the features of the batches' images, each once, [M, D]."""
     x_MD = torch.cat([batch.x_CSD[batch.mask_CS] for batch in batches])
-    y_M = torch.cat([batch.y_CS[batch.mask_CS] for batch in batches])
     if all(batch.image_CS is not None for batch in batches):
         number_M = torch.cat([batch.image_CS[batch.mask_CS] for batch in batches])  # type: ignore[index]
         _, first_M = np.unique(number_M.numpy(), return_index=True)
-        x_MD, y_M = x_MD[first_M], y_M[first_M]
-    return x_MD, y_M
+        x_MD = x_MD[first_M]
+    return x_MD
 
 
 def _mixed_clients(images: int, size: int) -> Tensor:
@@ -63,12 +66,11 @@ def choose_caution(
     head: Callable[[Tensor], Tensor],
     batches: Sequence[ClientBatch],
 ) -> dict[str, Any]:
-    """Set each value to the least with which neither accuracy nor log-loss is worse than the backbone's.
+    """Set each value to the least with which neither accuracy nor log-loss is expected to be below the backbone's.
 
     On clients with all classes, by more than 0.2 points or 0.002 nats; in quarters of a nat, below the first whole
-    number that is enough. Where the method's own answer to a single image is worse than the backbone's, that is
-    compared with: no caution makes it better. Where nothing is enough, it is the least whole number that by log-loss
-    is as good as any, within a standard error; where there are too few selection images to tell, 0.
+    number that is enough. Where nothing is enough, it is the least whole number that by log-loss is as good as any,
+    within a standard error; where there are too few selection images to tell, 0.
 
     Args:
         caution_J: what is set, in place; ``stream`` reads it.
@@ -77,30 +79,31 @@ def choose_caution(
         batches: selection clients.
     """
     caution_J.zero_()
-    x_MD, y_M = _images(batches)
-    if len(y_M) <= LENGTHS[-1]:
+    x_MD = _images(batches)
+    if len(x_MD) <= LENGTHS[-1]:
         return {}
+    caution_J.fill_(_GRID[-1])  # of an image by itself: as of a client with all classes
+    alone_MK = torch.cat([stream(x_1D)[:, 0] for x_1D in x_MD.unsqueeze(1).split(_AT_ONCE)]).softmax(-1)
 
-    def read(logits: Callable[[Tensor], Tensor], rows_CS: Tensor, first: int) -> tuple[Tensor, Tensor]:
-        """Return hits and log-loss of each client's images from the ``first`` on, float64 [T]."""
-        parts = [
-            read_answers(logits(x_MD[rows])[:, first:].flatten(0, 1), y_M[rows[:, first:]].flatten())
-            for rows in rows_CS.split(_AT_ONCE // rows_CS.shape[1])
-        ]
-        return torch.cat([part.hits_MA[:, 0] for part in parts]).double(), torch.cat([part.loss_M for part in parts])
+    def expected(logits: Callable[[Tensor], Tensor], rows_CS: Tensor, first: int) -> tuple[Tensor, Tensor]:
+        """Return how probably each answer from the ``first`` on is right, and its expected log-loss, float64 [T]."""
+        right, losses = [], []
+        for rows in rows_CS.split(_AT_ONCE // rows_CS.shape[1]):
+            log_p_TK = logits(x_MD[rows])[:, first:].flatten(0, 1).log_softmax(-1)
+            class_TK = alone_MK[rows[:, first:].flatten()]
+            right.append(class_TK.gather(1, log_p_TK.argmax(1, keepdim=True))[:, 0])
+            losses.append(-(class_TK * log_p_TK).sum(1))
+        return torch.cat(right).double(), torch.cat(losses).double()
 
     def least(rows_CS: Tensor, first: int) -> float:
         """Return the value for the images from the ``first`` on."""
-        caution_J.fill_(_GRID[-1])  # of an image by itself: as of a client with all classes
-        answers = read(head, rows_CS, first), read(stream, rows_CS[:, first:].reshape(-1, 1), 0)
-        accuracy = min(float(hits_T.mean()) for hits_T, _ in answers)
-        log_loss = max(float(loss_T.mean()) for _, loss_T in answers)
+        accuracy, log_loss = (float(part_T.mean()) for part_T in expected(head, rows_CS, first))
         losses: dict[float, Tensor] = {}
 
         def harmful(value: float) -> bool:
             caution_J.fill_(value)
-            hits_T, losses[value] = read(stream, rows_CS, first)
-            return max(accuracy - float(hits_T.mean()), float(losses[value].mean()) - log_loss) > _TOLERATED
+            right_T, losses[value] = expected(stream, rows_CS, first)
+            return max(accuracy - float(right_T.mean()), float(losses[value].mean()) - log_loss) > _TOLERATED
 
         value = next((value for value in _GRID if not harmful(value)), None)
         if value is None:
@@ -112,7 +115,7 @@ def choose_caution(
 
     chosen = []
     for shorter, longest in zip((0, *LENGTHS[:-1]), LENGTHS, strict=True):
-        chosen.append(least(_mixed_clients(len(y_M), longest + 1), shorter + 1))
+        chosen.append(least(_mixed_clients(len(x_MD), longest + 1), shorter + 1))
     caution_J.copy_(torch.tensor(chosen))
     return {"caution": dict(zip(map(str, LENGTHS), chosen, strict=True))}
 
