@@ -126,6 +126,19 @@ def test_clients_with_all_classes_are_no_worse_off(kind):
         torch.testing.assert_close(logits, method.stream(x)[:, -1], atol=1e-4, rtol=1e-4)
 
 
+def test_two_samples_of_images_ask_for_the_same_caution():
+    head = nn.Linear(K, K)
+    head.load_state_dict({"weight": 2 * torch.eye(K), "bias": torch.zeros(K)})
+    chosen = []
+    for seed in range(2):
+        method = ClientPrior(head, caution=None, new=0.3, smoothing=0.1).eval()
+        method.types, method.log_weight = torch.eye(K), torch.full((K,), 1 / K).log()
+        method.calibrate([selection(800, seed)])
+        chosen.append(method.caution)
+    assert chosen[0].min() > 2
+    assert (chosen[0] - chosen[1]).abs().max() <= 0.5  # counted by labels, a whole nat
+
+
 def test_the_caution_is_saved_with_the_weights():
     cloud = small_cloud(D, K)
     method = ClientPrior(nn.Linear(D, K), caution=None).eval()
