@@ -9,7 +9,7 @@ each class with the probability that the method, calibrated on selection clients
 is worth is therefore counted by those probabilities and not by the image's label, whose chance would make two samples
 of some thousand images differ by a nat and more in what they ask for.
 
-Legend: C clients, S images of a client, D features, K classes, M images, T targets.
+Legend: C clients, S images of a client, D features, K classes, M images, T targets in all.
 """
 
 from __future__ import annotations
@@ -69,8 +69,8 @@ def choose_caution(
     """Set each value to the least with which neither accuracy nor log-loss is expected to be below the backbone's.
 
     On clients with all classes, by more than 0.2 points or 0.002 nats; in quarters of a nat, below the first whole
-    number that is enough. Where nothing is enough, it is the least whole number that by log-loss is as good as any,
-    within a standard error; where there are too few selection images to tell, 0.
+    number that is enough. Where nothing is enough, because it is not the prior that harms, it is the least whole number
+    from which on a nat more takes away no more than that; where there are too few selection images, 0.
 
     Args:
         caution_J: what is set, in place; ``stream`` reads it.
@@ -85,30 +85,30 @@ def choose_caution(
     caution_J.fill_(_GRID[-1])  # of an image by itself: as of a client with all classes
     alone_MK = torch.cat([stream(x_1D)[:, 0] for x_1D in x_MD.unsqueeze(1).split(_AT_ONCE)]).softmax(-1)
 
-    def expected(logits: Callable[[Tensor], Tensor], rows_CS: Tensor, first: int) -> tuple[Tensor, Tensor]:
-        """Return how probably each answer from the ``first`` on is right, and its expected log-loss, float64 [T]."""
+    def expected(logits: Callable[[Tensor], Tensor], rows_CS: Tensor, first: int) -> tuple[float, float]:
+        """Return accuracy and log-loss of the answers to each client's images from the ``first`` on."""
         right, losses = [], []
         for rows in rows_CS.split(_AT_ONCE // rows_CS.shape[1]):
             log_p_TK = logits(x_MD[rows])[:, first:].flatten(0, 1).log_softmax(-1)
             class_TK = alone_MK[rows[:, first:].flatten()]
             right.append(class_TK.gather(1, log_p_TK.argmax(1, keepdim=True))[:, 0])
             losses.append(-(class_TK * log_p_TK).sum(1))
-        return torch.cat(right).double(), torch.cat(losses).double()
+        return float(torch.cat(right).double().mean()), float(torch.cat(losses).double().mean())
 
     def least(rows_CS: Tensor, first: int) -> float:
         """Return the value for the images from the ``first`` on."""
-        accuracy, log_loss = (float(part_T.mean()) for part_T in expected(head, rows_CS, first))
-        losses: dict[float, Tensor] = {}
+        accuracy, log_loss = expected(head, rows_CS, first)
+        harm: dict[float, float] = {}
 
         def harmful(value: float) -> bool:
             caution_J.fill_(value)
-            right_T, losses[value] = expected(stream, rows_CS, first)
-            return max(accuracy - float(right_T.mean()), float(losses[value].mean()) - log_loss) > _TOLERATED
+            right, loss = expected(stream, rows_CS, first)
+            harm[value] = max(accuracy - right, loss - log_loss)
+            return harm[value] > _TOLERATED
 
         value = next((value for value in _GRID if not harmful(value)), None)
         if value is None:
-            best_T = min(losses.values(), key=torch.mean)
-            return next(v for v in _GRID if not _above_zero(losses[v] - best_T))
+            return next(v for v in _GRID if all(harm[v] - harm[u] <= _TOLERATED * (u - v) for u in _GRID if u > v))
         for step in _FINER if value else ():
             value -= 0.0 if harmful(value - step) else step
         return value
@@ -118,8 +118,3 @@ def choose_caution(
         chosen.append(least(_mixed_clients(len(x_MD), longest + 1), shorter + 1))
     caution_J.copy_(torch.tensor(chosen))
     return {"caution": dict(zip(map(str, LENGTHS), chosen, strict=True))}
-
-
-def _above_zero(difference_T: Tensor) -> bool:
-    """Whether the mean is above 0 by more than its standard error."""
-    return bool(difference_T.mean() > difference_T.std() / len(difference_T) ** 0.5)

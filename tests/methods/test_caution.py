@@ -56,10 +56,9 @@ def test_harm_that_no_caution_prevents():
     caution = torch.zeros(len(LENGTHS))
     choose_caution(caution, harmful(lambda x: 3 * torch.eye(K)[0]), lambda x: x, [selection()])
     assert caution.tolist() == [0.0] * len(LENGTHS)  # it would only cost others something
-    choose_caution(
-        caution, harmful(lambda x: (7 - caution[0]).clamp(min=2) * torch.eye(K)[0]), lambda x: x, [selection()]
-    )
-    assert caution.tolist() == [5.0] * len(LENGTHS)  # more helps no more
+    stream = harmful(lambda x: ((7 - caution[0]).clamp(min=2) - 0.001 * caution[0]) * torch.eye(K)[0])
+    choose_caution(caution, stream, lambda x: x, [selection()])
+    assert caution.tolist() == [5.0] * len(LENGTHS)  # more helps hardly more
 
 
 def test_a_worse_answer_to_single_images_is_not_the_past_s_fault():
