@@ -145,7 +145,8 @@ class IciiaPrior(IciiaStream):
 
     def _kept(self, past_CPE: Tensor) -> tuple[Tensor, ...]:
         """Return what `iciia_stream` keeps, and the types' log-likelihoods, [C, P, T]."""
-        own_CPE, types_CPT = past_CPE.split([super().state_width, len(self.inferred.types)], dim=2)
+        types = len(self.inferred.types)
+        own_CPE, types_CPT = past_CPE.split([past_CPE.shape[2] - types, types], dim=2)
         return *super()._kept(own_CPE), types_CPT
 
     def macs(self, images: int) -> int:

@@ -87,6 +87,20 @@ def test_cost_of_one_more_image_agrees_with_the_counter(method, monkeypatch):
     assert method.streaming_macs(16) in (None, counted)
 
 
+def test_one_more_image_is_a_program_without_breaks(method):
+    if method.name in {"prior_em", "prior_map"}:
+        pytest.skip("looks up the task in a buffer, on which a program cannot branch")
+    past, mask = torch.empty(1, 0, method.state_width), torch.tensor([[True, True, False]])
+    torch._dynamo.reset()
+    step = torch.compile(OneMore(method), dynamic=False, fullgraph=True, backend="eager")
+    with torch.inference_mode():
+        for _ in range(3):
+            past = torch.cat([past, method.step(torch.randn(1, D), past)[1].unsqueeze(1)], 1)
+        x = torch.randn(1, D)
+        for got, want in zip(step(x, past, mask), method.step(x, past, mask), strict=True):
+            torch.testing.assert_close(got, want)
+
+
 def test_weights_round_trip(method, path):
     again = make(path)
     again.load_state_dict(method.state_dict())
