@@ -105,7 +105,7 @@ class ClientPrior(ClientTypes):
 
     def _sequence(self, b_CSK: Tensor, real_CS: Tensor, causal: bool) -> Tensor:
         log_prior_CSK, _ = self.log_prior(b_CSK, real_CS, causal)
-        return b_CSK.log_softmax(-1) - self.log_source + log_prior_CSK
+        return self._log_likelihood(b_CSK) + log_prior_CSK
 
     def log_prior(self, b_CSK: Tensor, real_CS: Tensor, causal: bool) -> tuple[Tensor, Tensor]:
         """Return the log-prior of every image, [C, S, K], and how probable a training client is there, [C, S].
@@ -138,8 +138,8 @@ class ClientPrior(ClientTypes):
             types_CPT: their log-likelihoods of the types, from `types_of`.
             real_CP: 1 for a real image, 0 for padding.
         """
-        log_likelihood_CPK = b_CPK.log_softmax(-1) - self.log_source
-        for past, prior_CJK, _ in self._follow(log_likelihood_CPK, types_CPT, real_CP, 1 - self.forget):  # noqa: B007
+        log_likelihood_CPK, keep = self._log_likelihood(b_CPK), 1 - self.forget
+        for past, prior_CJK, _ in self._follow(log_likelihood_CPK, types_CPT, real_CP, keep):  # noqa: B007
             pass
         return self._mix(past, prior_CJK)
 
@@ -202,7 +202,7 @@ class ClientPrior(ClientTypes):
         b_CPK, types_CPT = past_CPE.split([self.num_classes, len(self.types)], dim=2)
         log_prior_CK, _ = self.next_log_prior(b_CPK, types_CPT, real_images(b_CPK, mask_CP))
         b_CK = self.calibrated(x_CD)
-        return b_CK.log_softmax(-1) - self.log_source + log_prior_CK, torch.cat([b_CK, self.types_of(b_CK)], 1)
+        return self._log_likelihood(b_CK) + log_prior_CK, torch.cat([b_CK, self.types_of(b_CK)], 1)
 
     def macs(self, images: int) -> int:
         """2 S K (T + J): likelihood of every hypothesis, and the mixed prior."""

@@ -93,7 +93,7 @@ class ClientTypes(TrainingFree):
 
     def _read(self, b_CSK: Tensor) -> tuple[Tensor, Tensor]:
         """Return log-likelihoods of the classes, [C, S, K], and of the types, [C, S, T]."""
-        log_likelihood_CSK = b_CSK.log_softmax(-1) - self.log_source
+        log_likelihood_CSK = self._log_likelihood(b_CSK)
         top_CS1 = log_likelihood_CSK.amax(-1, keepdim=True)
         likelihood_CSK = (log_likelihood_CSK - top_CS1).exp()
         pooled_CS1 = (likelihood_CSK @ self.pooled).unsqueeze(-1)

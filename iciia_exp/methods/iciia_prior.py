@@ -91,10 +91,7 @@ class IciiaPrior(IciiaStream):
     def _infer(self, b_CSK: Tensor, real_CS: Tensor, causal: bool) -> tuple[Tensor, Tensor]:
         """Return log pi / s, [C, S, K], and what the gates see of the kind of client, [C, S, 2]."""
         with torch.no_grad():
-            return self._seen(*self.inferred.log_prior(self._calibrated(b_CSK), real_CS, causal))
-
-    def _calibrated(self, b: Tensor) -> Tensor:
-        return b * (-self.inferred.log_temperature).exp() + self.inferred.bias
+            return self._seen(*self.inferred.log_prior(self.inferred.rescaled(b_CSK), real_CS, causal))
 
     def _seen(self, log_prior: Tensor, known: Tensor) -> tuple[Tensor, Tensor]:
         """Return log pi / s, [..., K], and what the gates see of how probable a training client is, [..., 2]."""
@@ -130,12 +127,14 @@ class IciiaPrior(IciiaStream):
         classes_CPK = self._classes(b_CPK) * real_CP.unsqueeze(2)
         sums = (encoded_CPD * real_CP.unsqueeze(2)).sum(1), classes_CPK.sum(1), classes_CPK.square().sum((1, 2))
         n_C = real_CP.sum(1)
-        prior_CK, known_C2 = self._seen(*self.inferred.next_log_prior(self._calibrated(b_CPK), types_CPT, real_CP))
+        prior_CK, known_C2 = self._seen(
+            *self.inferred.next_log_prior(self.inferred.rescaled(b_CPK), types_CPT, real_CP)
+        )
         mean_CD, (trust, weight, _) = self._gates(*sums, n_C, known_C2)
         b_CK = self.classify(x_CD)
         logits_CK = self._combine(b_CK, self._bias(mean_CD, trust, weight, prior_CK, n_C), n_C)
         encoded_CD, own_Ce = self.model.encode_step(x_CD, keys_CPe, mask_CP)
-        own_CT = self.inferred.types_of(self._calibrated(b_CK))
+        own_CT = self.inferred.types_of(self.inferred.rescaled(b_CK))
         return logits_CK, torch.cat([own_Ce, encoded_CD, b_CK, own_CT], 1)
 
     @property

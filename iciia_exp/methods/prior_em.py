@@ -74,7 +74,7 @@ class PriorEM(TrainingFree):
         return in_parts(self._classes, 16, b_CSK, real_CS)
 
     def _classes(self, b_CSK: Tensor, real_CS: Tensor) -> Tensor:
-        log_likelihood_CSK = b_CSK.log_softmax(-1) - self.log_source
+        log_likelihood_CSK = self._log_likelihood(b_CSK)
         prior_CK = self._prior(log_likelihood_CSK, real_CS, self.log_source.exp())
         return log_likelihood_CSK + prior_CK.clamp(min=_LEAST).log().unsqueeze(1)
 

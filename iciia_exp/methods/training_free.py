@@ -112,7 +112,15 @@ class TrainingFree(Method):
 
     def calibrated(self, x_CSD: Tensor) -> Tensor:
         """Return the classifier's calibrated logits of every image by itself, [C, S, K]."""
-        return self.classify(x_CSD) * (-self.log_temperature).exp() + self.bias
+        return self.rescaled(self.classify(x_CSD))
+
+    def rescaled(self, b: Tensor) -> Tensor:
+        """Return the classifier's logits [..., K] as calibrated."""
+        return b * (-self.log_temperature).exp() + self.bias
+
+    def _log_likelihood(self, b: Tensor) -> Tensor:
+        """Return log-likelihoods of the classes, up to what no class changes, from calibrated logits [..., K]."""
+        return b.log_softmax(-1) - self.log_source
 
     @torch.inference_mode()
     def calibrate(self, batches: Iterable[ClientBatch]) -> dict[str, Any]:
@@ -125,7 +133,7 @@ class TrainingFree(Method):
         log_temperature, bias = fit_calibrator(b_TK, y_T, self.calibrator)
         self.log_temperature.copy_(log_temperature)
         self.bias.copy_(bias)
-        logits_TK = b_TK * (-self.log_temperature).exp() + self.bias
+        logits_TK = self.rescaled(b_TK)
         if bool(self.multi_label):
             self.log_source.copy_(logits_TK.sigmoid().mean(0).clamp(1e-6, 1 - 1e-6).log())
         elif self.calibrator != "none":

@@ -24,6 +24,13 @@ def selection(images=800, seed=0):
     return ClientBatch(x.view(*shape, K), y.view(shape), mask, torch.arange(shape[0]), image_CS=image)
 
 
+def diagonal_head():
+    """Return the best classifier that there is for the features of `selection`."""
+    head = nn.Linear(K, K)
+    head.load_state_dict({"weight": 2 * torch.eye(K), "bias": torch.zeros(K)})
+    return head
+
+
 def test_caution_by_length():
     values = torch.tensor([5.0, 4.0, 3.0, 2.0, 1.0])
     assert caution_after(values, torch.arange(10)).tolist() == [5, 5, 4, 3, 2, 2, 1, 1, 0, 0]
@@ -97,8 +104,7 @@ def mixed_clients(x_MD, y_M, seed, clients=3000):
 
 @pytest.mark.parametrize("kind", [ClientPrior, IciiaPrior])
 def test_clients_with_all_classes_are_no_worse_off(kind):
-    head = nn.Linear(K, K)
-    head.load_state_dict({"weight": 2 * torch.eye(K), "bias": torch.zeros(K)})  # the best there is for such features
+    head = diagonal_head()
     batch, seed = selection(), torch.Generator().manual_seed(1)
     x, y = mixed_clients(*(part.flatten(0, 1) for part in selection(800, 3)[:2]), seed)
     loss = {}
@@ -126,9 +132,7 @@ def test_clients_with_all_classes_are_no_worse_off(kind):
 
 
 def test_two_samples_of_images_ask_for_the_same_caution():
-    head = nn.Linear(K, K)
-    head.load_state_dict({"weight": 2 * torch.eye(K), "bias": torch.zeros(K)})
-    chosen = []
+    head, chosen = diagonal_head(), []
     for seed in range(2):
         method = ClientPrior(head, caution=None, new=0.3, smoothing=0.1).eval()
         method.types, method.log_weight = torch.eye(K), torch.full((K,), 1 / K).log()
