@@ -1,0 +1,154 @@
+"""Golden numbers: a short run of every method on digits, which no refactoring may change.
+
+``tests/golden/digits.json`` holds, for every method, each test client's counts, sums by history and by drawn client,
+what was chosen on val clients, and the sums of its weights. On the machine that wrote it (same processor and PyTorch)
+they are compared exactly; elsewhere other kernels round differently, and a trained method may take another turn, so
+totals are compared with the tolerances below.
+
+``python -m tests.test_golden METHOD ...`` writes the entries of some methods again, ``all`` those of every method. A
+commit that does so says why.
+"""
+
+import json
+import platform
+import sys
+from pathlib import Path
+
+import pandas as pd
+import pytest
+import torch
+from safetensors.torch import load_file
+
+FILE = Path(__file__).parent / "golden" / "digits.json"
+
+#: Where the machine is another: share of test images whose answer may differ in total, and of a sum of log-losses.
+OTHER_MACHINE = {"hits": 0.03, "loss": 0.05}
+
+SETTING = (
+    *("logger=csv", "trainer=cpu", "groups=4", "retrieval.examples=0"),
+    *("backbone.model.dim=32", "backbone.model.width=4", "backbone.recipe.epochs=15"),
+    "dataset.sizes={backbone: 500, train: 500, selection: 160, test: 240}",
+    *("partition.split=within", "partition.images_per_client=40", "partition.deals=2"),
+    *("protocol.recipe.epochs=4", "protocol.recipe.batch_size=2", "protocol.recipe.lr=0.003", "protocol.train_images=20"),
+    *("protocol.history_orders=2", "protocol.history_lengths=[0,1,3]", "protocol.kinds_clients=20"),
+)
+
+#: What is run of each: the method alone, and variants whose code differs.
+RUNS = {
+    **{
+        name: (f"method={name}",)
+        for name in (
+            *("arm_cml", "backbone", "client_prior", "client_types", "context_token", "conv_across_images"),
+            *("feedforward", "finetune", "iciia", "iciia_prior", "iciia_stream", "lame", "linear_head"),
+            *("oracle_classes", "prior_em", "prior_map", "prompt_tuning", "smoothed_prior", "stata", "t3a"),
+        )
+    },
+    "iciia causal, 2 layers": ("method=iciia", "method.attention=causal", "num_layers=2", "groups=1"),
+    "iciia, published protocol": ("method=iciia", "protocol=published", "protocol.recipe.epochs=2"),
+    "iciia_prior, all kinds of clients": ("method=iciia_prior", "client_mix=all_kinds", "protocol=streaming"),
+    "client_prior with forgetting": ("method=client_prior", "method.forget=0.1", "method.caution=0.0"),
+}
+
+
+def machine():
+    """Return what rounding depends on: the processor and the version of PyTorch."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+        processor = next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        processor = platform.processor()
+    return {"processor": processor, "torch": torch.__version__.split("+")[0]}
+
+
+def sums(folder, name, keys):
+    """Return the sums of counts and losses of one of a run's tables by some of its columns."""
+    columns = ["backbone_hits", "method_hits", "both_hits", "backbone_loss", "method_loss"]
+    frame = pd.read_parquet(folder / f"{name}.parquet").groupby(keys, sort=True)[columns].sum()
+    return {" ".join(map(str, key)): list(row) for key, row in zip(frame.index, frame.to_numpy().tolist(), strict=True)}
+
+
+def measure(overrides):
+    """Run one setting and return its golden entry."""
+    from iciia_exp import run_experiment
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # sums in another order have other last digits
+    try:
+        run = run_experiment(*SETTING, *overrides)
+    finally:
+        torch.set_num_threads(threads)
+    clients = run.clients.drop(columns=["client", "kind"])
+    weights = load_file(run.path / "weights.safetensors")
+    training = json.loads((run.path / "training.json").read_text())
+    entry = {
+        "clients": {name: column.tolist() for name, column in clients.items()},
+        "history": sums(run.path, "history", ["protocol", "history"]),
+        "training": {k: v for k, v in training.items() if k != "seconds"},
+        # of what is trained or fitted; without names, which may change
+        "weights": sorted(float(t.double().sum()) for t in weights.values() if t.is_floating_point() and t.numel() > 1),
+    }
+    if (run.path / "kinds.parquet").is_file():
+        entry["drawn"] = sums(run.path, "kinds", ["kind", "history"])
+    return entry
+
+
+@pytest.fixture(scope="module")
+def golden():
+    return json.loads(FILE.read_text(encoding="utf-8"))
+
+
+@pytest.fixture(scope="module")
+def shared(tmp_path_factory):
+    return tmp_path_factory.mktemp("golden")
+
+
+def test_every_method_has_an_entry(golden):
+    from iciia_exp.engine.paths import CONF_DIR
+
+    assert {overrides[0].removeprefix("method=") for overrides in RUNS.values()} == {
+        path.stem for path in (CONF_DIR / "method").glob("*.yaml")
+    }
+    assert set(golden["runs"]) == set(RUNS)
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_numbers_are_as_they_were(name, golden, shared, monkeypatch):
+    monkeypatch.setenv("ICIIA_EXP_CACHE", str(shared / "cache"))  # one backbone for all of them
+    got, want = json.loads(json.dumps(measure(RUNS[name]))), golden["runs"][name]
+    if machine() == golden["machine"]:
+        assert got == want
+        return
+    images, classes = sum(want["clients"]["images"]), want["clients"]["classes"]
+    assert got["clients"]["images"] == want["clients"]["images"]
+    assert got["clients"]["classes"] == classes
+    for who in ("backbone", "method"):
+        hits, loss = (f"{who}_{what}" for what in ("hits", "loss"))
+        assert sum(got["clients"][hits]) == pytest.approx(
+            sum(want["clients"][hits]), abs=OTHER_MACHINE["hits"] * images
+        )
+        assert sum(got["clients"][loss]) == pytest.approx(sum(want["clients"][loss]), rel=OTHER_MACHINE["loss"])
+    assert set(got["history"]) == set(want["history"])
+    assert set(got.get("drawn", ())) == set(want.get("drawn", ()))
+    assert len(got["weights"]) == len(want["weights"])
+
+
+def main(names):
+    """Write entries again."""
+    import os
+    import tempfile
+
+    old = json.loads(FILE.read_text(encoding="utf-8")) if FILE.is_file() else {"runs": {}}
+    names = list(RUNS) if names == ["all"] else names
+    with tempfile.TemporaryDirectory() as folder:
+        os.environ["ICIIA_EXP_CACHE"], os.environ["ICIIA_EXP_OUTPUT"] = f"{folder}/cache", f"{folder}/outputs"
+        old["runs"] |= {name: measure(RUNS[name]) for name in names}
+    runs = {name: old["runs"][name] for name in RUNS}
+    lines = [f'{{\n"machine": {json.dumps(machine())},\n"runs": {{']
+    for name, entry in runs.items():  # a line per kind of number, so that a change shows where it is
+        parts = ",\n".join(f"{json.dumps(key)}: {json.dumps(value)}" for key, value in entry.items())
+        lines.append(f"{json.dumps(name)}: {{\n{parts}\n}}" + "," * (name != list(runs)[-1]))
+    FILE.write_text("\n".join([*lines, "}\n}\n"]), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
