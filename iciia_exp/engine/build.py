@@ -34,7 +34,7 @@ from iciia_exp.methods.base import Method
 from iciia_exp.models.backbone import Backbone, BackboneSpec
 from iciia_exp.paths import resolve_cache_dir
 
-__all__ = ["STAGES", "Plan", "build", "check_keys", "parameters_of", "science"]
+__all__ = ["STAGES", "Plan", "build", "check_keys", "identity", "parameters_of", "science"]
 
 STAGES = ("all", "backbone", "features", "train", "evaluate")
 
@@ -108,16 +108,30 @@ def build(node: dict[str, Any], path: str, **runtime: Any) -> Any:
     return _call(path, lambda: instantiate(node, **runtime, _convert_="all"))
 
 
+def identity(target: Any) -> str:
+    """Return the stable name of a target: its ``name`` where it has one, else its own; never its module's.
+
+    So a class can move without renaming what it made.
+    """
+    name = getattr(target, "name", None)
+    return name if isinstance(name, str) else target.__name__
+
+
 def science(node: Any) -> Any:
-    """Return a configuration without the keys that change no number (``cosmetic`` of its target)."""
+    """Return a configuration without the keys that change no number (``cosmetic`` of its target).
+
+    A target counts by its `identity`.
+    """
     if isinstance(node, list):
         return [science(v) for v in node]
     if not isinstance(node, dict):
         return node
-    cosmetic: frozenset[str] = frozenset()
-    if "_target_" in node:
-        cosmetic = getattr(get_object(node["_target_"]), "cosmetic", cosmetic)
-    return {k: science(v) for k, v in node.items() if k not in cosmetic and k != "_partial_"}
+    if "_target_" not in node:
+        return {k: science(v) for k, v in node.items()}
+    target = get_object(node["_target_"])
+    cosmetic = getattr(target, "cosmetic", frozenset())
+    values = {k: science(v) for k, v in node.items() if k not in cosmetic and not k.startswith("_")}
+    return {"_target_": identity(target), **values}
 
 
 class Plan:

@@ -1,9 +1,13 @@
 """Digests count what can change a number and nothing else; errors name the key that the user typed."""
 
 import shutil
+import sys
+import types
 
 import pandas as pd
 import pytest
+from hydra.utils import get_object
+from omegaconf import OmegaConf
 
 from iciia_exp.engine.build import Plan
 from iciia_exp.engine.paths import CONF_DIR
@@ -293,3 +297,24 @@ def test_a_missing_folder_is_that_of_data_dir(compose, name, value):
     with pytest.raises(ConfigError, match=rf"^data_dir={value}: ") as error:
         Plan(compose(*overrides)).table  # noqa: B018
     assert error.value.key == "data_dir"
+
+
+@pytest.mark.parametrize(
+    "key",
+    [
+        *("dataset", "backbone", "backbone.model", "backbone.recipe", "features", "partition", "method"),
+        *("client_mix", "protocol", "protocol.recipe"),
+    ],
+)
+def test_a_class_that_moves_to_another_module_renames_nothing(plan, key, monkeypatch):
+    node = OmegaConf.select(OmegaConf.create(plan().config), key)
+    here = get_object(node["_target_"])
+    moved = type(here.__name__, (here,), {"__module__": "tests.elsewhere"})
+    module = types.ModuleType("tests.elsewhere")
+    setattr(module, here.__name__, moved)
+    monkeypatch.setitem(sys.modules, "tests.elsewhere", module)
+    there = plan(f"{key}._target_=tests.elsewhere.{here.__name__}")
+    assert get_object(OmegaConf.select(OmegaConf.create(there.config), key)["_target_"]) is moved
+    assert there.run_dir == plan().run_dir
+    assert there.features_dir == plan().features_dir
+    assert there.backbone_dir == plan().backbone_dir
