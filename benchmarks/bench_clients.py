@@ -40,15 +40,16 @@ from torch.utils.data import DataLoader
 
 from iciia_exp.data.batches import ClientBatchSampler, FeatureBatches
 from iciia_exp.data.clients import Clients
-from iciia_exp.engine.console import console, partition_table, result_table
-from iciia_exp.engine.plots import gain_per_client
-from iciia_exp.engine.results import client_table
+from iciia_exp.engine.evaluation.row import client_table
+from iciia_exp.engine.terminal import console, partition_table, result_table
 from iciia_exp.engine.tracking import Tracker, Tracking
-from iciia_exp.engine.training import MethodModule, make_trainer, quiet_lightning
-from iciia_exp.memory import keep_freed_memory
-from iciia_exp.methods.iciia import IciiaMethod
-from iciia_exp.metrics import harmed_by_chance, summarise
+from iciia_exp.engine.training.modules import MethodModule
+from iciia_exp.engine.training.trainer import make_trainer, quiet_lightning
+from iciia_exp.machine import keep_freed_memory
+from iciia_exp.methods.adapt.iciia import IciiaMethod
 from iciia_exp.recipe import Recipe
+from iciia_exp.results.plots import gain_per_client
+from iciia_exp.results.summary import harmed_by_chance, summarise
 
 TRAINER = {"_target_": "lightning.pytorch.Trainer", "accelerator": "cpu", "devices": 1, "limit_test_batches": None}
 

@@ -6,7 +6,7 @@ Three things, in one process, one after the other and again, medians of paired r
   lie in memory;
 - bare: the same network after `ImageBackbone.faster` (batch norm folded, channels last), on normalised channels-last
   batches in memory, of the batch size that the project chooses (``--sizes`` tries others);
-- project: `iciia_exp.engine.features.extract` from JPEG files through Lightning into a store in a temporary folder,
+- project: `iciia_exp.engine.training.extract.extract` from JPEG files through Lightning into a store in a temporary folder,
   by threads that load and compute (the default on a processor) and with a loading process beside a network on
   all cores. The threads' rate is from the start to the last batch's end, that with a process from the first batch's
   end, when it has started.
@@ -54,11 +54,13 @@ import numpy as np
 import torch
 from PIL import Image
 
-from iciia_exp.data.imagenet import ImageNet
-from iciia_exp.engine import features, loading
-from iciia_exp.engine.features import Extraction, extract
-from iciia_exp.memory import keep_freed_memory
-from iciia_exp.models.timm_backbone import TimmBackbone
+from iciia_exp.config.settings import Extraction
+from iciia_exp.data.datasets.imagenet import ImageNet
+from iciia_exp.engine.training import extract as features
+from iciia_exp.engine.training import image_loading as loading
+from iciia_exp.engine.training.extract import extract
+from iciia_exp.machine import keep_freed_memory
+from iciia_exp.models.backbones.timm_backbone import TimmBackbone
 
 TRAINER = {"_target_": "lightning.pytorch.Trainer", "accelerator": "cpu"}
 
@@ -179,6 +181,6 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    from iciia_exp.engine.progress import progress_bar
+    from iciia_exp.engine.training.progress import progress_bar
 
     main()

@@ -40,7 +40,7 @@ from torch.nn import functional as F
 
 from iciia_exp import tasks
 from iciia_exp.cost import attention_macs
-from iciia_exp.memory import keep_freed_memory
+from iciia_exp.machine import keep_freed_memory
 from iciia_exp.models.iciia import ICIIA
 
 S, K = 16, 1000
@@ -209,11 +209,11 @@ def apart(options: argparse.Namespace) -> None:
 
 def stream(options: argparse.Namespace) -> None:
     """Compare all lengths of history in one pass with running every (target, length) alone."""
+    from iciia_exp.config.settings import Protocol
     from iciia_exp.data.batches import FeatureBatches
     from iciia_exp.data.clients import Clients, Ragged
-    from iciia_exp.engine.history import history_table
-    from iciia_exp.engine.protocol import Protocol
-    from iciia_exp.methods.iciia import IciiaMethod
+    from iciia_exp.engine.evaluation.history import history_table
+    from iciia_exp.methods.adapt.iciia import IciiaMethod
     from iciia_exp.recipe import Recipe
 
     dim, clients = 1280, 625
@@ -255,13 +255,18 @@ def session(options: argparse.Namespace) -> None:
     import timm
 
     from iciia_exp import ClientSession, Run
-    from iciia_exp.engine.run import save_method
-    from iciia_exp.methods.iciia import IciiaMethod
+    from iciia_exp.methods.adapt.iciia import IciiaMethod
+    from iciia_exp.serving.run import save_method
 
     net = timm.create_model("mobilenetv3_large_100", pretrained=False).eval().to(memory_format=torch.channels_last)
     image = torch.randn(1, 3, 224, 224).to(memory_format=torch.channels_last)
     head = nn.Linear(1280, K)
-    config = {"_target_": "iciia_exp.methods.iciia.IciiaMethod", "num_layers": 3, "groups": 256, "attention": "causal"}
+    config = {
+        "_target_": "iciia_exp.methods.adapt.iciia.IciiaMethod",
+        "num_layers": 3,
+        "groups": 256,
+        "attention": "causal",
+    }
     with tempfile.TemporaryDirectory() as name:
         method = IciiaMethod(head, 3, 4, 256, attention="causal")
         facts = {"task": "single-label", "class_names": [str(k) for k in range(K)]}

@@ -37,7 +37,7 @@ def main() -> None:
             (run / "results.json").write_text(json.dumps(row | new))
         command = [sys.executable, "-m", "iciia_exp.report", str(folder / "runs")]
         start = time.perf_counter()
-        subprocess.run([sys.executable, "-c", "import pandas, iciia_exp.report.collect"], check=True)
+        subprocess.run([sys.executable, "-c", "import pandas, iciia_exp.results.tables"], check=True)
         print(f"imports: {time.perf_counter() - start:.1f} s")
         ways = {"table": [], "page": ["--html", str(folder / "page.html")], "tables and figures": ["--out", name]}
         for what, more in ways.items():

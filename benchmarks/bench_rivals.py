@@ -18,10 +18,10 @@ from hydra.utils import instantiate
 from omegaconf import OmegaConf
 from torch import nn
 
+from iciia_exp.config.paths import CONF_DIR
 from iciia_exp.data.batches import FeatureBatches
 from iciia_exp.data.clients import Clients, Ragged
-from iciia_exp.data.cloud import CloudData
-from iciia_exp.engine.paths import CONF_DIR
+from iciia_exp.data.views import CloudData
 from iciia_exp.tasks import SINGLE_LABEL
 
 D, K, S = 1280, 1000, 16

@@ -58,10 +58,10 @@ from torch.utils.data import DataLoader
 from iciia_exp.artifacts import write_json
 from iciia_exp.data.batches import ClientBatchSampler, FeatureBatches
 from iciia_exp.data.clients import Clients
-from iciia_exp.data.parents import IMAGENET_PARENTS
 from iciia_exp.data.partitions.parent_category import ParentCategory
+from iciia_exp.data.readers.parents import IMAGENET_PARENTS
 from iciia_exp.data.store import FORMAT, FeatureStore
-from iciia_exp.memory import keep_freed_memory
+from iciia_exp.machine import keep_freed_memory
 
 IMAGES_OF_A_CLIENT = 16
 
@@ -145,8 +145,9 @@ def peak_of_memory() -> Iterator[list[float]]:
 
 def train(store: FeatureStore, labels: np.ndarray, clients: Clients, steps: int, folder: Path) -> float:
     """Train ICIIA through the engine's `fit`; return milliseconds per step."""
-    from iciia_exp.engine.training import MethodModule, fit
-    from iciia_exp.methods.iciia import IciiaMethod
+    from iciia_exp.engine.training.fit import fit
+    from iciia_exp.engine.training.modules import MethodModule
+    from iciia_exp.methods.adapt.iciia import IciiaMethod
     from iciia_exp.recipe import Recipe
 
     head = nn.Linear(store.dim, store.num_classes)

@@ -25,18 +25,18 @@ import numpy as np
 import pandas as pd
 
 from iciia_exp import Run
+from iciia_exp.config.settings import Protocol
 from iciia_exp.data.batches import FeatureBatches
 from iciia_exp.data.client_mix import ClientMix, unseen
 from iciia_exp.data.clients import Clients
 from iciia_exp.data.dataset import dense_labels
-from iciia_exp.engine.history import history_table
-from iciia_exp.engine.kinds import clients_in_order
-from iciia_exp.engine.protocol import Protocol
-from iciia_exp.engine.run import Run as RunType
-from iciia_exp.methods.backbone import BackboneOnly
+from iciia_exp.data.drawn_clients import clients_in_order
+from iciia_exp.engine.evaluation.history import history_table
+from iciia_exp.methods.adapt.backbone import BackboneOnly
+from iciia_exp.methods.adapt.prior_em import PriorEM
 from iciia_exp.methods.base import Method
-from iciia_exp.methods.prior_em import PriorEM
 from iciia_exp.recipe import Recipe
+from iciia_exp.serving.run import Run as RunType
 
 LENGTHS = (0, 1, 2, 3, 5, 10, 15)
 

@@ -24,9 +24,10 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from iciia_exp.engine.console import base_of, console, result_table
-from iciia_exp.metrics import ClientCounts, summarise
-from iciia_exp.report.collect import history_summary
+from iciia_exp.engine.terminal import console, result_table
+from iciia_exp.results.labels import base_of
+from iciia_exp.results.summary import ClientCounts, summarise
+from iciia_exp.results.tables import history_summary
 
 SEEDS = "seed=0,1,2"
 OWN_SEEDS = ["partition.seed=${seed}"]

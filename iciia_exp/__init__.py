@@ -12,14 +12,14 @@ __all__ = ["ClientSession", "Run", "__version__", "predict_together", "run_exper
 
 if TYPE_CHECKING:
     from iciia_exp.engine.jobs import run_experiment
-    from iciia_exp.engine.run import Run
-    from iciia_exp.engine.session import ClientSession, predict_together
+    from iciia_exp.serving.run import Run
+    from iciia_exp.serving.session import ClientSession, predict_together
 
 
 def __getattr__(name: str) -> Any:
     # Late, because it imports torch: `--help` and the cache command stay quick.
     if name == "Run":
-        from iciia_exp.engine.run import Run
+        from iciia_exp.serving.run import Run
 
         return Run
     if name == "run_experiment":
@@ -27,7 +27,7 @@ def __getattr__(name: str) -> Any:
 
         return run_experiment
     if name in ("ClientSession", "predict_together"):
-        from iciia_exp.engine import session
+        from iciia_exp.serving import session
 
         return getattr(session, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

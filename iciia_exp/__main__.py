@@ -16,7 +16,7 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
-from iciia_exp.engine.paths import CONF_DIR
+from iciia_exp.config.paths import CONF_DIR
 from iciia_exp.errors import UserError
 
 
@@ -48,7 +48,7 @@ def main() -> None:
         ours = any(text in str(error) for text in ("Config group override", "No trials are completed"))
         if tracebacks or (isinstance(error, ValueError) and not ours):
             raise
-        from iciia_exp.engine.overrides import explain
+        from iciia_exp.config.hydra_errors import explain
 
         print(f"error: {explain(error)}", file=sys.stderr)
         sys.exit(2)

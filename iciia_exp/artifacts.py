@@ -17,11 +17,21 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO, Any
 
+import platformdirs
 from filelock import FileLock, Timeout
 
 from iciia_exp.errors import UserError
 
-__all__ = ["atomic_write", "finished_folder", "locked", "make_folder", "partial_folder", "read_json", "write_json"]
+__all__ = [
+    "atomic_write",
+    "finished_folder",
+    "locked",
+    "make_folder",
+    "partial_folder",
+    "read_json",
+    "resolve_cache_dir",
+    "write_json",
+]
 
 log = logging.getLogger(__name__)
 
@@ -117,3 +127,10 @@ def make_folder(path: Path, what: str, build: Callable[[Path], None]) -> bool:
             shutil.rmtree(path)
         os.replace(partial, path)
     return True
+
+
+def resolve_cache_dir(cache_dir: str | None) -> Path:
+    """Return the absolute cache folder; None is the user's cache directory for this package."""
+    if cache_dir is None:
+        return Path(platformdirs.user_cache_dir("iciia_exp", appauthor=False))
+    return Path(cache_dir).expanduser().resolve()

@@ -12,8 +12,7 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from iciia_exp.artifacts import finished_folder
-from iciia_exp.paths import resolve_cache_dir
+from iciia_exp.artifacts import finished_folder, resolve_cache_dir
 
 __all__ = ["Entry", "entries", "main", "remove"]
 

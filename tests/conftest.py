@@ -37,7 +37,7 @@ def compose():
     from hydra import initialize_config_dir
     from hydra.core.global_hydra import GlobalHydra
 
-    from iciia_exp.engine.paths import CONF_DIR
+    from iciia_exp.config.paths import CONF_DIR
 
     def make(*overrides, hydra=False):
         GlobalHydra.instance().clear()
@@ -50,7 +50,7 @@ def compose():
 @pytest.fixture
 def plan(compose):
     """Make a plan from overrides on the smallest useful setting: seconds become a tenth of a second."""
-    from iciia_exp.engine.build import Plan
+    from iciia_exp.config.build import Plan
 
     def make(*overrides):
         return Plan(compose(*SMALL, *overrides))

@@ -35,7 +35,7 @@ def test_published_overheads(name, dim, backbone, base, tiny):
 @pytest.mark.parametrize("layers", [1, 2])
 def test_closed_form_equals_the_counter(groups, layers, monkeypatch):
     # groups that are joined for speed multiply zeros too, which is not in the cost
-    monkeypatch.setattr("iciia_exp.models.layers._JOINED_VECTORS", 1000)
+    monkeypatch.setattr("iciia_exp.models.grouped._JOINED_VECTORS", 1000)
     model = ICIIA(64, 10, layers, 4, groups)
     counted = count_macs(model, torch.randn(1, 16, 64)) - 16 * 64 * 10  # less the classifier
     assert counted == attention_macs(16, 64, groups, layers)

@@ -7,8 +7,8 @@ import sys
 import pytest
 import yaml
 
+from iciia_exp.config.paths import CONF_DIR
 from iciia_exp.dashboard import main, workspace
-from iciia_exp.engine.paths import CONF_DIR
 from iciia_exp.engine.tracking import METRICS, SUMMARY
 from iciia_exp.errors import UserError
 
@@ -62,7 +62,7 @@ def test_the_command_of_an_agent_works_with_hydra(path, compose):
     """As `wandb agent` builds it: macros filled in, a value of every parameter."""
     from wandb.sdk.launch.sweeps.utils import create_sweep_command, create_sweep_command_args
 
-    from iciia_exp.engine.build import Plan
+    from iciia_exp.config.build import Plan
 
     sweep = yaml.safe_load(path.read_text())
     assert sweep["metric"]["name"] in (*SUMMARY, *METRICS)

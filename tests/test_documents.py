@@ -16,7 +16,7 @@ from iciia_exp import dashboard
 from iciia_exp.__main__ import main
 from iciia_exp.artifacts import read_json
 from iciia_exp.cache import main as cache_main
-from iciia_exp.engine.build import GROUPS, check_keys
+from iciia_exp.config.build import GROUPS, check_keys
 from iciia_exp.report.__main__ import main as report_main
 from tests.engine.test_experiments import EXPERIMENTS, offline_weights  # noqa: F401
 from tests.making.vectors import make_vectors

@@ -29,7 +29,12 @@ SETTING = (
     *("backbone.model.dim=32", "backbone.model.width=4", "backbone.recipe.epochs=15"),
     "dataset.sizes={backbone: 500, train: 500, selection: 160, test: 240}",
     *("partition.split=within", "partition.images_per_client=40", "partition.deals=2"),
-    *("protocol.recipe.epochs=4", "protocol.recipe.batch_size=2", "protocol.recipe.lr=0.003", "protocol.train_images=20"),
+    *(
+        "protocol.recipe.epochs=4",
+        "protocol.recipe.batch_size=2",
+        "protocol.recipe.lr=0.003",
+        "protocol.train_images=20",
+    ),
     *("protocol.history_orders=2", "protocol.history_lengths=[0,1,3]", "protocol.kinds_clients=20"),
 )
 
@@ -103,7 +108,7 @@ def shared(tmp_path_factory):
 
 
 def test_every_method_has_an_entry(golden):
-    from iciia_exp.engine.paths import CONF_DIR
+    from iciia_exp.config.paths import CONF_DIR
 
     assert {overrides[0].removeprefix("method=") for overrides in RUNS.values()} == {
         path.stem for path in (CONF_DIR / "method").glob("*.yaml")

@@ -12,12 +12,12 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig
 
-from iciia_exp.engine.console import setup_logging
+from iciia_exp.engine.terminal import setup_logging
 from iciia_exp.errors import UserError, first_line
-from iciia_exp.memory import keep_freed_memory
+from iciia_exp.machine import keep_freed_memory
 
 if TYPE_CHECKING:
-    from iciia_exp.engine.run import Run
+    from iciia_exp.serving.run import Run
 
 __all__ = ["run_experiment", "run_job", "take_failure"]
 
@@ -85,9 +85,9 @@ def run_experiment(*overrides: str) -> Run:
     from hydra.errors import HydraException
     from omegaconf.errors import OmegaConfBaseException
 
-    from iciia_exp.engine.overrides import explain
-    from iciia_exp.engine.paths import CONF_DIR
-    from iciia_exp.engine.run import Run
+    from iciia_exp.config.hydra_errors import explain
+    from iciia_exp.config.paths import CONF_DIR
+    from iciia_exp.serving.run import Run
 
     setup_logging()
     try:
@@ -101,7 +101,7 @@ def run_experiment(*overrides: str) -> Run:
 
 
 def _execute(config: DictConfig, brief: bool = False) -> tuple[Path, dict[str, Any] | None]:
-    from iciia_exp.engine.build import Plan
+    from iciia_exp.config.build import Plan
     from iciia_exp.engine.stages import execute
 
     plan = Plan(config)

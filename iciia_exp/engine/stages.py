@@ -23,11 +23,13 @@ from iciia_exp.artifacts import (
     read_json,
     write_json,
 )
+from iciia_exp.config.build import Plan, build
 from iciia_exp.data.batches import ClientBatch, ClientBatchSampler, FeatureBatches, Selection
 from iciia_exp.data.clients import Clients
-from iciia_exp.data.cloud import CloudData
 from iciia_exp.data.store import FeatureStore
-from iciia_exp.engine.backbones import (
+from iciia_exp.data.views import CloudData
+from iciia_exp.engine.terminal import console, partition_table, result_table
+from iciia_exp.engine.training.train_backbone import (
     backbone_head,
     fit_head,
     in_epochs,
@@ -36,13 +38,11 @@ from iciia_exp.engine.backbones import (
     say_accuracy,
     train_backbone,
 )
-from iciia_exp.engine.build import Plan, build
-from iciia_exp.engine.console import console, partition_table, result_table
-from iciia_exp.engine.processes import process_rank
-from iciia_exp.engine.run import save_method
 from iciia_exp.errors import ConfigError, UserError
+from iciia_exp.machine import process_rank
 from iciia_exp.methods.base import Method
 from iciia_exp.seeding import derive_seed, generator
+from iciia_exp.serving.run import save_method
 from iciia_exp.tasks import answers_per_image
 
 __all__ = ["execute"]
@@ -60,8 +60,8 @@ def execute(plan: Plan, brief: bool = False) -> dict[str, Any] | None:
         log.info("%s: finished before", _shown(plan.run_dir))
         _tell_sweep(plan)
         return _results(plan, brief)
-    from iciia_exp.engine.features import extraction_trainer  # late: a finished run needs no Lightning
-    from iciia_exp.engine.training import make_trainer, quiet_lightning
+    from iciia_exp.engine.training.extract import extraction_trainer  # late: a finished run needs no Lightning
+    from iciia_exp.engine.training.trainer import make_trainer, quiet_lightning
 
     if process_rank() > 0:  # one of several processes that torchrun or srun started: they share extraction alone
         if "features" in todo and not finished_folder(plan.features_dir):
@@ -129,7 +129,7 @@ def _features_manifest(plan: Plan, made: dict[str, Any]) -> dict[str, Any]:
 
 
 def _extract(plan: Plan, folder: Path) -> None:
-    from iciia_exp.engine.features import extract
+    from iciia_exp.engine.training.extract import extract
 
     backbone, made = load_backbone(plan)
     extract(
@@ -202,7 +202,7 @@ def _run(plan: Plan, clients: Clients, todo: tuple[str, ...]) -> None:
                     _require(False, plan, "evaluate", "train", folder / "weights.safetensors")
                 _train(plan, store, clients, tracker)
             if "evaluate" in todo and not (folder / "results.json").is_file():
-                from iciia_exp.engine.evaluation import evaluate
+                from iciia_exp.engine.evaluation.evaluate import evaluate
 
                 evaluate(plan, store, clients, _loader(plan, store, clients, "test"), tracker.results)
             failed = False
@@ -255,7 +255,8 @@ def _train(plan: Plan, store: FeatureStore, clients: Clients, tracker: Any) -> N
     method.study(data)
     record: dict[str, Any] = {"epochs": 0, "seconds": 0.0}
     if plan.method_class.trainable:
-        from iciia_exp.engine.training import MethodModule, fit
+        from iciia_exp.engine.training.fit import fit
+        from iciia_exp.engine.training.modules import MethodModule
 
         module = MethodModule(method, head, protocol.recipe, len(clients), _answers(plan))
         order: dict[str, Any] = {"shuffle": True, "shuffle_images": protocol.shuffle_images, "seed": plan.seed}

@@ -53,8 +53,9 @@ class SweepReport(Callback):
     def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
         """Report."""
         global _status
-        from iciia_exp.engine.console import base_of, console, result_table, setup_logging
-        from iciia_exp.engine.plots import accuracy_vs_overhead
+        from iciia_exp.engine.terminal import console, result_table, setup_logging
+        from iciia_exp.results.labels import base_of
+        from iciia_exp.results.plots import accuracy_vs_overhead
 
         setup_logging()
         folder = Path(config.hydra.sweep.dir)

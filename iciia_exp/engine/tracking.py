@@ -27,10 +27,10 @@ from urllib.parse import urlparse
 import numpy as np
 import pandas as pd
 
-from iciia_exp.engine.console import label_of
 from iciia_exp.errors import check_bool, check_choice, first_line
-from iciia_exp.metrics import ALL
-from iciia_exp.report.collect import averages_by_history, read_table
+from iciia_exp.results.labels import label_of
+from iciia_exp.results.summary import ALL
+from iciia_exp.results.tables import averages_by_history, read_table
 
 __all__ = ["METRICS", "SUMMARY", "Tracker", "Tracking", "in_wandb_sweep", "wandb_logged_in"]
 

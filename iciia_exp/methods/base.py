@@ -14,9 +14,9 @@ from torch import Tensor, nn
 
 from iciia_exp import tasks
 from iciia_exp.data.batches import ClientBatch
-from iciia_exp.data.cloud import CloudData
+from iciia_exp.data.views import CloudData
 
-__all__ = ["HeadMethod", "Method", "PerImage", "copy_of"]
+__all__ = ["Method", "copy_of"]
 
 
 def copy_of(head: nn.Linear, trained: bool) -> nn.Linear:
@@ -96,7 +96,7 @@ class Method(nn.Module, ABC):
     def retrieval_weights(self, x_CSD: Tensor, mask_CS: Tensor | None = None) -> Tensor | None:
         """Return how much of every image is in each one's answer, [C, S, S], rows summing to one, to be looked at.
 
-        None if the method attends to none (`iciia_exp.engine.retrieval`).
+        None if the method attends to none (`iciia_exp.engine.evaluation.attribution`).
         """
         return None
 
@@ -151,45 +151,3 @@ class Method(nn.Module, ABC):
     def num_parameters(self) -> int:
         """Return the number of parameters that come on top of the backbone and its classifier."""
         return sum(p.numel() for p in self.parameters())
-
-
-class PerImage(Method):
-    """A method that answers every image by itself: nothing is kept."""
-
-    @property
-    def causal(self) -> bool:
-        """Every image stands alone."""
-        return True
-
-    @property
-    def state_width(self) -> int:
-        """Nothing is kept."""
-        return 0
-
-    def step(self, x_CD: Tensor, past_CPE: Tensor, mask_CP: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Return the logits of one image, [C, K], and nothing to keep, [C, 0]."""
-        return self(x_CD.unsqueeze(1))[:, 0], x_CD[:, :0]
-
-    def streaming_macs(self, images: int) -> int | None:
-        """The cost of one image."""
-        return self.macs(1)
-
-
-class HeadMethod(PerImage):
-    """A method that is a linear classifier on each image alone, in place of the backbone's: no cost, no state."""
-
-    def __init__(self, head: nn.Linear) -> None:
-        super().__init__(head)
-        self.head = copy_of(head, trained=True)
-
-    def forward(self, x_CSD: Tensor, mask_CS: Tensor | None = None) -> Tensor:
-        """Return the classifier's logits of every image by itself, [C, S, K]."""
-        return self.head(x_CSD)
-
-    def macs(self, images: int) -> int:
-        """Nothing is added: the classifier takes the place of the backbone's."""
-        return 0
-
-    def num_parameters(self) -> int:
-        """Nothing is added."""
-        return 0

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from iciia_exp.models.layers import GroupedLinear
+from iciia_exp.models.grouped import GroupedLinear
 
 __all__ = ["ConvolutionMixer", "FeedForwardMixer", "TokenMixer"]
 

@@ -20,8 +20,8 @@ from torch.nn import functional as F
 
 from iciia_exp import tasks
 from iciia_exp.data.batches import FeatureBatches, Selection
-from iciia_exp.models.dropping import Dropout
-from iciia_exp.models.minimising import minimise
+from iciia_exp.models.fast_dropout import Dropout
+from iciia_exp.models.lbfgs import minimise
 from iciia_exp.seeding import derive_seed, generator
 
 __all__ = ["Perceptron", "fit_perceptron", "opinion_weights"]

@@ -45,10 +45,10 @@ def main(arguments: list[str] | None = None) -> int:
 
 def _report(options: argparse.Namespace) -> int:
     from iciia_exp.artifacts import atomic_write
-    from iciia_exp.engine.plots import save
-    from iciia_exp.report import tables
-    from iciia_exp.report.collect import DRAWN_KINDS, comparisons, load_runs, select, settings
+    from iciia_exp.report import text as text_tables
     from iciia_exp.report.heterogeneity import draw_heterogeneity, partition_sweeps, sweep_table
+    from iciia_exp.results.plots import save
+    from iciia_exp.results.tables import DRAWN_KINDS, comparisons, load_runs, select, settings
 
     rows = select(load_runs(options.folders), options.where)
     shown = []
@@ -57,7 +57,7 @@ def _report(options: argparse.Namespace) -> int:
         shown.append((title, table))
         first = part[0]
         print(f"\n## {title}\n")
-        print(tables.markdown(tables.summary(table)))
+        print(text_tables.markdown(text_tables.summary(table)))
         print(
             f"{first['test_clients']:,} test clients, {first['test_images']:,} test images; percent; ± standard error "
             f"over runs, [95 % interval over clients]; overhead: {first['cost_images']} images, each of them, one more "
@@ -67,16 +67,18 @@ def _report(options: argparse.Namespace) -> int:
         parts |= {kind: ("kinds.parquet", kind) for kind in DRAWN_KINDS}
         found = {}
         if options.history or options.out:
-            found = {k: t for k, (f, kind) in parts.items() if (t := tables.by_history(table, f, kind)) is not None}
+            found = {
+                k: t for k, (f, kind) in parts.items() if (t := text_tables.by_history(table, f, kind)) is not None
+            }
         if options.history:
             for name, text in found.items():
                 clients = "the partition's test clients" if name == "history" else f"drawn clients, {name}"
-                print(f"\nAccuracy by images seen before, {clients}\n\n{tables.markdown(text)}")
+                print(f"\nAccuracy by images seen before, {clients}\n\n{text_tables.markdown(text)}")
         if options.out:
             _write(options.out, f"{number}-" if number else "", title, table, found)
     sweeps = partition_sweeps(rows)
     for number, sweep in enumerate(sweeps):
-        swept = tables.markdown(sweep_table(sweep))
+        swept = text_tables.markdown(sweep_table(sweep))
         print(f"\n## {sweep.title}\n\n{swept}")
         if options.out:
             with atomic_write(options.out / f"{number}-heterogeneity.md") as file:
@@ -98,12 +100,17 @@ def _write(out: Path, prefix: str, title: str, table: object, found: dict) -> No
     import pandas as pd
 
     from iciia_exp.artifacts import atomic_write
-    from iciia_exp.report import figures, tables
+    from iciia_exp.report import figures
+    from iciia_exp.report import text as text_tables
 
     assert isinstance(table, pd.DataFrame)
-    text = tables.summary(table)
-    files = {"table.csv": tables.csv(table), "table.md": tables.markdown(text), "table.tex": tables.latex(text, title)}
-    files |= {f"{name}.md": tables.markdown(part) for name, part in found.items()}
+    text = text_tables.summary(table)
+    files = {
+        "table.csv": text_tables.csv(table),
+        "table.md": text_tables.markdown(text),
+        "table.tex": text_tables.latex(text, title),
+    }
+    files |= {f"{name}.md": text_tables.markdown(part) for name, part in found.items()}
     for name, content in files.items():
         with atomic_write(out / f"{prefix}{name}") as file:
             file.write(content)

@@ -1,4 +1,4 @@
-"""Stored retrieval examples (`iciia_exp.engine.retrieval`) in the form that the page shows them."""
+"""Stored retrieval examples (`iciia_exp.engine.evaluation.attribution`) in the form that the page shows them."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 import pandas as pd
 
-from iciia_exp.report.collect import read_table
+from iciia_exp.results.tables import read_table
 
 __all__ = ["examples_of"]
 

@@ -10,9 +10,9 @@ import numpy as np
 import pandas as pd
 
 from iciia_exp.artifacts import read_json
-from iciia_exp.engine.plots import COLOURS, MARKERS, accuracy_vs_overhead, hover, new_figure, save
-from iciia_exp.metrics import ALL
-from iciia_exp.report.collect import DRAWN_KINDS, history_of, read_table
+from iciia_exp.results.plots import COLOURS, MARKERS, accuracy_vs_overhead, hover, new_figure, save
+from iciia_exp.results.summary import ALL
+from iciia_exp.results.tables import DRAWN_KINDS, history_of, read_table
 
 __all__ = ["by_groups", "by_history", "gain_distribution", "write_all"]
 

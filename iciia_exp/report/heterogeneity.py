@@ -7,9 +7,9 @@ from typing import Any, NamedTuple
 import numpy as np
 import pandas as pd
 
-from iciia_exp.engine.console import base_of, label_of, varying
-from iciia_exp.engine.plots import COLOURS, MARKERS, hover, new_figure
-from iciia_exp.report.published import published_number
+from iciia_exp.results.labels import base_of, label_of, varying
+from iciia_exp.results.plots import COLOURS, MARKERS, hover, new_figure
+from iciia_exp.results.published import published_number
 
 __all__ = ["PartitionSweep", "draw_heterogeneity", "partition_sweeps", "sweep_table"]
 

@@ -15,12 +15,12 @@ import pandas as pd
 
 from iciia_exp import __version__
 from iciia_exp.artifacts import read_json
-from iciia_exp.engine.plots import draw_accuracy_vs_overhead
-from iciia_exp.report.collect import read_table
 from iciia_exp.report.examples import examples_of
 from iciia_exp.report.figures import all_figures
 from iciia_exp.report.heterogeneity import PartitionSweep, draw_heterogeneity
-from iciia_exp.report.tables import summary
+from iciia_exp.report.text import summary
+from iciia_exp.results.plots import draw_accuracy_vs_overhead
+from iciia_exp.results.tables import read_table
 
 __all__ = ["page"]
 
@@ -56,7 +56,7 @@ def page(comparisons: list[tuple[str, pd.DataFrame]], sweeps: Sequence[Partition
     """Return the page.
 
     Args:
-        comparisons: titles, and tables of settings (`iciia_exp.report.collect.settings`).
+        comparisons: titles, and tables of settings (`iciia_exp.results.tables.settings`).
         sweeps: over a number of the partition (`iciia_exp.report.heterogeneity.partition_sweeps`).
     """
     sections, data = [], []

@@ -2,8 +2,8 @@
 
 import pytest
 
-from iciia_exp.engine.build import Plan
-from iciia_exp.engine.console import setup_logging
+from iciia_exp.config.build import Plan
+from iciia_exp.engine.terminal import setup_logging
 from tests.making.extraction import SMALL, owned_images
 
 

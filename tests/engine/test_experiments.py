@@ -4,11 +4,11 @@ import pytest
 import torch
 from torchvision import datasets
 
-from iciia_exp.engine.build import Plan
-from iciia_exp.engine.paths import CONF_DIR
+from iciia_exp.config.build import Plan
+from iciia_exp.config.paths import CONF_DIR
 from iciia_exp.engine.stages import execute
-from iciia_exp.models.timm_backbone import TimmBackbone
-from iciia_exp.models.torchvision_backbone import TorchvisionBackbone
+from iciia_exp.models.backbones.timm_backbone import TimmBackbone
+from iciia_exp.models.backbones.torchvision_backbone import TorchvisionBackbone
 from tests.making.celeba import make_celeba
 from tests.making.femnist import make_femnist
 from tests.making.folder import make_folder

@@ -13,9 +13,12 @@ from safetensors.torch import load_file
 
 from iciia_exp import Run
 from iciia_exp.data.store import FeatureStore, FeatureWriter
-from iciia_exp.engine import backbones, evaluation, stages, training
-from iciia_exp.engine.console import setup_logging
+from iciia_exp.engine import stages
+from iciia_exp.engine.evaluation import evaluate as evaluation
 from iciia_exp.engine.stages import execute
+from iciia_exp.engine.terminal import setup_logging
+from iciia_exp.engine.training import train_backbone as backbones
+from iciia_exp.engine.training import modules as training
 from iciia_exp.errors import UserError
 
 
@@ -209,7 +212,7 @@ def test_the_published_protocol_runs(plan):
 
 
 def test_a_long_extraction_says_how_long_before_it_starts(plan, monkeypatch, capsys):
-    from iciia_exp.engine import features
+    from iciia_exp.engine.training import extract as features
 
     monkeypatch.setattr(features, "_estimate", lambda *_: 7200.0)
     execute(plan("stage=backbone"))
@@ -220,7 +223,7 @@ def test_a_long_extraction_says_how_long_before_it_starts(plan, monkeypatch, cap
 
 
 def test_the_estimate_counts_loading(plan):
-    from iciia_exp.engine.features import _estimate
+    from iciia_exp.engine.training.extract import _estimate
 
     made = plan()
     backbone = made.make_backbone().eval()
@@ -245,7 +248,7 @@ def test_features_outlive_their_backbone(plan, monkeypatch):
 
 
 def test_the_published_partition_runs(compose, small):
-    from iciia_exp.engine.build import Plan
+    from iciia_exp.config.build import Plan
 
     overrides = [o for o in small if not o.startswith("partition.")]
     row = execute(Plan(compose(*overrides, "partition=parent_category")))

@@ -10,11 +10,12 @@ import pandas as pd
 import pytest
 
 from iciia_exp import Run
-from iciia_exp.engine.console import label_of, setup_logging
 from iciia_exp.engine.stages import execute
+from iciia_exp.engine.terminal import setup_logging
 from iciia_exp.engine.tracking import METRICS, SUMMARY, Tracking, wandb_logged_in
 from iciia_exp.errors import ConfigError
-from iciia_exp.report.collect import averages_by_history
+from iciia_exp.results.labels import label_of
+from iciia_exp.results.tables import averages_by_history
 
 
 @pytest.fixture(autouse=True)
@@ -169,9 +170,9 @@ def test_arguments():
 
 
 def test_csv_of_a_resumed_training_keeps_both_parts(plan, monkeypatch):
-    from iciia_exp.engine import training
+    from iciia_exp.engine.training.modules import MethodModule
 
-    original = training.MethodModule.training_step
+    original = MethodModule.training_step
 
     class Killed(BaseException):
         pass
@@ -181,10 +182,10 @@ def test_csv_of_a_resumed_training_keeps_both_parts(plan, monkeypatch):
             raise Killed
         return original(self, batch, batch_idx)
 
-    monkeypatch.setattr(training.MethodModule, "training_step", die)
+    monkeypatch.setattr(MethodModule, "training_step", die)
     with pytest.raises(Killed):
         execute(plan())
-    monkeypatch.setattr(training.MethodModule, "training_step", original)
+    monkeypatch.setattr(MethodModule, "training_step", original)
     execute(plan())
     parts = [pd.read_csv(f) for f in sorted(plan().run_dir.glob("csv/version_*/metrics.csv"))]
     assert sorted(pd.concat(parts)["epoch"].unique()) == [0, 1, 2]

@@ -4,7 +4,7 @@ import numpy as np
 
 from iciia_exp.data.batches import FeatureBatches
 from iciia_exp.data.clients import Clients, Ragged
-from iciia_exp.data.cloud import CloudData
+from iciia_exp.data.views import CloudData
 from iciia_exp.tasks import SINGLE_LABEL
 
 #: Sizes of the classifier and the client that `tests/methods/conftest.py` makes.

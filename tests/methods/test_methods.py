@@ -6,14 +6,14 @@ import yaml
 from hydra.utils import instantiate
 from torch import nn
 
+from iciia_exp.config.paths import CONF_DIR
 from iciia_exp.cost import count_macs
-from iciia_exp.engine.paths import CONF_DIR
 from iciia_exp.errors import ConfigError
-from iciia_exp.methods.backbone import BackboneOnly
+from iciia_exp.methods.adapt.backbone import BackboneOnly
+from iciia_exp.methods.adapt.iciia import IciiaMethod
+from iciia_exp.methods.adapt.iciia_stream import IciiaStream
+from iciia_exp.methods.adapt.linear_head import LinearHead
 from iciia_exp.methods.base import Method
-from iciia_exp.methods.iciia import IciiaMethod
-from iciia_exp.methods.iciia_stream import IciiaStream
-from iciia_exp.methods.linear_head import LinearHead
 from iciia_exp.tasks import SINGLE_LABEL
 from tests.making.cloud import small_cloud
 
@@ -65,7 +65,7 @@ def test_each_client_equals_running_it_alone(method):
 
 def test_cost_is_stated_and_agrees_with_the_counter(method, monkeypatch):
     # groups that are joined for speed multiply zeros too, which is not in the cost
-    monkeypatch.setattr("iciia_exp.models.layers._JOINED_VECTORS", 1000)
+    monkeypatch.setattr("iciia_exp.models.grouped._JOINED_VECTORS", 1000)
     counted = count_macs(method, torch.randn(1, 16, D)) - 16 * D * K  # less the backbone's classifier
     assert method.macs(16) == counted
     streaming = method.streaming_macs(16)
@@ -82,7 +82,7 @@ class OneMore(nn.Module):
 
 
 def test_cost_of_one_more_image_agrees_with_the_counter(method, monkeypatch):
-    monkeypatch.setattr("iciia_exp.models.layers._JOINED_VECTORS", 1000)
+    monkeypatch.setattr("iciia_exp.models.grouped._JOINED_VECTORS", 1000)
     counted = count_macs(OneMore(method), torch.randn(1, D), torch.randn(1, 15, method.state_width)) - D * K
     assert method.streaming_macs(16) in (None, counted)
 

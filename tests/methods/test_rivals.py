@@ -8,20 +8,20 @@ from torch.nn import functional as F
 
 from iciia_exp.data.batches import ClientBatch
 from iciia_exp.errors import UserError
-from iciia_exp.methods.arm_cml import ArmCml
-from iciia_exp.methods.client_types import ClientTypes
-from iciia_exp.methods.context_token import ContextToken
-from iciia_exp.methods.conv_across_images import ConvAcrossImages
-from iciia_exp.methods.feedforward import FeedForward
-from iciia_exp.methods.finetune import FineTune
-from iciia_exp.methods.lame import Lame
-from iciia_exp.methods.oracle_classes import OracleClasses
-from iciia_exp.methods.prior_em import PriorEM
-from iciia_exp.methods.prior_map import PriorMAP
-from iciia_exp.methods.prompt_tuning import PromptTuning
-from iciia_exp.methods.smoothed_prior import SmoothedPrior
-from iciia_exp.methods.stata import StatA
-from iciia_exp.methods.t3a import T3A
+from iciia_exp.methods.adapt.arm_cml import ArmCml
+from iciia_exp.methods.adapt.client_types import ClientTypes
+from iciia_exp.methods.adapt.context_token import ContextToken
+from iciia_exp.methods.adapt.conv_across_images import ConvAcrossImages
+from iciia_exp.methods.adapt.feedforward import FeedForward
+from iciia_exp.methods.adapt.lame import Lame
+from iciia_exp.methods.adapt.oracle_classes import OracleClasses
+from iciia_exp.methods.adapt.prior_em import PriorEM
+from iciia_exp.methods.adapt.prior_map import PriorMAP
+from iciia_exp.methods.adapt.smoothed_prior import SmoothedPrior
+from iciia_exp.methods.adapt.stata import StatA
+from iciia_exp.methods.adapt.t3a import T3A
+from iciia_exp.methods.tune.finetune import FineTune
+from iciia_exp.methods.tune.prompt_tuning import PromptTuning
 from iciia_exp.models.mixers import TokenMixer
 from iciia_exp.tasks import SINGLE_LABEL
 from tests.making.cloud import D, K, S, small_cloud, studied

@@ -4,7 +4,8 @@ import pytest
 import torch
 from torch import nn
 
-from iciia_exp.models.layers import EncoderLayer, GroupedLinear
+from iciia_exp.models.grouped import GroupedLinear
+from iciia_exp.models.layers import EncoderLayer
 
 
 @pytest.mark.parametrize("shuffle", [True, False])
@@ -29,7 +30,7 @@ def test_joining_groups_changes_nothing(groups, joined, monkeypatch):
     together = layer(x)
     together.square().sum().backward()
     gradients = layer.weight.grad.clone(), x.grad.clone()
-    monkeypatch.setattr("iciia_exp.models.layers._JOINED_VECTORS", 1000)
+    monkeypatch.setattr("iciia_exp.models.grouped._JOINED_VECTORS", 1000)
     layer.zero_grad()
     x.grad = None
     alone = layer(x)
@@ -62,7 +63,7 @@ def test_joined_weights_follow_the_weights(vectors):
 @pytest.mark.parametrize("shuffle", [True, False])
 @pytest.mark.parametrize(("inputs", "outputs", "groups"), [(96, 96, 2), (96, 288, 16), (96, 96, 96), (40, 40, 8)])
 def test_a_convolution_does_the_same(inputs, outputs, groups, shuffle, monkeypatch):
-    monkeypatch.setattr("iciia_exp.models.layers._CONVOLVE", True)  # also where it would be slow
+    monkeypatch.setattr("iciia_exp.models.grouped._CONVOLVE", True)  # also where it would be slow
     layer = GroupedLinear(inputs, outputs, groups, shuffle)
     x = torch.randn(5, 16, inputs)
     product = layer(x).detach()  # its gradient is recorded
@@ -71,9 +72,9 @@ def test_a_convolution_does_the_same(inputs, outputs, groups, shuffle, monkeypat
         convolved = layer(x)
         assert set(layer._kept) == {"kernels"}
         torch.testing.assert_close(convolved, product, atol=1e-5, rtol=1e-5)
-        monkeypatch.setattr("iciia_exp.models.layers._CONVOLVED_VECTORS", 81)
+        monkeypatch.setattr("iciia_exp.models.grouped._CONVOLVED_VECTORS", 81)
         torch.testing.assert_close(layer(x), product, atol=1e-6, rtol=1e-6)
-        monkeypatch.setattr("iciia_exp.models.layers._CONVOLVED_VECTORS", 80)
+        monkeypatch.setattr("iciia_exp.models.grouped._CONVOLVED_VECTORS", 80)
     with torch.no_grad():
         layer.bias.add_(1.0)
         torch.testing.assert_close(layer(x), product + 1, atol=1e-5, rtol=1e-5)
@@ -102,7 +103,7 @@ def test_answers_follow_every_step_of_an_optimiser(groups, vectors, options):
     ("inputs", "groups", "square"), [(32, 8, True), (40, 8, False), (24, 8, False), (64, 64, True), (96, 2, False)]
 )
 def test_any_number_of_vectors_is_convolved(vectors, inputs, groups, square, threads, monkeypatch):
-    monkeypatch.setattr("iciia_exp.models.layers._CONVOLVE", True)
+    monkeypatch.setattr("iciia_exp.models.grouped._CONVOLVE", True)
     monkeypatch.setattr("torch.get_num_threads", lambda: threads)  # what the layout goes by
     layer, x = GroupedLinear(inputs, inputs, groups).requires_grad_(False), torch.randn(vectors, inputs)
     assert (layer._kernels()[0].shape[1] == 16) is square

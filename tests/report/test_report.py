@@ -14,9 +14,10 @@ import pytest
 from iciia_exp.artifacts import read_json, write_json
 from iciia_exp.engine.stages import execute
 from iciia_exp.errors import UserError
-from iciia_exp.report import figures, tables
+from iciia_exp.report import figures
+from iciia_exp.report import text as text_tables
 from iciia_exp.report.__main__ import main
-from iciia_exp.report.collect import comparisons, load_runs, select, settings
+from iciia_exp.results.tables import comparisons, load_runs, select, settings
 
 
 @pytest.fixture(scope="module")
@@ -27,8 +28,8 @@ def outputs(tmp_path_factory):
     import hydra
     from hydra.core.global_hydra import GlobalHydra
 
-    from iciia_exp.engine.build import Plan
-    from iciia_exp.engine.paths import CONF_DIR
+    from iciia_exp.config.build import Plan
+    from iciia_exp.config.paths import CONF_DIR
     from tests.conftest import SMALL
 
     folder = tmp_path_factory.mktemp("runs")
@@ -134,13 +135,13 @@ def test_the_whole_report(outputs, tmp_path, capsys):
 def test_numbers_in_the_tables_are_those_of_the_runs(outputs):
     rows = load_runs([outputs])
     table = settings(rows)
-    text = tables.summary(table)
+    text = text_tables.summary(table)
     single = next(r for r in rows if r["groups"] == 16)
     line = text[text["method"].str.contains("G=16")].iloc[0]
     want = [f"{100 * single[k]:.1f}" for k in ("accuracy", "accuracy_low", "accuracy_high")]
     assert line["accuracy"] == f"{want[0]} [{want[1]}, {want[2]}]"
     assert line["harmed (chance)"].startswith(f"{100 * single['harmed_share']:.1f} (")
-    history = tables.by_history(table[table["groups"] == 16])
+    history = text_tables.by_history(table[table["groups"] == 16])
     counts = pd.read_parquet(single["run_dir"] / "history.parquet").query("protocol == 'stream' and history == 3")
     assert history.iloc[1]["3"] == f"{100 * (counts['method_hits'] / counts['answers']).mean():.1f}"
     assert history.iloc[0]["3"] == f"{100 * (counts['backbone_hits'] / counts['answers']).mean():.1f}"

@@ -1,0 +1,178 @@
+"""FEMNIST: handwritten digits and letters by 3,597 writers, from LEAF's JSON.
+
+Source: S. Caldas et al., "LEAF: A Benchmark for Federated Settings", arXiv:1812.01097,
+https://github.com/TalwalkarLab/leaf (data/femnist); the pictures are NIST Special Database 19. Published with ICIIA:
+817,851 images, split within each writer 90 to 10 (``./preprocess.sh -s niid --sf 1.0 -k 0 -t sample``).
+
+The JSON is gigabytes of text. It is converted once, file by file, into a folder of the cache that is named after the
+names and sizes of the files:
+
+    manifest.json    number of images, and the files they come from; written last
+    images.npy       uint8 [M, 28, 28], memory-mapped; a pixel is k of LEAF's k / 255
+    table.parquet    label, split, owner
+
+Legend: M images, n images of one writer in one file.
+"""
+
+from __future__ import annotations
+
+import logging
+import string
+from collections.abc import Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+import pandas as pd
+
+from iciia_exp.artifacts import atomic_write, make_folder, resolve_cache_dir, write_json
+from iciia_exp.data.dataset import ImageDataset, existing_root
+from iciia_exp.data.readers.leaf import describe_files, find_data, list_files, read_users
+from iciia_exp.digest import digest
+from iciia_exp.errors import UserError, check_int
+
+__all__ = ["Femnist"]
+
+log = logging.getLogger(__name__)
+
+WHAT = "FEMNIST as LEAF's preprocess.sh leaves it (https://github.com/TalwalkarLab/leaf, data/femnist)"
+
+TREE = """data/train/<name>.json
+data/test/<name>.json
+(both made by ./preprocess.sh -s niid --sf 1.0 -k 0 -t sample; the folder data itself will do, too)"""
+
+# LEAF's order of the labels.
+_NAMES = string.digits + string.ascii_uppercase + string.ascii_lowercase
+
+SIDE = 28
+
+# Of the prepared folder.
+FORMAT = 1
+
+
+class Femnist(ImageDataset):
+    """28x28 pictures of 62 characters, dark on white; the writer is the owner, LEAF's train and test are the splits.
+
+    Args:
+        root: LEAF's folder data/femnist, its folder data, or any folder with train and test; see `TREE`.
+        num_classes: of LEAF's labels (digits, capitals, small letters), how many the data has; 10 are the digits.
+        cache_dir: where the converted data goes, below ``datasets``; None is the user's cache directory.
+    """
+
+    name = "femnist"
+    cosmetic: ClassVar[frozenset[str]] = frozenset({"root", "cache_dir"})
+
+    def __init__(self, root: str | Path | None, num_classes: int = len(_NAMES), cache_dir: str | None = None) -> None:
+        self.root = existing_root(root, WHAT, TREE)
+        #: the folder that holds train and test
+        self.data = find_data(self.root, TREE)
+        self._names = tuple(_NAMES[: check_int("num_classes", num_classes, 2, len(_NAMES))])
+        self.cache_dir = resolve_cache_dir(cache_dir)
+
+    @property
+    def class_names(self) -> Sequence[str]:
+        """The characters, in LEAF's order of labels."""
+        return self._names
+
+    def load_table(self) -> pd.DataFrame:
+        """Return the images in the order of LEAF's files, train first; converts the files if that was not done."""
+        table = pd.read_parquet(self._prepared / "table.parquet")
+        if len(beyond := table[table["label"] >= self.num_classes]):
+            label, owner = beyond["label"].iloc[0], beyond["owner"].iloc[0]
+            problem = f"user {owner} has label {label} ({_NAMES[label]}), but there are num_classes={self.num_classes}"
+            raise UserError(f"{self.data}: {problem}; set num_classes to at least {table['label'].max() + 1}")
+        return table.astype({"split": object, "owner": object}).assign(parent=None)
+
+    def __getitem__(self, index: int) -> np.ndarray:
+        """Return one image as float32 [1, 28, 28], 0 black to 1 white."""
+        return (self._images[index] / np.float32(255))[None]
+
+    def fingerprint(self) -> Any:
+        """Return split, name and size of every JSON file."""
+        return describe_files(self._files)
+
+    @cached_property
+    def _files(self) -> list[tuple[str, Path]]:
+        return list_files(self.data, TREE)
+
+    @cached_property
+    def _prepared(self) -> Path:
+        """The folder of the converted data; made if need be."""
+        folder = self.cache_dir / "datasets" / f"femnist-{digest([FORMAT, self.fingerprint()])}"
+        make_folder(folder, "the converted FEMNIST", lambda partial: _convert(self._files, partial))
+        return folder
+
+    @cached_property
+    def _images(self) -> np.ndarray:
+        return np.load(self._prepared / "images.npy", mmap_mode="r")
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave the memory map out: pickled, it would carry all pixels; each process opens its own."""
+        return {k: v for k, v in self.__dict__.items() if k != "_images"}
+
+
+def _pack(x: list[Any], y: list[Any]) -> tuple[np.ndarray, np.ndarray]:
+    """Return a writer's images, uint8 [n, 28, 28], and labels, int64 [n]; raises `ValueError` for wrong ones."""
+    pixels = SIDE * SIDE
+    lengths = [len(image) if isinstance(image, list) else 0 for image in x]
+    if wrong := [i for i, length in enumerate(lengths) if length != pixels]:
+        raise ValueError(f"x[{wrong[0]}] has {lengths[wrong[0]]} numbers, must have {pixels} ({SIDE}x{SIDE} pixels)")
+    try:
+        levels = np.array(x, dtype=np.float32).reshape(len(x), SIDE, SIDE) * 255
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"x has pixels that are not numbers ({error})") from error
+    images = np.rint(levels)
+    good = (np.abs(levels - images) < 0.01) & (images >= 0) & (images <= 255)  # never true of NaN
+    if not good.all():
+        pixel = levels[~good][0] / 255
+        raise ValueError(f"x has a pixel {pixel:g}, must be 0 to 1 in steps of 1/255 (0 black, 1 white)")
+    labels = np.array(y) if y else np.empty(0, dtype=np.int64)
+    if labels.ndim != 1 or labels.dtype.kind not in "iu":
+        raise ValueError("y must be whole numbers, the labels")
+    if len(beyond := labels[(labels < 0) | (labels >= len(_NAMES))]):
+        raise ValueError(f"y has the label {beyond[0]}, must be 0 to {len(_NAMES) - 1}")
+    return images.astype(np.uint8), labels.astype(np.int64)
+
+
+def _convert(files: list[tuple[str, Path]], partial: Path) -> None:
+    """Convert LEAF's files into the folder ``partial``, each on its own, then join them; continues where it was."""
+    log.info("converting %d files of FEMNIST, once; this takes a few minutes", len(files))
+    parts = [partial / f"part_{i}.npz" for i in range(len(files))]
+    for i, ((split, path), part) in enumerate(zip(files, parts, strict=True), start=1):
+        if part.is_file():  # left, whole, by an earlier conversion that was stopped
+            continue
+        users = read_users(path, _pack)
+        images, labels = zip(*users.values(), strict=True) if users else ((), ())
+        with atomic_write(part, "wb") as file:
+            np.savez(
+                file,
+                images=np.concatenate([np.empty((0, SIDE, SIDE), dtype=np.uint8), *images]),
+                label=np.concatenate([np.empty(0, dtype=np.int64), *labels]),
+                owner=np.repeat(np.array(list(users), dtype=str), [len(own) for own in labels]),
+            )
+        log.info("FEMNIST: %d of %d files converted (%s of %s)", i, len(files), path.name, split)
+
+    tables = []
+    for (split, _), part in zip(files, parts, strict=True):
+        with np.load(part) as arrays:
+            owner = arrays["owner"].astype(object)
+            tables.append(pd.DataFrame({"label": arrays["label"], "split": split, "owner": owner}))
+    table = pd.concat(tables, ignore_index=True)
+    if table.empty:
+        raise UserError(f"{files[0][1].parent.parent}: LEAF's {len(files)} files hold no images; make them again")
+    joined = np.lib.format.open_memmap(
+        partial / "images.npy", mode="w+", dtype=np.uint8, shape=(len(table), SIDE, SIDE)
+    )
+    first = 0
+    for part in parts:
+        with np.load(part) as arrays:
+            images_n = arrays["images"]
+        joined[first : first + len(images_n)] = images_n
+        first += len(images_n)
+    joined.flush()
+    with atomic_write(partial / "table.parquet", "wb") as file:
+        table.to_parquet(file, index=False)
+    for part in parts:
+        part.unlink()
+    write_json(partial / "manifest.json", {"format": FORMAT, "images": len(table), "files": describe_files(files)})

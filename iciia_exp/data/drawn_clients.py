@@ -1,0 +1,38 @@
+"""Drawn clients: clients of types that the partition does not have, from its test images."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from iciia_exp.data.client_mix import ClientMix
+from iciia_exp.data.clients import Clients, Ragged
+from iciia_exp.seeding import generator
+
+__all__ = ["clients_in_order", "drawn_clients"]
+
+
+def drawn_clients(clients: Clients, labels: np.ndarray, number: int, images: int, kind: str) -> Clients:
+    """Return so many test clients of a kind, with so many images each in an order."""
+    size = number / int((-(-clients.test.lengths // images)).sum())
+    if kind == "homogeneous":
+        mix = ClientMix(0.0, homogeneous=1.0, size=size)
+    else:
+        mix = ClientMix(0.0, random_classes=1.0, fewest_classes=2, most_classes=20, size=size)
+
+    def draw(part: str) -> np.ndarray:
+        rng = generator("kinds", kind, part)
+        return mix.draw(clients.test, clients.kinds, labels, images, rng).index_CS[:number]
+
+    index_CS = draw("first")
+    if kind == "drifting":
+        index_CS[:, images // 2 :] = draw("second")[:, images // 2 :]
+    return clients_in_order(index_CS, kind)
+
+
+def clients_in_order(index_CS: np.ndarray, kind: str) -> Clients:
+    """Return a client of each row of image numbers, with these test images in this order and no others."""
+    number, images = index_CS.shape
+    test = Ragged(np.arange(number + 1) * images, index_CS.reshape(-1))
+    nobody = Ragged(np.zeros(number + 1, np.int64), np.empty(0, np.int64))
+    names = np.array([f"{kind}-{i}" for i in range(number)], dtype=object)
+    return Clients(names, np.full(number, kind, dtype=object), nobody, nobody, test, in_time=True)

@@ -1,0 +1,260 @@
+"""What an answer owes to which other image: examples of targets with the images of their client that count most.
+
+Two measures. *weight*: the method's own attention, where it has some (`Method.retrieval_weights`), as shares of what
+goes to other images. *influence*, for every method: how much more probable the image makes the method's answer, in
+nats, against leaving that image out of the client's past.
+
+Targets are drawn at random from the test images, and of those some whose answer the method corrects, some that it
+spoils and some whose answer stays as right or wrong as the backbone's; ``cases`` says how many there are of each among
+those drawn, so that examples are not taken for frequencies.
+
+Legend: T targets, S images of a sequence (the target last), D features, K classes.
+"""
+
+from __future__ import annotations
+
+import io
+import logging
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from torch import Tensor, nn
+
+from iciia_exp import tasks
+from iciia_exp.config.settings import Retrieval
+from iciia_exp.data.batches import ClientBatch, FeatureBatches, Selection
+from iciia_exp.data.clients import Clients
+from iciia_exp.errors import first_line
+from iciia_exp.methods.adapt.base import PerImage
+from iciia_exp.methods.base import Method
+from iciia_exp.seeding import generator
+
+__all__ = ["CASES", "retrieval_table", "thumbnail"]
+
+log = logging.getLogger(__name__)
+
+CASES = ("corrected", "spoiled", "unchanged")
+
+# Targets that are tried for every example that is kept.
+_TRIED = 32
+
+# Images of a sequence at most: leaving out each in turn takes the square of it.
+_LONGEST = 64
+
+# Images up to this size are kept as they are (PNG), larger ones as JPEG.
+_SMALL = 40
+
+
+def _sequences(clients: Clients, number: int, images: int, rng: np.random.Generator) -> Selection:
+    """Return targets drawn at random, each last after images of its client: those before it in time, or any others."""
+    test = clients.test
+    place_M = np.arange(len(test.values)) - np.repeat(test.offsets[:-1], test.lengths)  # within the client
+    others_M = place_M if clients.in_time else np.repeat(test.lengths, test.lengths) - 1
+    possible = np.flatnonzero(others_M > 0)
+    drawn = rng.permutation(possible)[:number]
+    owner_T = test.row_numbers[drawn]
+    index_TS = np.full((len(drawn), images), -1, dtype=np.int64)
+    for row, (position, owner) in enumerate(zip(drawn, owner_T, strict=True)):
+        first = test.offsets[owner]
+        if clients.in_time:
+            past = np.arange(max(first, position - images + 1), position)
+        else:
+            others = np.setdiff1d(np.arange(first, test.offsets[owner + 1]), [position])
+            past = rng.permutation(others)[: images - 1]
+        index_TS[row, : len(past) + 1] = test.values[[*past, position]]
+    return Selection(index_TS, owner_T)
+
+
+def _at_targets(logits_TSK: Tensor, mask_TS: Tensor) -> Tensor:
+    return logits_TSK[torch.arange(len(mask_TS), device=mask_TS.device), mask_TS.sum(1) - 1]
+
+
+def _without(batch: ClientBatch, row: int) -> ClientBatch:
+    """Return one sequence as often as it has images before the target, each time with one of them left out."""
+    past = int(batch.mask_CS[row].sum()) - 1
+    mask_PS = batch.mask_CS[row].expand(past, -1).clone()
+    mask_PS[torch.arange(past), torch.arange(past)] = False
+    same = (part[row].expand(past, *part[row].shape) for part in (batch.x_CSD, batch.y_CS))
+    x_PSD, y_PS = same
+    return ClientBatch(x_PSD, y_PS, mask_PS, batch.client_C[row].expand(past))
+
+
+def _log_probability(logits_MK: Tensor, answer: Tensor) -> Tensor:
+    """Return the log-probability of an answer, [M]: a class, or a yes or no for every attribute, [K]."""
+    return -tasks.log_loss(logits_MK, answer.expand(len(logits_MK), *answer.shape))
+
+
+def _answer(logits_K: Tensor, task: str) -> Tensor:
+    return (logits_K > 0).to(torch.uint8) if task == tasks.MULTI_LABEL else logits_K.argmax()
+
+
+def _named(y: Any, names: list[str], task: str) -> str:
+    if task == tasks.MULTI_LABEL:
+        return ", ".join(names[k] for k in np.flatnonzero(y)) or "none"
+    return names[int(y)]
+
+
+def _by_case(change_T: np.ndarray) -> dict[str, np.ndarray]:
+    """Return the rows of each case, from how many more answers of a target the method gets right."""
+    return {
+        "corrected": np.flatnonzero(change_T > 0),
+        "spoiled": np.flatnonzero(change_T < 0),
+        "unchanged": np.flatnonzero(change_T == 0),
+    }
+
+
+def _choose(change_T: np.ndarray, examples: int) -> list[tuple[str, int]]:
+    """Return cases and rows of the examples, a third of each case as far as there are so many."""
+    rows = {case: rows_T.tolist() for case, rows_T in _by_case(change_T).items()}
+    chosen: dict[str, list[int]] = {case: rows[case][: -(-examples // 3)] for case in CASES}
+    for case in ("corrected", "unchanged", "spoiled"):  # what is missing of one case is filled up from others
+        short = examples - sum(map(len, chosen.values()))
+        if short > 0:
+            chosen[case] = rows[case][: len(chosen[case]) + short]
+    while sum(map(len, chosen.values())) > examples:
+        chosen[max(reversed(CASES), key=lambda case: len(chosen[case]))].pop()
+    return [(case, row) for case in CASES for row in chosen[case]]
+
+
+@torch.inference_mode()
+def retrieval_table(
+    method: Method,
+    head: nn.Linear,
+    batches: FeatureBatches,
+    clients: Clients,
+    images: int,
+    options: Retrieval,
+    class_names: list[str],
+    task: str,
+    image: Callable[[int], Any] | None = None,
+    device: torch.device | str = "cpu",
+) -> pd.DataFrame:
+    """Return the examples: for each, the target (``rank`` 0) and the other images that count most (1, 2, ...).
+
+    Args:
+        method, head: the trained method and the backbone's classifier, in evaluation mode.
+        batches: gathers features and labels.
+        clients: the partition; targets are test images.
+        images: S, images of a sequence at most, the target among them.
+        options: how many.
+        class_names, task: of the dataset.
+        image: gives an image by number, for thumbnails; None where there are none.
+        device: where to compute.
+
+    Returns:
+        Columns ``example``, ``case`` (`CASES`), ``cases`` (how many of the ``drawn`` targets are of it), ``drawn``,
+        ``client``, ``rank``, ``image`` (number in the dataset), ``truth``; of targets ``backbone_answer``,
+        ``backbone_confidence``, ``method_answer``, ``method_confidence``; of others ``weight`` and ``influence``;
+        ``thumbnail`` (PNG or JPEG). No rows where no client has two test
+        images, or the method looks at no other image.
+    """
+    if isinstance(method, PerImage) or method.by_client or not options.examples or images < 2:
+        return pd.DataFrame()
+    rng = generator("retrieval")
+    selection = _sequences(clients, _TRIED * options.examples, min(images, _LONGEST), rng)
+    if not len(selection.client_C):
+        return pd.DataFrame()
+    method.to(device)
+    head.to(device)
+    parts = []
+    for some in np.array_split(np.arange(len(selection.client_C)), -(-len(selection.client_C) // 32)):
+        batch = batches[Selection(selection.index_CS[some], selection.client_C[some])].moved(device)
+        x_TD, y_T = _at_targets(batch.x_CSD, batch.mask_CS), _at_targets(batch.y_CS, batch.mask_CS)
+        logits_TK, before_TK = _at_targets(method.answers(batch), batch.mask_CS), head(x_TD)
+        hits = [tasks.hits(logits, y_T).sum(1).cpu().numpy() for logits in (logits_TK, before_TK)]
+        parts.append(hits[0].astype(int) - hits[1].astype(int))
+    change_T = np.concatenate(parts)
+    counts = {case: len(rows_T) for case, rows_T in _by_case(change_T).items()}
+    pictures = _Thumbnails(image, options.pixels)
+    rows: list[dict[str, Any]] = []
+    for example, (case, row) in enumerate(_choose(change_T, options.examples)):
+        one = Selection(selection.index_CS[[row]], selection.client_C[[row]])
+        shared = {"example": example, "case": case, "cases": counts[case], "drawn": len(change_T)}
+        shared["client"] = str(clients.ids[selection.client_C[row]])
+        for found in _example(method, head, batches[one].moved(device), class_names, task, options.neighbours):
+            rows.append(shared | found | {"thumbnail": pictures(found["image"])})
+    return pd.DataFrame(rows)
+
+
+def _example(
+    method: Method, head: nn.Linear, batch: ClientBatch, class_names: list[str], task: str, neighbours: int
+) -> list[dict[str, Any]]:
+    """Return the rows of one sequence: its target, and the images that count most, those first."""
+    past = int(batch.mask_CS.sum()) - 1
+    logits_K, before_K = method.answers(batch)[0, past], head(batch.x_CSD[0, past])
+    answer = _answer(logits_K, task)
+    without_PK = method.answers(_without(batch, 0))[:, past]
+    influence_P = (_log_probability(logits_K[None], answer) - _log_probability(without_PK, answer)).cpu().numpy()
+    weight_P = np.full(past, np.nan)
+    if (weights_CSS := method.retrieval_weights(batch.x_CSD, batch.mask_CS)) is not None:
+        own_P = weights_CSS[0, past, :past].double().cpu().numpy()
+        weight_P = own_P / own_P.sum() if own_P.sum() > 0 else own_P
+    assert batch.image_CS is not None
+    image_S, labels = batch.image_CS[0].tolist(), batch.y_CS[0].cpu().numpy()
+    target: dict[str, Any] = {"rank": 0, "image": image_S[past], "truth": _named(labels[past], class_names, task)}
+    y_1 = batch.y_CS[0, past][None]
+    for name, logits in (("backbone", before_K), ("method", logits_K)):
+        right = tasks.hits(logits[None], y_1)
+        if task == tasks.MULTI_LABEL:
+            target[f"{name}_answer"] = f"{int(right.sum())} of {right.numel()} right"
+        else:
+            target[f"{name}_answer"] = class_names[int(logits.argmax())]
+        target[f"{name}_confidence"] = float(tasks.confidence(logits[None], y_1).mean())
+    order = np.argsort(-np.where(np.isnan(weight_P), np.abs(influence_P), weight_P), kind="stable")[:neighbours]
+    rows = [target]
+    for rank, p in enumerate(order, 1):
+        truth = _named(labels[p], class_names, task)
+        found = {"weight": float(weight_P[p]), "influence": float(influence_P[p])}
+        rows.append({"rank": rank, "image": image_S[p], "truth": truth, **found})
+    return rows
+
+
+class _Thumbnails:
+    """Thumbnails by number of the image; after the first that cannot be made there are no more."""
+
+    def __init__(self, image: Callable[[int], Any] | None, pixels: int) -> None:
+        self.image, self.pixels = image, pixels
+
+    def __call__(self, number: int) -> bytes | None:
+        if self.image is None:
+            return None
+        try:
+            return thumbnail(self.image(number), self.pixels)
+        except Exception as error:  # decoders raise many kinds; the folder may be gone, the features are there
+            log.warning("retrieval: examples without pictures (image %d: %s)", number, first_line(error))
+            self.image = None
+            return None
+
+
+def thumbnail(image: Any, pixels: int = 96) -> bytes | None:
+    """Return a picture of a dataset's image as PNG (small ones as they are) or JPEG; None of a vector.
+
+    Args:
+        image: PIL image; uint8 [F, h, w, 3], a clip, of which the middle frame is taken; or float [c, h, w], full scale
+            0 to 1.
+        pixels: longer side at most.
+    """
+    from PIL import Image
+
+    if isinstance(image, np.ndarray | Tensor):
+        array = np.asarray(image)
+        if array.ndim < 2:
+            return None
+        if array.ndim == 4:
+            array = array[len(array) // 2]
+        elif array.ndim == 3 and array.dtype.kind == "f":
+            array = array.transpose(1, 2, 0)
+        if array.dtype.kind == "f":
+            array = (array.clip(0, 1) * 255).round().astype(np.uint8)
+        image = Image.fromarray(array[..., 0] if array.shape[-1] == 1 and array.ndim == 3 else array)
+    picture = image.convert("L" if image.mode in ("L", "1", "I;16") else "RGB")
+    out = io.BytesIO()
+    if max(picture.size) <= _SMALL:
+        picture.save(out, "PNG")
+    else:
+        picture.thumbnail((pixels, pixels))
+        picture.save(out, "JPEG", quality=85)
+    return out.getvalue()

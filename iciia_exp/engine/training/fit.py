@@ -1,0 +1,73 @@
+"""Fit: train a module with Lightning, resuming where a kill left it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from torch.utils.data import DataLoader
+
+from iciia_exp.engine.training.callbacks import _Checkpoint, _Diverged, _EarlyStopping, _SeedSteps
+from iciia_exp.engine.training.modules import MONITOR, _Module
+from iciia_exp.engine.training.progress import TrainingProgress
+from iciia_exp.engine.training.trainer import interruptible, make_trainer, quiet_lightning
+
+__all__ = ["fit"]
+
+
+def fit(
+    module: _Module,
+    train: DataLoader[Any],
+    validation: DataLoader[Any] | None,
+    *,
+    seed: int,
+    folder: Path,
+    trainer_config: dict[str, Any],
+    loggers: list[Any],
+    title: str,
+) -> dict[str, Any]:
+    """Train ``module``, continuing from ``folder/last.ckpt`` where there is one; leave the weights to keep in it.
+
+    With ``validation`` the weights of the epoch with the best selection accuracy are kept, else those of the last.
+
+    Returns:
+        epochs run, best epoch (from 1) and its selection accuracy (None without validation), and seconds of training.
+    """
+    recipe = module.recipe
+    progress = TrainingProgress(title)
+    best: _Checkpoint | None = None
+    callbacks: list[pl.Callback] = [_SeedSteps(seed), progress, _Diverged(module.shown[0], module.recipe_key)]
+    if validation is not None:
+        if recipe.patience:
+            callbacks.append(
+                _EarlyStopping(MONITOR, mode="max", patience=recipe.patience, check_on_train_epoch_end=True)
+            )
+        keep: dict[str, Any] = {"monitor": MONITOR, "mode": "max", "filename": "best"}
+        best = _Checkpoint(folder, save_on_train_epoch_end=True, enable_version_counter=False, **keep)
+        callbacks.append(best)
+    # after `best`, so that its memory of the best epoch is in the checkpoint that training resumes from
+    callbacks.append(_Checkpoint(folder, "last", save_on_train_epoch_end=True, enable_version_counter=False))
+    epochs = min(recipe.epochs, trainer_config.get("max_epochs") or recipe.epochs)
+    last = folder / "last.ckpt"
+    with quiet_lightning():
+        trainer = make_trainer(
+            trainer_config,
+            max_epochs=epochs,
+            callbacks=callbacks,
+            logger=loggers,
+            enable_checkpointing=True,
+            gradient_clip_val=recipe.clip_norm or None,
+            default_root_dir=folder,
+        )
+        with interruptible(trainer):
+            trainer.fit(module, train, validation, ckpt_path=last if last.is_file() else None, weights_only=True)
+    record: dict[str, Any] = {"epochs": trainer.current_epoch, "best_epoch": None, "selection_accuracy": None}
+    if best is not None and best.best_model_path:
+        state = torch.load(best.best_model_path, weights_only=True, map_location="cpu")
+        module.load_state_dict(state["state_dict"])
+        record["best_epoch"] = state["epoch"] + 1
+        record["selection_accuracy"] = float(best.best_model_score)  # type: ignore[arg-type]
+    record["seconds"] = round(progress.seconds, 2)
+    return record

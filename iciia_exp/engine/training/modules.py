@@ -1,0 +1,173 @@
+"""Training with Lightning: modules for backbones and methods, and one way to fit either.
+
+A training that is killed and repeated gives the result of an uninterrupted one: checkpoints are written at the end of
+every epoch, and all randomness comes from (seed, epoch, step).
+
+Legend: B images, C clients, S images of a client, D features, K classes.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import lightning.pytorch as pl
+from torch import Tensor, nn
+from torchmetrics.classification import BinaryCalibrationError
+
+from iciia_exp import tasks
+from iciia_exp.data.batches import ClientBatch
+from iciia_exp.data.images import ImageBatch
+from iciia_exp.methods.base import Method
+from iciia_exp.models.backbones.base import Backbone
+from iciia_exp.recipe import Recipe
+from iciia_exp.results.counts import ClientCountsMetric, read_batch
+
+__all__ = ["BackboneModule", "MethodModule"]
+
+MONITOR = "selection/accuracy"
+
+
+class _Module(pl.LightningModule):
+    """What both trainings share: the recipe's optimiser and schedule."""
+
+    #: metrics to show beside the progress bar, the training loss first
+    shown: tuple[str, ...] = ()
+    #: where the recipe stands in the configuration
+    recipe_key: str
+
+    def __init__(self, recipe: Recipe) -> None:
+        super().__init__()
+        self.recipe = recipe
+
+    def configure_optimizers(self) -> Any:
+        """Build what the recipe says, over the parameters that are trained."""
+        # a fused step under a gradient scaler (16-mixed) unscales by itself, too late for clipping
+        fused = getattr(self.trainer.precision_plugin, "scaler", None) is None
+        trunk = self.trunk_parameters()
+        rest = [p for p in self.parameters() if p.requires_grad and not any(p is t for t in trunk)]
+        optimizer = self.recipe.make_optimizer(rest, trunk, fused)
+        steps, epochs = int(self.trainer.estimated_stepping_batches), int(self.trainer.max_epochs or 1)
+        schedule = self.recipe.make_schedule(optimizer, steps, epochs)
+        if schedule is None:
+            return optimizer
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def trunk_parameters(self) -> list[nn.Parameter]:
+        """Return the parameters that have the recipe's rate for trunks, if it has one."""
+        return []
+
+    def configure_gradient_clipping(
+        self, optimizer: Any, gradient_clip_val: float | None = None, gradient_clip_algorithm: str | None = None
+    ) -> None:
+        """Clip by norm; Lightning's own way refuses every fused optimiser under mixed precision."""
+        if gradient_clip_val:
+            nn.utils.clip_grad_norm_(self.parameters(), gradient_clip_val)
+
+
+class BackboneModule(_Module):
+    """Trains a backbone, trunk and head, on single images."""
+
+    shown = ("backbone/loss", "backbone/train_accuracy")
+    recipe_key = "backbone.recipe"
+
+    def __init__(self, backbone: Backbone, recipe: Recipe) -> None:
+        super().__init__(recipe)
+        self.backbone = backbone
+
+    def trunk_parameters(self) -> list[nn.Parameter]:
+        """Return all but the classifier's parameters, where they have a rate of their own."""
+        if self.recipe.trunk_lr == self.recipe.lr:
+            return []
+        head = set(map(id, self.backbone.head.parameters()))
+        return [p for p in self.backbone.parameters() if id(p) not in head]
+
+    def training_step(self, batch: ImageBatch, batch_idx: int) -> Tensor | None:
+        """Return the loss of a batch of images; None where none of them could be read."""
+        if not len(batch.images):
+            return None
+        y_B = batch.labels
+        logits_BK = self.backbone(batch.images)
+        loss = tasks.loss(logits_BK, y_B)
+        accuracy = tasks.hits(logits_BK, y_B).float().mean()
+        log = partial(self.log, on_step=False, on_epoch=True, batch_size=len(y_B))
+        log("backbone/loss", loss)
+        log("backbone/train_accuracy", accuracy)
+        return loss
+
+
+class MethodModule(_Module):
+    """Trains a method on client batches, watches the selection clients, and counts per client in testing.
+
+    Args:
+        method: the method.
+        head: the backbone's frozen classifier, for the paired counts.
+        recipe: optimisation.
+        clients: number of clients in the partition.
+        answers: right-or-wrong answers of one image (`iciia_exp.tasks.answers_per_image`).
+    """
+
+    shown = ("train/loss", MONITOR)
+    recipe_key = "protocol.recipe"
+
+    def __init__(self, method: Method, head: nn.Linear, recipe: Recipe, clients: int, answers: int = 1) -> None:
+        super().__init__(recipe)
+        self.method = method
+        self._head = [head.requires_grad_(False)]  # in a list: not part of the checkpoint
+        self.selection_counts = ClientCountsMetric(clients, answers)
+        self.test_counts = ClientCountsMetric(clients, answers)
+        #: expected calibration error, 15 bins, of the method's answers and the backbone's
+        self.calibration = nn.ModuleDict({who: BinaryCalibrationError(15) for who in ("method", "backbone")})
+
+    def training_step(self, batch: ClientBatch, batch_idx: int) -> Tensor:
+        """Return the method's loss on a client batch."""
+        logits_CSK = self.method.training_logits(batch)
+        loss = self.method.loss(logits_CSK, batch.y_CS, batch.mask_CS)
+        self.log("train/loss", loss, on_step=False, on_epoch=True, batch_size=int(batch.mask_CS.sum()))
+        return loss
+
+    def _count(self, metric: ClientCountsMetric, batch: ClientBatch) -> dict[str, Tensor]:
+        """Add a batch's counts; return the logits of both."""
+        head = self._head[0].to(batch.x_CSD.device)
+        logits = {"backbone": head(batch.x_CSD), "method": self.method.answers(batch)}
+        metric.update(*read_batch(logits["backbone"], logits["method"], batch.y_CS, batch.mask_CS, batch.client_C))
+        return logits
+
+    def on_validation_epoch_start(self) -> None:
+        """Start counting afresh."""
+        self.selection_counts.reset()
+
+    def validation_step(self, batch: ClientBatch, batch_idx: int) -> None:
+        """Count hits and losses on selection clients."""
+        self._count(self.selection_counts, batch)
+
+    def on_validation_epoch_end(self) -> None:
+        """Log accuracy and log-loss over all selection images."""
+        _, counts = self.selection_counts.counts()
+        answers = counts.answers_C.sum()
+        self.log(MONITOR, float(counts.method_hits_C.sum() / answers))
+        self.log("selection/log_loss", float(counts.method_loss_C.sum() / answers))
+
+    def on_test_epoch_start(self) -> None:
+        """Start counting afresh."""
+        self.test_counts.reset()
+        for who in self.calibration:
+            self._calibration(who).reset()
+
+    def test_step(self, batch: ClientBatch, batch_idx: int) -> None:
+        """Count hits and losses on test clients, and how far confidence and hits are apart."""
+        y = batch.y_CS[batch.mask_CS]
+        for who, logits_CSK in self._count(self.test_counts, batch).items():
+            logits_TK = logits_CSK[batch.mask_CS]
+            answers = tasks.confidence(logits_TK, y).flatten(), tasks.hits(logits_TK, y).flatten()
+            self._calibration(who).update(*answers)
+
+    def calibration_errors(self) -> dict[str, float]:
+        """Return ``ece`` and ``backbone_ece``, fractions."""
+        names = {"ece": "method", "backbone_ece": "backbone"}
+        return {name: float(self._calibration(who).compute()) for name, who in names.items()}
+
+    def _calibration(self, who: str) -> BinaryCalibrationError:
+        metric = self.calibration[who]
+        assert isinstance(metric, BinaryCalibrationError)
+        return metric

@@ -1,0 +1,1 @@
+"""Methods with one module for all clients; a client only computes."""

@@ -1,0 +1,51 @@
+"""One token of context for all images of a client, inferred from their mean.
+
+Source: Bao and Karaletsos 2023, "Contextual Vision Transformers for Robust Representation Learning" (ContextViT), with
+an image's feature in the place of its patches: each attends to itself and to the token.
+
+Legend: S images of a client, D features, N layers, G groups.
+"""
+
+from __future__ import annotations
+
+from torch import nn
+
+from iciia_exp.methods.adapt.encoder import EncoderMethod
+from iciia_exp.models.mixers import TokenMixer
+
+__all__ = ["ContextToken"]
+
+
+class ContextToken(EncoderMethod):
+    """N layers, each with a token that is inferred from the mean of its inputs.
+
+    Args:
+        head: the backbone's classifier, for its sizes only.
+        num_layers, heads, groups, dropout, shuffle: as of `iciia`.
+    """
+
+    name = "context_token"
+
+    def __init__(
+        self,
+        head: nn.Linear,
+        num_layers: int = 1,
+        heads: int = 4,
+        groups: int | str = 1,
+        dropout: float = 0.1,
+        shuffle: bool = True,
+    ) -> None:
+        self.heads = self.canonical({"heads": heads, "groups": groups}, head.in_features)["heads"]  # for `mixer`
+        super().__init__(head, num_layers, groups, dropout, shuffle)
+
+    def mixer(self) -> nn.Module:
+        """Return attention to the image itself and to the token."""
+        return TokenMixer(self.dim, self.heads, self.groups, self.dropout, self.shuffle)
+
+    def macs(self, images: int) -> int:
+        """((6 S + 4) D^2 / G + 4 S D) N."""
+        return ((6 * images + 4) * self.dim**2 // self.groups + 4 * images * self.dim) * self.num_layers
+
+    def streaming_macs(self, images: int) -> int | None:
+        """((6 + 4) D^2 / G + 4 D) with one layer, whose mean is a running sum; with more all is computed again."""
+        return self.macs(1) if self.num_layers == 1 else None

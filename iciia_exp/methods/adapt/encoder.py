@@ -1,0 +1,72 @@
+"""What the trained baselines share: ICIIA's layers with something else in the place of attention.
+
+Legend: C clients, S images of a client, D features, K classes, N layers, G groups.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from typing import Any
+
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from iciia_exp.methods.adapt.iciia import IciiaMethod
+from iciia_exp.methods.base import Method
+from iciia_exp.models.layers import EncoderLayer, visible
+
+__all__ = ["EncoderMethod"]
+
+
+class EncoderMethod(Method):
+    """N post-norm layers, ReLU and a linear classifier of its own, as in ICIIA; a subclass says what mixes images.
+
+    Args:
+        head: the backbone's classifier, for its sizes only.
+        num_layers: N.
+        groups: G, a divisor of D, or ``max`` for D.
+        dropout: on hidden units and both branches, while training.
+        shuffle: interleave the groups after every projection.
+    """
+
+    def __init__(
+        self,
+        head: nn.Linear,
+        num_layers: int = 1,
+        groups: int | str = 1,
+        dropout: float = 0.1,
+        shuffle: bool = True,
+    ) -> None:
+        super().__init__(head)
+        given = {"num_layers": num_layers, "groups": groups, "dropout": dropout, "shuffle": shuffle}
+        settings = self.canonical(given, self.dim)
+        self.num_layers, self.groups = num_layers, int(settings["groups"])
+        self.dropout, self.shuffle = dropout, settings["shuffle"]
+        self.layers = nn.ModuleList(
+            EncoderLayer(self.dim, 1, self.groups, dropout, self.shuffle, self.mixer()) for _ in range(num_layers)
+        )
+        self.classifier = nn.Linear(self.dim, self.num_classes)
+
+    @classmethod
+    def canonical(cls, config: dict[str, Any], dim: int) -> dict[str, Any]:
+        """Check the values against D; ``max`` becomes D, and with one group shuffle changes nothing."""
+        return IciiaMethod.canonical(config, dim)
+
+    @abstractmethod
+    def mixer(self) -> nn.Module:
+        """Return what a layer has in the place of attention."""
+
+    def forward(self, x_CSD: Tensor, mask_CS: Tensor | None = None) -> Tensor:
+        """Return the logits, [C, S, K]."""
+        seen = visible(x_CSD.shape[1], mask_CS, causal=False)
+        for layer in self.layers:
+            x_CSD = layer(x_CSD, seen)
+        return self.classifier(F.relu(x_CSD))
+
+    def macs(self, images: int) -> int:
+        """6 S D^2 / G N: as ICIIA's, without the attention itself."""
+        return 6 * images * self.dim**2 // self.groups * self.num_layers
+
+    def num_parameters(self) -> int:
+        """Encoder only: the classifier takes the place of the backbone's."""
+        return sum(p.numel() for p in self.layers.parameters())

@@ -1,0 +1,77 @@
+"""LAME: images that are near each other among the client's images should have the same answer.
+
+Source: Boudiaf, Mueller, Ben Ayed and Bertinetto 2022, "Parameter-free Online Test-time Adaptation". From posteriors p
+and a graph W, in which every image points to its nearest neighbours among the client's images, repeat
+
+    y_i  =  softmax(log p_i + lambda sum over j of W_ij y_j)
+
+The graph of the k nearest neighbours (k = 5, lambda = 1) is the one the paper settles on.
+
+Legend: C clients, S images of a client, D features, K classes, I iterations.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from iciia_exp import tasks
+from iciia_exp.errors import check_float, check_int
+from iciia_exp.methods.adapt.training_free import WholeChunks, normalised
+
+__all__ = ["Lame", "nearest_neighbours"]
+
+
+def nearest_neighbours(x_CSD: Tensor, real_CS: Tensor, neighbours: int) -> Tensor:
+    """Return 1 at [c, i, j] where j is among the nearest real images to i, itself excepted; float [C, S, S]."""
+    C, S, _ = x_CSD.shape
+    if neighbours == 0 or S == 1:
+        return x_CSD.new_zeros(C, S, S)
+    f_CSD = normalised(x_CSD * real_CS.unsqueeze(2))  # padding may hold anything
+    similar_CSS = torch.bmm(f_CSD, f_CSD.transpose(1, 2))
+    itself_SS = torch.eye(S, dtype=torch.bool, device=x_CSD.device)
+    similar_CSS = similar_CSS.masked_fill(itself_SS | (real_CS == 0).unsqueeze(1), -torch.inf)
+    value_CSN, index_CSN = similar_CSS.topk(min(neighbours, S - 1), dim=-1)
+    return torch.zeros_like(similar_CSS).scatter_(2, index_CSN, (value_CSN > -torch.inf).to(x_CSD.dtype))
+
+
+class Lame(WholeChunks):
+    """Laplacian-adjusted maximum-likelihood estimation.
+
+    Args:
+        head: the backbone's classifier.
+        calibrator: ``none`` (published), ``temperature`` or ``bcts``.
+        neighbours: k of the graph; 0 is the backbone itself.
+        weight: lambda.
+        iterations: I; it has long settled by then.
+    """
+
+    name = "lame"
+    tasks = (tasks.SINGLE_LABEL,)
+
+    def __init__(
+        self,
+        head: nn.Linear,
+        calibrator: str = "none",
+        neighbours: int = 5,
+        weight: float = 1.0,
+        iterations: int = 30,
+    ) -> None:
+        super().__init__(head, calibrator)
+        self.neighbours = check_int("neighbours", neighbours, 0)
+        self.weight = check_float("weight", weight, 0.0)
+        self.iterations = check_int("iterations", iterations, 1)
+
+    def together(self, x_CSD: Tensor, real_CS: Tensor, b_CSK: Tensor) -> Tensor:
+        """Return the logits that the graph leaves, [C, S, K]."""
+        log_p_CSK = b_CSK.log_softmax(-1)
+        edges_CSS = self.weight * nearest_neighbours(x_CSD, real_CS, self.neighbours)
+        logits_CSK = log_p_CSK
+        for _ in range(self.iterations):
+            logits_CSK = torch.baddbmm(log_p_CSK, edges_CSS, logits_CSK.softmax(-1))
+        return logits_CSK
+
+    def macs(self, images: int) -> int:
+        """S^2 D + S^2 K I: the graph, and one product an iteration."""
+        graph = images * images * self.dim if self.neighbours and images > 1 else 0
+        return graph + images * images * self.num_classes * self.iterations

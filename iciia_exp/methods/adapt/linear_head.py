@@ -1,0 +1,13 @@
+"""A new linear classifier and no attention: tells what the method's images alone are worth."""
+
+from __future__ import annotations
+
+from iciia_exp.methods.adapt.base import HeadMethod
+
+__all__ = ["LinearHead"]
+
+
+class LinearHead(HeadMethod):
+    """The backbone's classifier, trained further on the method's own images."""
+
+    name = "linear_head"

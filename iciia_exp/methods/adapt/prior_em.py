@@ -1,0 +1,114 @@
+"""The client's class prior by expectation-maximisation, from the backbone's posteriors alone.
+
+Source: Saerens, Latinne and Decaestecker 2002, "Adjusting the outputs of a classifier to new a priori probabilities: a
+simple procedure" (Neural Computation 14). With posteriors p_i under a source prior s, a client's prior pi is where
+
+    pi_k = mean over images i of  pi_k p_ik / s_k  /  sum over j of pi_j p_ij / s_j
+
+and the answer for an image is proportional to pi_k p_ik / s_k. The images of a client decide its prior together, the
+target among them. Of a multi-label task every attribute has a prior of its own, present or absent.
+
+Legend: C clients, S images of a client, K classes, I iterations.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from iciia_exp.errors import check_int
+from iciia_exp.methods.adapt.training_free import TrainingFree, in_parts, real_images
+
+__all__ = ["PriorEM", "estimate_prior"]
+
+# No class becomes impossible: log-loss would be infinite where it comes after all.
+_LEAST = 1e-8
+
+
+def estimate_prior(
+    log_likelihood_CSK: Tensor, real_CS: Tensor, start_K: Tensor, strength: Tensor, iterations: int
+) -> Tensor:
+    """Return every client's prior, [C, K], by so many steps of EM; two matrix products each, 2 S K together.
+
+    Args:
+        log_likelihood_CSK: log p_ik / s_k, up to a constant of each image.
+        real_CS: 1 for a real image, 0 for padding.
+        start_K: the prior to start from, towards which the result is drawn.
+        strength: as by how many images it is drawn there: the mode under a Dirichlet prior; 0 is maximum likelihood.
+        iterations: I.
+    """
+    likelihood_CSK = (log_likelihood_CSK - log_likelihood_CSK.amax(-1, keepdim=True)).exp()
+    images_C1 = real_CS.sum(1, keepdim=True)
+    prior_CK = start_K.expand(len(real_CS), -1)
+    for _ in range(iterations):
+        evidence_CS1 = torch.bmm(likelihood_CSK, prior_CK.unsqueeze(2))
+        share_CS1 = real_CS.unsqueeze(2) / evidence_CS1.clamp(min=1e-30)
+        count_CK = prior_CK * torch.bmm(likelihood_CSK.transpose(1, 2), share_CS1).squeeze(2)
+        prior_CK = (count_CK + strength * start_K) / (images_C1 + strength).clamp(min=1e-30)
+    return prior_CK
+
+
+class PriorEM(TrainingFree):
+    """Posteriors under the prior that EM finds in the images of each client.
+
+    Args:
+        head: the backbone's classifier.
+        calibrator: ``none``, ``temperature`` or ``bcts``; the likelihoods must mean what they say.
+        iterations: I.
+    """
+
+    name = "prior_em"
+    strength: Tensor
+
+    def __init__(self, head: nn.Linear, calibrator: str = "bcts", iterations: int = 50) -> None:
+        super().__init__(head, calibrator)
+        self.iterations = check_int("iterations", iterations, 1)
+        self.register_buffer("strength", torch.zeros(()))
+
+    def forward(self, x_CSD: Tensor, mask_CS: Tensor | None = None) -> Tensor:
+        """Return calibrated log-posteriors under each client's prior, [C, S, K]."""
+        b_CSK, real_CS = self.calibrated(x_CSD), real_images(x_CSD, mask_CS)
+        if bool(self.multi_label):
+            return self._attributes(b_CSK, real_CS)
+        return in_parts(self._classes, 16, b_CSK, real_CS)
+
+    def _classes(self, b_CSK: Tensor, real_CS: Tensor) -> Tensor:
+        log_likelihood_CSK = self._log_likelihood(b_CSK)
+        prior_CK = self._prior(log_likelihood_CSK, real_CS, self.log_source.exp())
+        return log_likelihood_CSK + prior_CK.clamp(min=_LEAST).log().unsqueeze(1)
+
+    def _attributes(self, b_CSK: Tensor, real_CS: Tensor) -> Tensor:
+        """Every attribute of a client is a problem with two classes."""
+        source_K = self.log_source.exp()
+        log_odds_CSK = b_CSK - source_K.logit()  # of the likelihoods of presence and absence
+        two_CKS2 = torch.stack([F.logsigmoid(-log_odds_CSK), F.logsigmoid(log_odds_CSK)], -1).transpose(1, 2)
+        priors = []
+        for k in range(self.num_classes):
+            start_2 = torch.stack([1 - source_K[k], source_K[k]])
+            priors.append(self._prior(two_CKS2[:, k], real_CS, start_2)[:, 1])
+        return log_odds_CSK + torch.stack(priors, 1).clamp(_LEAST, 1 - _LEAST).logit().unsqueeze(1)
+
+    def _prior(self, log_likelihood_CSK: Tensor, real_CS: Tensor, start_K: Tensor) -> Tensor:
+        return estimate_prior(log_likelihood_CSK, real_CS, start_K, self.strength, self.iterations)
+
+    @property
+    def state_width(self) -> int:
+        """The calibrated logits: K."""
+        return self.num_classes
+
+    def step(self, x_CD: Tensor, past_CPE: Tensor, mask_CP: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Return the logits of one more image, EM over it and the past, [C, K], and its calibrated logits."""
+        b_CK = self.calibrated(x_CD.unsqueeze(1)).squeeze(1)
+        b_CSK = torch.cat([past_CPE, b_CK.unsqueeze(1)], 1)
+        real_CS = real_images(b_CSK, None if mask_CP is None else F.pad(mask_CP, (0, 1), value=True))
+        whole = self._attributes if bool(self.multi_label) else self._classes
+        return whole(b_CSK, real_CS)[:, -1], b_CK
+
+    def macs(self, images: int) -> int:
+        """2 S K I; twice that of a multi-label task, whose attributes have two classes."""
+        return (4 if bool(self.multi_label) else 2) * images * self.num_classes * self.iterations
+
+    def streaming_macs(self, images: int) -> int | None:
+        """The same: EM starts again with every image, on posteriors that were kept."""
+        return self.macs(images)

@@ -1,0 +1,193 @@
+"""Fine-tuning: every client's own linear classifier, trained on its own labelled images.
+
+Source: a baseline of ICIIA (ACML 2024, PMLR 260:223-238), section 4: from the backbone's classifier, SGD, batches of
+16, rate 0.01, gradients clipped at 5, until a client's own validation images have not been better for 10 epochs. It
+needs what clients are not asked for, labels, and is refused where test clients have none.
+
+All clients are trained at once. A classifier that gradient steps change from W moves within the span of its client's
+features, W + A^T F, so that A [images, K] is trained and products of features are all that is needed: the same steps,
+without a classifier of D x K for every client.
+
+Legend: C clients, n images of a client, D features, K classes, T test images in all.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from iciia_exp import tasks
+from iciia_exp.data.batches import ClientBatch, Selection, cut_chunks
+from iciia_exp.data.views import CloudData
+from iciia_exp.errors import UserError, check_float, check_int
+from iciia_exp.methods.base import Method, copy_of
+
+__all__ = ["FineTune"]
+
+# Numbers of a batch of clients that are trained at once.
+_NUMBERS = 1 << 24
+
+
+class FineTune(Method):
+    """A classifier for every client of the partition.
+
+    Args:
+        head: the backbone's classifier, where every client starts.
+        lr: rate of SGD.
+        batch_size: images of a step, in the order of the client's images.
+        clip_norm: largest norm of a gradient.
+        epochs: at most.
+        patience: stop after so many epochs without a better accuracy on the client's selection images.
+    """
+
+    name = "finetune"
+    trainable = False
+    tasks = (tasks.SINGLE_LABEL,)
+    by_client = True
+    sized = ("keys", "logits")
+
+    keys: Tensor
+    logits: Tensor
+
+    def __init__(
+        self,
+        head: nn.Linear,
+        lr: float = 0.01,
+        batch_size: int = 16,
+        clip_norm: float = 5.0,
+        epochs: int = 100,
+        patience: int = 10,
+    ) -> None:
+        super().__init__(head)
+        self.lr = check_float("lr", lr, 0.0, open_low=True)
+        self.batch_size = check_int("batch_size", batch_size, 1)
+        self.clip_norm = check_float("clip_norm", clip_norm, 0.0, open_low=True)
+        self.epochs, self.patience = check_int("epochs", epochs, 1), check_int("patience", patience, 1)
+        self.head = copy_of(head, trained=False)
+        # answers to the test images, not a classifier of D x K for every client: (client, image) and logits
+        self.register_buffer("keys", torch.zeros(0, 2, dtype=torch.int64))
+        self.register_buffer("logits", torch.zeros(0, self.num_classes))
+
+    @torch.no_grad()
+    def study(self, data: CloudData) -> None:
+        """Train every client's classifier, and answer its test images."""
+        data.require_own_labels(self.name)
+        clients = data.clients
+        numbers = np.flatnonzero(clients.test.lengths)
+        numbers = numbers[np.argsort(clients.train.lengths[numbers], kind="stable")]
+        keys, logits = [], []
+        start = 0
+        while start < len(numbers):  # clients of about the same number of images together
+            longest = int(clients.train.lengths[numbers[min(start + 63, len(numbers) - 1)]])
+            some = numbers[start : start + max(1, min(64, _NUMBERS // (longest * (longest + self.num_classes))))]
+            train, selection, test = (self._images(data, role, some) for role in ("train", "selection", "test"))
+            answers_CnK = self._train(train, selection, test)
+            where = test.mask_CS
+            assert test.image_CS is not None
+            keys.append(torch.stack([test.client_C[:, None].expand_as(where)[where], test.image_CS[where]], 1))
+            logits.append(answers_CnK[where])
+            start += len(some)
+        every = torch.cat(keys)
+        order = torch.from_numpy(np.lexsort((every[:, 1].numpy(), every[:, 0].numpy())))
+        self.keys, self.logits = every[order], torch.cat(logits)[order]
+
+    @staticmethod
+    def _images(data: CloudData, role: str, some: np.ndarray) -> ClientBatch:
+        """Return all images of some clients in one batch, a client a row."""
+        ragged = data.clients[role]
+        whole = cut_chunks(ragged, max(1, int(ragged.lengths.max())))
+        index_CS = np.full((len(some), whole.index_CS.shape[1]), -1, dtype=np.int64)
+        row_of = np.full(len(ragged), -1)
+        row_of[whole.client_C] = np.arange(len(whole.client_C))
+        there = row_of[some] >= 0
+        index_CS[there] = whole.index_CS[row_of[some][there]]
+        if not (index_CS >= 0).any():
+            index_CS[:] = -1
+            return ClientBatch(
+                torch.zeros(len(some), 0, data.batches.features.shape[1]),
+                torch.zeros(len(some), 0, dtype=torch.int64),
+                torch.zeros(len(some), 0, dtype=torch.bool),
+                torch.from_numpy(some),
+            )
+        return data.batches[Selection(index_CS, some)]
+
+    def _train(self, train: ClientBatch, selection: ClientBatch, test: ClientBatch) -> Tensor:
+        """Return the logits of the test images, [C, n, K]."""
+        x_CnD, y_Cn, real_Cn = train.x_CSD, train.y_CS, train.mask_CS.float()
+        start_CnK = self.head(x_CnD)
+        gram_Cnn = torch.bmm(x_CnD, x_CnD.transpose(1, 2))
+        held_Cmn = torch.bmm(selection.x_CSD, x_CnD.transpose(1, 2))
+        held_CmK = self.head(selection.x_CSD)
+        change_CnK, bias_C1K = torch.zeros_like(start_CnK), start_CnK.new_zeros(len(x_CnD), 1, self.num_classes)
+        best = [change_CnK.clone(), bias_C1K.clone()]
+        best_C = self._accuracy(held_CmK, selection)
+        waited_C = torch.zeros(len(x_CnD), dtype=torch.int64)
+        one_hot_CnK = F.one_hot(y_Cn, self.num_classes).float()
+        for _ in range(self.epochs):
+            active_C11 = (waited_C < self.patience).float()[:, None, None]
+            if not active_C11.any():
+                break
+            for at in range(0, x_CnD.shape[1], self.batch_size):
+                batch = slice(at, at + self.batch_size)
+                logits_CbK = start_CnK[:, batch] + torch.bmm(gram_Cnn[:, batch], change_CnK) + bias_C1K
+                real_Cb1 = real_Cn[:, batch, None]
+                error_CbK = (logits_CbK.softmax(-1) - one_hot_CnK[:, batch]) * real_Cb1
+                error_CbK = error_CbK / real_Cb1.sum(1, keepdim=True).clamp(min=1)
+                own_C1K = error_CbK.sum(1, keepdim=True)
+                square_C = (torch.bmm(error_CbK, error_CbK.transpose(1, 2)) * gram_Cnn[:, batch, batch]).sum((1, 2))
+                norm_C = (square_C + own_C1K.square().sum((1, 2))).clamp(min=0).sqrt()
+                step_C11 = (self.lr * (self.clip_norm / norm_C.clamp(min=1e-12)).clamp(max=1))[:, None, None]
+                change_CnK[:, batch] -= active_C11 * step_C11 * error_CbK
+                bias_C1K = bias_C1K - active_C11 * step_C11 * own_C1K
+            now_C = self._accuracy(held_CmK + torch.bmm(held_Cmn, change_CnK) + bias_C1K, selection)
+            better_C = (now_C > best_C) & (active_C11[:, 0, 0] > 0)
+            best_C = torch.where(better_C, now_C, best_C)
+            waited_C = torch.where(better_C, 0, waited_C + 1)
+            for kept, current in zip(best, (change_CnK, bias_C1K), strict=True):
+                kept[better_C] = current[better_C]
+        near_CmK = torch.bmm(torch.bmm(test.x_CSD, x_CnD.transpose(1, 2)), best[0])
+        return self.head(test.x_CSD) + near_CmK + best[1]
+
+    @staticmethod
+    def _accuracy(logits_CmK: Tensor, batch: ClientBatch) -> Tensor:
+        """Return every client's accuracy, [C]."""
+        if not batch.y_CS.shape[1]:
+            return torch.zeros(len(batch.y_CS))
+        right_Cm = (logits_CmK.argmax(-1) == batch.y_CS) & batch.mask_CS
+        return right_Cm.sum(1) / batch.mask_CS.sum(1).clamp(min=1)
+
+    def answers(self, batch: ClientBatch) -> Tensor:
+        """Return what the classifiers of the batch's clients answer to their test images, [C, S, K].
+
+        The backbone's answers stand in for the images of selection clients that no classifier was asked about.
+        """
+        if batch.image_CS is None:
+            raise UserError(f"{self.name}: answers the partition's test images alone")
+        wide = int(max(self.keys[:, 1].max(), batch.image_CS.max())) + 1 if len(self.keys) else 1
+        known_T = self.keys[:, 0] * wide + self.keys[:, 1]
+        asked_CS = batch.client_C[:, None] * wide + batch.image_CS
+        place_CS = torch.searchsorted(known_T, asked_CS).clamp(max=len(known_T) - 1)
+        found_CS = (known_T[place_CS] == asked_CS) & batch.mask_CS
+        return torch.where(found_CS.unsqueeze(2), self.logits[place_CS], self.head(batch.x_CSD))
+
+    def forward(self, x_CSD: Tensor, mask_CS: Tensor | None = None) -> Tensor:
+        """Refuse: a classifier belongs to a client."""
+        raise UserError(f"{self.name}: has a classifier for every client of its partition; it answers no others")
+
+    def macs(self, images: int) -> int:
+        """Nothing is added: the client's classifier takes the place of the backbone's."""
+        return 0
+
+    def streaming_macs(self, images: int) -> int | None:
+        """Nothing is added."""
+        return 0
+
+    def state_bytes(self, images: int) -> int:
+        """The client's classifier, in float32."""
+        return 4 * self.num_classes * (self.dim + 1)
+
+    def num_parameters(self) -> int:
+        """Of one client: its classifier."""
+        return self.num_classes * (self.dim + 1)

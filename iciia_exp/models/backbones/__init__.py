@@ -1,0 +1,1 @@
+"""The backbones: interface, networks, weights, and preparation for inference."""

@@ -1,0 +1,261 @@
+"""The interface of a backbone: a trunk that gives features, and the linear classifier that reads them.
+
+Legend: B images of a batch, D features, K classes.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections import OrderedDict
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from iciia_exp.cost import count_macs
+from iciia_exp.errors import ConfigError, UserError, check_choice, check_float, check_int
+from iciia_exp.recipe import Recipe
+
+__all__ = ["Backbone", "BackboneSpec", "ImageBackbone"]
+
+
+class Backbone(nn.Module, ABC):
+    """A network with ``head(features(images))`` equal to its logits.
+
+    A subclass sets ``dim`` (D) and ``head``, and builds itself with fresh weights.
+    """
+
+    dim: int
+    head: nn.Linear
+    #: Name of the classifier in weight files of the original network.
+    head_name: str = "head"
+
+    @property
+    def num_classes(self) -> int:
+        """K."""
+        return self.head.out_features
+
+    @abstractmethod
+    def features(self, images: Tensor) -> Tensor:
+        """Return what the classifier sees, [B, D], from a batch of what `transform` gives."""
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Return the logits [B, K]."""
+        return self.head(self.features(images))
+
+    @abstractmethod
+    def transform(self, image: Any) -> Tensor:
+        """Turn one image of the dataset into the network's input, without a batch axis."""
+
+    @abstractmethod
+    def describe_transform(self) -> dict[str, Any]:
+        """Return `transform` as plain values, for the feature manifest."""
+
+    def macs(self, example: Tensor) -> int | None:
+        """Return the cost of one image, classifier included, in MACs; None where it is unknown."""
+        return count_macs(self, example[None])
+
+    def faster(self, example: Tensor) -> list[str]:
+        """Prepare the trunk for inference alone, in place; return what was done (nothing, by default)."""
+        return []
+
+    def pretrained_state(self) -> dict[str, Tensor]:
+        """Return the library's weights, under the names of the original network."""
+        raise ConfigError("pretrained", True, f"{type(self).__name__} has no pre-trained weights; give weights=FILE")
+
+    def load_original(self, state: Mapping[str, Tensor]) -> None:
+        """Load weights under the names of the original network; raises `RuntimeError` that names what does not fit."""
+        mine = self.state_dict()
+        own: OrderedDict[str, Tensor] = OrderedDict()
+        own._metadata = mine._metadata  # type: ignore[attr-defined]  # what the layers write now: some refuse to load without
+        for key, value in state.items():
+            if not key.endswith("num_batches_tracked"):
+                at_head = key.startswith(f"{self.head_name}.")
+                own["head." + key.removeprefix(f"{self.head_name}.") if at_head else self._trunk_key(key)] = (
+                    value.float()
+                )
+        if wrong := [k for k, v in own.items() if k in mine and v.shape != mine[k].shape]:
+            sizes = " not ".join(str(list(tensors[wrong[0]].shape)) for tensors in (own, mine))
+            raise RuntimeError(f"has other sizes, first {wrong[0]} {sizes} ({len(wrong)} keys)")
+        loaded = self.load_state_dict(own, strict=False)
+        missing = [k for k in loaded.missing_keys if not k.endswith("num_batches_tracked")]
+        if missing == ["head.bias"]:  # a classifier without a bias
+            nn.init.zeros_(self.head.bias)
+            missing = []
+        for kind, keys in (("has no", missing), ("has unknown", loaded.unexpected_keys)):
+            if keys:
+                raise RuntimeError(f"{kind} {', '.join(keys[:3])}{', ...' if len(keys) > 3 else ''} ({len(keys)} keys)")
+
+    def _trunk_key(self, key: str) -> str:
+        return key
+
+    def keep_classes(self, rows: Sequence[int]) -> None:
+        """Keep the classifier's ``rows`` alone, in that order."""
+        self.head = _linear(self.head.weight[list(rows)], self.head.bias[list(rows)])
+
+    def fresh_head(self, num_classes: int) -> None:
+        """Put a classifier with fresh weights in place."""
+        self.head = nn.Linear(self.dim, num_classes)
+
+
+def _linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:
+    head = nn.Linear(weight.shape[1], weight.shape[0])
+    with torch.no_grad():
+        head.weight.copy_(weight)
+        head.bias.copy_(torch.zeros(len(weight)) if bias is None else bias)
+    return head
+
+
+class ImageBackbone(Backbone):
+    """A network for photographs: PIL images in, moved as uint8, normalised in batches on the network's device.
+
+    A subclass builds ``net`` ([B, 3, H, W] to [B, D]) and says how images are cropped in `crop`.
+    """
+
+    net: nn.Module
+
+    def __init__(self, net: nn.Module, head: nn.Linear, mean: Sequence[float], std: Sequence[float]) -> None:
+        super().__init__()
+        self.net, self.head, self.dim = net, _linear(head.weight, head.bias), head.in_features
+        self.mean, self.std = tuple(map(float, mean)), tuple(map(float, std))
+
+    @abstractmethod
+    def crop(self, image: Any) -> Any:
+        """Resize and crop one PIL image to the network's input size."""
+
+    def transform(self, image: Any) -> Tensor:
+        """Turn a PIL image into uint8 [3, H, W]."""
+        import numpy as np
+
+        return torch.from_numpy(np.array(self.crop(image.convert("RGB")))).permute(2, 0, 1)
+
+    def normalise(self, images: Tensor) -> Tensor:
+        """Return (images / 255 - mean) / std as float32."""
+        scale = torch.tensor([1 / (255 * s) for s in self.std], device=images.device)
+        shift = torch.tensor([m / s for m, s in zip(self.mean, self.std, strict=True)], device=images.device)
+        if images.ndim != 4:
+            shape = (-1, *(1,) * (images.ndim - 2))
+            return images.to(torch.float32).mul_(scale.view(shape)).sub_(shift.view(shape))
+        images = images.to(torch.float32, memory_format=torch.channels_last)
+        # by rows of 3 W numbers: by pixels of 3 it takes four times as long on a processor
+        width = images.shape[3]
+        images.permute(0, 2, 3, 1).flatten(2).mul_(scale.repeat(width)).sub_(shift.repeat(width))
+        return images
+
+    def features(self, images: Tensor) -> Tensor:
+        """Return what the classifier sees, [B, D], from uint8 images."""
+        return self.net(self.normalise(images))
+
+    def faster(self, example: Tensor) -> list[str]:
+        """Fold batch norm and choose the memory format, where that changes no feature."""
+        from iciia_exp.models.backbones.inference import faster
+
+        return faster(self.net, self.normalise(example[None]))
+
+    def _trunk_key(self, key: str) -> str:
+        return f"net.{key}"
+
+
+class BackboneSpec:
+    """A backbone by configuration: the network, where its weights come from, and what of it is trained here.
+
+    Args:
+        name: short name for folders and tables.
+        model: builds the network from ``num_classes``; in a configuration, a ``_partial_`` target.
+        train: ``all``: trunk and classifier; ``head``: a regularised linear classifier on the frozen trunk's features;
+            ``none``: nothing. What is trained learns from the dataset's images for the backbone, or, where it has
+            none, from the train images of the clients: never from selection or test images.
+        pretrained: start from the library's weights.
+        weights: start from this file in their place: .safetensors, or .pt or .pth of tensors, under the original
+            network's names.
+        classes: names of the classes that the starting weights know, in their order: ``imagenet-1k`` (wnids), a text
+            file with one name per line, or null if they are the dataset's own. With ``train: none`` a dataset with a
+            part of them keeps those rows of the classifier.
+        recipe: how it is trained here (``train: all``).
+        reserve: share of the dataset's train images that only the backbone learns from, by owner where the dataset
+            has owners; 0 lets it learn from the clients' train images, as the published backbones did.
+        dim: D, asserted when the network is built; null finds out by building it.
+        published_top1: percent of the dataset's test images that the weights' authors report; shown beside ours.
+        seed: of the training here.
+    """
+
+    cosmetic: ClassVar[frozenset[str]] = frozenset({"weights", "published_top1", "dim"})
+
+    def __init__(
+        self,
+        name: str,
+        model: Callable[..., Backbone],
+        train: str = "none",
+        pretrained: bool = False,
+        weights: str | None = None,
+        classes: str | None = None,
+        recipe: Recipe | None = None,
+        reserve: float = 0.0,
+        dim: int | None = None,
+        published_top1: float | None = None,
+        seed: int = 0,
+    ) -> None:
+        self.name, self.model, self.recipe = name, model, recipe
+        self.train = check_choice("train", train, ("all", "head", "none"))
+        self.pretrained = pretrained and weights is None
+        self.weights, self.classes = weights, classes
+        self.reserve = check_float("reserve", reserve, 0.0, 0.95)
+        self.dim = None if dim is None else check_int("dim", dim, 1)
+        self.published_top1 = published_top1
+        self.seed = check_int("seed", seed, 0)
+        if train == "none" and not (pretrained or weights):
+            problem = "nothing gives the network its weights; set pretrained=true or weights=FILE, or train it"
+            raise ConfigError("train", train, problem)
+        if train == "none" and reserve:
+            raise ConfigError("reserve", reserve, "nothing is trained here that could learn from those images; use 0")
+        if train == "all" and recipe is None:
+            raise ConfigError("recipe", "null", "train=all needs a recipe")
+        if recipe is not None and recipe.patience:
+            raise ConfigError(
+                "recipe.patience", recipe.patience, "must be 0: a backbone has no selection images of its own"
+            )
+
+    @property
+    def started(self) -> bool:
+        """Whether the network starts from weights that exist already."""
+        return self.pretrained or self.weights is not None
+
+    def fresh(self, num_classes: int, **arguments: Any) -> Backbone:
+        """Build the network with fresh weights; raises where D is not what the configuration says."""
+        try:
+            backbone = self.model(num_classes=num_classes, **arguments)
+        except ConfigError as error:
+            raise ConfigError(f"model.{error.key}", error.value, error.problem) from error
+        if self.dim is not None and self.dim != backbone.dim:
+            raise ConfigError("dim", self.dim, f"the network has D={backbone.dim}")
+        return backbone
+
+    def initial(self, class_names: Sequence[str], **arguments: Any) -> Backbone:
+        """Build the network with the weights it starts from; its classifier fits ``class_names``.
+
+        With ``train: none`` the classifier is the weights' own, or those of its rows that the dataset has; else it is
+        fresh unless the weights know exactly the dataset's number of classes.
+        """
+        from iciia_exp.models.backbones.weights import class_rows, read_weights
+
+        if not self.started:
+            return self.fresh(len(class_names), **arguments)
+        backbone = self.fresh(len(class_names), **arguments)
+        state = backbone.pretrained_state() if self.weights is None else read_weights(self.weights)
+        key = f"{backbone.head_name}.weight"
+        source = self.weights or f"the pre-trained weights of {self.name}"
+        if key not in state:
+            raise UserError(f"{source}: has no classifier {key}; these are not weights of backbone {self.name}")
+        if (known := state[key].shape[0]) != len(class_names):
+            backbone.fresh_head(known)
+        try:
+            backbone.load_original(state)
+        except RuntimeError as error:
+            raise UserError(f"{source}: does not fit backbone {self.name}: {error}") from error
+        rows = class_rows(self.classes, backbone.num_classes, class_names, needed=self.train == "none")
+        if rows is not None:
+            backbone.keep_classes(rows)
+        elif backbone.num_classes != len(class_names):
+            backbone.fresh_head(len(class_names))
+        return backbone

@@ -1,0 +1,119 @@
+"""Any timm model as a backbone: https://github.com/huggingface/pytorch-image-models."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+from urllib.parse import urlparse
+
+import huggingface_hub
+import timm
+from timm.data import create_transform, resolve_data_config
+from torch import Tensor, nn
+
+from iciia_exp.errors import ConfigError, check_float, check_int, first_line, nearest
+from iciia_exp.models.backbones.base import ImageBackbone
+from iciia_exp.models.backbones.weights import fetched
+
+__all__ = ["TimmBackbone"]
+
+_FILE = "model.safetensors"
+
+
+class TimmBackbone(ImageBackbone):
+    """A timm model; the feature is what its linear classifier sees, the crop its own evaluation transform.
+
+    Args:
+        num_classes: K.
+        model: timm's name, with the tag of its weights (``tf_efficientnet_b4.aa_in1k``).
+        image_size: pixels of the square input; null is the weights' own.
+        crop_pct: share of the image's shorter side that the crop keeps; null is the weights' own.
+        mean, std: of the three channels, 0 to 1; null is the weights' own.
+        options: further arguments of `timm.create_model` (``{pad_type: same}``).
+    """
+
+    def __init__(
+        self,
+        num_classes: int,
+        model: str,
+        image_size: int | None = None,
+        crop_pct: float | None = None,
+        mean: Sequence[float] | None = None,
+        std: Sequence[float] | None = None,
+        options: Mapping[str, Any] | None = None,
+    ) -> None:
+        self.model, self.options = model, dict(options or {})
+        self._size = None if image_size is None else check_int("image_size", image_size, 8)
+        if crop_pct is not None:
+            check_float("crop_pct", crop_pct, 0.0, 1.0, open_low=True)
+        for key, values in (("mean", mean), ("std", std)):
+            if values is not None and (len(values) != 3 or (key == "std" and min(values) <= 0)):
+                raise ConfigError(key, values, f"must be three numbers{' above 0' if key == 'std' else ''}")
+        net = self._create(num_classes)
+        head = net.get_classifier()
+        if not isinstance(head, nn.Linear):
+            kind = type(head).__name__
+            raise ConfigError("model", model, f"its classifier is a {kind}, not one linear layer on one feature")
+        name = next(name for name, module in net.named_modules() if module is head)
+        trunk = {key for key in net.state_dict() if not key.startswith(f"{name}.")}
+        net.reset_classifier(0)
+        if trunk != set(net.state_dict()):
+            raise ConfigError("model", model, "its classifier is more than one linear layer on one feature")
+        given = {
+            "input_size": self._size and (3, self._size, self._size),
+            "crop_pct": crop_pct,
+            "mean": mean,
+            "std": std,
+        }
+        config = resolve_data_config({k: v for k, v in given.items() if v is not None}, model=net)
+        super().__init__(net, head, config["mean"], config["std"])
+        self.head_name = name
+        self.data_config = {k: v for k, v in config.items() if k not in ("mean", "std")}
+        # timm's transform for its prefetcher ends before normalising, as `ImageBackbone` wants it
+        self._crop = create_transform(**config, is_training=False, use_prefetcher=True).transforms[:-1]
+
+    def _create(self, num_classes: int, pretrained: bool = False) -> Any:
+        options = dict(self.options)
+        if self._size is not None:
+            cfg = timm.get_pretrained_cfg(self.model)
+            if cfg is not None and cfg.fixed_input_size:  # Swin and ViT refuse other sizes unless told
+                options.setdefault("img_size", self._size)
+        try:
+            return timm.create_model(self.model, pretrained=pretrained, num_classes=num_classes, **options)
+        except RuntimeError as error:
+            name = self.model.partition(".")[0]
+            if "Unknown model" in str(error):
+                what, near = "timm has no such model", nearest(name, timm.list_models())
+            elif "Invalid pretrained tag" in str(error):
+                what, near = "timm has no weights of that tag", nearest(self.model, timm.list_pretrained(f"{name}.*"))
+            else:
+                raise
+            raise ConfigError("model", self.model, f"{what}{f'; did you mean {near}?' if near else ''}") from error
+        except TypeError as error:
+            raise ConfigError("options", self.options, first_line(error)) from error
+
+    def crop(self, image: Any) -> Any:
+        """Resize and crop as timm does for evaluation."""
+        for step in self._crop:
+            image = step(image)
+        return image
+
+    def describe_transform(self) -> dict[str, Any]:
+        """Return timm's data configuration."""
+        plain = {k: list(v) if isinstance(v, tuple) else v for k, v in self.data_config.items()}
+        return {**plain, "mean": list(self.mean), "std": list(self.std)}
+
+    def pretrained_state(self) -> dict[str, Tensor]:
+        """Return timm's weights, from its cache or hub."""
+        cfg = timm.get_pretrained_cfg(self.model)
+        if cfg is None or not cfg.hf_hub_id:
+            raise ConfigError(
+                "model", self.model, "timm has no weights for it; choose a tag from timm.list_pretrained()"
+            )
+        host = urlparse(huggingface_hub.constants.ENDPOINT).hostname or ""
+        if huggingface_hub.try_to_load_from_cache(cfg.hf_hub_id or "", cfg.hf_hub_filename or _FILE):
+            host = "localhost"
+        page = f"{huggingface_hub.constants.ENDPOINT}/{cfg.hf_hub_id}/resolve/main/{cfg.hf_hub_filename or _FILE}"
+        bring = f"get {page} elsewhere and set backbone.weights=FILE"
+        net = fetched(lambda: self._create(cfg.num_classes, pretrained=True), f"timm's {self.model}", host, bring)
+        return net.state_dict()

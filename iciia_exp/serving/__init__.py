@@ -1,0 +1,1 @@
+"""A finished run in use: loading it, and serving clients."""

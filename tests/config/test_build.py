@@ -1,0 +1,320 @@
+"""Digests count what can change a number and nothing else; errors name the key that the user typed."""
+
+import shutil
+import sys
+import types
+
+import pandas as pd
+import pytest
+from hydra.utils import get_object
+from omegaconf import OmegaConf
+
+from iciia_exp.config.build import Plan
+from iciia_exp.config.paths import CONF_DIR
+from iciia_exp.errors import ConfigError, UserError
+from tests.making.folder import make_folder, write_table
+
+
+def run_digest(plan, *overrides):
+    return plan(*overrides).run_digest
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        "logger=wandb",
+        "trainer.accelerator=auto",
+        "features.num_workers=2",
+        "features.batch_size=7",
+        "output_dir=elsewhere",
+        "cache_dir=elsewhere",
+        "name=other",
+        "stage=train",
+        "backbone.name=other",
+        "method.shuffle=false",  # with one group it changes nothing
+    ],
+)
+def test_what_changes_no_number_changes_no_digest(plan, override):
+    assert run_digest(plan, override) == run_digest(plan)
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        "seed=1",
+        "partition.seed=1",
+        "backbone.seed=1",
+        "dataset.seed=1",
+        "dataset.noise_std=0.3",
+        "groups=2",
+        "heads=2",
+        "method.dropout=0",
+        "protocol.images=8",
+        "protocol.recipe.epochs=4",
+        "backbone.recipe.epochs=3",
+        "features.dtype=float16",
+        "trainer.precision=bf16-mixed",
+        "+trainer.max_epochs=1",
+        "+trainer.limit_train_batches=1",
+    ],
+)
+def test_what_changes_a_number_changes_the_digest(plan, override):
+    assert run_digest(plan, override) != run_digest(plan)
+
+
+def test_groups_max_and_d_are_one_run(plan):
+    assert run_digest(plan, "groups=max") == run_digest(plan, "groups=32")
+
+
+def test_keys_that_a_method_does_not_use_are_dropped(plan):
+    assert run_digest(plan, "method=linear_head", "groups=4") == run_digest(plan, "method=linear_head")
+    plain = run_digest(plan, "method=backbone")
+    assert run_digest(plan, "method=backbone", "seed=5", "protocol.recipe.lr=1", "heads=8") == plain
+    assert run_digest(plan, "method=linear_head", "seed=5") != run_digest(plan, "method=linear_head")
+
+
+def test_backbone_and_features_are_shared_where_they_can_be(plan):
+    one, other = plan(), plan("seed=3", "groups=8", "partition.seed=2", "protocol.recipe.lr=1")
+    assert one.backbone_dir == other.backbone_dir
+    assert one.features_dir == other.features_dir
+    assert one.run_dir != other.run_dir
+    assert plan("features.dtype=float16").backbone_dir == one.backbone_dir
+    assert plan("features.dtype=float16").features_dir != one.features_dir
+
+
+def test_no_path_needs_quoting(plan):
+    for path in (plan().run_dir, plan().features_dir, plan().backbone_dir):
+        assert "=" not in path.name
+        assert " " not in path.name
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("groups=3", "groups=3: must divide the feature width D=32; valid: 1, 2, 4, 8, 16, 32, or max"),
+        ("heads=5", "heads=5: must divide"),
+        ("method.heads=5", "method.heads=5: must divide"),
+        ("method.num_layers=0", "method.num_layers=0: must be a whole number of at least 1"),
+        ("partition.images_per_client=0", "partition.images_per_client=0: must be a whole number"),
+        ("protocol.recipe.lr=0", "protocol.recipe.lr=0: must be a number above 0"),
+        ("protocol.recipe.optimizer=sdg", "protocol.recipe.optimizer=sdg: .*did you mean sgd"),
+        ("backbone.recipe.patience=3", "backbone.recipe.patience=3: must be 0|recipe.patience"),
+        ("backbone.model.dim=0", "backbone.model.dim=0: must be a whole number"),
+        ("dataset.sizes.test=1700", "dataset.sizes=.*asks for"),
+        ("stage=trian", "stage=trian: .*did you mean train"),
+        ("seed=-1", "seed=-1"),
+        ("name=a/b", "name=a/b: is a folder's name"),
+        ("features.dtype=float8", "features.dtype=float8: must be one of"),
+    ],
+)
+def test_values_out_of_range_name_their_key(plan, override, message):
+    with pytest.raises(ConfigError, match=f"^{message}"):
+        plan(*([override] if not override.startswith("backbone.recipe.patience") else [f"+{override}"]))
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("+partition.clases=2", "partition.clases: no such key; did you mean partition.classes_per_client|valid"),
+        ("+backbone.model.dims=2", "backbone.model.dims: no such key; did you mean backbone.model.dim"),
+        ("+protocol.recipe.lrr=2", "protocol.recipe.lrr: no such key; did you mean protocol.recipe.lr"),
+        ("+grups=2", r"grups: no such key; did you mean groups\?"),
+        ("~method", "method: is missing"),
+        ("dataset._target_=iciia_exp.data.nowhere.Digits", "dataset._target_=.*cannot be imported"),
+        ("seed=???", "seed|Missing"),
+        ("output_dir=${nothing}", ".*nothing"),
+    ],
+)
+def test_structure_is_checked(plan, override, message):
+    with pytest.raises(UserError, match=message):
+        plan(override)
+
+
+def test_errors_of_the_partition_name_the_group(plan):
+    with pytest.raises(ConfigError, match=r"^partition\.classes_per_client=11: the dataset has 10 classes"):
+        plan("partition.classes_per_client=11", "partition.images_per_client=11").clients  # noqa: B018
+
+
+# ---- datasets on disk, features, and weights from files
+
+IMAGES = (
+    *("dataset=folder", "dataset.csv=images.csv", "partition=classes_per_client", "partition.images_per_client=2"),
+    *("backbone.model.channels=3", "backbone.model.size=16", "backbone.recipe.epochs=1"),
+)
+HEAD = ("backbone.train=head", "backbone.recipe=null")
+
+
+def write_images(root):
+    make_folder(root, per_class=6, splits=("train", "val", "test"))
+    paths = sorted(str(path.relative_to(root)) for path in root.rglob("*.jpg"))
+    write_table(root / "images.csv", path=paths, owner=[path[-5] for path in paths])
+    return root
+
+
+@pytest.fixture
+def on_disk(compose, tmp_path):
+    """Make a plan for a folder of images."""
+    write_images(tmp_path / "data")
+
+    def make(*overrides):
+        places = [] if any(o.startswith("data_dir=") for o in overrides) else [f"data_dir={tmp_path}/data"]
+        return Plan(compose("logger=csv", *IMAGES, *places, *overrides))
+
+    return make
+
+
+def digests(plan):
+    return plan.backbone_digest, plan.features_digest, plan.head_digest, plan.run_digest
+
+
+@pytest.mark.parametrize("train", [(), HEAD], ids=["all", "head"])
+def test_a_folder_may_move(on_disk, tmp_path, train):
+    before = digests(on_disk(*train))
+    (tmp_path / "data").rename(tmp_path / "elsewhere")
+    assert digests(on_disk(*train, f"data_dir={tmp_path}/elsewhere")) == before
+
+
+def rewrite(root, change):
+    table = pd.read_csv(root / "images.csv", dtype=str)
+    write_table(root / "images.csv", **change(table))
+
+
+CHANGES = {
+    "add": lambda t: pd.concat([t, pd.DataFrame({"path": ["train/cup/new.jpg"], "owner": ["1"]})]),
+    "remove": lambda t: t.iloc[1:],
+    "rename": lambda t: t.assign(path=t["path"].str.replace("train/cup/000.jpg", "train/cup/0.jpg")),
+    "owner": lambda t: t.assign(owner=["other", *t["owner"][1:]]),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_what_is_in_a_folder_counts(on_disk, tmp_path, change):
+    root = tmp_path / "data"
+    before = digests(on_disk())
+    if change == "add":
+        shutil.copy(root / "train/cup/000.jpg", root / "train/cup/new.jpg")
+    if change == "rename":
+        (root / "train/cup/000.jpg").rename(root / "train/cup/0.jpg")
+    rewrite(root, CHANGES[change])
+    assert not set(digests(on_disk())) & set(before)
+
+
+@pytest.mark.parametrize("train", [(), HEAD], ids=["all", "head"])
+@pytest.mark.parametrize(
+    "override",
+    [
+        *("features.devices=2", "features.num_nodes=2", "features.on_bad_image=error", "features.num_workers=2"),
+        *("features.batch_size=7", "+backbone.published_top1=70.5", "+backbone.dim=512"),
+    ],
+)
+def test_how_the_work_is_done_changes_no_digest(on_disk, override, train):
+    assert digests(on_disk(*train, override)) == digests(on_disk(*train))
+
+
+@pytest.mark.parametrize("override", ["features.precision=bf16-mixed", "features.dtype=float16"])
+def test_precision_changes_the_features_and_not_the_backbone(on_disk, override):
+    before, after = digests(on_disk()), digests(on_disk(override))
+    assert before[0] == after[0]
+    assert not set(before[1:]) & set(after[1:])
+
+
+def test_the_trainers_precision_is_that_of_the_features(on_disk):
+    same = on_disk(*HEAD, "features.precision=bf16-mixed", "trainer.precision=bf16-mixed")
+    assert same.features_digest == on_disk(*HEAD, "trainer.precision=bf16-mixed").features_digest
+    assert on_disk(*HEAD, "features.precision=32-true").features_digest == on_disk(*HEAD).features_digest
+
+
+@pytest.mark.parametrize("train", ["all", "head", "none"])
+def test_weights_are_their_files_content(on_disk, tmp_path, train):
+    recipe = () if train == "all" else ("backbone.recipe=null",)
+
+    def made(path):
+        return digests(on_disk(f"+backbone.weights={path}", f"backbone.train={train}", *recipe))
+
+    one, copy, other = (tmp_path / name for name in ("one.pt", "copy.pt", "other.pt"))
+    for path, content in ((one, b"a"), (copy, b"a"), (other, b"b")):
+        path.write_bytes(content)
+    assert made(one) == made(copy)
+    assert not set(made(one)) & set(made(other))
+    other.unlink()
+    with pytest.raises(ConfigError, match=rf"^backbone\.weights={other}: no such file"):
+        made(other)
+
+
+@pytest.mark.parametrize("train", ["all", "none"])
+def test_names_of_known_classes_are_their_files_content(on_disk, tmp_path, train):
+    recipe = () if train == "all" else ("backbone.recipe=null",)
+    (tmp_path / "weights.pt").write_bytes(b"a")
+
+    def made(path):
+        given = (f"+backbone.weights={tmp_path}/weights.pt", f"+backbone.classes={path}")
+        return on_disk(*given, f"backbone.train={train}", *recipe).features_digest
+
+    for name, content in (("one.txt", "apple\ncup"), ("copy.txt", "apple\ncup"), ("other.txt", "cup\napple")):
+        (tmp_path / name).write_text(content)
+    assert made(tmp_path / "one.txt") == made(tmp_path / "copy.txt") != made(tmp_path / "other.txt")
+
+
+@pytest.mark.parametrize(
+    ("overrides", "own"),
+    [
+        ((), False),
+        (HEAD, False),
+        (("backbone.reserve=0.3",), True),
+        ((*HEAD, "backbone.reserve=0.3"), True),
+        (("backbone.train=none", "backbone.recipe=null", "+backbone.weights=w.pt"), True),
+    ],
+    ids=["all", "head", "all with a reserve", "head with a reserve", "none"],
+)
+def test_the_backbone_knows_the_partition_where_it_learns_from_the_clients(on_disk, tmp_path, overrides, own):
+    (tmp_path / "w.pt").write_bytes(b"a")
+    one, other = (on_disk(*overrides, f"partition.seed={seed}") for seed in (0, 1))
+    assert (one.base_digest == other.base_digest) is own
+    if one.backbone_spec.train != "none":
+        assert (one.backbone_dir == other.backbone_dir) is own
+    if one.backbone_spec.train == "head":
+        assert one.features_dir == other.features_dir
+    assert one.run_digest != other.run_digest
+
+
+def test_images_of_the_backbones_own_make_it_the_partitions_stranger(plan):
+    assert plan("partition.seed=1").backbone_dir == plan().backbone_dir  # digits has some
+
+
+FILES = sorted(
+    path.stem for path in (CONF_DIR / "dataset").glob("*.yaml") if "root: ${data_dir}" in path.read_text("utf-8")
+)
+
+
+def test_every_dataset_with_files_is_here():
+    assert len(FILES) == len(list((CONF_DIR / "dataset").glob("*.yaml"))) - 1  # digits has none
+
+
+@pytest.mark.parametrize("name", FILES)
+@pytest.mark.parametrize("value", ["null", "/nonexistent"])
+def test_a_missing_folder_is_that_of_data_dir(compose, name, value):
+    overrides = [f"dataset={name}", f"data_dir={value}", "logger=csv"]
+    with pytest.raises(ConfigError, match=rf"^data_dir={value}: ") as error:
+        Plan(compose(*overrides)).table  # noqa: B018
+    assert error.value.key == "data_dir"
+
+
+@pytest.mark.parametrize(
+    "key",
+    [
+        *("dataset", "backbone", "backbone.model", "backbone.recipe", "features", "partition", "method"),
+        *("client_mix", "protocol", "protocol.recipe"),
+    ],
+)
+def test_a_class_that_moves_to_another_module_renames_nothing(plan, key, monkeypatch):
+    node = OmegaConf.select(OmegaConf.create(plan().config), key)
+    here = get_object(node["_target_"])
+    moved = type(here.__name__, (here,), {"__module__": "tests.elsewhere"})
+    module = types.ModuleType("tests.elsewhere")
+    setattr(module, here.__name__, moved)
+    monkeypatch.setitem(sys.modules, "tests.elsewhere", module)
+    there = plan(f"{key}._target_=tests.elsewhere.{here.__name__}")
+    assert get_object(OmegaConf.select(OmegaConf.create(there.config), key)["_target_"]) is moved
+    assert there.run_dir == plan().run_dir
+    assert there.features_dir == plan().features_dir
+    assert there.backbone_dir == plan().backbone_dir

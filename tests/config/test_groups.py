@@ -1,0 +1,111 @@
+"""Every YAML of every group binds to the signature of its target; every experiment composes and says what it means."""
+
+import inspect
+
+import pytest
+import yaml
+from hydra.utils import get_object
+from omegaconf import OmegaConf
+
+from iciia_exp.config.build import GROUPS, TOP_LEVEL, check_keys, parameters_of
+from iciia_exp.config.paths import CONF_DIR
+
+FILES = sorted(CONF_DIR.rglob("*.yaml"))
+GROUP_FILES = [f for f in FILES if f.parent.name in GROUPS]
+EXPERIMENTS = [f for f in FILES if f.parent.name == "experiment"]
+SWEEPS = [f for f in FILES if f.parent.name == "sweep"]
+
+#: Arguments that the engine provides.
+RUNTIME = {"head", "num_classes", "dim"}
+
+
+def named(files):
+    return pytest.mark.parametrize("path", files, ids=[str(f.relative_to(CONF_DIR)) for f in files])
+
+
+def test_all_files_are_seen():
+    assert len(FILES) == 98
+    assert len(GROUP_FILES) == 66
+    assert len(EXPERIMENTS) == 20
+    assert len(SWEEPS) == 6
+    assert {f.parent.name for f in GROUP_FILES} == set(GROUPS)
+
+
+def targets(node):
+    """Yield every node with a target, nested ones too."""
+    if isinstance(node, dict):
+        if "_target_" in node:
+            yield node
+        for value in node.values():
+            yield from targets(value)
+
+
+@named(GROUP_FILES)
+def test_group_file_binds_to_its_target(path):
+    node = yaml.safe_load(path.read_text())
+    check_keys(node, path.parent.name)
+    assert list(targets(node))
+    for part in targets(node):
+        parameters = parameters_of(get_object(part["_target_"]))
+        given = {k for k in part if not k.startswith("_")}
+        assert given <= set(parameters)
+        required = {n for n, p in parameters.items() if p.default is inspect.Parameter.empty}
+        assert required - given <= RUNTIME, f"{part['_target_']} needs {required - given - RUNTIME}"
+
+
+@named(GROUP_FILES)
+def test_group_file_says_what_it_is(path):
+    assert path.read_text().startswith("# ")
+
+
+@named(EXPERIMENTS)
+def test_experiment_composes_without_a_stray_key(path, compose):
+    """A misspelt key inside an experiment file would otherwise be added silently."""
+    node = yaml.safe_load(path.read_text())
+    assert path.read_text().startswith("# @package _global_")
+    assert node["name"] == path.stem
+    plain = OmegaConf.to_container(compose(), resolve=False)
+    config = OmegaConf.to_container(compose(f"+experiment={path.stem}"), resolve=False)
+    assert set(config) == set(TOP_LEVEL) == set(plain)
+    for group in GROUPS:
+        check_keys(config[group], group)
+
+
+@named(SWEEPS)
+def test_sweep_runs_over_values_that_compose(path, compose):
+    config = compose(f"+sweep={path.stem}", hydra=True)
+    assert path.read_text().startswith("# @package _global_")
+    assert config.hydra.mode.name == "MULTIRUN"
+    swept = {key: str(values).split(",") for key, values in config.hydra.sweeper.params.items()}
+    assert any(len(values) > 1 for values in swept.values())
+    fixed = [f"{key}={values[0]}" for key, values in swept.items()]
+    for key, values in swept.items():
+        for value in values:
+            job = compose(*[o for o in fixed if o.split("=")[0] != key], f"{key}={value}")
+            for group in GROUPS:
+                check_keys(OmegaConf.to_container(job[group], resolve=False), group)
+
+
+@pytest.mark.parametrize("choice", ["launcher=joblib", "launcher=slurm", "search=optuna"])
+def test_launchers_and_search_compose(choice, compose):
+    """Hydra checks their keys against the plugins' own schemas."""
+    hydra = compose(f"+{choice}", hydra=True).hydra
+    assert OmegaConf.to_container(hydra.launcher, resolve=False)["_target_"].startswith("hydra")
+    if choice == "search=optuna":
+        assert hydra.sweeper.direction == "maximize"
+        for key in hydra.sweeper.params:
+            assert OmegaConf.select(compose(), key) is not None, key
+
+
+def test_the_sweep_over_methods_has_them_all(compose):
+    methods = compose("+sweep=methods", hydra=True).hydra.sweeper.params.method.split(",")
+    assert sorted(methods) == sorted(p.stem for p in (CONF_DIR / "method").glob("*.yaml"))
+    assert compose("+experiment=rivals", hydra=True).hydra.sweeper.params.method.split(",") == methods
+
+
+def test_top_level_keys_are_those_the_engine_knows(compose):
+    assert set(compose()) == set(TOP_LEVEL)
+
+
+def test_conf_is_the_checkout_s_own():
+    assert (CONF_DIR / "config.yaml").is_file()

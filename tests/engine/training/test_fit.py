@@ -1,0 +1,197 @@
+"""A training that was stopped at any epoch and repeated equals an uninterrupted one, to the bit."""
+
+import signal
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from torch.utils.data import DataLoader
+
+from iciia_exp.data.batches import ClientBatchSampler, FeatureBatches
+from iciia_exp.data.clients import Ragged
+from iciia_exp.engine.training.fit import fit
+from iciia_exp.engine.training.modules import MethodModule
+from iciia_exp.engine.training.trainer import make_trainer
+from iciia_exp.errors import ConfigError, UserError
+from iciia_exp.methods.adapt.iciia import IciiaMethod
+from iciia_exp.models import grouped
+from iciia_exp.recipe import Recipe
+
+TRAINER = {"_target_": "lightning.pytorch.Trainer", "_partial_": True, "accelerator": "cpu", "devices": 1}
+D, K = 16, 4
+
+
+@pytest.fixture
+def run(tmp_path):
+    rng = np.random.default_rng(0)
+    features = rng.normal(size=(160, D)).astype(np.float32)
+    labels = rng.integers(0, K, 160)
+    clients = {
+        "train": Ragged.from_rows(np.split(np.arange(80), 8) + [np.empty(0, int)] * 4),
+        "selection": Ragged.from_rows([np.empty(0, int)] * 8 + np.split(np.arange(80, 160), 4)),
+    }
+
+    def make(folder, schedule="cosine", patience=0, epochs=6, lr=0.01):
+        recipe = Recipe("adamw", lr, epochs, 2, weight_decay=0.01, schedule=schedule, clip_norm=1.0, patience=patience)
+        torch.manual_seed(1)
+        head = nn.Linear(D, K)
+        module = MethodModule(IciiaMethod(head, 1, 2, 4, dropout=0.3), head, recipe, 12)
+        data = FeatureBatches(features, labels)
+        loaders = [
+            DataLoader(
+                data,
+                batch_size=None,
+                sampler=ClientBatchSampler(clients["train"], 4, 2, shuffle=True, shuffle_images=True),
+            ),
+            DataLoader(data, batch_size=None, sampler=ClientBatchSampler(clients["selection"], 4, 2)),
+        ]
+        record = fit(
+            module, *loaders, seed=3, folder=tmp_path / folder, trainer_config=TRAINER, loggers=[], title="test"
+        )
+        last = torch.load(tmp_path / folder / "last.ckpt", weights_only=True)["state_dict"]
+        return module.method.state_dict() | {f"last.{name}": t for name, t in last.items()}, record
+
+    make.features, make.labels = features, labels
+    return make
+
+
+class Killed(BaseException):
+    """Not an Exception: nothing in between may handle it."""
+
+
+@pytest.mark.parametrize("schedule", ["constant", "cosine", "onecycle"])
+@pytest.mark.parametrize("epoch", [0, 1, 5])
+def test_resumed_equals_uninterrupted(run, monkeypatch, schedule, epoch):
+    want, record = run("whole", schedule)
+    original = MethodModule.training_step
+
+    def die(self, batch, batch_idx):
+        if self.trainer.current_epoch == epoch and batch_idx == 3:  # in the middle of an epoch
+            raise Killed
+        return original(self, batch, batch_idx)
+
+    monkeypatch.setattr(MethodModule, "training_step", die)
+    with pytest.raises(Killed):
+        run("killed", schedule)
+    steps = []
+
+    def count(self, batch, batch_idx):
+        steps.append(self.trainer.current_epoch)
+        return original(self, batch, batch_idx)
+
+    monkeypatch.setattr(MethodModule, "training_step", count)
+    got, resumed = run("killed", schedule)
+    assert sorted(set(steps)) == list(range(epoch, 6))  # it went on from the last whole epoch
+    for name in want:
+        assert torch.equal(got[name], want[name]), name
+    for key in ("epochs", "best_epoch", "selection_accuracy"):
+        assert resumed[key] == record[key]
+
+
+@pytest.mark.parametrize("patience", [0, 2])
+def test_killed_after_the_last_epoch_trains_no_more(run, patience, monkeypatch):
+    """Early stopping too: Lightning alone would train one epoch more after resuming."""
+    want, record = run("whole", patience=patience, epochs=30 if patience else 4, lr=0.05)
+    if patience:
+        assert record["epochs"] < 30
+
+    def step(*_):
+        raise AssertionError("it trained again")
+
+    monkeypatch.setattr(MethodModule, "training_step", step)
+    got, resumed = run("whole", patience=patience, epochs=30 if patience else 4, lr=0.05)
+    for name in want:
+        assert torch.equal(got[name], want[name]), name
+    assert {k: v for k, v in resumed.items() if k != "seconds"} == {k: v for k, v in record.items() if k != "seconds"}
+
+
+def test_a_run_that_moved_keeps_its_best_epoch(run, monkeypatch, tmp_path):
+    want, record = run("whole", epochs=8)
+    original = MethodModule.training_step
+
+    def die(self, batch, batch_idx):
+        if self.trainer.current_epoch == 6:
+            raise Killed
+        return original(self, batch, batch_idx)
+
+    monkeypatch.setattr(MethodModule, "training_step", die)
+    with pytest.raises(Killed):
+        run("killed", epochs=8)
+    monkeypatch.setattr(MethodModule, "training_step", original)
+    (tmp_path / "killed").rename(tmp_path / "moved")
+    got, resumed = run("moved", epochs=8)
+    assert resumed["best_epoch"] == record["best_epoch"]
+    assert all(torch.equal(got[name], want[name]) for name in want)
+
+
+def test_the_best_epoch_is_kept(run):
+    _, record = run("a", epochs=8)
+    assert 1 <= record["best_epoch"] <= 8
+    assert 0 < record["selection_accuracy"] < 1
+
+
+def test_an_epoch_is_judged_by_its_own_weights(run, monkeypatch):
+    monkeypatch.setattr(grouped, "_JOINED_VECTORS", 1)  # a form of the weights that may be kept
+    state, record = run("a", epochs=8, lr=0.05)
+    assert record["best_epoch"] > 1
+    method = IciiaMethod(nn.Linear(D, K), 1, 2, 4)
+    method.load_state_dict({name: tensor for name, tensor in state.items() if not name.startswith("last.")})
+    with torch.no_grad():
+        logits_CSK = method.eval()(torch.from_numpy(run.features[80:].reshape(-1, 4, D)))
+    hits_M = logits_CSK.argmax(-1).flatten().numpy() == run.labels[80:]
+    assert hits_M.mean() == pytest.approx(record["selection_accuracy"])
+
+
+def test_seed_zero_is_a_seed(run):
+    assert torch.equal(run("a")[0]["model.classifier.weight"], run("b")[0]["model.classifier.weight"])
+
+
+def test_checkpoints_hold_tensors_and_plain_values(run, tmp_path):
+    run("a", epochs=2)
+    for name in ("last.ckpt", "best.ckpt"):
+        state = torch.load(tmp_path / "a" / name, weights_only=True)
+        assert not any("head" in k for k in state["state_dict"])
+
+
+def test_bad_trainer_arguments_name_their_key():
+    with pytest.raises(UserError, match=r"trainer\.acelerator: no such key; did you mean trainer\.accelerator"):
+        make_trainer(TRAINER | {"acelerator": "cpu"})
+    with pytest.raises(ConfigError, match=r"trainer\.precision=8"):
+        make_trainer(TRAINER | {"precision": "8"})
+    with pytest.raises(UserError, match=r"trainer\.callbacks: is set by the engine"):
+        make_trainer(TRAINER | {"callbacks": []})
+    with pytest.raises(ConfigError, match=r"trainer\.devices=2: only extraction is shared out"):
+        make_trainer(TRAINER | {"devices": 2})
+    if not torch.cuda.is_available():
+        with pytest.raises(ConfigError, match=r"trainer\.accelerator=gpu"):
+            make_trainer(TRAINER | {"accelerator": "gpu"})
+
+
+@pytest.fixture
+def interruptible_process():
+    """As in a terminal: a process that was started in the background ignores Ctrl-C."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("interruptible_process")
+def test_ctrl_c_is_an_interruption_and_continues(run, monkeypatch):
+    """Lightning would end the process; a sweep and the command line have their own way to stop."""
+    want, _ = run("whole")
+    original = MethodModule.training_step
+
+    def press(self, batch, batch_idx):
+        if self.trainer.current_epoch == 2:
+            signal.raise_signal(signal.SIGINT)
+        return original(self, batch, batch_idx)
+
+    before = signal.getsignal(signal.SIGINT)
+    monkeypatch.setattr(MethodModule, "training_step", press)
+    with pytest.raises(KeyboardInterrupt):
+        run("stopped")
+    assert signal.getsignal(signal.SIGINT) == before
+    monkeypatch.setattr(MethodModule, "training_step", original)
+    got, _ = run("stopped")
+    assert all(torch.equal(got[name], want[name]) for name in want)

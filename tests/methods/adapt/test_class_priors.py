@@ -1,0 +1,189 @@
+"""Calibrators and inferred class priors against plain loops of their equations, SciPy, or a case known by hand."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from scipy.optimize import minimize
+from torch import nn
+from torch.nn import functional as F
+
+from iciia_exp.errors import ConfigError
+from iciia_exp.methods.adapt.client_prior import ClientPrior
+from iciia_exp.methods.adapt.client_types import ClientTypes, cluster_histograms
+from iciia_exp.methods.adapt.prior_em import PriorEM
+from iciia_exp.methods.adapt.prior_map import PriorMAP
+from iciia_exp.methods.adapt.smoothed_prior import SmoothedPrior
+from iciia_exp.methods.adapt.training_free import fit_calibrator
+from iciia_exp.tasks import MULTI_LABEL
+from tests.making.cloud import K, S, studied
+
+
+def posteriors(method, x):
+    """Return calibrated posteriors and the source prior as lists of floats."""
+    logits = (x @ method.head.weight.T + method.head.bias) / method.log_temperature.exp() + method.bias
+    return logits.softmax(-1).double().numpy(), method.log_source.exp().double().numpy()
+
+
+# ---- calibration
+
+
+@pytest.mark.parametrize("calibrator", ["temperature", "bcts"])
+def test_calibrators_against_scipy(calibrator):
+    rng = np.random.default_rng(0)
+    b, y = 3 * rng.standard_normal((200, K)), rng.integers(0, K, 200)
+
+    def loss(free):
+        logits = b / math.exp(free[0]) + np.append(free[1:], np.zeros(K - len(free) + 1))
+        log_p = logits - np.log(np.exp(logits).sum(1, keepdims=True))
+        return -log_p[np.arange(200), y].mean() + (free[1:] ** 2).sum() / 400
+
+    want = minimize(loss, np.zeros(1 if calibrator == "temperature" else 1 + K))
+    log_t, bias = fit_calibrator(torch.from_numpy(b), torch.from_numpy(y), calibrator)
+    got = np.append(log_t.numpy(), bias.numpy() if calibrator == "bcts" else [])
+    assert loss(got) == pytest.approx(want.fun, abs=1e-5)
+    assert (bias == 0).all() == (calibrator == "temperature")
+
+
+# ---- class priors
+
+
+def em(p, s, strength, iterations=50):
+    prior = s.copy()
+    for _ in range(iterations):
+        r = prior * p / s
+        r /= r.sum(1, keepdims=True)
+        prior = (r.sum(0) + strength * s) / (len(p) + strength)
+    return prior
+
+
+@pytest.mark.parametrize(("kind", "settings"), [(PriorEM, {}), (PriorMAP, {"strength": 2.5}), (PriorMAP, {})])
+def test_em_against_a_loop(head, x, kind, settings):
+    method, _ = studied(kind(head, **settings))
+    p, s = posteriors(method, x)
+    want = p / s * em(p, s, float(method.strength)).clip(1e-8)
+    got = method(x[None])[0].softmax(-1)
+    np.testing.assert_allclose(got, want / want.sum(1, keepdims=True), atol=1e-5)
+
+
+def test_em_recovers_the_prior_of_separable_classes():
+    head = nn.Linear(K, K)
+    nn.init.eye_(head.weight)
+    nn.init.zeros_(head.bias)
+    method = PriorEM(head, "none", iterations=200)
+    true = torch.tensor([0.5, 0.3, 0.2, 0.0, 0.0, 0.0])
+    labels = torch.arange(K).repeat_interleave((true * 100).long())
+    x = 3 * F.one_hot(labels, K).float() + 0.3 * torch.randn(100, K, generator=torch.Generator().manual_seed(0))
+    logits = method(x[None])[0]
+    prior = (logits - method.head(x).log_softmax(-1) + method.log_source).softmax(-1)[0]
+    torch.testing.assert_close(prior, true, atol=0.05, rtol=0)
+
+
+def test_em_of_attributes_is_em_of_two_classes(head, x):
+    method, _ = studied(PriorEM(head), task=MULTI_LABEL)
+    b = (x @ head.weight.T + head.bias) / method.log_temperature.exp() + method.bias
+    s = method.log_source.exp().double().numpy()
+    got = method(x[None])[0].sigmoid()
+    for k in range(K):
+        p = b[:, k].sigmoid().double().detach().numpy()
+        p, two = np.stack([1 - p, p], 1), np.array([1 - s[k], s[k]])
+        want = p / two * em(p, two, 0.0).clip(1e-8)
+        np.testing.assert_allclose(got[:, k].detach(), want[:, 1] / want.sum(1), atol=1e-4)
+
+
+def test_smoothed_prior_by_its_equation(head, x):
+    method = SmoothedPrior(head)
+    p, _ = posteriors(method, x)
+    q = p.mean(0)
+    gamma = max(1 / S, 1 / K) / q.max()
+    want = p * (q + gamma) / (1 + gamma * K)
+    np.testing.assert_allclose(method(x[None])[0].exp().detach(), want, atol=1e-6)
+
+
+def test_client_types_by_bayes_rule(head, x):
+    method, cloud = studied(ClientTypes(head, smoothing=0.2))
+    p, s = posteriors(method, x)
+    counts = cloud.class_counts("train")
+    types = counts / counts.sum(1, keepdims=True)
+    types = 0.8 * types + 0.2 * types.mean(0)
+
+    def answer(target, past):
+        weight = np.array([np.prod([(h * p[i] / s).sum() for i in past]) for h in types])
+        return p[target] / s * (weight / weight.sum() @ types)
+
+    stream, batch = method.stream(x[None])[0].exp(), method(x[None])[0].exp()
+    for i in range(S):
+        np.testing.assert_allclose(stream[i], answer(i, range(i)), rtol=1e-3)
+        np.testing.assert_allclose(batch[i], answer(i, [j for j in range(S) if j != i]), rtol=1e-3)
+
+
+def test_types_are_clustered_where_there_are_many():
+    rng = np.random.default_rng(0)
+    near = rng.dirichlet(np.ones(K), 3)[rng.integers(0, 3, 500)]
+    histograms = near + 1e-4 * rng.random((500, K))
+    types, shares = cluster_histograms(histograms / histograms.sum(1, keepdims=True), 3)
+    assert types.shape == (3, K)
+    np.testing.assert_allclose(types.sum(1), 1)
+    np.testing.assert_allclose(sorted(shares), sorted(np.unique(near, axis=0, return_counts=True)[1] / 500), atol=1e-6)
+    same, alone = cluster_histograms(np.tile(near[:1], (9, 1)), 3)
+    assert same.shape == (1, K)
+    assert alone.tolist() == [1.0]
+
+
+@pytest.mark.parametrize(("forget", "caution"), [(0.0, 0.0), (0.2, 0.0), (0.0, 1.5), (0.2, 1.5)])
+def test_client_prior_against_a_loop(head, x, forget, caution):
+    strengths, new = [1.0, 4.0], 0.4
+    settings = {"smoothing": 0.1, "new": new, "all_classes": 0.5, "strengths": strengths, "forget": forget}
+    settings["caution"] = caution
+    method, cloud = studied(ClientPrior(head, **settings))
+    p, s = posteriors(method, x)
+    likelihood = p / s
+    counts = cloud.class_counts("train")
+    types = counts / counts.sum(1, keepdims=True)
+    types = 0.9 * types + 0.1 * types.mean(0)
+    before, keep, n = np.full(len(types), (1 - new) / len(types)), 1 - forget, 0.0
+    weight = before.copy()
+    hypotheses = [(a, np.zeros(K)) for a in [*strengths, 1e9]]
+    beforehand = np.array([0.1, 0.1, 0.2])
+    shares = beforehand.copy()
+    got = method.stream(x[None])[0].softmax(-1)
+    for i in range(S):
+        priors = [(c + a * s) / (n + a) for a, c in hypotheses]
+        trusted = [*shares[:-1], shares[-1] * math.exp(caution)]  # the past is at most 6 images
+        total = weight.sum() + sum(trusted)
+        prior = (weight @ types + sum(w * q for w, q in zip(trusted, priors, strict=True))) / total
+        want = likelihood[i] * prior
+        np.testing.assert_allclose(got[i], want / want.sum(), atol=1e-4)
+        weight = before * (weight / before) ** keep * (types @ likelihood[i])
+        n = keep * n + 1
+        new_hypotheses = []
+        for h, ((a, c), q) in enumerate(zip(hypotheses, priors, strict=True)):
+            evidence = q @ likelihood[i]
+            shares[h] = beforehand[h] * (shares[h] / beforehand[h]) ** keep * evidence
+            new_hypotheses.append((a, keep * c + q * likelihood[i] / evidence))
+        hypotheses = new_hypotheses
+    if not forget:
+        torch.testing.assert_close(method(x[None])[0, -1], method.stream(x[None])[0, -1], atol=1e-4, rtol=1e-4)
+
+
+def test_client_prior_learns_a_client_with_classes_that_no_training_client_has_together():
+    head = nn.Linear(K, K)
+    nn.init.eye_(head.weight)
+    nn.init.zeros_(head.bias)
+    method = ClientPrior(head, "none", smoothing=0.01)
+    method.types = torch.tensor([[0.5, 0.5, 0, 0, 0, 0], [0, 0, 0.5, 0.5, 0, 0], [0, 0, 0, 0, 0.5, 0.5]])
+    method.log_weight = torch.full((3,), 1 / 3).log()
+    images = 6 * F.one_hot(torch.tensor([0, 2] * 6), K).float()
+    doubtful = 1.2 * F.one_hot(torch.tensor([2]), K).float() + 1.3 * F.one_hot(torch.tensor([3]), K).float()
+    past = torch.cat([images, doubtful])[None]
+    assert method.stream(past)[0, -1].argmax() == 2
+    assert head(doubtful)[0].argmax() == 3
+    believer = ClientTypes(head, "none", smoothing=0.01)
+    believer.types, believer.log_weight = method.types, method.log_weight
+    assert method.stream(past)[0, -1].softmax(-1)[2] > believer.stream(past)[0, -1].softmax(-1)[2]
+
+
+def test_settings_that_are_other_methods(head):
+    with pytest.raises(ConfigError, match="client_types"):
+        ClientPrior(head, new=0.0)

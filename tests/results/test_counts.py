@@ -1,0 +1,115 @@
+import math
+
+import numpy as np
+import torch
+
+from iciia_exp.results.counts import ClientCountsMetric, read_batch
+
+
+def batch(rng, clients, C=5, S=4, K=3):
+    logits = [torch.tensor(rng.normal(size=(C, S, K)), dtype=torch.float32) for _ in range(2)]
+    y = torch.tensor(rng.integers(0, K, (C, S)))
+    mask = torch.tensor(rng.random((C, S)) < 0.7)
+    mask[:, 0] = True
+    return (*logits, y, mask, torch.tensor(rng.integers(0, clients, C)))
+
+
+def test_counts_equal_a_plain_loop():
+    rng = np.random.default_rng(0)
+    metric = ClientCountsMetric(7)
+    want = {name: [0.0] * 7 for name in ("n", "b", "m", "bm", "lb", "lm")}
+    for _ in range(3):
+        base, method, y, mask, client = batch(rng, 6)  # client 6 never has images
+        metric.update(*read_batch(base, method, y, mask, client))
+        for c in range(len(client)):
+            for s in range(y.shape[1]):
+                if not mask[c, s]:
+                    continue
+                u, label = int(client[c]), int(y[c, s])
+                right_b, right_m = int(base[c, s].argmax()) == label, int(method[c, s].argmax()) == label
+                want["n"][u] += 1
+                want["b"][u] += right_b
+                want["m"][u] += right_m
+                want["bm"][u] += right_b and right_m
+                for key, z in (("lb", base[c, s].tolist()), ("lm", method[c, s].tolist())):
+                    want[key][u] += math.log(sum(math.exp(v) for v in z)) - z[label]
+    numbers, counts = metric.counts()
+    present = [u for u in range(7) if want["n"][u]]
+    assert 6 not in present
+    assert numbers.tolist() == present
+    got = (counts.images_C, counts.backbone_hits_C, counts.method_hits_C, counts.both_hits_C)
+    for values, key in zip(got, ("n", "b", "m", "bm"), strict=True):
+        assert values.dtype == np.int64
+        assert values.tolist() == [want[key][u] for u in present]
+    np.testing.assert_allclose(counts.backbone_loss_C, [want["lb"][u] for u in present], rtol=1e-6)
+    np.testing.assert_allclose(counts.method_loss_C, [want["lm"][u] for u in present], rtol=1e-6)
+
+
+def test_batches_add_up_in_any_grouping():
+    rng = np.random.default_rng(1)
+    batches = [batch(rng, 4) for _ in range(4)]
+    one, parts = ClientCountsMetric(4), [ClientCountsMetric(4) for _ in range(2)]
+    for i, b in enumerate(batches):
+        one.update(*read_batch(*b))
+        parts[i % 2].update(*read_batch(*b))
+    for name, value in one.compute().items():
+        torch.testing.assert_close(value, parts[0].compute()[name] + parts[1].compute()[name])
+
+
+def test_one_client():
+    metric = ClientCountsMetric(1)
+    metric.update(*read_batch(*batch(np.random.default_rng(0), 1)))
+    numbers, counts = metric.counts()
+    assert numbers.tolist() == [0]
+    assert len(counts) == 1
+
+
+def multi_label_batch(rng, clients, C=5, S=4, K=3):
+    base, method, _, mask, client = batch(rng, clients, C, S, K)
+    y = torch.tensor(rng.integers(0, 2, (C, S, K)), dtype=torch.uint8)
+    y[~mask] = 0  # as `FeatureBatches` pads
+    return base, method, y, mask, client
+
+
+def test_multi_label_counts_equal_plain_numpy():
+    rng = np.random.default_rng(2)
+    metric = ClientCountsMetric(7, answers=3)
+    rows = []  # one per attribute of an image: client, backbone right, method right, their nats
+    images = np.zeros(7, dtype=int)
+    for _ in range(3):
+        given = multi_label_batch(rng, 6)
+        metric.update(*read_batch(*given))
+        base, method, y, mask, client = (t.numpy() for t in given)
+        for c, s in zip(*np.nonzero(mask), strict=True):
+            images[client[c]] += 1
+            for k in range(3):
+                signs = [z[c, s, k] * (1 if y[c, s, k] else -1) for z in (base, method)]
+                rows.append((client[c], *(z > 0 for z in signs), *(np.log1p(np.exp(-z)) for z in signs)))
+    owner, base_right, method_right, base_nats, method_nats = (np.array(column) for column in zip(*rows, strict=True))
+    numbers, counts = metric.counts()
+    assert 6 not in numbers
+
+    def of_clients(values):
+        return np.array([values[owner == u].sum() for u in numbers])
+
+    assert counts.answers == 3
+    np.testing.assert_array_equal(counts.images_C, images[numbers])
+    np.testing.assert_array_equal(counts.answers_C, of_clients(np.ones(len(owner), dtype=int)))
+    np.testing.assert_array_equal(counts.backbone_hits_C, of_clients(base_right))
+    np.testing.assert_array_equal(counts.method_hits_C, of_clients(method_right))
+    np.testing.assert_array_equal(counts.both_hits_C, of_clients(base_right & method_right))
+    np.testing.assert_array_equal(counts.gained_C, of_clients(method_right & ~base_right))
+    np.testing.assert_array_equal(counts.lost_C, of_clients(base_right & ~method_right))
+    np.testing.assert_allclose(counts.backbone_loss_C, of_clients(base_nats), rtol=1e-6)
+    np.testing.assert_allclose(counts.method_loss_C, of_clients(method_nats), rtol=1e-6)
+
+
+def test_padded_images_of_a_multi_label_batch_count_nothing():
+    rng = np.random.default_rng(3)
+    base, method, y, mask, client = multi_label_batch(rng, 4)
+    plain, noisy = ClientCountsMetric(4, answers=3), ClientCountsMetric(4, answers=3)
+    plain.update(*read_batch(base, method, y, mask, client))
+    noise = torch.where(mask[..., None], base, torch.full_like(base, torch.nan))
+    noisy.update(*read_batch(noise, method, torch.where(mask[..., None], y, 1 - y), mask, client))
+    for name, value in plain.compute().items():
+        torch.testing.assert_close(value, noisy.compute()[name])

@@ -1,0 +1,69 @@
+import numpy as np
+import pandas as pd
+import pytest
+from matplotlib.image import imread
+
+from iciia_exp.results.plots import accuracy_vs_history, accuracy_vs_overhead, gain_per_client
+from iciia_exp.results.tables import history_summary
+
+
+def row(**change):
+    base = {
+        "name": "x", "dataset": "digits", "backbone": "small_cnn", "method": "iciia", "groups": 4, "num_layers": 1,
+        "accuracy": 0.9, "accuracy_low": 0.88, "accuracy_high": 0.93, "backbone_accuracy": 0.8,
+        "backbone_accuracy_low": 0.75, "backbone_accuracy_high": 0.85, "client_gain": 0.1, "client_gain_low": 0.05,
+        "client_gain_high": 0.15, "overhead_percent": 3.0, "sequence_macs": 300, "backbone_macs": 1e4, "task": "single-label", "cost_images": 16, "setting_digest": "a",
+        "partition_digest": "p", "digest": "d",
+    }  # fmt: skip
+    return base | change
+
+
+def drawn(path):
+    """Whether the picture has something on it, in more than one colour."""
+    pixels = imread(path)[..., :3].reshape(-1, 3)
+    return len(np.unique((pixels * 32).astype(int), axis=0)) > 10
+
+
+@pytest.mark.parametrize("clients", [1, 29, 3000])
+def test_gain_per_client(tmp_path, clients):
+    rng = np.random.default_rng(0)
+    images = np.full(clients, 16)
+    frame = pd.DataFrame(
+        {
+            "answers": images,
+            "backbone_hits": rng.binomial(16, 0.7, clients),
+            "method_hits": rng.binomial(16, 0.8, clients),
+        }
+    )
+    assert drawn(gain_per_client(frame, row(), tmp_path / "a.png"))
+
+
+@pytest.mark.parametrize("last", [3, 4])
+def test_accuracy_vs_history(tmp_path, last):
+    rng = np.random.default_rng(0)
+    parts = []
+    for name in ("stream", "prefix"):
+        for n, clients in ((0, 4), (5, last), (-1, 4)):
+            columns = {"protocol": name, "history": n, "client": [f"c{i}" for i in range(clients)], "targets": 16}
+            hits = {f"{who}_hits": rng.integers(4, 16, clients) for who in ("backbone", "method")}
+            hits["both_hits"] = np.minimum(hits["backbone_hits"], hits["method_hits"])
+            losses = {f"{who}_loss": rng.random(clients) * 16 for who in ("backbone", "method")}
+            parts.append(pd.DataFrame({**columns, "answers": 16, **hits, **losses}))
+    summary = history_summary(pd.concat(parts))
+    assert drawn(accuracy_vs_history(summary, row(), tmp_path / "a.png"))
+
+
+@pytest.mark.parametrize(
+    "rows",
+    [
+        [row()],
+        [row(overhead_percent=0.0, method="linear_head", groups=None)],
+        [row(method="backbone", groups=None, overhead_percent=0.0)],
+        [row(overhead_percent=10.0**i, setting_digest=str(i), digest=str(i)) for i in range(-2, 4)],
+        [row(accuracy=0.9 + s / 100, digest=str(s), partition_digest=str(s)) for s in range(3)],
+        [row(method=f"m{i}", setting_digest=str(i), digest=str(i), bound=i == 0, groups=None) for i in range(12)],
+    ],
+    ids=["one", "free", "backbone", "many", "seeds", "methods"],
+)
+def test_accuracy_vs_overhead(tmp_path, rows):
+    assert drawn(accuracy_vs_overhead(rows, tmp_path / "a.png"))

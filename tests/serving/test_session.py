@@ -1,0 +1,205 @@
+"""Serving clients one image at a time."""
+
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from hydra.utils import instantiate
+from torch import nn
+
+from iciia_exp.errors import UserError
+from iciia_exp.serving.run import Run, save_method
+from iciia_exp.serving.session import ClientSession, predict_together
+
+D, K = 16, 4
+
+
+def make_run(folder, seed=0, **settings):
+    torch.manual_seed(seed)
+    head = nn.Linear(D, K)
+    config = {"_target_": "iciia_exp.methods.adapt.iciia.IciiaMethod", "heads": 2, "groups": 4, **settings}
+    method = instantiate(config, head=head)
+    facts = {"task": "single-label", "class_names": list("abcd")}
+    save_method(folder, method, head, config, folder / "none", 16, facts)
+    return Run.load(folder)
+
+
+@pytest.fixture
+def run(tmp_path):
+    folder = tmp_path / "iciia-1"
+    folder.mkdir()
+    return make_run(folder, num_layers=2, attention="causal")
+
+
+def test_a_session_equals_the_whole_sequence(run):
+    x = torch.randn(9, D)
+    session = ClientSession(run, history=20)
+    got = torch.stack([session.predict(row) for row in x])
+    torch.testing.assert_close(got, run.predict(x), atol=1e-5, rtol=1e-5)
+    assert session.state_bytes == 9 * 4 * 2 * 2 * D
+    assert "9 images seen, 9 kept" in repr(session)
+
+
+@pytest.mark.parametrize(("layers", "attention"), [(1, "full"), (2, "full")])
+def test_full_attention_answers_for_the_newest_image(tmp_path, layers, attention):
+    run = make_run(tmp_path, num_layers=layers, attention=attention)
+    x = torch.randn(6, D)
+    session = ClientSession(run)
+    got = [session.predict(row.numpy()) for row in x]
+    torch.testing.assert_close(got[-1], run.predict(x)[-1], atol=1e-5, rtol=1e-5)
+    assert session.state_bytes == 6 * 4 * D * (2 if layers == 1 else 1)
+
+
+def test_many_sessions_together_equal_each_alone(run):
+    x, lengths = torch.randn(150, D), np.random.default_rng(0).integers(0, 9, 150)
+    keeps = ("recent", "reservoir", "diverse")
+    twins = [[ClientSession(run, f"c{i}", 5, keeps[i % 3], seed=i) for i in range(150)] for _ in range(2)]
+    for sessions in twins:
+        for session, n in zip(sessions, lengths, strict=True):
+            for j in range(n):
+                session.predict(x[j])
+    together = predict_together(twins[0], x)
+    alone = torch.stack([s.predict(row) for s, row in zip(twins[1], x, strict=True)])
+    torch.testing.assert_close(together, alone, atol=1e-5, rtol=1e-5)
+    for one, other in zip(*twins, strict=True):
+        assert (one.seen, one.kept) == (other.seen, other.kept)
+        torch.testing.assert_close(one._state, other._state, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("method", ["iciia", "iciia_stream"])
+def test_a_compiled_session_is_the_same(tmp_path, method):
+    (tmp_path / "r").mkdir()
+    settings = (
+        {"attention": "causal"}
+        if method == "iciia"
+        else {"_target_": "iciia_exp.methods.adapt.iciia_stream.IciiaStream"}
+    )
+    run = make_run(tmp_path / "r", num_layers=2, **settings)
+    plain, compiled = ClientSession(run, history=3), ClientSession(run, history=3, compile="eager")
+    for row in torch.randn(6, D):
+        torch.testing.assert_close(compiled.predict(row), plain.predict(row), atol=1e-5, rtol=1e-5)
+    with pytest.raises(UserError, match="compile=nonsense"):
+        ClientSession(run, compile="nonsense")
+
+
+@pytest.mark.skipif(shutil.which("c++") is None and shutil.which("g++") is None, reason="no C++ compiler")
+@pytest.mark.filterwarnings("ignore")  # of the compiler
+def test_a_session_compiled_ahead_of_time_is_the_same_and_goes_on_after_loading(tmp_path):
+    (tmp_path / "r").mkdir()
+    run = make_run(tmp_path / "r", num_layers=2, attention="causal")
+    plain, compiled = ClientSession(run, history=3), ClientSession(run, history=3, compile="inductor")
+    rows = torch.randn(8, D)
+    for row in rows[:5]:
+        torch.testing.assert_close(compiled.predict(row), plain.predict(row), atol=1e-5, rtol=1e-5)
+    compiled.save(tmp_path / "s.safetensors")
+    again = ClientSession.load(tmp_path / "s.safetensors", run, compile="inductor")
+    assert again._compiled is compiled._compiled
+    for row in rows[5:]:
+        torch.testing.assert_close(again.predict(row), plain.predict(row), atol=1e-5, rtol=1e-5)
+    seen = again.seen
+    with pytest.raises(UserError, match="features are not finite numbers"):
+        again.predict(torch.full((D,), float("inf")))
+    with pytest.raises(UserError, match=r"features have shape \[3\]"):
+        again.predict(torch.zeros(3))
+    assert again.seen == seen
+    few = ClientSession(run, history=0, compile="inductor")
+    assert few.predict(rows[0]).shape == plain.predict(rows[0]).shape
+
+
+def test_a_large_feature_is_a_finite_one(run):
+    session = ClientSession(run, history=3)
+    assert session.predict(torch.full((D,), 3e38)).shape == (len(run.class_names),)
+    with pytest.raises(UserError, match="not finite"):
+        session.predict(torch.tensor([float("nan"), *[0.0] * (D - 1)]))
+
+
+def test_recent_keeps_the_last(run):
+    session = ClientSession(run, history=3)
+    for i in range(8):
+        session.predict(torch.full((D,), float(i)))
+    assert sorted(session._age.tolist()) == [6, 7, 8]
+    assert session.kept == 3
+
+
+def test_a_reservoir_is_a_uniform_sample(run):
+    kept = np.zeros(12)
+    for seed in range(400):
+        session = ClientSession(run, history=3, keep="reservoir", seed=seed)
+        for _ in range(12):
+            session._remember(torch.zeros(session._state.shape[1]), torch.zeros(D))
+        kept[session._age - 1] += 1
+    assert abs(kept / 400 - 3 / 12).max() < 0.1
+
+
+def test_diverse_keeps_images_that_differ(run):
+    session = ClientSession(run, history=3, keep="diverse")
+    corners = torch.eye(D)[:3]
+    for row in (corners[0], corners[1], corners[2], corners[0] + 0.01, corners[1] + 0.01, corners[1]):
+        session.predict(row)
+    kept = session._features.argmax(1)
+    assert sorted(kept.tolist()) == [0, 1, 2]
+    assert session.state_bytes == 3 * 4 * (4 * D + D)
+
+
+def test_no_history_is_the_method_on_one_image(run):
+    session, x = ClientSession(run, history=0), torch.randn(3, D)
+    for row in x:
+        torch.testing.assert_close(session.predict(row), run.predict(row[None])[0], atol=1e-5, rtol=1e-5)
+    assert session.state_bytes == 0
+
+
+@pytest.mark.parametrize("keep", ["recent", "reservoir", "diverse"])
+def test_a_saved_session_goes_on(run, tmp_path, keep):
+    x = torch.randn(12, D)
+    session = ClientSession(run, "kitchen", 4, keep, seed=3)
+    for row in x[:7]:
+        session.predict(row)
+    session.save(tmp_path / "kitchen.safetensors")
+    again = ClientSession.load(tmp_path / "kitchen.safetensors", run)
+    assert again.client == "kitchen"
+    assert again.seen == 7
+    for row in x[7:]:
+        torch.testing.assert_close(again.predict(row), session.predict(row))
+
+
+def test_a_session_of_another_run_is_refused(run, tmp_path):
+    ClientSession(run).save(tmp_path / "s")
+    (tmp_path / "iciia-2").mkdir()
+    other = make_run(tmp_path / "iciia-2", seed=1, num_layers=2, attention="causal")
+    with pytest.raises(UserError, match="belongs to the run iciia-1, not to iciia-2"):
+        ClientSession.load(tmp_path / "s", other)
+    (tmp_path / "bad").write_text("x")
+    with pytest.raises(UserError, match="is not a saved session"):
+        ClientSession.load(tmp_path / "bad", run)
+    with pytest.raises(UserError, match="no such session"):
+        ClientSession.load(tmp_path / "nowhere", run)
+
+
+@pytest.mark.parametrize(
+    ("image", "problem"),
+    [
+        (torch.full((D,), float("nan")), "kitchen: features are not finite"),
+        (torch.zeros(D + 1), r"kitchen: features have shape \[17\], the run wants \[16\]"),
+        (torch.zeros(2, D), r"kitchen: expected features, float \[16\], got \[2, 16\]"),
+        ("photo.jpg", "kitchen: expected features, .* got str; for images"),
+    ],
+)
+def test_what_is_no_image_is_refused(run, image, problem):
+    session = ClientSession(run, "kitchen")
+    with pytest.raises(UserError, match=problem):
+        session.predict(image)
+    assert session.seen == 0
+
+
+def test_together_names_the_client(run):
+    sessions = [ClientSession(run, name) for name in ("a", "b")]
+    x = torch.randn(2, D)
+    with pytest.raises(UserError, match="b: features are not finite"):
+        predict_together(sessions, torch.stack([x[0], x[1] * float("inf")]))
+    with pytest.raises(UserError, match="given twice"):
+        predict_together([sessions[0]] * 2, x)
+    with pytest.raises(UserError, match="2 sessions and 1 images"):
+        predict_together(sessions, x[:1])
+    with pytest.raises(UserError, match="no sessions"):
+        predict_together([], x)
