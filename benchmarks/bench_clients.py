@@ -24,6 +24,8 @@ from __future__ import annotations
 
 import os
 
+from iciia_exp.methods.base import Facts
+
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # as `python -m iciia_exp` does
 
 import argparse
@@ -73,11 +75,11 @@ def measure(clients: int, images: int, dim: int, classes: int, uneven: bool) -> 
         return result
 
     ids = np.array([f"client-{i:06d}" for i in range(clients)], dtype=object)
-    kinds = np.full(clients, "test", dtype=object)
+    types = np.full(clients, "test", dtype=object)
     roles_M = np.full(len(owners_M), 2)
-    people = timed("clients from owners", lambda: Clients.from_assignment(ids, kinds, owners_M, roles_M))
+    people = timed("clients from owners", lambda: Clients.from_assignment(ids, types, owners_M, roles_M))
     timed("partition table", lambda: partition_table(people.statistics(labels_M)))
-    module = MethodModule(IciiaMethod(head, groups=4), head, Recipe(), clients)
+    module = MethodModule(IciiaMethod(Facts.of(head), groups=4), head, Recipe(), clients)
     sampler = ClientBatchSampler(people.test, images, 64)
     loader = DataLoader(FeatureBatches(features_MD, labels_M), batch_size=None, sampler=sampler)
     with quiet_lightning():

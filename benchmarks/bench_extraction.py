@@ -6,7 +6,7 @@ Three things, in one process, one after the other and again, medians of paired r
   lie in memory;
 - bare: the same network after `ImageBackbone.faster` (batch norm folded, channels last), on normalised channels-last
   batches in memory, of the batch size that the project chooses (``--sizes`` tries others);
-- project: `iciia_exp.engine.training.extract.extract` from JPEG files through Lightning into a store in a temporary folder,
+- project: `extract` (`iciia_exp.engine.training`) from JPEG files through Lightning into a store in a temporary folder,
   by threads that load and compute (the default on a processor) and with a loading process beside a network on
   all cores. The threads' rate is from the start to the last batch's end, that with a process from the first batch's
   end, when it has started.
@@ -177,7 +177,7 @@ def main() -> None:
             print(f"{way:<26}{statistics.median(rates):>10,.0f}{cells}")
         speed = statistics.median(seen[fastest])
         bound = 1 / (1 / speed + 1 / (os.cpu_count() or 1) / decoding)
-        print(f"{'bound':<26}{bound:>10,.0f}{'':>10}{bound / speed:>10.0%}")
+        print(f"{'oracle':<26}{bound:>10,.0f}{'':>10}{bound / speed:>10.0%}")
 
 
 if __name__ == "__main__":

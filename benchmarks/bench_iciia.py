@@ -23,6 +23,8 @@ from __future__ import annotations
 
 import os
 
+from iciia_exp.methods.base import Facts
+
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # as `python -m iciia_exp` does
 
 import argparse
@@ -209,12 +211,12 @@ def apart(options: argparse.Namespace) -> None:
 
 def stream(options: argparse.Namespace) -> None:
     """Compare all lengths of history in one pass with running every (target, length) alone."""
-    from iciia_exp.config.settings import Protocol
+    from iciia_exp.config.settings import Evaluation
     from iciia_exp.data.batches import FeatureBatches
     from iciia_exp.data.clients import Clients, Ragged
     from iciia_exp.engine.evaluation.history import history_table
+    from iciia_exp.engine.evaluation.setup import Setup
     from iciia_exp.methods.adapt.iciia import IciiaMethod
-    from iciia_exp.recipe import Recipe
 
     dim, clients = 1280, 625
     rng = np.random.default_rng(0)
@@ -224,21 +226,21 @@ def stream(options: argparse.Namespace) -> None:
     nobody = Ragged(np.zeros(clients + 1, np.int64), np.empty(0, np.int64))
     ids = np.array([str(i) for i in range(clients)], dtype=object)
     head = nn.Linear(dim, 200)
-    method = IciiaMethod(head, 2, 4, 256, attention="causal").eval().requires_grad_(False)
+    method = IciiaMethod(Facts.of(head), 2, 4, 256, attention="causal").eval().requires_grad_(False)
     people, batches = Clients(ids, ids, nobody, nobody, rows), FeatureBatches(features, labels)
-    protocol = Protocol(Recipe(), history_lengths=range(16), history_orders=S, history_longest=15)
+    options = Evaluation(history_lengths=range(16), history_orders=S, history_longest=15)
     x_MD, y_M = torch.from_numpy(features), torch.from_numpy(labels)
     pairs = rng.integers(0, 16, 300)
 
     def ours() -> None:
-        history_table(method, head, batches, people, protocol, 1, protocols=("stream",))
+        history_table(Setup(method, head, batches, people), options, protocols=("stream",))
 
     def loop() -> None:
         with torch.inference_mode():
             for i, n in enumerate(pairs):
                 y_1 = y_M[i + n, None]
                 for logits_1K in (method.stream(x_MD[None, i : i + n + 1])[:, -1], head(x_MD[i + n, None])):
-                    tasks.hits(logits_1K, y_1), tasks.log_loss(logits_1K, y_1)
+                    tasks.correct(logits_1K, y_1), tasks.log_loss(logits_1K, y_1)
 
     one, many = [], []
     for _ in range(options.repeats):
@@ -246,7 +248,7 @@ def stream(options: argparse.Namespace) -> None:
         one.append(len(pairs) / seconds(loop, "cpu"))
     print("D=1280 N=2 G=256, causal, 200 classes; 10,000 images, each a target after 0 to 15 images of its client")
     print(f"in 16 passes, counts and tables included: {statistics.median(many):,.0f} (target, length) pairs a second")
-    print(f"each pair by itself, hits and log-losses: {statistics.median(one):,.0f}; ", end="")
+    print(f"each pair by itself, correct decisions and log-losses: {statistics.median(one):,.0f}; ", end="")
     print(f"{statistics.median(m / o for m, o in zip(many, one, strict=True)):.0f} times")
 
 
@@ -268,9 +270,10 @@ def session(options: argparse.Namespace) -> None:
         "attention": "causal",
     }
     with tempfile.TemporaryDirectory() as name:
-        method = IciiaMethod(head, 3, 4, 256, attention="causal")
-        facts = {"task": "single-label", "class_names": [str(k) for k in range(K)]}
-        save_method(Path(name), method, head, config, Path(name), 16, facts)
+        method = IciiaMethod(Facts.of(head), 3, 4, 256, attention="causal")
+        names = [str(k) for k in range(K)]
+        facts = {"task": "single-label", "class_names": names, "images": 16, "features": "none", "backbone": None}
+        save_method(Path(name), method, head, config, facts)
         run = Run.load(name)
     client = ClientSession(run, history=15, compile=options.compile)
     classify = run.head

@@ -29,7 +29,7 @@ def main() -> None:
         for i in range(options.runs):
             run = folder / "runs" / str(i)
             run.mkdir(parents=True)
-            for file in ("clients.parquet", "history.parquet", "retrieval.parquet"):
+            for file in ("clients.parquet", "history.parquet", "attribution.parquet"):
                 if (options.run / file).is_file():
                     shutil.copy(options.run / file, run)
             setting = i // 3

@@ -21,15 +21,15 @@ from torch import nn
 from iciia_exp.config.paths import CONF_DIR
 from iciia_exp.data.batches import FeatureBatches
 from iciia_exp.data.clients import Clients, Ragged
-from iciia_exp.data.views import CloudData
-from iciia_exp.tasks import SINGLE_LABEL
+from iciia_exp.data.views import CloudView
+from iciia_exp.methods.base import Facts
 
 D, K, S = 1280, 1000, 16
 METHODS = ("prior_em", "prior_map", "smoothed_prior", "client_types", "client_prior", "lame", "t3a", "stata")
 
 
-def cloud(clients: int = 3161, classes: int = 15) -> CloudData:
-    """Return training and selection clients with some classes each, for what methods read beforehand."""
+def cloud(clients: int = 3161, classes: int = 15) -> CloudView:
+    """Return training and val clients with some classes each, for what methods read beforehand."""
     rng = np.random.default_rng(0)
     own = np.stack([rng.permutation(K)[:classes] for _ in range(clients)])
     labels = own[np.repeat(np.arange(clients), 2 * S), rng.integers(0, classes, 2 * S * clients)]
@@ -40,7 +40,7 @@ def cloud(clients: int = 3161, classes: int = 15) -> CloudData:
     names = np.array([str(i) for i in range(clients)], dtype=object)
     nobody = Ragged(np.zeros(clients + 1, np.int64), np.empty(0, np.int64))
     people = Clients(names, names, parts[0], parts[1], nobody)
-    return CloudData(SINGLE_LABEL, K, people, FeatureBatches(features, labels), S)
+    return CloudView(people, FeatureBatches(features, labels), K, S)
 
 
 def main() -> None:
@@ -56,12 +56,11 @@ def main() -> None:
     print(f"{'method':<16}{'seconds':>9}{'images/s':>10}{'before, s':>11}{'peak, GiB':>11}")
     for name in options.methods:
         node = OmegaConf.load(CONF_DIR / "method" / f"{name}.yaml")
-        method = instantiate(node, head=head, _convert_="all").eval()
-        method.prepare(SINGLE_LABEL)
+        method = instantiate(node, facts=Facts.of(head), _convert_="all").eval()
         start = time.perf_counter()
-        method.study(data)
+        method.read(data)
         method.grids = {}  # hyper-parameters as they are: what is timed does not depend on them
-        method.calibrate(data.chunks("selection", most_images=2000))
+        method.calibrate(data.chunks("val", most_images=2000))
         ready = time.perf_counter()
         with torch.inference_mode():
             for i in range(-(-options.clients // 64)):

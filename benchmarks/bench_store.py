@@ -36,6 +36,8 @@ from __future__ import annotations
 
 import os
 
+from iciia_exp.methods.base import Facts
+
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # as `python -m iciia_exp` does
 
 import argparse
@@ -151,7 +153,7 @@ def train(store: FeatureStore, labels: np.ndarray, clients: Clients, steps: int,
     from iciia_exp.recipe import Recipe
 
     head = nn.Linear(store.dim, store.num_classes)
-    method = IciiaMethod(head, groups=256)
+    method = IciiaMethod(Facts.of(head), groups=256)
     record = fit(
         MethodModule(method, head, Recipe(epochs=1, batch_size=8), len(clients)),
         loader(store.array(), labels, clients, 8),

@@ -61,12 +61,12 @@ def of_parents_with(rows: list[dict], classes: int, table: Path) -> list[dict]:
     result = []
     for row in rows:
         folder = Path(row["run_dir"])
-        known = json.loads((folder / "run.json").read_text())["class_names"]
+        known = json.loads((folder.parent / "run.json").read_text())["class_names"]
         parents = pd.read_csv(table).set_index("wnid")["group_name"].reindex(known)
         large = parents.value_counts().loc[lambda n: n >= classes].index
         clients = pd.read_parquet(folder / "clients.parquet")
-        clients = clients[clients["kind"].isin(large)]
-        fields = ("images", "backbone_hits", "method_hits", "both_hits", "backbone_loss", "method_loss")
+        clients = clients[clients["client_type"].isin(large)]
+        fields = ("images", "backbone_correct", "method_correct", "both_correct", "backbone_loss", "method_loss")
         counts = ClientCounts(*(clients[name].to_numpy() for name in fields))
         result.append(row | summarise(counts))
     return result
@@ -121,17 +121,23 @@ def tiny(options: argparse.Namespace) -> None:
 def streams(options: argparse.Namespace) -> None:
     """Compare ways to serve one image after the other, behind a classifier fitted on the same features."""
     common = [*tiny_images(options), "backbone.train=head", "num_layers=2", "groups=256"]
+    pool = "client_mix.pool=client_type"
     ways = {
         "iciia": ["method=iciia"],
-        "iciia, causal": ["method=iciia", "method.attention=causal", "protocol=streaming", "client_mix.pool=kind"],
-        "iciia_stream": ["method=iciia_stream", "protocol=streaming", "client_mix.pool=kind"],
-        "iciia_stream, all kinds": ["method=iciia_stream", "protocol=streaming", "client_mix=all_kinds"],
-        "iciia_prior, all kinds": ["method=iciia_prior", "protocol=streaming", "client_mix=all_kinds"],
-        "iciia_prior": ["method=iciia_prior", "protocol=streaming", "client_mix.pool=kind"],
+        "iciia, causal": [
+            "method=iciia",
+            "method.attention=causal",
+            "training=streaming",
+            "client_mix.pool=client_type",
+        ],
+        "iciia_stream": ["method=iciia_stream", "training=streaming", pool],
+        "iciia_stream, all types": ["method=iciia_stream", "training=streaming", "client_mix=all_types"],
+        "iciia_prior, all types": ["method=iciia_prior", "training=streaming", "client_mix=all_types"],
+        "iciia_prior": ["method=iciia_prior", "training=streaming", pool],
         "client_prior": ["method=client_prior"],
     }
     if options.published:
-        ways["iciia, published protocol"] = ["method=iciia", "protocol=published"]
+        ways["iciia, published protocol"] = ["method=iciia", "training=published"]
     for title, way in ways.items():
         rows = run(options.out, "tiny_streams", *common, *way)
         show(rows, title)
@@ -155,7 +161,7 @@ def mnist(options: argparse.Namespace) -> None:
         write_leaf(options.data, folder)
     seeds = [*OWN_SEEDS, "backbone.seed=${seed}", SEEDS]
     # a tenth of the writers teaches the backbone and is no client
-    few = ["backbone.reserve=0.1", "backbone.recipe.epochs=10", "protocol=default", "protocol.recipe.epochs=10"]
+    few = ["backbone.reserve=0.1", "backbone.recipe.epochs=10", "training=default", "training.recipe.epochs=10"]
     common = ["+experiment=cnn_femnist", f"data_dir={folder}", "dataset.num_classes=10", *few]
     rows = run(options.out, "mnist_writers", *common, *seeds, "method=linear_head,iciia", "groups=256")
     show(rows, "MNIST by writer, LEAF's network")

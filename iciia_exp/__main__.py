@@ -24,7 +24,9 @@ from iciia_exp.errors import UserError
 def job(config: DictConfig) -> float | None:
     """Run one composed configuration."""
     from iciia_exp.engine.jobs import run_job
+    from iciia_exp.machine import keep_freed_memory
 
+    keep_freed_memory()
     return run_job(config)
 
 

@@ -1,4 +1,4 @@
-"""Files and folders that are either whole or absent: write aside, then rename; one maker at a time.
+"""Artifacts on disk: files and folders that are whole or absent, made by one process at a time.
 
 A folder under construction is ``<name>.partial`` beside its final place. It survives a kill, so that its maker can
 continue; a reader never looks at it. The operating system releases the lock ``.<name>.lock`` when its holder dies.
@@ -91,9 +91,12 @@ def write_json(path: Path, value: Any) -> None:
 def read_json(path: Path) -> dict[str, Any]:
     """Read a JSON object; a damaged file is a `UserError` that names it."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:  # not JSON, not UTF-8, or nested without end
         raise UserError(f"{path}: not valid JSON ({error}); delete it and repeat the command") from error
+    if not isinstance(value, dict):
+        raise UserError(f"{path}: expected a JSON object, not {type(value).__name__}; delete it and repeat the command")
+    return value
 
 
 def finished_folder(path: Path) -> bool:

@@ -1,4 +1,4 @@
-"""What a method costs, in multiply-accumulates (MACs): closed forms, and a counter for backbones.
+"""Cost: multiply-accumulates (MACs) in closed form, and a counter for backbones.
 
 One multiply-accumulate counts as one operation. Norms, softmax, residuals and biases are left out; the classifier
 belongs to the backbone's cost (paper, Table 2 and supplement).

@@ -1,6 +1,6 @@
 """``python -m iciia_exp.dashboard --entity ME``: a wandb workspace for a project's runs, the same every time.
 
-Sections: accuracy against overhead, group sweep, history, clients, retrieval, training. The keys are those that every
+Sections: accuracy against overhead, group sweep, history, clients, attribution, training. The keys are those that every
 run logs (`iciia_exp.engine.tracking`). Needs ``pip install 'iciia_exp[dashboard]'`` and a login; ``--dry-run`` prints
 the workspace as wandb stores it and reaches no network.
 """
@@ -91,17 +91,17 @@ def workspace(entity: str, project: str, name: str = "iciia_exp") -> Any:
             ],
         ),
         ws.Section(
-            name="Retrieval",
+            name="Attribution",
             panels=[
-                wr.MediaBrowser(media_keys=["plots/retrieval"], num_columns=1, layout=wide(14)),
-                wr.WeavePanelSummaryTable(table_name="retrieval", layout=wide(12)),
+                wr.MediaBrowser(media_keys=["plots/attribution"], num_columns=1, layout=wide(14)),
+                wr.WeavePanelSummaryTable(table_name="attribution", layout=wide(12)),
             ],
         ),
         ws.Section(
             name="Training",
             panels=[
                 wr.LinePlot(title=key, x="epoch", y=[key], layout=wr.Layout(w=8, h=6))
-                for key in ("train/loss", "selection/accuracy", "selection/log_loss")
+                for key in ("train/loss", "val/accuracy", "val/log_loss")
             ],
         ),
     ]

@@ -1,4 +1,4 @@
-"""Names of artifacts from what made them: a digest of plain configuration values."""
+"""Digests: names of artifacts from the plain values that made them."""
 
 from __future__ import annotations
 

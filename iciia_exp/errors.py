@@ -26,7 +26,7 @@ class UserError(Exception):
 class ConfigError(UserError):
     """A configuration value that cannot be used.
 
-    Constructors name their own argument (``key="groups"``); ``engine.build`` adds the group in front of it.
+    Constructors name their own argument (``key="groups"``); `iciia_exp.config.build` adds the group in front of it.
     """
 
     def __init__(self, key: str, value: Any, problem: str) -> None:
@@ -35,6 +35,10 @@ class ConfigError(UserError):
 
     def __str__(self) -> str:
         return f"{self.key}={self.value}: {self.problem}"
+
+    def at(self, key: str) -> ConfigError:
+        """Return the same error with another key."""
+        return type(self)(key, self.value, self.problem)
 
 
 def first_line(text: object) -> str:
@@ -57,7 +61,7 @@ def nearest(word: str, choices: Iterable[str]) -> str | None:
     """
     choices = list(choices)
     found = difflib.get_close_matches(word, choices, n=1, cutoff=0.6)
-    if not found and "." not in word:  # `lr` for `protocol.lr`: compare with the last part alone
+    if not found and "." not in word:  # `lr` for `training.recipe.lr`: compare with the last part alone
         by_leaf: dict[str, str] = {}
         for choice in choices:
             by_leaf.setdefault(choice.rsplit(".", 1)[-1], choice)

@@ -1,4 +1,4 @@
-"""How a network is optimised: the same few keys for backbones and for methods."""
+"""Recipe: optimiser, schedule and length of a training, the same keys for backbones and methods."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class Recipe:
         weight_decay: on all parameters.
         schedule: ``constant``, ``cosine`` (to zero), ``onecycle``, or ``step``: a tenth after every ``step_epochs``.
         clip_norm: largest norm of the gradient; 0 turns clipping off.
-        patience: stop after so many epochs without a better selection accuracy; 0 never stops early.
+        patience: stop after so many epochs without a better val accuracy; 0 never stops early.
         trunk_lr: of a backbone's trunk, where its classifier has another rate; null is ``lr``.
         step_epochs: epochs between the steps of ``schedule: step``.
     """

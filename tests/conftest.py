@@ -48,12 +48,13 @@ def compose():
 
 
 @pytest.fixture
-def plan(compose):
-    """Make a plan from overrides on the smallest useful setting: seconds become a tenth of a second."""
-    from iciia_exp.config.build import Plan
+def stages(compose):
+    """Make the stages of an experiment on the smallest useful setting: seconds become a tenth of a second."""
+    from iciia_exp.config.experiment import Experiment
+    from iciia_exp.engine.stages import Stages
 
     def make(*overrides):
-        return Plan(compose(*SMALL, *overrides))
+        return Stages(Experiment.from_config(compose(*SMALL, *overrides)))
 
     return make
 
@@ -80,9 +81,9 @@ SMALL = (
     "backbone.model.dim=32",
     "backbone.model.width=4",
     "backbone.recipe.epochs=2",
-    "dataset.sizes={backbone: 100, train: 100, selection: 60, test: 100}",
+    "dataset.sizes={backbone: 100, train: 100, val: 60, test: 100}",
     "partition.deals=1",
-    "protocol.recipe.epochs=3",
-    "protocol.history_orders=2",
-    "protocol.recipe.lr=0.003",
+    "training.recipe.epochs=3",
+    "evaluation.history_orders=2",
+    "training.recipe.lr=0.003",
 )

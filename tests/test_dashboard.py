@@ -24,14 +24,14 @@ def test_its_panels_show_what_runs_log(capsys):
     spec = json.loads(text)
     names = [section["name"] for section in spec["section"]["panelBankConfig"]["sections"]]
     assert names[:4] == ["Accuracy against overhead", "Group sweep", "History", "Clients"]
-    shown = set(re.findall(r'"(?:summary:)?((?:test|cost|backbone|train|selection|history)/[\w/]+)"', text))
-    curves = {"train/loss", "selection/accuracy", "selection/log_loss", "history/images"}
+    shown = set(re.findall(r'"(?:summary:)?((?:test|cost|backbone|train|val|history)/[\w/]+)"', text))
+    curves = {"train/loss", "val/accuracy", "val/log_loss", "history/images"}
     curves |= {
         f"history/{who}{k}" for who in ("", "backbone_") for k in ("client_accuracy", "worst_decile", "log_loss")
     }
     assert {"test/accuracy", "cost/overhead_percent", "history/client_accuracy"} <= shown
     assert shown <= set(SUMMARY) | curves | set(METRICS)
-    assert set(re.findall(r'"plots/(\w+)"', text)) == {"gain_per_client", "retrieval"}
+    assert set(re.findall(r'"plots/(\w+)"', text)) == {"gain_per_client", "attribution"}
 
 
 def test_without_a_login_it_says_so(capsys):
@@ -62,7 +62,8 @@ def test_the_command_of_an_agent_works_with_hydra(path, compose):
     """As `wandb agent` builds it: macros filled in, a value of every parameter."""
     from wandb.sdk.launch.sweeps.utils import create_sweep_command, create_sweep_command_args
 
-    from iciia_exp.config.build import Plan
+    from iciia_exp.config.experiment import Experiment
+    from iciia_exp.engine.stages import Stages
 
     sweep = yaml.safe_load(path.read_text())
     assert sweep["metric"]["name"] in (*SUMMARY, *METRICS)
@@ -71,9 +72,9 @@ def test_the_command_of_an_agent_works_with_hydra(path, compose):
     arguments = create_sweep_command_args({"args": values})["args_no_hyphens"]
     filled = [b for a in command for b in (arguments if a == "${args_no_hyphens}" else [a])]
     assert filled[:4] == ["${env}", "python", "-m", "iciia_exp"]
-    plan = Plan(compose(*filled[4:], "backbone.model.dim=512"))
+    stages = Stages(Experiment.from_config(compose(*filled[4:], "backbone.model.dim=512")))
     for key, found in values.items():
-        node = plan.config
+        node = stages.experiment.config
         for part in key.split("."):
             node = node[part]
         assert node == found["value"]

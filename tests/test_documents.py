@@ -16,7 +16,8 @@ from iciia_exp import dashboard
 from iciia_exp.__main__ import main
 from iciia_exp.artifacts import read_json
 from iciia_exp.cache import main as cache_main
-from iciia_exp.config.build import GROUPS, check_keys
+from iciia_exp.config.check import check_keys
+from iciia_exp.config.experiment import GROUPS
 from iciia_exp.report.__main__ import main as report_main
 from tests.engine.test_experiments import EXPERIMENTS, offline_weights  # noqa: F401
 from tests.making.vectors import make_vectors
@@ -120,7 +121,7 @@ def test_a_command_of_the_package_works(command, compose, small, cache, tmp_path
             main()
         assert "error" not in capsys.readouterr().err
     if "stage=" not in command:
-        assert list(tmp_path.glob("outputs/*/*/results.json"))
+        assert list(tmp_path.glob("outputs/*/*/*/results.json"))
 
 
 def test_what_a_reader_brings_works_as_the_page_shows(tmp_path, monkeypatch, capsys):
@@ -138,13 +139,13 @@ def test_what_a_reader_brings_works_as_the_page_shows(tmp_path, monkeypatch, cap
     monkeypatch.syspath_prepend(str(tmp_path))
     for command in (c for c in MAIN if "--config-dir" in c):
         arguments = shlex.split(command)[3:]
-        monkeypatch.setattr(sys, "argv", ["iciia_exp", *arguments, "logger=csv", "protocol.recipe.epochs=2"])
+        monkeypatch.setattr(sys, "argv", ["iciia_exp", *arguments, "logger=csv", "training.recipe.epochs=2"])
         with contextlib.suppress(SystemExit):
             main()
         out, err = capsys.readouterr()
         assert err == ""
         assert "perceptron alone" in out
-    rows = [read_json(path) for path in tmp_path.glob("outputs/mine/*/results.json")]
+    rows = [read_json(path) for path in tmp_path.glob("outputs/mine/*/*/results.json")]
     assert {row["method"] for row in rows} == {"mean_prior", "iciia"}
     assert all(row["gain"] > 0 for row in rows if row["method"] == "mean_prior")
 

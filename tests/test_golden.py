@@ -22,20 +22,20 @@ from safetensors.torch import load_file
 FILE = Path(__file__).parent / "golden" / "digits.json"
 
 #: Where the machine is another: share of test images whose answer may differ in total, and of a sum of log-losses.
-OTHER_MACHINE = {"hits": 0.03, "loss": 0.05}
+OTHER_MACHINE = {"correct": 0.03, "loss": 0.05}
 
 SETTING = (
-    *("logger=csv", "trainer=cpu", "groups=4", "retrieval.examples=0"),
+    *("logger=csv", "trainer=cpu", "groups=4", "evaluation.examples=0"),
     *("backbone.model.dim=32", "backbone.model.width=4", "backbone.recipe.epochs=15"),
-    "dataset.sizes={backbone: 500, train: 500, selection: 160, test: 240}",
+    "dataset.sizes={backbone: 500, train: 500, val: 160, test: 240}",
     *("partition.split=within", "partition.images_per_client=40", "partition.deals=2"),
     *(
-        "protocol.recipe.epochs=4",
-        "protocol.recipe.batch_size=2",
-        "protocol.recipe.lr=0.003",
-        "protocol.train_images=20",
+        "training.recipe.epochs=4",
+        "training.recipe.batch_size=2",
+        "training.recipe.lr=0.003",
+        "training.train_images=20",
     ),
-    *("protocol.history_orders=2", "protocol.history_lengths=[0,1,3]", "protocol.kinds_clients=20"),
+    *("evaluation.history_orders=2", "evaluation.history_lengths=[0,1,3]", "evaluation.drawn_clients=20"),
 )
 
 #: What is run of each: the method alone, and variants whose code differs.
@@ -49,9 +49,9 @@ RUNS = {
         )
     },
     "iciia causal, 2 layers": ("method=iciia", "method.attention=causal", "num_layers=2", "groups=1"),
-    "iciia, published protocol": ("method=iciia", "protocol=published", "protocol.recipe.epochs=2"),
-    "iciia_prior, all kinds of clients": ("method=iciia_prior", "client_mix=all_kinds", "protocol=streaming"),
-    "client_prior with forgetting": ("method=client_prior", "method.forget=0.1", "method.caution=0.0"),
+    "iciia, published protocol": ("method=iciia", "training=published", "training.recipe.epochs=2"),
+    "iciia_prior, all client types": ("method=iciia_prior", "client_mix=all_types", "training=streaming"),
+    "client_prior with forgetting": ("method=client_prior", "method.forget=0.1", "method.iid_bonus=0.0"),
 }
 
 
@@ -67,7 +67,7 @@ def machine():
 
 def sums(folder, name, keys):
     """Return the sums of counts and losses of one of a run's tables by some of its columns."""
-    columns = ["backbone_hits", "method_hits", "both_hits", "backbone_loss", "method_loss"]
+    columns = ["backbone_correct", "method_correct", "both_correct", "backbone_loss", "method_loss"]
     frame = pd.read_parquet(folder / f"{name}.parquet").groupby(keys, sort=True)[columns].sum()
     return {" ".join(map(str, key)): list(row) for key, row in zip(frame.index, frame.to_numpy().tolist(), strict=True)}
 
@@ -82,18 +82,18 @@ def measure(overrides):
         run = run_experiment(*SETTING, *overrides)
     finally:
         torch.set_num_threads(threads)
-    clients = run.clients.drop(columns=["client", "kind"])
+    clients = run.clients.drop(columns=["client", "client_type"])
     weights = load_file(run.path / "weights.safetensors")
     training = json.loads((run.path / "training.json").read_text())
     entry = {
         "clients": {name: column.tolist() for name, column in clients.items()},
-        "history": sums(run.path, "history", ["protocol", "history"]),
+        "history": sums(run.evaluation, "history", ["protocol", "history"]),
         "training": {k: v for k, v in training.items() if k != "seconds"},
         # of what is trained or fitted; without names, which may change
         "weights": sorted(float(t.double().sum()) for t in weights.values() if t.is_floating_point() and t.numel() > 1),
     }
-    if (run.path / "kinds.parquet").is_file():
-        entry["drawn"] = sums(run.path, "kinds", ["kind", "history"])
+    if (run.evaluation / "drawn_clients.parquet").is_file():
+        entry["drawn"] = sums(run.evaluation, "drawn_clients", ["client_type", "history"])
     return entry
 
 
@@ -127,9 +127,9 @@ def test_numbers_are_as_they_were(name, golden, shared, monkeypatch):
     assert got["clients"]["images"] == want["clients"]["images"]
     assert got["clients"]["classes"] == classes
     for who in ("backbone", "method"):
-        hits, loss = (f"{who}_{what}" for what in ("hits", "loss"))
-        assert sum(got["clients"][hits]) == pytest.approx(
-            sum(want["clients"][hits]), abs=OTHER_MACHINE["hits"] * images
+        correct, loss = (f"{who}_{what}" for what in ("correct", "loss"))
+        assert sum(got["clients"][correct]) == pytest.approx(
+            sum(want["clients"][correct]), abs=OTHER_MACHINE["correct"] * images
         )
         assert sum(got["clients"][loss]) == pytest.approx(sum(want["clients"][loss]), rel=OTHER_MACHINE["loss"])
     assert set(got["history"]) == set(want["history"])
@@ -149,7 +149,7 @@ def main(names):
         old["runs"] |= {name: measure(RUNS[name]) for name in names}
     runs = {name: old["runs"][name] for name in RUNS}
     lines = [f'{{\n"machine": {json.dumps(machine())},\n"runs": {{']
-    for name, entry in runs.items():  # a line per kind of number, so that a change shows where it is
+    for name, entry in runs.items():  # a line per type of number, so that a change shows where it is
         parts = ",\n".join(f"{json.dumps(key)}: {json.dumps(value)}" for key, value in entry.items())
         lines.append(f"{json.dumps(name)}: {{\n{parts}\n}}" + "," * (name != list(runs)[-1]))
     FILE.write_text("\n".join([*lines, "}\n}\n"]), encoding="utf-8")

@@ -67,11 +67,11 @@ def test_two_identical_commands_at_once_then_a_third(tmp_path, small):
     assert sorted(os.listdir(tmp_path)) == ["cache", "outputs"]
 
 
-def test_killed_for_real_and_repeated(tmp_path, plan, small):
+def test_killed_for_real_and_repeated(tmp_path, stages, small):
     """SIGKILL in the middle of the method's training; the repeated command ends as if nothing had happened."""
-    from iciia_exp.engine.stages import execute
+    from iciia_exp.engine.execute import execute
 
-    longer = ("protocol.recipe.epochs=400", "protocol.recipe.patience=0")
+    longer = ("training.recipe.epochs=400", "training.recipe.patience=0")
     process = command(*small, *longer)
     deadline = time.monotonic() + 120
     while not list(Path("outputs").glob("digits/*/checkpoints/last.ckpt")):
@@ -80,9 +80,9 @@ def test_killed_for_real_and_repeated(tmp_path, plan, small):
         time.sleep(0.02)
     process.send_signal(signal.SIGKILL)
     finished(process)
-    assert not list(Path("outputs").glob("digits/*/results.json"))
-    resumed = execute(plan(*longer))
-    whole = execute(plan(*longer, f"output_dir={tmp_path}/whole"))
+    assert not list(Path("outputs").glob("digits/*/*/results.json"))
+    resumed = execute(stages(*longer))
+    whole = execute(stages(*longer, f"output_dir={tmp_path}/whole"))
     for key, value in whole.items():
         if not key.startswith("seconds") and key != "finished":
             assert resumed[key] == value, key
@@ -102,12 +102,12 @@ def call(monkeypatch, *arguments):
     [
         (["grups=3"], "grups: no such key; did you mean groups?"),
         (
-            ["protocol.recipe.optimzer=sgd"],
-            "protocol.recipe.optimzer: no such key; did you mean protocol.recipe.optimizer?",
+            ["training.recipe.optimzer=sgd"],
+            "training.recipe.optimzer: no such key; did you mean training.recipe.optimizer?",
         ),
         (["+partition.clases=3"], "partition.clases: no such key"),
         (["lr=3"], "lr: no such key; did you mean"),
-        (["protocl=published"], "protocl: no such key; did you mean protocol?"),
+        (["trainng=published"], "trainng: no such key; did you mean training?"),
         (["method=icia"], "method=icia: no such option; did you mean iciia?"),
         (["partition=qqq"], "partition=qqq: no such option; valid: classes_per_client"),
         (["+experiment=digts"], "experiment=digts: no such option; did you mean digits?"),
@@ -197,15 +197,15 @@ def test_a_sweep_over_clients_has_a_table_for_each(monkeypatch, capsys, tmp_path
 
 
 @pytest.mark.filterwarnings("ignore")  # Optuna 2's own
-def test_a_search_asks_selection_clients_and_survives_failures(monkeypatch, capsys, tmp_path, small):
+def test_a_search_asks_val_clients_and_survives_failures(monkeypatch, capsys, tmp_path, small):
     arguments = ("-m", "+search=optuna", *small, "hydra.sweeper.n_trials=4", "groups=choice(1,3)", "heads=1")
     assert call(monkeypatch, *arguments) == 1
     out = capsys.readouterr().out
     done = [job for job in jobs(tmp_path) if job["status"] == "done"]
     assert 0 < len(done) < 4
-    rows = [json.loads((Path(job["run_dir"]) / "results.json").read_text()) for job in done]
-    best = max(row["selection_accuracy"] for row in rows)
-    assert f"best on selection clients, {100 * best:.1f} %: " in out
+    rows = [json.loads((Path(job["evaluation_dir"]) / "results.json").read_text()) for job in done]
+    best = max(row["val_accuracy"] for row in rows)
+    assert f"best on val clients, {100 * best:.1f} %: " in out
     assert "groups=3: must divide" in out
     monkeypatch.setenv("ICIIA_EXP_PID", "1")  # again: the same trials, finished
     call(monkeypatch, *arguments)

@@ -35,7 +35,7 @@ def own_images(root, small):
         "overrides": [
             "logger=csv",
             "trainer=cpu",
-            "protocol.recipe.epochs=2",
+            "training.recipe.epochs=2",
             "backbone.weights=w.safetensors",
             *model,
         ],
@@ -48,7 +48,7 @@ PARAMETERS = {
     "accuracy_vs_overhead": lambda root, small: {
         "groups": [1, "max"], "seeds": [0], "rivals": ["client_prior"], "overrides": list(small),
     },
-    "retrieval": lambda root, small: {"overrides": ["method=iciia", "groups=4", *small]},
+    "attribution": lambda root, small: {"overrides": ["method=iciia", "groups=4", *small]},
     "own_images": own_images,
 }  # fmt: skip
 
@@ -56,7 +56,7 @@ PARAMETERS = {
 SEEN = {
     "quickstart": ("harmed_share", "one after the other", "image/png"),
     "accuracy_vs_overhead": ("iciia N=1 H=4 G=32", "client_prior", "image/png", "of the backbone for each image"),
-    "retrieval": ("corrected", "influence", "image/png", "even attention: "),
+    "attribution": ("corrected", "influence", "image/png", "even attention: "),
     "own_images": ("9 owners", "image/png", "of the clients lose"),
 }
 

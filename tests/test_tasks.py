@@ -1,11 +1,13 @@
-"""Losses and hits of both tasks against plain numpy."""
+"""Losses and correct decisions of both tasks against plain numpy."""
+
+import json
+import pickle
 
 import numpy as np
 import pytest
 import torch
 
-from iciia_exp import tasks
-from iciia_exp.tasks import MULTI_LABEL, SINGLE_LABEL
+from iciia_exp.tasks import MULTI_LABEL, SINGLE_LABEL, TASKS
 
 
 def single(M=40, K=5):
@@ -35,34 +37,34 @@ def right(logits, y):
 def test_multi_label_equals_numpy(dtype):
     logits, y = multi()
     given = torch.tensor(logits, dtype=torch.float32), torch.tensor(y).to(dtype)
-    assert tasks.hits(*given).dtype == torch.bool
-    np.testing.assert_array_equal(tasks.hits(*given).numpy(), right(logits, y))
-    np.testing.assert_allclose(tasks.log_loss(*given).numpy(), nats(logits, y).sum(1), rtol=1e-5)
-    np.testing.assert_allclose(float(tasks.loss(*given)), nats(logits, y).mean(), rtol=1e-5)
+    assert MULTI_LABEL.correct(*given).dtype == torch.bool
+    np.testing.assert_array_equal(MULTI_LABEL.correct(*given).numpy(), right(logits, y))
+    np.testing.assert_allclose(MULTI_LABEL.log_loss(*given).numpy(), nats(logits, y).sum(1), rtol=1e-5)
+    np.testing.assert_allclose(float(MULTI_LABEL.loss(*given)), nats(logits, y).mean(), rtol=1e-5)
 
 
 def test_single_label_equals_numpy():
     logits, y = single()
     given = torch.tensor(logits, dtype=torch.float32), torch.tensor(y)
-    assert tasks.hits(*given).shape == (40, 1)
-    np.testing.assert_array_equal(tasks.hits(*given).numpy(), right(logits, y))
-    np.testing.assert_allclose(tasks.log_loss(*given).numpy(), nats(logits, y).sum(1), rtol=1e-5)
-    np.testing.assert_allclose(float(tasks.loss(*given)), nats(logits, y).mean(), rtol=1e-5)
+    assert SINGLE_LABEL.correct(*given).shape == (40, 1)
+    np.testing.assert_array_equal(SINGLE_LABEL.correct(*given).numpy(), right(logits, y))
+    np.testing.assert_allclose(SINGLE_LABEL.log_loss(*given).numpy(), nats(logits, y).sum(1), rtol=1e-5)
+    np.testing.assert_allclose(float(SINGLE_LABEL.loss(*given)), nats(logits, y).mean(), rtol=1e-5)
 
 
-@pytest.mark.parametrize("make", [single, multi])
-def test_log_loss_is_in_double_precision(make):
+@pytest.mark.parametrize(("task", "make"), [(SINGLE_LABEL, single), (MULTI_LABEL, multi)])
+def test_log_loss_is_in_double_precision(task, make):
     logits, y = make()
-    assert tasks.log_loss(torch.tensor(logits, dtype=torch.float16), torch.tensor(y)).dtype == torch.float64
-    huge = tasks.log_loss(torch.tensor(logits) * 1e4, torch.tensor(y))
+    assert task.log_loss(torch.tensor(logits, dtype=torch.float16), torch.tensor(y)).dtype == torch.float64
+    huge = task.log_loss(torch.tensor(logits) * 1e4, torch.tensor(y))
     assert torch.isfinite(huge).all()
 
 
-@pytest.mark.parametrize("make", [single, multi])
-def test_the_loss_has_a_gradient_in_the_logits_precision(make):
+@pytest.mark.parametrize(("task", "make"), [(SINGLE_LABEL, single), (MULTI_LABEL, multi)])
+def test_the_loss_has_a_gradient_in_the_logits_precision(task, make):
     logits, y = make()
     x = torch.tensor(logits, dtype=torch.float32, requires_grad=True)
-    loss = tasks.loss(x, torch.tensor(y))
+    loss = task.loss(x, torch.tensor(y))
     assert loss.dtype == torch.float32
     loss.backward()
     assert (x.grad != 0).all()
@@ -70,16 +72,24 @@ def test_the_loss_has_a_gradient_in_the_logits_precision(make):
 
 def test_one_attribute_is_not_one_class():
     logits, y = torch.tensor([[2.0], [-1.0]]), torch.tensor([[1], [1]])
-    assert tasks.hits(logits, y).tolist() == [[True], [False]]
+    assert MULTI_LABEL.correct(logits, y).tolist() == [[True], [False]]
 
 
 def test_probabilities():
     logits = torch.randn(2, 3, 4)
-    torch.testing.assert_close(tasks.probabilities(logits, SINGLE_LABEL).sum(-1), torch.ones(2, 3))
-    torch.testing.assert_close(tasks.probabilities(logits, MULTI_LABEL), 1 / (1 + (-logits).exp()))
+    torch.testing.assert_close(SINGLE_LABEL.probabilities(logits).sum(-1), torch.ones(2, 3))
+    torch.testing.assert_close(MULTI_LABEL.probabilities(logits), 1 / (1 + (-logits).exp()))
 
 
-def test_answers():
-    assert tasks.answers_per_image(SINGLE_LABEL, 7) == 1
-    assert tasks.answers_per_image(MULTI_LABEL, 7) == 7
-    assert tasks.TASKS == (SINGLE_LABEL, MULTI_LABEL)
+def test_decisions():
+    assert SINGLE_LABEL.decisions(7) == 1
+    assert MULTI_LABEL.decisions(7) == 7
+
+
+def test_a_task_is_its_own_name():
+    assert list(TASKS) == ["single-label", "multi-label"]
+    assert TASKS["multi-label"] is MULTI_LABEL
+    assert json.loads(json.dumps({"task": SINGLE_LABEL})) == {"task": "single-label"}
+    again = pickle.loads(pickle.dumps(MULTI_LABEL))
+    assert type(again) is type(MULTI_LABEL)
+    assert again == MULTI_LABEL

@@ -1,1 +1,1 @@
-"""From a composed configuration to checked objects."""
+"""Configuration: from a composed configuration to checked objects."""

@@ -1,4 +1,4 @@
-"""Hydra's composition errors in one line that names the nearest valid key or option."""
+"""Hydra errors: one line that names the nearest valid key or option."""
 
 from __future__ import annotations
 

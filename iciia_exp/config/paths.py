@@ -1,4 +1,4 @@
-"""Where the configuration lies on disk."""
+"""Paths: where the configuration lies on disk."""
 
 from __future__ import annotations
 

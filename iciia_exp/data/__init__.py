@@ -1,1 +1,1 @@
-"""Datasets, the feature store, partitions into clients, and padded client batches."""
+"""Data: datasets, the feature store, partitions into clients, and padded client batches."""

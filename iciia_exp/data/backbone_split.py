@@ -1,4 +1,4 @@
-"""Images that only the backbone learns from.
+"""Backbone split: images that only the backbone learns from.
 
 A network's features of images it was trained on look more certain than those of new images. A method that learns from
 the former learns what the latter will not show, so a backbone trained here can have images of its own.

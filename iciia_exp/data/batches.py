@@ -39,14 +39,14 @@ class ClientBatch(NamedTuple):
         return ClientBatch(*(None if tensor is None else tensor.to(device) for tensor in self))  # type: ignore[arg-type]
 
 
-class Selection(NamedTuple):
+class ClientIndex(NamedTuple):
     """What the sampler asks for: image numbers (-1 = padding) and whose they are."""
 
     index_CS: np.ndarray
     client_C: np.ndarray
 
 
-def cut_chunks(ragged: Ragged, size: int, order: np.ndarray | None = None) -> Selection:
+def cut_chunks(ragged: Ragged, size: int, order: np.ndarray | None = None) -> ClientIndex:
     """Cut every client's images into chunks of ``size``; the last of a client may be short.
 
     Args:
@@ -64,7 +64,7 @@ def cut_chunks(ragged: Ragged, size: int, order: np.ndarray | None = None) -> Se
     position = np.arange(len(values)) - np.repeat(ragged.offsets[:-1], ragged.lengths)  # within the client
     first_chunk = np.cumsum(chunks) - chunks
     index_CS[np.repeat(first_chunk, ragged.lengths) + position // size, position % size] = values
-    return Selection(index_CS, client_C)
+    return ClientIndex(index_CS, client_C)
 
 
 def pack(lengths_C: np.ndarray, order_C: np.ndarray, batch_size: int, rng: np.random.Generator) -> np.ndarray:
@@ -89,7 +89,7 @@ def pack(lengths_C: np.ndarray, order_C: np.ndarray, batch_size: int, rng: np.ra
     return np.concatenate(parts)
 
 
-class ClientBatchSampler(Sampler[Selection]):
+class ClientBatchSampler(Sampler[ClientIndex]):
     """Yields batches of chunks; the order depends on (seed, epoch) alone, so a resumed run continues it.
 
     Args:
@@ -114,7 +114,7 @@ class ClientBatchSampler(Sampler[Selection]):
         shuffle: bool = False,
         shuffle_images: bool = False,
         seed: int = 0,
-        draw: tuple[Callable[[np.random.Generator], Selection], int] | None = None,
+        draw: tuple[Callable[[np.random.Generator], ClientIndex], int] | None = None,
         rank: int = 0,
         world_size: int = 1,
     ) -> None:
@@ -131,7 +131,7 @@ class ClientBatchSampler(Sampler[Selection]):
     def __len__(self) -> int:
         return -(-self._chunks // self.batch_size)
 
-    def __iter__(self) -> Iterator[Selection]:
+    def __iter__(self) -> Iterator[ClientIndex]:
         rng = generator("client_batches", self.seed, self.epoch)
         index_CS, client_C = self._chunks_of_an_epoch(rng)
         chunk_order = rng.permutation(len(client_C)) if self.shuffle else np.arange(len(client_C))
@@ -142,9 +142,9 @@ class ClientBatchSampler(Sampler[Selection]):
         for start in range(0, len(chunk_order), self.batch_size):
             mine = chunk_order[start : start + self.batch_size][self.rank :: self.world_size]
             if len(mine):
-                yield Selection(index_CS[mine], client_C[mine])
+                yield ClientIndex(index_CS[mine], client_C[mine])
 
-    def _chunks_of_an_epoch(self, rng: np.random.Generator) -> Selection:
+    def _chunks_of_an_epoch(self, rng: np.random.Generator) -> ClientIndex:
         if self.draw is not None:
             return self.draw[0](rng)
         order = None
@@ -170,7 +170,7 @@ def _read_ahead(features: np.ndarray, rows: np.ndarray) -> None:
 
 
 class FeatureBatches(Dataset[ClientBatch]):
-    """Gathers a `ClientBatch` from stored features for each `Selection`; use with ``DataLoader(batch_size=None)``.
+    """Gathers a `ClientBatch` from stored features for each `ClientIndex`; use with ``DataLoader(batch_size=None)``.
 
     Args:
         features: [M, D] array, memory-mapped or in memory, float16 or float32.
@@ -187,10 +187,12 @@ class FeatureBatches(Dataset[ClientBatch]):
             self.logits_RK, numbers_R = logits
             self._row_M[numbers_R] = np.arange(len(numbers_R))
 
-    def __getitem__(self, selection: Selection) -> ClientBatch:
-        index_CS, client_C = selection
+    def __getitem__(self, index: ClientIndex) -> ClientBatch:
+        index_CS, client_C = index
         mask_CS = index_CS >= 0
-        used = int(np.flatnonzero(mask_CS.any(axis=0))[-1]) + 1  # do not carry columns that are padding for all
+        used = (
+            int(np.flatnonzero(mask_CS.any(axis=0)).max(initial=-1)) + 1
+        )  # do not carry columns that are padding for all
         index_CS, mask_CS = index_CS[:, :used], mask_CS[:, :used]
         rows = index_CS[mask_CS]
         _read_ahead(self.features, rows)

@@ -1,6 +1,6 @@
-"""Which clients a method is trained on: those of the partition, and others drawn anew each epoch.
+"""Client mix: the clients a method is trained on, those of the partition and others drawn anew each epoch.
 
-A module that only ever saw clients of known kinds memorises the kinds. Drawing some of its training clients from the
+A module that only ever saw clients of known types memorises the types. Drawing some of its training clients from the
 same images but with other classes teaches it to read any client.
 
 Legend: C clients (sequences), S images of a client, K classes, M images of the dataset.
@@ -12,7 +12,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from iciia_exp.data.batches import Selection, cut_chunks
+from iciia_exp.data.batches import ClientIndex, cut_chunks
 from iciia_exp.data.clients import Clients, Ragged
 from iciia_exp.errors import ConfigError, check_choice, check_float, check_int
 from iciia_exp.seeding import generator
@@ -21,19 +21,19 @@ __all__ = ["ClientMix", "unseen"]
 
 
 class ClientMix:
-    """Shares of kinds of training clients; an epoch has about as many images as the partition's train images.
+    """Shares of types of training clients; an epoch has about as many images as the partition's train images.
 
     Args:
         natural: share of the partition's own clients.
         random_classes: share of clients with a random set of classes, all equally frequent.
         homogeneous: share of clients with all classes.
-        drifting: share of clients that become another one of the three kinds, at a random place.
+        drifting: share of clients that become another one of the three types, at a random place.
         fewest_classes, most_classes: sizes of the random sets; small ones are as frequent as large ones on a log scale.
-        pool: where the images of the partition's own clients come from: ``client``, or ``kind``: all clients of one
-            kind share theirs.
+        pool: where the images of the partition's own clients come from: ``client``, or ``type``: all clients of one
+            type share theirs.
         size: images of an epoch, relative to the train images.
-        unseen_kinds: share of the partition's kinds of clients that do not come as natural clients, to measure what
-            becomes of new kinds; their images still come in the other shares.
+        unseen_types: share of the partition's client types that do not come as natural clients, to measure what
+            becomes of new types; their images still come in the other shares.
 
     Shares are relative to their sum.
     """
@@ -48,7 +48,7 @@ class ClientMix:
         most_classes: int = 20,
         pool: str = "client",
         size: float = 1.0,
-        unseen_kinds: float = 0.0,
+        unseen_types: float = 0.0,
     ) -> None:
         given = {"natural": natural, "random_classes": random_classes}
         given |= {"homogeneous": homogeneous, "drifting": drifting}
@@ -57,21 +57,21 @@ class ClientMix:
             raise ConfigError("natural", natural, "some share other than drifting must be above 0")
         self.fewest_classes = check_int("fewest_classes", fewest_classes, 1)
         self.most_classes = check_int("most_classes", most_classes, fewest_classes, why="of fewest_classes")
-        self.pool = check_choice("pool", pool, ("client", "kind"))
+        self.pool = check_choice("pool", pool, ("client", "client_type"))
         self.size = check_float("size", size, 0.0, open_low=True)
-        self.unseen_kinds = check_float("unseen_kinds", unseen_kinds, 0.0, 0.9)
+        self.unseen_types = check_float("unseen_types", unseen_types, 0.0, 0.9)
 
     @property
     def plain(self) -> bool:
         """Whether it is the partition's clients as they are."""
         others = sum(share for key, share in self.shares.items() if key != "natural")
-        return not others and self.pool == "client" and self.size == 1.0 and not self.unseen_kinds
+        return not others and self.pool == "client" and self.size == 1.0 and not self.unseen_types
 
     def known(self, clients: Clients) -> Clients:
-        """Return the clients without train images of those kinds that are kept back."""
-        if not self.unseen_kinds:
+        """Return the clients without train images of those types that are kept back."""
+        if not self.unseen_types:
             return clients
-        train, new = clients.train, np.isin(clients.kinds.astype(str), unseen(clients.kinds, self.unseen_kinds))
+        train, new = clients.train, np.isin(clients.types.astype(str), unseen(clients.types, self.unseen_types))
         kept = ~new[train.row_numbers]
         return replace(clients, train=Ragged.from_pairs(train.row_numbers[kept], train.values[kept], len(train)))
 
@@ -86,13 +86,13 @@ class ClientMix:
         return max(1, round(self.size * int((-(-train.lengths // images)).sum())))
 
     def draw(
-        self, train: Ragged, kinds: np.ndarray, labels: np.ndarray, images: int, rng: np.random.Generator
-    ) -> Selection:
-        """Return an epoch's sequences, in the order of their kinds.
+        self, train: Ragged, types: np.ndarray, labels: np.ndarray, images: int, rng: np.random.Generator
+    ) -> ClientIndex:
+        """Return an epoch's sequences, in the order of their types.
 
         Args:
             train: train images of the partition's clients.
-            kinds: kind of every client.
+            types: type of every client.
             labels: of all images of the dataset, int64 [M], or [M, K].
             images: S.
             rng: source of all randomness.
@@ -104,57 +104,57 @@ class ClientMix:
         exact = np.cumsum([share / total * count for share in self.shares.values()])
         parts = np.diff(np.round(np.concatenate([[0.0], exact])).astype(np.int64))
         numbers = dict(zip(self.shares, parts, strict=True))
-        index_CS, client_C = self._some(train, kinds, labels, images, numbers, rng)
+        index_CS, client_C = self._some(train, types, labels, images, numbers, rng)
         if drifting := int(numbers["drifting"]):
             settled = {key: self.shares[key] for key in ("natural", "random_classes", "homogeneous")}
             first, second = (
-                self._some(train, kinds, labels, images, _dealt(drifting, settled, rng), rng) for _ in range(2)
+                self._some(train, types, labels, images, _dealt(drifting, settled, rng), rng) for _ in range(2)
             )
-            second = Selection(*(part[rng.permutation(drifting)] for part in second))
+            second = ClientIndex(*(part[rng.permutation(drifting)] for part in second))
             cut_C1 = rng.integers(1, max(2, images), (drifting, 1))
             mixed_CS = np.where(np.arange(images) < cut_C1, first.index_CS, second.index_CS)
             index_CS = np.concatenate([index_CS, mixed_CS])
             client_C = np.concatenate([client_C, np.full(drifting, -1)])
-        return Selection(index_CS, client_C)
+        return ClientIndex(index_CS, client_C)
 
     def _some(
         self,
         train: Ragged,
-        kinds: np.ndarray,
+        types: np.ndarray,
         labels: np.ndarray,
         images: int,
         numbers: dict[str, int],
         rng: np.random.Generator,
-    ) -> Selection:
-        """Return so many sequences of each settled kind."""
-        natural = self._natural(train, kinds, images, int(numbers["natural"]), rng)
+    ) -> ClientIndex:
+        """Return so many sequences of each settled type."""
+        natural = self._natural(train, types, images, int(numbers["natural"]), rng)
         pool = np.unique(train.values)
         everything = pool[rng.integers(0, len(pool), (int(numbers["homogeneous"]), images))]
         few = self._random_classes(pool, labels, images, int(numbers["random_classes"]), rng)
         others = np.concatenate([few, everything])
-        return Selection(
+        return ClientIndex(
             np.concatenate([natural.index_CS, others]), np.concatenate([natural.client_C, np.full(len(others), -1)])
         )
 
     def _natural(
-        self, train: Ragged, kinds: np.ndarray, images: int, number: int, rng: np.random.Generator
-    ) -> Selection:
+        self, train: Ragged, types: np.ndarray, images: int, number: int, rng: np.random.Generator
+    ) -> ClientIndex:
         if not number:
-            return Selection(np.empty((0, images), np.int64), np.empty(0, np.int64))
-        if self.unseen_kinds:
-            seen_M = ~np.isin(kinds, unseen(kinds, self.unseen_kinds))[train.row_numbers]
+            return ClientIndex(np.empty((0, images), np.int64), np.empty(0, np.int64))
+        if self.unseen_types:
+            seen_M = ~np.isin(types, unseen(types, self.unseen_types))[train.row_numbers]
             train = Ragged.from_pairs(train.row_numbers[seen_M], train.values[seen_M], len(train))
-        if self.pool == "kind":
-            codes = np.unique(kinds, return_inverse=True)[1]
+        if self.pool == "client_type":
+            codes = np.unique(types, return_inverse=True)[1]
             train = Ragged.from_pairs(codes[train.row_numbers], train.values, int(codes.max()) + 1)
         parts, left = [], number
         while left > 0:  # all images once before any comes twice
             order = train.shuffled(rng)
             chunks = cut_chunks(train, images, order)
             chosen = rng.permutation(len(chunks.client_C))[:left]
-            parts.append(Selection(chunks.index_CS[chosen], chunks.client_C[chosen]))
+            parts.append(ClientIndex(chunks.index_CS[chosen], chunks.client_C[chosen]))
             left -= len(chosen)
-        return Selection(*(np.concatenate(arrays) for arrays in zip(*parts, strict=True)))
+        return ClientIndex(*(np.concatenate(arrays) for arrays in zip(*parts, strict=True)))
 
     def _random_classes(
         self, pool: np.ndarray, labels: np.ndarray, images: int, number: int, rng: np.random.Generator
@@ -176,13 +176,13 @@ class ClientMix:
         return index_CS
 
 
-def unseen(kinds: np.ndarray, share: float) -> np.ndarray:
-    """Return the kinds that are kept back, the same for every seed."""
-    names = np.unique(kinds.astype(str))
+def unseen(types: np.ndarray, share: float) -> np.ndarray:
+    """Return the types that are kept back, the same for every seed."""
+    names = np.unique(types.astype(str))
     return names[generator("unseen_kinds").permutation(len(names))[: round(share * len(names))]]
 
 
 def _dealt(number: int, shares: dict[str, float], rng: np.random.Generator) -> dict[str, int]:
-    """Draw how many of ``number`` are of each kind."""
+    """Draw how many of ``number`` are of each type."""
     weights = np.array(list(shares.values()))
     return dict(zip(shares, rng.multinomial(number, weights / weights.sum()).tolist(), strict=True))

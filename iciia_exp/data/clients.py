@@ -1,4 +1,4 @@
-"""Who owns which images: clients with train, selection and test images, as ragged index arrays.
+"""Clients: who owns which train, val and test images, as ragged index arrays.
 
 Legend: C clients, M images of the dataset, K classes.
 """
@@ -20,7 +20,7 @@ from iciia_exp.artifacts import atomic_write
 __all__ = ["ROLES", "Clients", "Ragged"]
 
 # What a client's images are for. Every client may have images of one role (split by client) or of several (within).
-ROLES = ("train", "selection", "test")
+ROLES = ("train", "val", "test")
 
 _IN_TIME = "in_time"  # a fact in the file's metadata
 
@@ -73,14 +73,14 @@ class Clients:
     """A partition: one entry per client and, for each role, the numbers of its images."""
 
     ids: np.ndarray  # text [C]
-    kinds: np.ndarray  # text [C], what sort of client it is (its parent category, say)
+    types: np.ndarray  # text [C], what sort of client it is (its parent category, say)
     train: Ragged
-    selection: Ragged
+    val: Ragged
     test: Ragged
     in_time: bool = False  # the images of a client are in the order of time, not in an order of no meaning
 
     def __post_init__(self) -> None:
-        sizes = {"ids": len(self.ids), "kinds": len(self.kinds)} | {r: len(self[r]) for r in ROLES}
+        sizes = {"ids": len(self.ids), "types": len(self.types)} | {r: len(self[r]) for r in ROLES}
         if len(set(sizes.values())) != 1:
             raise ValueError(f"every array needs one entry per client, got {sizes}")
 
@@ -88,7 +88,7 @@ class Clients:
     def from_assignment(
         cls,
         ids: np.ndarray,
-        kinds: np.ndarray,
+        types: np.ndarray,
         client_M: np.ndarray,
         role_M: np.ndarray,
         order_M: np.ndarray | None = None,
@@ -97,7 +97,7 @@ class Clients:
         """Group images by client and role, in time linear in images (and their sorting), however many clients.
 
         Args:
-            ids, kinds: of every client, text [C].
+            ids, types: of every client, text [C].
             client_M: number of every image's client, -1 for an image of nobody.
             role_M: number of every image's role in `ROLES`, -1 for an image without one.
             order_M: sorts the images of a client, smallest first; without it, and in a tie, by image number.
@@ -107,7 +107,7 @@ class Clients:
         client_M, role_M = client_M[position_M], role_M[position_M]
         used = {role: (role_M == r) & (client_M >= 0) for r, role in enumerate(ROLES)}
         rows = {r: Ragged.from_pairs(client_M[u], position_M[u], len(ids)) for r, u in used.items()}
-        return cls(ids, kinds, **rows, in_time=in_time)
+        return cls(ids, types, **rows, in_time=in_time)
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -172,8 +172,8 @@ class Clients:
         return replace(self, **roles)
 
     def save(self, path: Path) -> None:
-        """Write one row per client: client, kind and a list column of image numbers for each role."""
-        text = {"client": self.ids, "kind": self.kinds}
+        """Write one row per client: client, type and a list column of image numbers for each role."""
+        text = {"client": self.ids, "client_type": self.types}
         columns = {name: pa.array(values.tolist(), pa.string()) for name, values in text.items()}
         for role in ROLES:
             ragged = self[role]
@@ -185,8 +185,8 @@ class Clients:
     def load(cls, path: Path) -> Clients:
         """Read what `save` wrote."""
         table = pq.read_table(path).combine_chunks()
-        ids, kinds = (np.array(table[name].to_pylist(), dtype=object) for name in ("client", "kind"))
+        ids, types = (np.array(table[name].to_pylist(), dtype=object) for name in ("client", "client_type"))
         columns = [table[role].combine_chunks() for role in ROLES]
         in_time = (table.schema.metadata or {}).get(_IN_TIME.encode()) == b"1"
-        train, selection, test = (Ragged(c.offsets.to_numpy(), c.values.to_numpy()) for c in columns)
-        return cls(ids, kinds, train, selection, test, in_time)
+        train, val, test = (Ragged(c.offsets.to_numpy(), c.values.to_numpy()) for c in columns)
+        return cls(ids, types, train, val, test, in_time)

@@ -1,4 +1,4 @@
-"""The interface of a dataset: images by number, and one table row per image.
+"""Dataset interface: images by number, and one table row per image.
 
 Legend: M images, K classes.
 """
@@ -17,15 +17,28 @@ import pandas as pd
 
 from iciia_exp.digest import digest
 from iciia_exp.errors import ConfigError, UserError
-from iciia_exp.tasks import MULTI_LABEL, SINGLE_LABEL
+from iciia_exp.tasks import MULTI_LABEL, SINGLE_LABEL, Task
 
-__all__ = ["SPLITS", "TABLE_COLUMNS", "ImageDataset", "dense_labels", "existing_root", "table_digest", "wrong_folder"]
+__all__ = [
+    "SPLITS",
+    "TABLE_COLUMNS",
+    "ImageDataset",
+    "MissingFiles",
+    "dense_labels",
+    "existing_root",
+    "table_digest",
+    "wrong_folder",
+]
 
-# What an image may be used for. `backbone`: training the backbone only; `train`: training methods; `selection`:
+# What an image may be used for. `backbone`: training the backbone only; `train`: training methods; `val`:
 # choosing epochs, gates and hyper-parameters; `test`: reported numbers.
-SPLITS = ("backbone", "train", "selection", "test")
+SPLITS = ("backbone", "train", "val", "test")
 
 TABLE_COLUMNS = ("label", "split", "owner", "parent")
+
+
+class MissingFiles(ConfigError):
+    """A dataset's files are not where the configuration says. Stages that only read stored features go on without."""
 
 
 class ImageDataset(ABC):
@@ -38,7 +51,7 @@ class ImageDataset(ABC):
     #: Short name for folders and tables.
     name: ClassVar[str]
     #: One of `iciia_exp.tasks.TASKS`.
-    task: str = SINGLE_LABEL
+    task: Task = SINGLE_LABEL
     #: Constructor arguments that change no number (paths, download flags): left out of digests. What the files
     #: themselves say goes into `fingerprint`.
     cosmetic: ClassVar[frozenset[str]] = frozenset()
@@ -148,11 +161,11 @@ def existing_root(root: str | Path | None, what: str, tree: str, key: str = "roo
         key: name of the constructor's argument.
     """
     if root is None:
-        raise ConfigError(key, "null", f"give the folder of {what}, laid out as\n{textwrap.indent(tree, '  ')}")
+        raise MissingFiles(key, "null", f"give the folder of {what}, laid out as\n{textwrap.indent(tree, '  ')}")
     path = Path(root).expanduser()
     if not path.is_dir():
         problem = "is not a folder" if path.exists() else "there is no such folder"
-        raise ConfigError(
+        raise MissingFiles(
             key, path, f"{problem}; give the folder of {what}, laid out as\n{textwrap.indent(tree, '  ')}"
         )
     return path

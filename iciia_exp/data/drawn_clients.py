@@ -11,28 +11,28 @@ from iciia_exp.seeding import generator
 __all__ = ["clients_in_order", "drawn_clients"]
 
 
-def drawn_clients(clients: Clients, labels: np.ndarray, number: int, images: int, kind: str) -> Clients:
-    """Return so many test clients of a kind, with so many images each in an order."""
+def drawn_clients(clients: Clients, labels: np.ndarray, number: int, images: int, client_type: str) -> Clients:
+    """Return so many test clients of a type, with so many images each in an order."""
     size = number / int((-(-clients.test.lengths // images)).sum())
-    if kind == "homogeneous":
+    if client_type == "homogeneous":
         mix = ClientMix(0.0, homogeneous=1.0, size=size)
     else:
         mix = ClientMix(0.0, random_classes=1.0, fewest_classes=2, most_classes=20, size=size)
 
     def draw(part: str) -> np.ndarray:
-        rng = generator("kinds", kind, part)
-        return mix.draw(clients.test, clients.kinds, labels, images, rng).index_CS[:number]
+        rng = generator("kinds", client_type, part)
+        return mix.draw(clients.test, clients.types, labels, images, rng).index_CS[:number]
 
     index_CS = draw("first")
-    if kind == "drifting":
+    if client_type == "drifting":
         index_CS[:, images // 2 :] = draw("second")[:, images // 2 :]
-    return clients_in_order(index_CS, kind)
+    return clients_in_order(index_CS, client_type)
 
 
-def clients_in_order(index_CS: np.ndarray, kind: str) -> Clients:
+def clients_in_order(index_CS: np.ndarray, client_type: str) -> Clients:
     """Return a client of each row of image numbers, with these test images in this order and no others."""
     number, images = index_CS.shape
     test = Ragged(np.arange(number + 1) * images, index_CS.reshape(-1))
     nobody = Ragged(np.zeros(number + 1, np.int64), np.empty(0, np.int64))
-    names = np.array([f"{kind}-{i}" for i in range(number)], dtype=object)
-    return Clients(names, np.full(number, kind, dtype=object), nobody, nobody, test, in_time=True)
+    names = np.array([f"{client_type}-{i}" for i in range(number)], dtype=object)
+    return Clients(names, np.full(number, client_type, dtype=object), nobody, nobody, test, in_time=True)

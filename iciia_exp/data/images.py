@@ -1,4 +1,4 @@
-"""Image batches for backbones: transformed images, labels and numbers, without those that cannot be read.
+"""Image batches: transformed images, labels and numbers for backbones, without those that cannot be read.
 
 Legend: B images of a batch, K classes.
 """

@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from iciia_exp.data.batches import Selection
+from iciia_exp.data.batches import ClientIndex
 from iciia_exp.data.clients import Ragged
 from iciia_exp.results.summary import ALL
 from iciia_exp.seeding import generator
@@ -71,7 +71,7 @@ def prefix_sequences(test: Ragged, length: int, longest: int) -> Sequences:
     return Sequences(Ragged(offsets, test.values[test.offsets[owner[sequence]] + position]), owner)
 
 
-def by_length(sequences: Sequences, length: int | None = None, tokens: int = 4096) -> Iterator[Selection]:
+def by_length(sequences: Sequences, length: int | None = None, tokens: int = 4096) -> Iterator[ClientIndex]:
     """Yield batches of sequences of about the same length, padded, each of about so many ``tokens``.
 
     With ``length`` only sequences of at least so many images come, each cut off there.
@@ -91,5 +91,5 @@ def by_length(sequences: Sequences, length: int | None = None, tokens: int = 409
         real_BS = np.arange(width) < lengths[rows, None]
         index_BS = np.full(real_BS.shape, -1, dtype=np.int64)
         index_BS[real_BS] = sequences.ragged.values[place_BS[real_BS]]
-        yield Selection(index_BS, sequences.client_B[rows])
+        yield ClientIndex(index_BS, sequences.client_B[rows])
         start = stop

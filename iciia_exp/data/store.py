@@ -1,6 +1,6 @@
-"""The feature store: one folder per (dataset, backbone), memory-mapped arrays and a manifest.
+"""Feature store: one folder per (dataset, backbone) with memory-mapped arrays and a manifest.
 
-    manifest.json      format version, arrays (file, shape, dtype), backbone, weights digest, transform, D, K, MACs
+    manifest.json      format version, arrays (shape, dtype), backbone, weights digest, transform, D, K, MACs
     features.npy       [M, D] float16 or float32
     images.parquet     one row per image: the dataset's table, and `bad`: could not be read, its features are zeros
     head.safetensors   the backbone's classifier: weight [K, D], bias [K]; absent if one is fitted on these features
@@ -28,11 +28,11 @@ import numpy as np
 import pandas as pd
 
 from iciia_exp.artifacts import atomic_write, finished_folder, read_json, write_json
-from iciia_exp.errors import UserError
+from iciia_exp.errors import UserError, first_line
 
 __all__ = ["FORMAT", "FeatureStore", "FeatureWriter"]
 
-FORMAT = 2
+FORMAT = 3
 
 _FEATURES = "features.npy"
 
@@ -53,6 +53,11 @@ class FeatureStore:
         if manifest.get("format") != FORMAT:
             found = manifest.get("format")
             raise UserError(f"{path}: a store of format {found}, this version reads {FORMAT}; delete it and repeat")
+        if not isinstance(manifest.get("arrays"), dict):
+            raise UserError(f"{path}/manifest.json: arrays: expected an object; delete its folder and repeat")
+        for key in ("dim", "num_classes"):
+            if not isinstance(manifest.get(key), int):
+                raise UserError(f"{path}/manifest.json: {key}: expected a number; delete its folder and repeat")
         return cls(path, manifest)
 
     @property
@@ -72,18 +77,25 @@ class FeatureStore:
 
     def array(self, name: str = "features") -> np.ndarray:
         """Memory-map one array; pages are read as they are used."""
-        entry = self.manifest["arrays"][name]
-        array = np.load(self.path / entry["file"], mmap_mode="r")
-        if list(array.shape) != entry["shape"] or str(array.dtype) != entry["dtype"]:
-            raise UserError(
-                f"{self.path / entry['file']}: not the array that manifest.json describes; delete its folder"
-            )
+        path = self.path / f"{name}.npy"  # never a path that the manifest gives
+        try:
+            array = np.load(path, mmap_mode="r")
+        except (OSError, ValueError, EOFError) as error:
+            raise UserError(f"{path}: cannot be read ({first_line(error)}); delete its folder") from error
+        described = self.manifest.get("arrays", {}).get(name)
+        if described != {"shape": list(array.shape), "dtype": str(array.dtype)}:
+            raise UserError(f"{path}: not the array that manifest.json describes; delete its folder")
         return array
 
     @cached_property
     def table(self) -> pd.DataFrame:
-        """One row per image: the dataset's table, and whether it is ``bad``."""
-        return pd.read_parquet(self.path / "images.parquet")
+        """The dataset's table, one row per image, as its dataset gave it."""
+        table = pd.read_parquet(self.path / "images.parquet").drop(columns="bad")
+        text = [name for name in ("split", "owner", "parent", "path") if name in table]
+        for name in text:
+            column = table[name].astype(object)
+            table[name] = column.where(column.notna(), None)
+        return table
 
     @cached_property
     def bad(self) -> np.ndarray:
@@ -211,7 +223,7 @@ class FeatureWriter:
         if head is not None:
             with atomic_write(folder / "head.safetensors", "wb") as file:
                 file.write(save({"weight": head["weight"].contiguous(), "bias": head["bias"].contiguous()}))
-        entry = {"file": _FEATURES, "shape": list(features.shape), "dtype": str(features.dtype)}
+        entry = {"shape": list(features.shape), "dtype": str(features.dtype)}
         for path in (*folder.glob("done.*.npy"), *folder.glob("bad.*.jsonl")):
             path.unlink()
         write_json(folder / "manifest.json", {"format": FORMAT, "arrays": {"features": entry}, **manifest})

@@ -1,60 +1,144 @@
-"""What the cloud has: the labelled images of its clients, and what methods without a training loop read from them.
+"""Views: who may read which images and labels.
+
+The cloud reads the labelled train and val images of its clients, and never a test image. A device reads its own images:
+those for training with their labels, those that it is tested on without.
 
 Legend: C clients, S images of a client, D features, K classes.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 
 import numpy as np
 
-from iciia_exp.data.batches import ClientBatch, FeatureBatches, Selection, cut_chunks
-from iciia_exp.data.clients import Clients
+from iciia_exp.data.batches import ClientBatch, ClientIndex, FeatureBatches, cut_chunks
+from iciia_exp.data.clients import Clients, Ragged
 from iciia_exp.errors import UserError
 from iciia_exp.seeding import generator
 
-__all__ = ["CloudData"]
+__all__ = ["CloudView", "Devices"]
+
+# What a role is called in seeds: the order of its chunks is that of the first release.
+_SEEDS = {"val": "selection"}
 
 
-@dataclass(frozen=True)
-class CloudData:
-    """Features and labels of the clients' images, by role (``train``, ``selection``, ``test``)."""
+class CloudView:
+    """What the cloud may read: features and labels of the clients' train and val images.
 
-    task: str
-    num_classes: int
-    clients: Clients
-    batches: FeatureBatches
-    images: int  # S of a chunk
+    Args:
+        clients: the partition.
+        batches: features and labels of all images.
+        num_classes: K.
+        images: S, images of a chunk.
+        draw_val: yields batches of val clients drawn like the training clients; by default the val clients' chunks.
+        test_labels: whether the method asks for them (an oracle).
+    """
+
+    def __init__(
+        self,
+        clients: Clients,
+        batches: FeatureBatches,
+        num_classes: int,
+        images: int,
+        draw_val: Callable[[], Iterator[ClientBatch]] | None = None,
+        test_labels: bool = False,
+    ) -> None:
+        nobody = Ragged(np.zeros(len(clients) + 1, np.int64), np.empty(0, np.int64))
+        #: The partition without its test images.
+        self.clients = replace(clients, test=nobody)
+        self.num_classes, self.images = num_classes, images
+        self.devices = Devices(clients, batches, num_classes)
+        self._batches, self._draw_val = batches, draw_val
+        self._test = clients.test if test_labels else None
+        self._readable = np.zeros(len(batches.labels), dtype=bool)
+        for role in ("train", "val"):
+            self._readable[clients[role].values] = True
+
+    @property
+    def dim(self) -> int:
+        """D."""
+        return self._batches.features.shape[1]
+
+    def gather(self, index: ClientIndex) -> ClientBatch:
+        """Return features and labels of train and val images; others are refused."""
+        if not self._readable[index.index_CS[index.index_CS >= 0]].all():
+            raise PermissionError("the cloud reads train and val images alone")
+        return self._batches[index]
 
     def class_counts(self, role: str) -> np.ndarray:
         """Return how many images of each class (or with each attribute) every client has, float32 [C, K]."""
-        ragged, labels = self.clients[role], self.batches.labels
-        counts_CK = np.zeros((len(ragged), self.num_classes), dtype=np.float32)
-        if labels.ndim == 2:
-            np.add.at(counts_CK, ragged.row_numbers, labels[ragged.values].astype(np.float32))
-            return counts_CK
-        pairs = ragged.row_numbers * self.num_classes + labels[ragged.values]
-        return np.bincount(pairs, minlength=counts_CK.size).reshape(counts_CK.shape).astype(np.float32)
+        return _class_counts(self.clients[role], self._batches.labels, self.num_classes)
+
+    def test_class_counts(self) -> np.ndarray:
+        """Return the same of the test images, for a method that asks for their labels."""
+        if self._test is None:
+            raise PermissionError("the cloud reads no label of a test image")
+        return _class_counts(self._test, self._batches.labels, self.num_classes)
+
+    def chunks(self, role: str, batch_size: int = 64, most_images: int | None = None) -> Iterator[ClientBatch]:
+        """Yield batches of chunks in a random order, always the same, until there were ``most_images`` images."""
+        index_CS, client_C = cut_chunks(self.clients[role], self.images)
+        order, images = generator("cloud", _SEEDS.get(role, role)).permutation(len(client_C)), 0
+        for start in range(0, len(order), batch_size):
+            rows = order[start : start + batch_size]
+            yield self.gather(ClientIndex(index_CS[rows], client_C[rows]))
+            images += int((index_CS[rows] >= 0).sum())
+            if most_images is not None and images >= most_images:
+                return
+
+    def drawn_val(self) -> Iterator[ClientBatch]:
+        """Yield batches of val clients that are drawn like the training clients."""
+        return self.chunks("val") if self._draw_val is None else self._draw_val()
+
+
+class Devices:
+    """What each device may read: its own images, labels of train and val alone.
+
+    Args:
+        clients: the partition.
+        batches: features and labels of all images.
+        num_classes: K.
+    """
+
+    def __init__(self, clients: Clients, batches: FeatureBatches, num_classes: int) -> None:
+        self._clients, self._batches, self.num_classes = clients, batches, num_classes
+
+    def __len__(self) -> int:
+        return len(self._clients)
+
+    def lengths(self, role: str) -> np.ndarray:
+        """Return how many images of a role every device has, int64 [C]."""
+        return self._clients[role].lengths
 
     def require_own_labels(self, method: str) -> None:
-        """Raise a `UserError` where a test client has no labelled train images of its own."""
-        without = (self.clients.test.lengths > 0) & (self.clients.train.lengths == 0)
+        """Raise a `UserError` where a device that is tested has no labelled train images of its own."""
+        without = (self.lengths("test") > 0) & (self.lengths("train") == 0)
         if without.any():
-            first, count = self.clients.ids[without][0], int(without.sum())
+            first, count = self._clients.ids[without][0], int(without.sum())
             raise UserError(
                 f"method={method}: learns from labelled images of the test clients themselves; {count:,} of them "
                 f"({first}, say) have none in train: choose a partition that splits within clients"
             )
 
-    def chunks(self, role: str, batch_size: int = 64, most_images: int | None = None) -> Iterator[ClientBatch]:
-        """Yield batches of chunks in a random order, always the same, until there were ``most_images`` images."""
-        index_CS, client_C = cut_chunks(self.clients[role], self.images)
-        order, images = generator("cloud", role).permutation(len(client_C)), 0
-        for start in range(0, len(order), batch_size):
-            some = order[start : start + batch_size]
-            yield self.batches[Selection(index_CS[some], client_C[some])]
-            images += int((index_CS[some] >= 0).sum())
-            if most_images is not None and images >= most_images:
-                return
+    def images(self, role: str, numbers: np.ndarray) -> ClientBatch:
+        """Return all images of a role of some devices, a device a row; labels of test images are 0."""
+        ragged = self._clients[role]
+        whole = cut_chunks(ragged, max(1, int(ragged.lengths.max())))
+        index_CS = np.full((len(numbers), whole.index_CS.shape[1]), -1, dtype=np.int64)
+        row_of = np.full(len(ragged), -1)
+        row_of[whole.client_C] = np.arange(len(whole.client_C))
+        there = row_of[numbers] >= 0
+        index_CS[there] = whole.index_CS[row_of[numbers][there]]
+        batch = self._batches[ClientIndex(index_CS, numbers)]
+        return batch._replace(y_CS=batch.y_CS * 0) if role == "test" else batch
+
+
+def _class_counts(ragged: Ragged, labels: np.ndarray, num_classes: int) -> np.ndarray:
+    counts_CK = np.zeros((len(ragged), num_classes), dtype=np.float32)
+    if labels.ndim == 2:
+        np.add.at(counts_CK, ragged.row_numbers, labels[ragged.values].astype(np.float32))
+        return counts_CK
+    pairs = ragged.row_numbers * num_classes + labels[ragged.values]
+    return np.bincount(pairs, minlength=counts_CK.size).reshape(counts_CK.shape).astype(np.float32)

@@ -1,1 +1,1 @@
-"""The only code that sees configuration, data and models together: build, stages, runs, sweeps."""
+"""Engine: the graph of an experiment, training, evaluation, jobs and sweeps."""

@@ -1,4 +1,4 @@
-"""One Hydra job: a composed configuration in, a finished run out, failures recorded where it is part of a sweep."""
+"""Jobs: one Hydra configuration each, from the command line, a sweep or Python."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from omegaconf import DictConfig
 
 from iciia_exp.engine.terminal import setup_logging
 from iciia_exp.errors import UserError, first_line
-from iciia_exp.machine import keep_freed_memory
 
 if TYPE_CHECKING:
+    from iciia_exp.engine.stages import Stages
     from iciia_exp.serving.run import Run
 
 __all__ = ["run_experiment", "run_job", "take_failure"]
@@ -34,7 +34,7 @@ def take_failure() -> UserError | None:
 
 
 def run_job(config: DictConfig) -> float | None:
-    """Run one configuration and return its selection accuracy (for search over hyper-parameters), if it has one.
+    """Run one configuration and return its val accuracy (for search over hyper-parameters), if it has one.
 
     Alone, an error of the user's is kept for `take_failure` (Hydra would print more than one line about it). In a sweep
     every error is recorded and logged, so that the other jobs go on.
@@ -48,7 +48,7 @@ def run_job(config: DictConfig) -> float | None:
         except UserError as error:
             _failure = error
             return None
-        return row["selection_accuracy"] if row else None
+        return row["val_accuracy"] if row else None
 
     from iciia_exp.engine.sweeps import record_job
 
@@ -56,18 +56,18 @@ def run_job(config: DictConfig) -> float | None:
     overrides = list(hydra.overrides.task)
     log.info("\njob %s: %s", number, " ".join(overrides) or "no overrides")
     start = time.monotonic()
-    outcome: dict[str, Any] = {"status": "failed", "run_dir": None, "error": "interrupted"}
+    outcome: dict[str, Any] = {"status": "failed", "evaluation_dir": None, "error": "interrupted"}
     row = None
     try:
-        run_dir, row = _execute(config, brief=True)
-        outcome = {"status": "done", "run_dir": str(run_dir), "error": None}
+        stages, row = _execute(config, brief=True)
+        outcome = {"status": "done", "evaluation_dir": str(stages.evaluation.folder), "error": None}
     except Exception as error:
         text = error if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
         outcome |= {"error": first_line(text), "traceback": traceback.format_exc()}
         log.error("%s", outcome["error"])
     finally:
         record_job(folder, number, overrides, {**outcome, "seconds": round(time.monotonic() - start, 2)})
-    return row["selection_accuracy"] if row else None
+    return row["val_accuracy"] if row else None
 
 
 def run_experiment(*overrides: str) -> Run:
@@ -87,7 +87,6 @@ def run_experiment(*overrides: str) -> Run:
 
     from iciia_exp.config.hydra_errors import explain
     from iciia_exp.config.paths import CONF_DIR
-    from iciia_exp.serving.run import Run
 
     setup_logging()
     try:
@@ -97,17 +96,19 @@ def run_experiment(*overrides: str) -> Run:
         raise UserError(explain(error)) from error
     if config.stage not in ("all", "evaluate"):
         raise UserError(f"stage={config.stage}: gives no finished run; leave stage out, or use the command line")
-    return Run.load(_execute(config)[0])
+    stages, _ = _execute(config)
+    return stages.load_run(stages.evaluation.folder)
 
 
-def _execute(config: DictConfig, brief: bool = False) -> tuple[Path, dict[str, Any] | None]:
-    from iciia_exp.config.build import Plan
-    from iciia_exp.engine.stages import execute
+def _execute(config: DictConfig, brief: bool = False) -> tuple[Stages, dict[str, Any] | None]:
+    from iciia_exp.config.experiment import Experiment
+    from iciia_exp.engine.execute import execute
+    from iciia_exp.engine.stages import Stages
 
-    plan = Plan(config)
-    keep_freed_memory()
+    experiment = Experiment.from_config(config)
     try:
-        return plan.run_dir, execute(plan, brief)
+        stages = Stages(experiment)
+        return stages, execute(stages, brief)
     except OSError as error:  # a folder that cannot be written, a full disk
         if error.filename is None and error.strerror is None:
             raise

@@ -1,330 +1,339 @@
-"""The stages of a run: backbone, features, train, evaluate. Each makes its artifact once and finds it afterwards."""
+"""Stages: the graph of an experiment, from the backbone to the evaluation, and what its makers read.
+
+    backbone (where it is trained here) -> features -> head (where it is fitted) -> run -> evaluation
+
+Everything that can change a number, and nothing else, goes into the ``science`` of an artifact. Training and evaluation
+read the feature store: image folders and dataset files are needed until the features are there.
+"""
 
 from __future__ import annotations
 
 import logging
-import shutil
-from collections.abc import Callable, Iterator
-from functools import partial
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
-import yaml
-from torch.utils.data import DataLoader
+import pandas as pd
 
-from iciia_exp.artifacts import (
-    atomic_write,
-    finished_folder,
-    locked,
-    make_folder,
-    partial_folder,
-    read_json,
-    write_json,
-)
-from iciia_exp.config.build import Plan, build
-from iciia_exp.data.batches import ClientBatch, ClientBatchSampler, FeatureBatches, Selection
+from iciia_exp.config.check import science, target_of
+from iciia_exp.config.experiment import Experiment
+from iciia_exp.data.backbone_split import reserve_for_backbone
 from iciia_exp.data.clients import Clients
+from iciia_exp.data.dataset import MissingFiles, dense_labels
 from iciia_exp.data.store import FeatureStore
-from iciia_exp.data.views import CloudData
-from iciia_exp.engine.terminal import console, partition_table, result_table
-from iciia_exp.engine.training.train_backbone import (
-    backbone_head,
-    fit_head,
-    in_epochs,
-    load_backbone,
-    out_of_fold,
-    say_accuracy,
-    train_backbone,
-)
+from iciia_exp.digest import file_digest
+from iciia_exp.engine.dataset_facts import DatasetFacts
+from iciia_exp.engine.graph import Artifact
 from iciia_exp.errors import ConfigError, UserError
-from iciia_exp.machine import process_rank
-from iciia_exp.methods.base import Method
-from iciia_exp.seeding import derive_seed, generator
-from iciia_exp.serving.run import save_method
-from iciia_exp.tasks import answers_per_image
+from iciia_exp.models.backbones.base import Backbone
+from iciia_exp.serving.run import Run
 
-__all__ = ["execute"]
+__all__ = ["Stages"]
 
 log = logging.getLogger(__name__)
 
+#: Arguments of Lightning's Trainer that change no number; all others count.
+_TRAINER_COSMETIC = frozenset(
+    {
+        *("accelerator", "devices", "num_nodes", "strategy"),
+        *("logger", "callbacks", "default_root_dir", "profiler", "log_every_n_steps", "enable_autolog_hparams"),
+        *("enable_checkpointing", "enable_progress_bar", "enable_model_summary", "barebones"),
+        *("detect_anomaly", "deterministic", "benchmark", "num_sanity_val_steps", "use_distributed_sampler"),
+    }
+)
 
-def execute(plan: Plan, brief: bool = False) -> dict[str, Any] | None:
-    """Do what ``plan.stage`` asks for and is missing; return the results row once there is one.
 
-    Prints the partition and the result table; ``brief``, as in a sweep, prints neither.
+class Stages:
+    """The artifacts of an experiment. Making one computes nothing; errors in the configuration show here.
+
+    Args:
+        experiment: the checked configuration.
     """
-    todo: tuple[str, ...] = ("backbone", "features", "train", "evaluate") if plan.stage == "all" else (plan.stage,)
-    if "evaluate" in todo and (plan.run_dir / "results.json").is_file():
-        log.info("%s: finished before", _shown(plan.run_dir))
-        _tell_sweep(plan)
-        return _results(plan, brief)
-    from iciia_exp.engine.training.extract import extraction_trainer  # late: a finished run needs no Lightning
-    from iciia_exp.engine.training.trainer import make_trainer, quiet_lightning
 
-    if process_rank() > 0:  # one of several processes that torchrun or srun started: they share extraction alone
-        if "features" in todo and not finished_folder(plan.features_dir):
-            _share_features(plan)
-        return None
-    # errors in the partition or in the trainer show before the first long computation
-    clients = plan.clients
-    if plan.method_class.trainable:
-        _drawn_clients(plan, clients, "train")
-    with quiet_lightning():
-        make_trainer(plan.config["trainer"])
-        if not finished_folder(plan.features_dir):
-            extraction_trainer(plan.config["trainer"], plan.extraction)
-    log.info("%s", _shown(plan.run_dir))
-    if not brief:
-        console().print(partition_table(clients.statistics(plan.labels)))
-    train = plan.backbone_spec.train
-    if "features" in todo and finished_folder(plan.features_dir) and train != "head":
-        todo = tuple(stage for stage in todo if stage != "backbone")  # nobody needs it any more
-    if "backbone" in todo and train == "none":
-        log.info("backbone: %s, nothing to train", plan.backbone_spec.name)
-    if "backbone" in todo and train == "all":
-        train_backbone(plan)
-    if "features" in todo or ("backbone" in todo and train == "head"):
-        ready = train != "all" or finished_folder(plan.backbone_dir) or finished_folder(plan.features_dir)
-        _require(ready, plan, "features", "backbone", plan.backbone_dir)
-        _features(plan)
-    if "backbone" in todo and train == "head":
-        fit_head(plan)
-    if "train" in todo or "evaluate" in todo:
-        stage = "train" if "train" in todo else "evaluate"
-        _require(finished_folder(plan.features_dir), plan, stage, "features", plan.features_dir)
-        _require(train != "head" or finished_folder(plan.backbone_dir), plan, stage, "backbone", plan.backbone_dir)
-        _run(plan, clients, todo)
-        if "evaluate" in todo:
-            return _results(plan, brief)
-    return None
+    def __init__(self, experiment: Experiment) -> None:
+        self.experiment = experiment
+        self.facts = DatasetFacts(experiment)
+        self.method_config = self._canonical_method()
 
+    # ---- what the makers read
 
-def _require(there: bool, plan: Plan, stage: str, needed: str, path: Path) -> None:
-    if not there:
-        raise UserError(
-            f"stage={stage}: needs the {needed} stage first ({path} is not there); "
-            f"repeat the command with stage={needed}, or without stage for all that is missing"
+    @cached_property
+    def num_classes(self) -> int:
+        """K of the dataset."""
+        return len(self.facts.class_names)
+
+    @cached_property
+    def dim(self) -> int:
+        """D, before any feature exists."""
+        spec, more = self.experiment.backbone, self.facts.backbone_arguments
+        if (given := spec.dim or more.get("dim")) is not None:
+            return given
+        return self.experiment.named(lambda: spec.fresh(self.num_classes, **more), "backbone").dim
+
+    @cached_property
+    def table(self) -> pd.DataFrame:
+        """The dataset's table, with the images that only the backbone learns from set aside.
+
+        It is the store's where there is one, else the dataset's own.
+        """
+        e = self.experiment
+        if self.features.finished:
+            table = FeatureStore.open(self.features.folder).table
+        else:
+            dataset = e.dataset
+            table = e.named(lambda: dataset.table, "dataset")
+        return e.named(lambda: reserve_for_backbone(table, e.backbone.reserve), "backbone")
+
+    @cached_property
+    def labels(self) -> np.ndarray:
+        """Labels of all images: int64 [M], or uint8 [M, K] of a multi-label task."""
+        return dense_labels(self.table["label"], self.experiment.dataset_class.task, self.num_classes)
+
+    @cached_property
+    def clients(self) -> Clients:
+        """The dataset's images, assigned to clients."""
+        e, table = self.experiment, self.table  # not inside the call: their errors name other keys
+        return e.named(lambda: e.partition.assign(table, self.num_classes), "partition")
+
+    @cached_property
+    def backbone_rows(self) -> np.ndarray:
+        """Numbers of the images that a backbone or its classifier trained here learns from.
+
+        Those set aside for it, else the clients' train images; never a val or test image.
+        """
+        reserved = np.flatnonzero(self.table["split"].to_numpy() == "backbone")
+        return reserved if len(reserved) else np.unique(self.clients.train.values)
+
+    def new_backbone(self) -> Backbone:
+        """Build the backbone with the weights that it starts from."""
+        e, names, more = self.experiment, self.facts.class_names, self.facts.backbone_arguments
+        return e.named(lambda: e.backbone.initial(names, **more), "backbone")
+
+    def open_store(self) -> FeatureStore:
+        """Open the features; bad images are an error where the configuration says so."""
+        store = FeatureStore.open(self.features.folder)
+        bad = store.manifest.get("bad_images")
+        if bad and self.experiment.extraction.on_bad_image == "error":
+            what, count = f"{bad[0]['what']}: could not be read ({bad[0]['problem']})", f"one of {len(bad)} such images"
+            hint = f"repair them and delete {store.path}, or leave them out with features.on_bad_image=skip"
+            raise UserError(f"{what}, {count}; {hint}" if len(bad) > 1 else f"{what}; {hint}")
+        return store
+
+    def readable_clients(self, store: FeatureStore) -> Clients:
+        """Return the clients without the images that could not be read."""
+        return self.clients.without(store.bad) if store.bad.any() else self.clients
+
+    def load_run(self, folder: Path) -> Run:
+        """Load the run; what the configuration names may be loaded, be it a plug-in or not."""
+        e = self.experiment
+        network = target_of(e.config["backbone"]["model"], "backbone.model")
+        return Run.load(folder, plugins=[e.method_class, network], cache_dir=e.cache_dir)  # type: ignore[list-item]
+
+    @property
+    def image(self) -> Any:
+        """Gives an image of the dataset by number; None, said in a line, where its files are not there."""
+        if isinstance(self.experiment.dataset_or_missing, MissingFiles):
+            log.warning("examples without pictures: the dataset's files are not there")
+            return None
+        return self.experiment.dataset.__getitem__
+
+    @cached_property
+    def tracker(self) -> Any:
+        """The loggers of the run, opened when they are first used."""
+        from iciia_exp.engine.tracking import Tracker
+
+        e = self.experiment
+        return Tracker(
+            e.tracking,
+            self.run.folder,
+            run_id=self.run.digest,
+            name=self.run.folder.name,
+            group=e.name,
+            tags=[e.dataset_class.name, e.backbone.name, e.method_class.name],
+            config={**e.config, "method": self.method_config},
         )
 
+    # ---- artifacts
 
-def _shown(path: Path) -> Path:
-    """Return ``path`` as the user would type it from here."""
-    return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
+    @cached_property
+    def backbone(self) -> Artifact | None:
+        """The network, where it is trained here (``backbone.train: all``)."""
+        if self.experiment.backbone.train != "all":
+            return None
+        from iciia_exp.engine.training.train_backbone import report_backbone, train_backbone
 
-
-# ---- features
-
-
-def _features_manifest(plan: Plan, made: dict[str, Any]) -> dict[str, Any]:
-    return {
-        "digest": plan.features_digest,
-        "dataset": type(plan.dataset).name,
-        "backbone": plan.backbone_spec.name,
-        "backbone_digest": plan.backbone_digest,
-        "weights_digest": made.get("weights_digest", plan.weights_digest),
-        "backbone_seconds": made.get("seconds"),
-    }
-
-
-def _extract(plan: Plan, folder: Path) -> None:
-    from iciia_exp.engine.training.extract import extract
-
-    backbone, made = load_backbone(plan)
-    extract(
-        plan.dataset,
-        plan.dataset.table,
-        backbone,
-        plan.extraction,
-        folder,
-        plan.config["trainer"],
-        _features_manifest(plan, made),
-        with_head=plan.backbone_spec.train != "head",
-    )
-
-
-def _features(plan: Plan) -> None:
-    what = f"features of {plan.backbone_spec.name}"
-    made = make_folder(plan.features_dir, what, lambda folder: _extract(plan, folder))
-    manifest = _open_features(plan).manifest
-    if not made:
-        bad = len(manifest.get("bad_images", ()))
-        log.info("features: made before%s", f", without {bad:,} images that could not be read" if bad else "")
-    if "accuracy" in manifest:
-        say_accuracy(plan, manifest["accuracy"])
-
-
-def _open_features(plan: Plan) -> FeatureStore:
-    store = FeatureStore.open(plan.features_dir)
-    bad = store.manifest.get("bad_images")
-    if bad and plan.extraction.on_bad_image == "error":
-        what, count = f"{bad[0]['what']}: could not be read ({bad[0]['problem']})", f"one of {len(bad)} such images"
-        hint = f"repair them and delete {plan.features_dir}, or leave them out with features.on_bad_image=skip"
-        raise UserError(f"{what}, {count}; {hint}" if len(bad) > 1 else f"{what}; {hint}")
-    return store
-
-
-def _share_features(plan: Plan) -> None:
-    """Take part in an extraction whose first process holds the lock."""
-    if plan.backbone_spec.train == "all" and not finished_folder(plan.backbone_dir):
-        raise UserError("features.devices: train the backbone first, with stage=backbone in one process")
-    _extract(plan, partial_folder(plan.features_dir))
-
-
-# ---- train and evaluate
-
-
-def _loader(
-    plan: Plan, store: FeatureStore, clients: Clients, role: str, batch_size: int = 64, **order: Any
-) -> DataLoader[Any]:
-    train = role == "train"
-    batches = FeatureBatches(store.array(), plan.labels, out_of_fold(plan) if train else None)
-    images = plan.protocol.train_images if train else plan.protocol.images
-    sampler = ClientBatchSampler(clients[role], images, batch_size, **order)
-    return DataLoader(batches, batch_size=None, sampler=sampler)
-
-
-def _run(plan: Plan, clients: Clients, todo: tuple[str, ...]) -> None:
-    folder = plan.run_dir
-    with locked(folder, f"run {folder.name}"):
-        store = _open_features(plan)
-        if store.bad.any():
-            clients = clients.without(store.bad)
-        folder.mkdir(parents=True, exist_ok=True)
-        tracker = _tracker(plan)
-        failed = True
-        try:
-            if (folder / "weights.safetensors").is_file():
-                log.info("train: %s, made before", folder.name)
-            else:
-                if "train" not in todo:
-                    _require(False, plan, "evaluate", "train", folder / "weights.safetensors")
-                _train(plan, store, clients, tracker)
-            if "evaluate" in todo and not (folder / "results.json").is_file():
-                from iciia_exp.engine.evaluation.evaluate import evaluate
-
-                evaluate(plan, store, clients, _loader(plan, store, clients, "test"), tracker.results)
-            failed = False
-        finally:
-            tracker.close(failed)
-
-
-def _tracker(plan: Plan) -> Any:
-    from iciia_exp.engine.tracking import Tracker
-
-    return Tracker(
-        plan.tracking,
-        plan.run_dir,
-        run_id=plan.run_digest,
-        name=plan.run_dir.name,
-        group=plan.name,
-        tags=[type(plan.dataset).name, plan.backbone_spec.name, plan.method_class.name],
-        config={**plan.config, "method": plan.method_config},
-    )
-
-
-def _tell_sweep(plan: Plan) -> None:
-    """Send the results of a finished run where an agent of ``wandb sweep`` asks for them: it waits for a run."""
-    from iciia_exp.engine.tracking import in_wandb_sweep
-
-    if plan.tracking.wandb and in_wandb_sweep():
-        tracker = _tracker(plan)
-        tracker.results(read_json(plan.run_dir / "results.json"))
-        tracker.close()
-
-
-def _answers(plan: Plan) -> int:
-    return answers_per_image(plan.dataset.task, plan.num_classes)
-
-
-def _train(plan: Plan, store: FeatureStore, clients: Clients, tracker: Any) -> None:
-    folder, protocol = plan.run_dir, plan.protocol
-    with atomic_write(folder / "config.yaml") as file:
-        yaml.safe_dump(plan.config, file, sort_keys=False)
-    clients.save(folder / "partition.parquet")
-    statistics = clients.statistics(plan.labels)
-    write_json(folder / "partition.json", {row["role"]: row for row in statistics.to_dict("records")})
-    head = backbone_head(plan, store)
-    torch.manual_seed(derive_seed("method", plan.seed))
-    method: Method = build(plan.method_config, "method", head=head)
-    method.prepare(plan.dataset.task)
-    known = plan.client_mix.known(clients)
-    batches = FeatureBatches(store.array(), plan.labels)
-    data = CloudData(plan.dataset.task, plan.num_classes, known, batches, protocol.images)
-    method.study(data)
-    record: dict[str, Any] = {"epochs": 0, "seconds": 0.0}
-    if plan.method_class.trainable:
-        from iciia_exp.engine.training.fit import fit
-        from iciia_exp.engine.training.modules import MethodModule
-
-        module = MethodModule(method, head, protocol.recipe, len(clients), _answers(plan))
-        order: dict[str, Any] = {"shuffle": True, "shuffle_images": protocol.shuffle_images, "seed": plan.seed}
-        if not plan.client_mix.plain:
-            order["draw"] = _drawn_clients(plan, clients, "train")
-        record = fit(
-            module,
-            _loader(plan, store, clients, "train", protocol.recipe.batch_size, **order),
-            _loader(plan, store, clients, "selection"),
-            seed=plan.seed,
-            folder=folder / "checkpoints",
-            trainer_config=plan.config["trainer"],
-            loggers=tracker.loggers(),
-            title=f"{plan.method_class.name}",
+        return self._shared(
+            "backbone", self._network, lambda folder: train_backbone(self, folder), report=report_backbone
         )
-        note = f"train: {in_epochs(record['epochs'])} in {record['seconds']:.1f} s"
-        if record["best_epoch"]:
-            best, when = 100 * record["selection_accuracy"], in_epochs(record["best_epoch"])
-            note += f", best selection accuracy {best:.1f} % after {when}"
-        log.info(note)
-        method.to("cpu").eval().requires_grad_(False)
-        selection = _calibration_batches(plan, store, clients)
-    else:
-        method.eval()
-        selection = data.chunks("selection")
-    if chosen := method.calibrate(selection):
-        record["calibration"] = chosen
-    write_json(folder / "training.json", record)
-    facts = {
-        "task": plan.dataset.task,
-        "class_names": list(plan.dataset.class_names),
-        "backbone": str(plan.backbone_dir) if plan.backbone_spec.train == "all" else None,
-        "backbone_arguments": plan.dataset.backbone_arguments(),
-    }
-    save_method(folder, method, head, plan.method_config, plan.features_dir, protocol.images, facts)
-    shutil.rmtree(folder / "checkpoints", ignore_errors=True)
 
+    @cached_property
+    def features(self) -> Artifact:
+        """The features of the dataset under the network."""
+        from iciia_exp.engine.training.train_backbone import make_features, report_features
 
-def _drawn_clients(plan: Plan, clients: Clients, role: str) -> tuple[Callable[[np.random.Generator], Selection], int]:
-    """Return what draws an epoch's clients from the images of a role, and how many sequences it gives."""
-    mix, images = plan.client_mix, plan.protocol.train_images
-    try:
-        mix.check(plan.labels)
-    except ConfigError as error:
-        raise ConfigError(f"client_mix.{error.key}", error.value, error.problem) from error
-    draw = partial(mix.draw, clients[role], clients.kinds, plan.labels, images)
-    return draw, mix.count(clients[role], images)
+        spec, extraction = self.experiment.backbone, science(self.experiment.config["features"])
+        parts = {
+            "network": None if self.backbone else self._network,
+            "dataset": self._dataset,
+            "extraction": extraction,
+            "precision": extraction.pop("precision", None) or self.trainer_science.get("precision"),
+            # which rows of the weights' classifier the dataset keeps
+            "classes": self._weights_classes if spec.train == "none" else None,
+            "fitted head": spec.train == "head",
+        }
+        needs = () if self.backbone is None else (self.backbone,)
+        return self._shared(
+            "features",
+            parts,
+            lambda folder: make_features(self, folder),
+            needs,
+            lambda folder, made: report_features(self, folder, made),
+        )
 
+    @cached_property
+    def head(self) -> Artifact | None:
+        """The classifier, where it is fitted on the features (``backbone.train: head``)."""
+        if self.experiment.backbone.train != "head":
+            return None
+        from iciia_exp.engine.training.train_backbone import fit_head, report_head
 
-def _calibration_batches(plan: Plan, store: FeatureStore, clients: Clients, orders: int = 4) -> Iterator[ClientBatch]:
-    """Yield batches of selection clients, drawn like the training clients, in several orders."""
-    draw, _ = _drawn_clients(plan, clients, "selection")
-    batches = FeatureBatches(store.array(), plan.labels)
-    for order in range(orders):
-        rng = generator("calibration", plan.seed, order)
-        index_CS, client_C = draw(rng)
-        for some in np.array_split(rng.permutation(len(client_C)), -(-len(client_C) // 64)):
-            yield batches[Selection(index_CS[some], client_C[some])]
+        parts = [self._teacher, self.experiment.backbone.seed, "out of fold"]
+        return self._shared(
+            "head",
+            parts,
+            lambda folder: fit_head(self, folder),
+            (self.features,),
+            lambda folder, made: report_head(self, folder, made),
+        )
 
+    @property
+    def base(self) -> Artifact:
+        """Features and classifier together: what every method starts from."""
+        return self.head or self.features
 
-def _results(plan: Plan, brief: bool) -> dict[str, Any]:
-    row = read_json(plan.run_dir / "results.json")
-    if brief:
-        log.info("accuracy %.1f %%, gain %+.1f points", 100 * row["accuracy"], 100 * row["gain"])
-        return row
-    out = console()
-    out.print()
-    out.print(result_table([row]))
-    tested = f"{row['test_clients']:,} test clients, {row['test_images']:,} test images, chunks of {row['cost_images']}"
-    out.print(f"[dim]{tested}; results and plots in {_shown(plan.run_dir)}[/dim]", soft_wrap=True)
-    return row
+    @cached_property
+    def run(self) -> Artifact:
+        """The trained method. Of one without training, neither recipe nor seed count."""
+        from iciia_exp.engine.training.train_method import report_run, train_method
+
+        e, training = self.experiment, self.experiment.training
+        parts = {
+            "reserve": e.backbone.reserve,
+            "partition": science(e.config["partition"]),
+            "method": science(self.method_config),
+            "images": training.images,
+            # what is read without training is read from the known types alone too
+            "unseen_types": e.client_mix.unseen_types,
+        }
+        if e.method_class.trainable:
+            parts |= {
+                "recipe": science(e.config["training"]["recipe"]),
+                "train_images": training.train_images,
+                "shuffle_images": training.shuffle_images,
+                "client_mix": None if e.client_mix.plain else science(e.config["client_mix"]),
+                "trainer": self.trainer_science,
+                "seed": e.seed,
+            }
+        return Artifact(
+            "run",
+            e.method_class.name,
+            parts,
+            lambda folder: train_method(self, folder),
+            e.output_dir / e.name,
+            (self.base,),
+            last="weights.safetensors",
+            in_place=True,
+            report=report_run,
+        )
+
+    @cached_property
+    def evaluation(self) -> Artifact:
+        """The results of a run; it lies in the run's folder."""
+
+        def make(folder: Path) -> None:
+            from iciia_exp.engine.evaluation.evaluate import evaluate  # late: it imports Lightning and Matplotlib
+
+            evaluate(self, folder)
+
+        e = self.experiment
+        values = vars(e.evaluation) | {"images": e.images, "cost_images": e.cost_images}
+        return Artifact(
+            "evaluation",
+            "evaluation",
+            values,
+            make,
+            self.run.folder,
+            (self.run,),
+            last="results.json",
+            in_place=True,
+        )
+
+    # ---- what counts in digests
+
+    @cached_property
+    def trainer_science(self) -> dict[str, Any]:
+        """Arguments of the trainer that change a number."""
+        config = self.experiment.config["trainer"]
+        return {k: v for k, v in config.items() if k not in _TRAINER_COSMETIC and not k.startswith("_")}
+
+    @cached_property
+    def _dataset(self) -> Any:
+        """What the dataset is: its settings, and what its files say."""
+        return [science(self.experiment.config["dataset"]), self.facts.fingerprint]
+
+    @cached_property
+    def _teacher(self) -> Any:
+        """What decides which images a backbone trained here learns from."""
+        reserve = self.experiment.backbone.reserve
+        own = reserve or self.facts.has_backbone_images
+        return [self._dataset, reserve, None if own else science(self.experiment.config["partition"])]
+
+    @property
+    def _weights_classes(self) -> str | list[str] | None:
+        """The classes that the starting weights know: the name of a list, or the digest of a file of names."""
+        classes = self.experiment.backbone.classes
+        if not isinstance(classes, str):
+            return None if classes is None else list(classes)
+        if not (path := Path(classes).expanduser()).is_file():
+            return classes
+        return file_digest(path)
+
+    @cached_property
+    def weights_digest(self) -> str | None:
+        """Digest of the file of weights that the backbone starts from, if it starts from one."""
+        if (weights := self.experiment.backbone.weights) is None:
+            return None
+        path = Path(weights).expanduser()
+        if not path.is_file():
+            raise ConfigError("backbone.weights", path, "no such file; give a .safetensors, .pt or .pth file")
+        return file_digest(path)
+
+    @cached_property
+    def _network(self) -> dict[str, Any]:
+        """The network that gives the features: its weights, and how they are trained here if they are."""
+        spec, config = self.experiment.backbone, science(self.experiment.config["backbone"])
+        parts = {"model": config["model"], "pretrained": spec.pretrained, "weights": self.weights_digest}
+        if spec.train == "all":
+            parts |= {"teacher": self._teacher, "trainer": self.trainer_science, "seed": spec.seed}
+            # rows of the classifier that training starts from
+            parts |= {"recipe": config["recipe"], "classes": self._weights_classes if spec.started else None}
+        return parts
+
+    def _shared(
+        self, kind: str, parts: Any, make: Any, needs: tuple[Artifact, ...] = (), report: Any = None
+    ) -> Artifact:
+        """Return an artifact of the cache."""
+        folder = "features" if kind == "features" else "backbones"
+        label = f"{self.experiment.backbone.name}-{self.experiment.dataset_class.name}"
+        return Artifact(kind, label, parts, make, self.experiment.cache_dir / folder, needs, report=report)
+
+    def _canonical_method(self) -> dict[str, Any]:
+        e, method = self.experiment, self.experiment.method_class
+        values = {k: v for k, v in e.config["method"].items() if k != "_target_"}
+        dim = self.dim  # not inside the call below: its errors are the backbone's
+        canonical = e.named(lambda: method.canonical(values, dim), "method")
+        if e.dataset_class.task not in method.tasks:
+            problem = f"knows {' and '.join(method.tasks)} tasks; this dataset's is {e.dataset_class.task}"
+            raise ConfigError("method", method.name, problem)
+        return {"_target_": e.config["method"]["_target_"], **canonical}

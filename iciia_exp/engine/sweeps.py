@@ -1,4 +1,4 @@
-"""Sweeps: what became of every job, one table over all of them, and the exit status.
+"""Sweeps: a record of every job, one table over all of them, and the exit status.
 
 A job that fails is recorded and the others go on. Each job leaves one file ``jobs/<number>.json`` in the sweep's
 folder, so that this works the same in one process, in several and on a cluster.
@@ -44,7 +44,7 @@ def _best_of_search(folder: Path) -> str | None:
         return None
     found = yaml.safe_load(path.read_text(encoding="utf-8"))
     settings = " ".join(f"{key}={value}" for key, value in found["best_params"].items())
-    return f"best on selection clients, {100 * found['best_value']:.1f} %: {settings}"
+    return f"best on val clients, {100 * found['best_value']:.1f} %: {settings}"
 
 
 class SweepReport(Callback):
@@ -62,9 +62,9 @@ class SweepReport(Callback):
         jobs = [read_json(path) for path in sorted((folder / "jobs").glob("*.json"))]
         failures = [job for job in jobs if job["status"] != "done"]
         rows = []
-        for run_dir in dict.fromkeys(job["run_dir"] for job in jobs if job["run_dir"]):  # several jobs may be one run
+        for path in dict.fromkeys(job["evaluation_dir"] for job in jobs if job["evaluation_dir"]):  # jobs may share one
             with contextlib.suppress(OSError, UserError):
-                rows.append(read_json(Path(run_dir) / "results.json"))
+                rows.append(read_json(Path(path) / "results.json"))
         out = console()
         out.print()
         by_base: dict[Any, list[dict[str, Any]]] = {}

@@ -1,4 +1,4 @@
-"""What a person sees in the terminal: log lines and tables on standard output."""
+"""Terminal: log lines and tables on standard output."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import pandas as pd
 from rich.console import Console
 from rich.table import Table
 
-from iciia_exp.results.labels import label_of, varying
+from iciia_exp.results.labels import label_of, unique_rows, varying
 
 __all__ = ["console", "partition_table", "result_table", "setup_logging"]
 
@@ -110,7 +110,7 @@ def result_table(rows: Sequence[dict[str, Any]]) -> Table:
     name = f"{rows[0]['backbone']} alone"
     table.add_row(name, *[str(len(bases))] * several, cells[0], "", cells[1], cells[2], "", "0", "0")
     settings: dict[str, list[dict[str, Any]]] = {}
-    for row in {r["digest"]: r for r in rows}.values():  # a run that several jobs asked for counts once
+    for row in unique_rows(rows):  # a run that several jobs asked for counts once
         if row["method"] != "backbone":
             settings.setdefault(row["setting_digest"], []).append(row)
     for _, runs in sorted(settings.items(), key=lambda item: item[1][0]["sequence_macs"]):

@@ -1,14 +1,14 @@
-"""Loggers: Lightning's CSV logger always, wandb where asked for; neither may ever cost a run its results.
+"""Loggers: CSV always, wandb on request; a logger that fails never stops a run.
 
 What a wandb run has (stable names):
 
 - its summary: ``test/accuracy``, ``test/client_accuracy``, ``test/gain``, ``test/client_gain``, ``test/worst_decile``,
   ``test/log_loss``, ``test/harmed_share``, ``backbone/accuracy``, ``backbone/client_accuracy``,
   ``cost/overhead_percent`` (published convention), ``cost/per_image_overhead_percent``,
-  ``cost/streaming_overhead_percent``, ``cost/parameters``, and the best ``selection/accuracy``;
-- curves: ``train/loss``, ``selection/accuracy``, ``selection/log_loss`` over ``epoch``; ``history/client_accuracy``,
+  ``cost/streaming_overhead_percent``, ``cost/parameters``, and the best ``val/accuracy``;
+- curves: ``train/loss``, ``val/accuracy``, ``val/log_loss`` over ``epoch``; ``history/client_accuracy``,
   ``history/worst_decile``, ``history/log_loss`` and the backbone's over ``history/images``;
-- the chart ``accuracy_vs_overhead``, a point per run; images ``plots/...``; tables ``clients`` and ``retrieval``;
+- the chart ``accuracy_vs_overhead``, a point per run; images ``plots/...``; tables ``clients`` and ``attribution``;
 - the artifact ``results-<digest>``: the files that `iciia_exp.report` reads.
 """
 
@@ -62,8 +62,8 @@ SUMMARY = {
 METRICS: dict[str, dict[str, str]] = {
     "epoch": {},
     "train/*": {"step_metric": "epoch"},
-    "selection/*": {"step_metric": "epoch"},
-    "selection/accuracy": {"step_metric": "epoch", "summary": "max"},
+    "val/*": {"step_metric": "epoch"},
+    "val/accuracy": {"step_metric": "epoch", "summary": "max"},
     "history/images": {},
     "history/*": {"step_metric": "history/images"},
 }
@@ -200,21 +200,22 @@ class Tracker:
                 loggers.append(logger)
         return loggers
 
-    def results(self, row: dict[str, Any]) -> None:
+    def results(self, row: dict[str, Any], folder: Path) -> None:
         """Log the results: summary keys, curve by history, chart, plots, tables, and the files as an artifact.
 
         Args:
-            row: of ``results.json``; the rest is read from the run directory.
+            row: of ``results.json``.
+            folder: of the evaluation; the rest is read from it.
         """
 
         def send() -> None:
             if (run := self._start()) is None:
                 return
             run.summary.update({key: row[name] for key, name in SUMMARY.items() if row.get(name) is not None})
-            for step in _history(self.run_dir):
+            for step in _history(folder):
                 run.log(step)
-            run.log({**_charts(row), **_media(self.run_dir)})
-            run.log_artifact(_artifact(self.run_dir, row))
+            run.log({**_charts(row), **_media(folder)})
+            run.log_artifact(_artifact(folder, row))
 
         self._guard("logging the results", send)
 
@@ -251,7 +252,7 @@ def _charts(row: dict[str, Any]) -> dict[str, Any]:
 
 
 def _media(folder: Path) -> dict[str, Any]:
-    """Return the plots, a table with a row per client (at most 10,000), and one with the retrieval examples."""
+    """Return the plots, a table with a row per client (at most 10,000), and one with the attribution examples."""
     import wandb
 
     media: dict[str, Any] = {
@@ -263,12 +264,12 @@ def _media(folder: Path) -> dict[str, Any]:
         shown = clients.iloc[np.linspace(0, len(clients) - 1, TABLE_ROWS).round().astype(int)]
     rows = shown.to_dict("split")["data"]  # plain values: several times as fast as from a frame
     media["clients"] = wandb.Table(columns=[str(c) for c in clients], data=rows)
-    if (examples := read_table(folder / "retrieval.parquet")) is not None:
-        media["retrieval"] = _retrieval(examples)
+    if (examples := read_table(folder / "attribution.parquet")) is not None:
+        media["attribution"] = _attribution(examples)
     return media
 
 
-def _retrieval(examples: pd.DataFrame) -> Any:
+def _attribution(examples: pd.DataFrame) -> Any:
     """Return a table of examples: target, answers, and the images of the client that count most."""
     import wandb
     from PIL import Image
@@ -284,7 +285,8 @@ def _retrieval(examples: pd.DataFrame) -> Any:
     for _, rows in examples.groupby("example"):
         target, *rest = rows.sort_values("rank").to_dict("records")
         answers = [
-            f"{target[f'{who}_answer']} ({100 * target[f'{who}_confidence']:.0f} %)" for who in ("backbone", "method")
+            f"{target[f'{who}_prediction']} ({100 * target[f'{who}_confidence']:.0f} %)"
+            for who in ("backbone", "method")
         ]
         images = []
         for other in rest:
@@ -304,7 +306,7 @@ def _artifact(folder: Path, row: dict[str, Any]) -> Any:
     artifact = wandb.Artifact(f"results-{row['digest']}", type="results", metadata=facts)
     with artifact.new_file("results.json") as file:
         json.dump(row, file, indent=2)
-    for name in ("clients", "history", "kinds", "retrieval"):
+    for name in ("clients", "history", "drawn_clients", "attribution"):
         if (path := folder / f"{name}.parquet").is_file():
             artifact.add_file(str(path))
     return artifact

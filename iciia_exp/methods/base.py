@@ -1,22 +1,55 @@
-"""The interface of a method: features of a client's images in, logits out, and a cost in closed form.
+"""Method: the interface of every way for cloud and device to work together.
 
-Legend: C clients, S images of a client, P images of its past, E numbers kept of a past image, D features, K classes.
+Legend: C clients, S images of a client, D features, K classes.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable
+from collections.abc import Callable
+from enum import Enum
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from iciia_exp import tasks
 from iciia_exp.data.batches import ClientBatch
-from iciia_exp.data.views import CloudData
+from iciia_exp.data.views import CloudView
+from iciia_exp.tasks import SINGLE_LABEL, TASKS, Task
 
-__all__ = ["Method", "copy_of"]
+__all__ = ["Ask", "Facts", "Fit", "Method", "Record", "copy_of", "resize_on_load"]
+
+#: What learning leaves in ``training.json``.
+Record = dict[str, Any]
+
+#: Trains a module by gradients on the cloud's clients, as the configuration says, and returns the record of it.
+Fit = Callable[["Method"], Record]
+
+
+class Ask(Enum):
+    """What a method must be told of a client beside its images. One that asks serves the partition's clients alone."""
+
+    CLIENT_LABELS = "labels of the client's own train images"
+    TEST_LABELS = "labels of the images it is tested on: an oracle, shown apart and never ranked"
+
+
+class Facts:
+    """What a method's constructor is told, once. (Not a dataclass: Hydra would make a dictionary of one.)
+
+    Args:
+        task: what the labels say.
+        head: the backbone's frozen classifier, K x D.
+        class_names: names of the K classes; empty where nobody needs them.
+    """
+
+    def __init__(self, task: Task, head: nn.Linear, class_names: tuple[str, ...] = ()) -> None:
+        self.task, self.head, self.class_names = task, head, class_names
+        self.num_classes, self.dim = head.out_features, head.in_features
+
+    @classmethod
+    def of(cls, head: nn.Linear, task: str = SINGLE_LABEL) -> Facts:
+        """Return the facts of a classifier, for use without an experiment."""
+        return cls(TASKS[task], head)
 
 
 def copy_of(head: nn.Linear, trained: bool) -> nn.Linear:
@@ -26,36 +59,39 @@ def copy_of(head: nn.Linear, trained: bool) -> nn.Linear:
     return own.requires_grad_(trained)
 
 
-class Method(nn.Module, ABC):
-    """A way to use a client's images together. Built by the engine as ``Method(head, **config)``.
+def resize_on_load(module: nn.Module, *names: str) -> None:
+    """Let buffers and parameters whose size depends on the data take the size of the weights that are loaded."""
 
-    ``head`` is the backbone's classifier; its sizes give D and K. A method without a cost cannot exist: `macs` and
-    `streaming_macs` are abstract. Answering leaves the module as it is: an evaluation asks from several threads.
+    def resize(module: nn.Module, state: dict[str, Tensor], prefix: str, *_: Any) -> None:
+        for name in names:
+            if f"{prefix}{name}" in state:
+                empty = torch.empty_like(state[f"{prefix}{name}"])
+                setattr(module, name, nn.Parameter(empty) if name in module._parameters else empty)
+
+    module.register_load_state_dict_pre_hook(resize)
+
+
+class Method(nn.Module, ABC):
+    """A way to classify a client's images together. Built by the engine as ``Method(facts, **config)``.
+
+    A method without a cost cannot exist: `macs` and `streaming_macs` are abstract. Computing logits changes nothing in
+    the module: an evaluation calls it from several threads.
     """
 
-    #: Short name for folders and tables.
+    #: Stable name: its identity in digests, ``run.json`` and tables.
     name: ClassVar[str]
-    #: Whether the method is trained on the cloud by gradients; others only `study` and `calibrate`.
-    trainable: ClassVar[bool] = True
     #: The tasks it can do.
-    tasks: ClassVar[tuple[str, ...]] = tasks.TASKS
-    #: Whether it must know which client of the partition it answers; it answers no other then (`answers`).
-    by_client: ClassVar[bool] = False
-    #: Whether it knows what no method can know: a bound, shown apart and never ranked.
-    bound: ClassVar[bool] = False
-    #: Buffers and parameters whose size depends on what was studied; loading takes that of the weights.
-    sized: ClassVar[tuple[str, ...]] = ()
+    tasks: ClassVar[tuple[Task, ...]] = tuple(TASKS.values())
+    #: What it must be told of a client.
+    asks: ClassVar[frozenset[Ask]] = frozenset()
+    #: Whether it is trained by gradients with the configuration's recipe, which then counts in its digest.
+    trainable: ClassVar[bool] = True
+    #: Whether `logits` can give those after the images before each one, in one pass.
+    causal: bool = False
 
-    def __init__(self, head: nn.Linear) -> None:
+    def __init__(self, facts: Facts) -> None:
         super().__init__()
-        self.dim, self.num_classes = head.in_features, head.out_features
-
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
-        for name in self.sized:
-            if f"{prefix}{name}" in state_dict:
-                empty = torch.empty_like(state_dict[f"{prefix}{name}"])
-                setattr(self, name, nn.Parameter(empty) if name in self._parameters else empty)
-        super()._load_from_state_dict(state_dict, prefix, *rest)
+        self.task, self.dim, self.num_classes = facts.task, facts.dim, facts.num_classes
 
     @classmethod
     def canonical(cls, config: dict[str, Any], dim: int) -> dict[str, Any]:
@@ -65,80 +101,23 @@ class Method(nn.Module, ABC):
         """
         return config
 
+    def learn(self, cloud: CloudView, fit: Fit) -> Record:
+        """Learn on the cloud, once; return what to record of it. By default ``fit`` trains the whole module.
+
+        Args:
+            cloud: what the cloud may read.
+            fit: trains a method on the cloud's clients; afterwards it is in evaluation mode.
+        """
+        return fit(self)
+
     @abstractmethod
-    def forward(self, x_CSD: Tensor, mask_CS: Tensor | None = None) -> Tensor:
-        """Return logits [C, S, K]; ``mask_CS`` is True where an image is real, None when all are.
-
-        One client is never another's context: a client's logits are those of running it alone.
-        """
-
-    @property
-    def causal(self) -> bool:
-        """Whether `stream` gives the logits after every length of the past in one pass."""
-        return False
-
-    def stream(self, x_CSD: Tensor, mask_CS: Tensor | None = None) -> Tensor:
-        """Return every image's logits after the images before it alone, [C, S, K]; only where `causal`."""
-        if not self.causal:
-            raise ValueError(f"{self.name}: an image's logits depend on later ones; use forward on each past")
-        return self(x_CSD, mask_CS)
-
-    def prepare(self, task: str) -> None:
-        """Learn which of `iciia_exp.tasks.TASKS` it is for; called before training."""
-
-    def study(self, data: CloudData) -> None:
-        """Read what is wanted of the cloud's data beside the batches of training; called before those."""
-
-    def answers(self, batch: ClientBatch) -> Tensor:
-        """Return the logits that an evaluation counts, [C, S, K]: those of `forward`, but for `by_client` methods."""
-        return self(batch.x_CSD, batch.mask_CS)
-
-    def retrieval_weights(self, x_CSD: Tensor, mask_CS: Tensor | None = None) -> Tensor | None:
-        """Return how much of every image is in each one's answer, [C, S, S], rows summing to one, to be looked at.
-
-        None if the method attends to none (`iciia_exp.engine.evaluation.attribution`).
-        """
-        return None
-
-    def training_logits(self, batch: ClientBatch) -> Tensor:
-        """Return the logits whose loss is trained, [C, S, K]: those of `forward`, by default."""
-        return self(batch.x_CSD, batch.mask_CS)
-
-    def calibrate(self, batches: Iterable[ClientBatch]) -> dict[str, Any]:
-        """Choose what is chosen on selection clients after training; return what to record of it.
+    def logits(self, batch: ClientBatch, causal: bool = False) -> Tensor:
+        """Return the logits that an evaluation counts, [C, S, K].
 
         Args:
-            batches: of selection clients: drawn like the training clients, or for a method without training in chunks.
+            batch: images of clients. One client is never another's context.
+            causal: the context of an image are the images before it, not all others; only where `causal`.
         """
-        return {}
-
-    @property
-    def state_width(self) -> int:
-        """E, numbers that `step` wants kept of every past image; by default its features."""
-        return self.dim
-
-    def state_bytes(self, images: int) -> int:
-        """Return what a client's state of so many images takes, in float32."""
-        return 4 * images * self.state_width
-
-    def step(self, x_CD: Tensor, past_CPE: Tensor, mask_CP: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Return the logits [C, K] of one more image of each client, and what to keep of it, [C, E].
-
-        Equal to the last place of `stream`, or of `forward` where there is none, on past and image together. By default
-        `forward` is computed.
-
-        Args:
-            x_CD: the images.
-            past_CPE: what was kept of each client's past images, in their order.
-            mask_CP: True where a past image is real; None where all are.
-        """
-        x_CSD = torch.cat([past_CPE, x_CD[:, None]], 1)
-        mask_CS = None if mask_CP is None else nn.functional.pad(mask_CP, (0, 1), value=True)
-        return self(x_CSD, mask_CS)[:, -1], x_CD
-
-    def loss(self, logits_CSK: Tensor, y_CS: Tensor, mask_CS: Tensor) -> Tensor:
-        """Return the task's mean loss over the real images of the batch; of a multi-label task labels are [C, S, K]."""
-        return tasks.loss(logits_CSK[mask_CS], y_CS[mask_CS])
 
     @abstractmethod
     def macs(self, images: int) -> int:
@@ -147,6 +126,10 @@ class Method(nn.Module, ABC):
     @abstractmethod
     def streaming_macs(self, images: int) -> int | None:
         """Return what one more image adds when state is kept for the other ``images - 1``; None if it cannot be."""
+
+    @abstractmethod
+    def state_bytes(self, images: int) -> int:
+        """Return what is kept of a client after so many images, in bytes (float32)."""
 
     def num_parameters(self) -> int:
         """Return the number of parameters that come on top of the backbone and its classifier."""

@@ -1,4 +1,4 @@
-"""Dropout at a third of its cost on a processor.
+"""Dropout at a third of its cost on a CPU.
 
 PyTorch draws a number of its own for every value, on one thread: with many groups that is a quarter of a training step
 of ICIIA. Here a 64-bit number decides for four values.

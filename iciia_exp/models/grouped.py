@@ -1,4 +1,4 @@
-"""Grouped linear projections, and the forms in which a processor computes them fastest."""
+"""GroupedLinear: grouped projection with shuffle, in the forms that a CPU computes fastest."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Grouped projection with shuffle, and self-attention over the images of a client.
+"""Encoder layers: self-attention over the images of a client, with grouped projections.
 
 Source: ICIIA (ACML 2024, PMLR 260:223-238), section 3 and supplement. What differs from the released code: the
 grouped product is a batched matrix product instead of a broadcast and a sum (in inference on a processor, a grouped

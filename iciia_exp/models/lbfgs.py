@@ -1,4 +1,4 @@
-"""The few numbers with which a smooth loss is least."""
+"""L-BFGS minimiser: a smooth loss of a few numbers."""
 
 from __future__ import annotations
 

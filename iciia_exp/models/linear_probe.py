@@ -1,4 +1,4 @@
-"""A regularised linear classifier on frozen features: logistic regression by scikit-learn.
+"""Linear probe: a regularised linear classifier on frozen features, by scikit-learn's logistic regression.
 
 Legend: M images, D features, K classes.
 """

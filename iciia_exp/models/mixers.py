@@ -1,4 +1,4 @@
-"""What takes the place of attention in the baselines: nothing that mixes, a convolution, and one token of context.
+"""Token mixers in place of attention: none, a convolution, and one token of context.
 
 Each has the parameters of attention, 4 D^2 / G, and its call: features [C, S, D] and which images see which.
 

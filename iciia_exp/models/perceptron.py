@@ -1,4 +1,4 @@
-"""A classifier of single images with one hidden layer, for features that anything larger learns by heart.
+"""Perceptron: a classifier of single images with one hidden layer, strongly regularised.
 
 Ours, of known parts: layer normalisation of the features' signed square roots, half of them dropped, a hidden layer
 with normalisation, GELU and dropout; trained on images mixed pairwise in random shares (mixup, Zhang et al. 2018) with
@@ -12,19 +12,20 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Callable
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from iciia_exp import tasks
-from iciia_exp.data.batches import FeatureBatches, Selection
+from iciia_exp.data.batches import ClientBatch, ClientIndex
 from iciia_exp.models.fast_dropout import Dropout
 from iciia_exp.models.lbfgs import minimise
 from iciia_exp.seeding import derive_seed, generator
+from iciia_exp.tasks import Task
 
-__all__ = ["Perceptron", "fit_perceptron", "opinion_weights"]
+__all__ = ["Perceptron", "ensemble_weights", "fit_perceptron"]
 
 log = logging.getLogger(__name__)
 
@@ -72,7 +73,7 @@ class Perceptron(nn.Module):
         return self.width * (self.dim + self.num_classes)
 
 
-def fit_perceptron(net: Perceptron, batches: FeatureBatches, rows_M: np.ndarray) -> None:
+def fit_perceptron(net: Perceptron, gather: Callable[[ClientIndex], ClientBatch], rows_M: np.ndarray) -> None:
     """Train ``net`` for evaluation on images ``rows_M`` of the store: AdamW, 3,000 steps of 256, 8 to 100 passes.
 
     Always the same for the same start and images; a minute of one core for 24,000 images of 1,280 features.
@@ -91,7 +92,7 @@ def fit_perceptron(net: Perceptron, batches: FeatureBatches, rows_M: np.ndarray)
         for number in range(passes):
             order_M = generator("perceptron", number).permutation(rows_M)
             for some_B in order_M[: steps * size].reshape(steps, size):
-                batch = batches[Selection(some_B[:, None], nobody_B)]
+                batch = gather(ClientIndex(some_B[:, None], nobody_B))
                 optimizer.zero_grad()
                 net.loss(batch.x_CSD[:, 0], batch.y_CS[:, 0]).backward()
                 optimizer.step()
@@ -101,7 +102,7 @@ def fit_perceptron(net: Perceptron, batches: FeatureBatches, rows_M: np.ndarray)
     log.info("perceptron: fitted in %.1f s, %d passes over %s images", seconds, passes, f"{len(rows_M):,}")
 
 
-def opinion_weights(b_MK: Tensor, o_MK: Tensor, y: Tensor) -> Tensor:
+def ensemble_weights(task: Task, b_MK: Tensor, o_MK: Tensor, y: Tensor) -> Tensor:
     """Return weights (v, w) with which v b + w o has the smallest log-loss, up to the scale that b alone asks for.
 
     So what is calibrated for b is calibrated for the sum.
@@ -113,7 +114,7 @@ def opinion_weights(b_MK: Tensor, o_MK: Tensor, y: Tensor) -> Tensor:
 
     def best(*logits: Tensor) -> Tensor:
         def loss(weights: Tensor) -> Tensor:
-            return tasks.loss(sum(w * part for w, part in zip(weights, logits, strict=True)), y)
+            return task.loss(sum(w * part for w, part in zip(weights, logits, strict=True)), y)
 
         return minimise(loss, torch.full((len(logits),), 1.0 / len(logits)), most=50)[0]
 

@@ -12,7 +12,7 @@ __all__ = ["main"]
 
 _EPILOG = """examples:
   python -m iciia_exp.report outputs                          every finished run under outputs
-  python -m iciia_exp.report outputs/rivals --history         and by images seen before, by kind of client
+  python -m iciia_exp.report outputs/rivals --history         and by images seen before, by client type
   python -m iciia_exp.report outputs --where method=iciia,iciia_stream --where partition.seed=0
   python -m iciia_exp.report outputs --html report.html       one page to sort, filter and look at
   python -m iciia_exp.report outputs/digits --out report      tables (CSV, Markdown, LaTeX) and figures (PDF, PNG)
@@ -48,7 +48,7 @@ def _report(options: argparse.Namespace) -> int:
     from iciia_exp.report import text as text_tables
     from iciia_exp.report.heterogeneity import draw_heterogeneity, partition_sweeps, sweep_table
     from iciia_exp.results.plots import save
-    from iciia_exp.results.tables import DRAWN_KINDS, comparisons, load_runs, select, settings
+    from iciia_exp.results.tables import DRAWN_TYPES, comparisons, load_runs, select, settings
 
     rows = select(load_runs(options.folders), options.where)
     shown = []
@@ -64,11 +64,13 @@ def _report(options: argparse.Namespace) -> int:
             "where state is kept; * none of the same cost or less is better"
         )
         parts: dict[str, tuple[str, str | None]] = {"history": ("history.parquet", None)}
-        parts |= {kind: ("kinds.parquet", kind) for kind in DRAWN_KINDS}
+        parts |= {client_type: ("drawn_clients.parquet", client_type) for client_type in DRAWN_TYPES}
         found = {}
         if options.history or options.out:
             found = {
-                k: t for k, (f, kind) in parts.items() if (t := text_tables.by_history(table, f, kind)) is not None
+                k: t
+                for k, (f, client_type) in parts.items()
+                if (t := text_tables.by_history(table, f, client_type)) is not None
             }
         if options.history:
             for name, text in found.items():

@@ -1,4 +1,4 @@
-"""Stored retrieval examples (`iciia_exp.engine.evaluation.attribution`) in the form that the page shows them."""
+"""Stored attribution examples (`iciia_exp.engine.evaluation.attribution`) in the form that the page shows them."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ __all__ = ["examples_of"]
 
 def examples_of(folder: Path) -> list[dict[str, Any]] | None:
     """Return a run's examples, each with its target and the images that count most; None where it kept none."""
-    if (table := read_table(folder / "retrieval.parquet")) is None:
+    if (table := read_table(folder / "attribution.parquet")) is None:
         return None
     examples = []
     for _, rows in table.groupby("example"):
@@ -24,8 +24,8 @@ def examples_of(folder: Path) -> list[dict[str, Any]] | None:
             {
                 **{key: str(target[key]) for key in ("case", "client", "truth")},
                 **{key: int(target[key]) for key in ("cases", "drawn")},
-                "before": [str(target["backbone_answer"]), _percent(target["backbone_confidence"])],
-                "after": [str(target["method_answer"]), _percent(target["method_confidence"])],
+                "before": [str(target["backbone_prediction"]), _percent(target["backbone_confidence"])],
+                "after": [str(target["method_prediction"]), _percent(target["method_confidence"])],
                 "picture": _data_url(target["thumbnail"]),
                 "others": [
                     {

@@ -1,4 +1,4 @@
-"""The figures of a report, as PDF for papers and PNG: by overhead, groups, history and client."""
+"""Figures of a report, as PDF and PNG: by overhead, groups, history and client."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import pandas as pd
 from iciia_exp.artifacts import read_json
 from iciia_exp.results.plots import COLOURS, MARKERS, accuracy_vs_overhead, hover, new_figure, save
 from iciia_exp.results.summary import ALL
-from iciia_exp.results.tables import DRAWN_KINDS, history_of, read_table
+from iciia_exp.results.tables import DRAWN_TYPES, history_of, read_table
 
 __all__ = ["by_groups", "by_history", "gain_distribution", "write_all"]
 
@@ -63,12 +63,14 @@ def by_groups(table: pd.DataFrame, title: str) -> Any | None:
     return figure
 
 
-def by_history(table: pd.DataFrame, title: str, file: str = "history.parquet", kind: str | None = None) -> Any | None:
+def by_history(
+    table: pd.DataFrame, title: str, file: str = "history.parquet", client_type: str | None = None
+) -> Any | None:
     """Draw accuracy by images seen before, a line for each setting, the backbone dashed; None where no run has it."""
     # a setting has its colour by its place in the table, the same in every figure
     found: list[tuple[int, pd.Series, pd.DataFrame]] = []
     for i, (_, row) in enumerate(table.iterrows()):
-        if (row["method"] != "backbone" or not found) and (history := history_of(row, file, kind)) is not None:
+        if (row["method"] != "backbone" or not found) and (history := history_of(row, file, client_type)) is not None:
             found.append((i, row, history))
         if len(found) > _MOST:
             break
@@ -81,7 +83,7 @@ def by_history(table: pd.DataFrame, title: str, file: str = "history.parquet", k
     for i, row, history in drawn:
         part = history.reindex(lengths)
         style: dict[str, Any] = {"color": COLOURS[i % len(COLOURS)], "marker": MARKERS[i % len(MARKERS)], "capsize": 2}
-        style["linestyle"] = ":" if row["bound"] else "-"
+        style["linestyle"] = ":" if row["oracle"] else "-"
         error = 100 * part["client_accuracy_se"].fillna(0)
         line = axes.errorbar(place, 100 * part["client_accuracy"], error, label=row["label"], markersize=5, **style)
         hover(line.lines[0], row["label"])
@@ -90,7 +92,7 @@ def by_history(table: pd.DataFrame, title: str, file: str = "history.parquet", k
     axes.set_xticks(place, [str(n) for n in lengths])
     axes.set_xlabel("images of the client seen before")
     axes.set_ylabel("accuracy, mean over clients (%)")
-    clients = "" if kind is None else f", {kind} clients"
+    clients = "" if client_type is None else f", {client_type} clients"
     axes.set_title(f"{title}: accuracy by history{clients}", loc="left", fontsize=11)
     _beside(axes, len(drawn) + 1)
     return figure
@@ -103,7 +105,9 @@ def gain_distribution(table: pd.DataFrame, title: str) -> Any | None:
         parts = [t for f in row["run_dirs"] if (t := read_table(f / "clients.parquet")) is not None]
         if parts:
             clients = pd.concat(parts)
-            gains.append(100 * ((clients["method_hits"] - clients["backbone_hits"]) / clients["answers"]).to_numpy())
+            gains.append(
+                100 * ((clients["method_correct"] - clients["backbone_correct"]) / clients["decisions"]).to_numpy()
+            )
             labels.append(row["label"])
     if not gains:
         return None
@@ -131,8 +135,8 @@ def all_figures(table: pd.DataFrame, title: str) -> Iterator[tuple[str, Any]]:
     """Yield the figures that the runs allow, with names."""
     yield "accuracy_vs_groups", by_groups(table, title)
     yield "accuracy_vs_history", by_history(table, title)
-    for kind in DRAWN_KINDS:
-        yield f"accuracy_vs_history_{kind}", by_history(table, title, "kinds.parquet", kind)
+    for client_type in DRAWN_TYPES:
+        yield f"accuracy_vs_history_{client_type}", by_history(table, title, "drawn_clients.parquet", client_type)
     yield "gain_per_client", gain_distribution(table, title)
 
 

@@ -1,4 +1,4 @@
-"""Accuracy against how different clients are: the same settings on partitions that differ in one number."""
+"""Heterogeneity: accuracy of the same settings on partitions that differ in one number."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import pandas as pd
 
-from iciia_exp.results.labels import base_of, label_of, varying
+from iciia_exp.results.labels import base_of, label_of, unique_rows, varying
 from iciia_exp.results.plots import COLOURS, MARKERS, hover, new_figure
 from iciia_exp.results.published import published_number
 
@@ -53,7 +53,7 @@ def _real(value: Any) -> bool:
 def _means(rows: list[dict[str, Any]], key: str) -> pd.DataFrame:
     told = {method: [k for k in found if k != key] for method, found in varying(rows).items()}
     groups: dict[tuple[str, float], list[dict[str, Any]]] = {}
-    for row in {r["digest"]: r for r in rows}.values():
+    for row in unique_rows(rows):
         groups.setdefault((label_of(row, told), row[key]), []).append(row)
     found = []
     for (label, value), part in groups.items():

@@ -1,4 +1,4 @@
-"""One self-contained HTML page over finished runs: a table to sort and filter, figures, and the clients of a run."""
+"""HTML page: one self-contained file with a table to sort and filter, figures, and the clients of a run."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ _CLIENTS = 1000
 #: Settings of a table that the page has clients of, at most: the most accurate.
 _WITH_CLIENTS = 100
 
-#: Settings of a table that the page has retrieval examples of, at most: the most accurate; 200 KiB each.
+#: Settings of a table that the page has attribution examples of, at most: the most accurate; 200 KiB each.
 _EXAMPLES = 20
 
 #: Columns of the table by which it sorts as numbers, and where the numbers are.
@@ -105,20 +105,21 @@ def _rows(table: pd.DataFrame) -> dict[str, Any]:
 
 
 def _clients(folders: list[Path]) -> list[list[Any]] | None:
-    """Return the clients of the first run, least gain first: name, kind, images, classes, both accuracies and the gain.
+    """Return the clients of the first run, least gain first: name, type, images, classes, both accuracies and the gain.
 
     Of very many, both ends.
     """
     if (table := read_table(folders[0] / "clients.parquet")) is None:
         return None
     table = table.assign(
-        backbone=100 * table["backbone_hits"] / table["answers"], method=100 * table["method_hits"] / table["answers"]
+        backbone=100 * table["backbone_correct"] / table["decisions"],
+        method=100 * table["method_correct"] / table["decisions"],
     )
     table = table.assign(gain=table["method"] - table["backbone"]).sort_values("gain", kind="stable")
     if len(table) > _CLIENTS:
         table = pd.concat([table.head(_CLIENTS // 2), table.tail(_CLIENTS // 2)])
     numbers = table[["backbone", "method", "gain"]].round(1)
-    columns = ["client", "kind", "images", "classes"]
+    columns = ["client", "client_type", "images", "classes"]
     return pd.concat([table[columns], numbers], axis=1).to_numpy(dtype=object).tolist()
 
 

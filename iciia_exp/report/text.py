@@ -1,4 +1,4 @@
-"""The tables of a report as text: for the terminal, Markdown, CSV and LaTeX.
+"""Text tables of a report: for the terminal, Markdown, CSV and LaTeX.
 
 Accuracies in percent, costs in percent of the backbone's for one image.
 """
@@ -97,14 +97,16 @@ def summary(table: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame(lines, columns=columns).fillna("")
 
 
-def by_history(table: pd.DataFrame, file: str = "history.parquet", kind: str | None = None) -> pd.DataFrame | None:
+def by_history(
+    table: pd.DataFrame, file: str = "history.parquet", client_type: str | None = None
+) -> pd.DataFrame | None:
     """Return accuracy by images seen before as text, mean over clients; None where no run has it."""
     lines: list[dict[str, str]] = []
     for _, row in table.iterrows():
-        found = history_of(row, file, kind)
+        found = history_of(row, file, client_type)
         if found is None:
             continue
-        if kind is not None:  # drawn clients all have the same number of images
+        if client_type is not None:  # drawn clients all have the same number of images
             found = found.drop(index=ALL)
         for name in ("backbone_client_accuracy", "client_accuracy")[bool(lines) :]:
             label = f"{row['backbone']} alone" if name.startswith("backbone") else row["label"]

@@ -2,10 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
-__all__ = ["base_of", "label_of", "varying"]
+__all__ = ["REPORTED", "base_of", "label_of", "unique_rows", "varying"]
+
+#: Settings of an evaluation that decide what is reported beside the main table, and change none of its numbers.
+REPORTED = frozenset(
+    f"evaluation.{key}"
+    for key in (
+        *("history_lengths", "history_orders", "history_longest", "history_clients"),
+        *("drawn_clients", "examples", "neighbours", "pixels"),
+    )
+)
+
+
+def unique_rows(rows: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return rows without repetitions: several evaluations of a run that differ in what they report count once."""
+    return list({(row["digest"], row["setting_digest"]): row for row in rows}.values())
 
 
 def base_of(row: dict[str, Any]) -> tuple[tuple[str, Any], ...]:
@@ -18,24 +32,16 @@ def base_of(row: dict[str, Any]) -> tuple[tuple[str, Any], ...]:
 def varying(rows: Sequence[dict[str, Any]]) -> dict[str, list[str]]:
     """Return, for every method, the settings in which its rows differ.
 
-    Left out are seeds, what a label says anyhow, what only decides which numbers are reported, and of methods without
-    training the recipe of one.
+    Left out are seeds, what a label says anyhow, and what only decides which numbers are reported.
     """
-    said = ("config.method.num_layers", "config.method.heads", "config.method.groups")
-    reported = ("config.protocol.history_", "config.protocol.kinds_")
-    training = ("config.protocol.recipe.", "config.protocol.train_images", "config.protocol.shuffle_images")
+    left_out = {f"config.method.{key}" for key in ("num_layers", "heads", "groups")}
+    left_out |= {f"config.{key}" for key in REPORTED}
     found: dict[str, list[str]] = {}
     for method in dict.fromkeys(row["method"] for row in rows):
         group = [row for row in rows if row["method"] == method]
-        keys = sorted({k for row in group for k in row if k.startswith("config.")} - set(said))
-        if not any(row.get("epochs") for row in group):
-            keys = [key for key in keys if not key.startswith(training)]
+        keys = sorted({k for row in group for k in row if k.startswith("config.")} - left_out)
         found[method] = [
-            key
-            for key in keys
-            if not key.endswith(".seed")
-            and not key.startswith(reported)
-            and len({str(row.get(key)) for row in group}) > 1
+            key for key in keys if not key.endswith(".seed") and len({str(row.get(key)) for row in group}) > 1
         ]
     return found
 
@@ -52,4 +58,4 @@ def label_of(row: dict[str, Any], keys: dict[str, list[str]]) -> str:
     letters = (("num_layers", "N"), ("heads", "H"), ("groups", "G"))
     parts = [f"{letter}={row[key]}" for key, letter in letters if row.get(key)]
     parts += [f"{key.rsplit('.', 1)[-1]}={_short(row[key])}" for key in keys.get(row["method"], ()) if key in row]
-    return " ".join([row["method"], *["(bound)"] * bool(row.get("bound")), *parts])
+    return " ".join([row["method"], *["(oracle)"] * bool(row.get("oracle")), *parts])

@@ -22,7 +22,7 @@ __all__ = [
         "accuracy_vs_overhead",
         "draw_accuracy_vs_overhead",
         "gain_per_client",
-        "retrieval_examples",
+        "draw_examples",
     ),
 ]
 
@@ -60,7 +60,10 @@ def save(figure: Any, path: Path) -> Path:
 
 def gain_per_client(clients: pd.DataFrame, row: dict[str, Any], path: Path) -> Path:
     """Draw every test client's gain over the backbone, sorted, with the mean and its interval."""
-    gains = np.sort(((clients["method_hits"] - clients["backbone_hits"]) / clients["answers"]).to_numpy())[::-1] * 100
+    gains = (
+        np.sort(((clients["method_correct"] - clients["backbone_correct"]) / clients["decisions"]).to_numpy())[::-1]
+        * 100
+    )
     figure, axes = new_figure()
     position = np.arange(1, len(gains) + 1)
     many = len(gains) > 200
@@ -149,7 +152,7 @@ def draw_accuracy_vs_overhead(rows: Sequence[dict[str, Any]], highlight: str | N
     from matplotlib.ticker import FuncFormatter, NullLocator
 
     frame = pd.DataFrame(list(rows))
-    bounds = frame[frame.get("bound", pd.Series(False, frame.index)).fillna(False).astype(bool)]
+    bounds = frame[frame.get("oracle", pd.Series(False, frame.index)).fillna(False).astype(bool)]
     methods = {m: i for i, m in enumerate(sorted(set(frame["method"]) - {"backbone"} - set(bounds["method"])))}
     crowded = len(methods) > 6  # then the legend stands beside the plot, the best first
     figure, axes = new_figure(width=9.2 if crowded else 7.0, height=4.8 if crowded else 4.2)
@@ -162,7 +165,7 @@ def draw_accuracy_vs_overhead(rows: Sequence[dict[str, Any]], highlight: str | N
         axes.axhspan(low, high, color=_DARK, alpha=0.08, linewidth=0)
     for name, runs in bounds.groupby("method"):
         bound = 100 * runs["accuracy"].mean()
-        axes.axhline(bound, color=_DARK, linestyle=":", linewidth=1.2, label=f"{name} (bound): {bound:.1f} %")
+        axes.axhline(bound, color=_DARK, linestyle=":", linewidth=1.2, label=f"{name} (oracle): {bound:.1f} %")
     known = frame["backbone_macs"].notna().all()  # not that of features that were made elsewhere
     costs, points, several = [], [], False
     labelled = set()
@@ -231,11 +234,11 @@ def draw_accuracy_vs_overhead(rows: Sequence[dict[str, Any]], highlight: str | N
     return figure
 
 
-def retrieval_examples(examples: pd.DataFrame, row: dict[str, Any], path: Path, each: int = 2) -> Path | None:
+def draw_examples(examples: pd.DataFrame, row: dict[str, Any], path: Path, each: int = 2) -> Path | None:
     """Draw targets, and beside each the images of its client that count most, with weight or influence.
 
     Args:
-        examples: as `iciia_exp.engine.evaluation.attribution.retrieval_table` returns them; without pictures nothing is drawn.
+        examples: a run's ``attribution.parquet``; without pictures nothing is drawn.
         row: the run's results.
         path: the PNG to write.
         each: examples of each case at most.
@@ -264,7 +267,7 @@ def retrieval_examples(examples: pd.DataFrame, row: dict[str, Any], path: Path, 
                 share = f"{100 * image['weight']:.0f} %, " if pd.notna(image["weight"]) else ""
                 axes.text(x + 0.5, y - 0.02, f"{_short(image['truth'])}\n{share}{image['influence']:+.2f} nats", **text)
         before, after = (
-            f"{_short(target[f'{who}_answer'])} ({100 * target[f'{who}_confidence']:.0f} %)"
+            f"{_short(target[f'{who}_prediction'])} ({100 * target[f'{who}_confidence']:.0f} %)"
             for who in ("backbone", "method")
         )
         said = f"{target['case']}: {_short(target['truth'])}\n{before} \u2192\n{after}"

@@ -1,4 +1,4 @@
-"""The published numbers beside ours: facts in `published.csv`, and which run is which row.
+"""Published numbers: facts in `published.csv`, and which run reproduces which row.
 
 Source: ICIIA (ACML 2024, PMLR 260:223-238): its main results, its sweep over groups and layers and its experiment on
 heterogeneity, means and standard errors over the seeds of the raw results released with it; accuracies in percent.

@@ -1,8 +1,8 @@
-"""Averages over images and over clients, their intervals, and how much harm chance alone would do.
+"""Summary: averages over images and clients, their intervals, and how much harm chance alone would do.
 
 Everything is computed from integer counts per client, so clients, batches and processes add up.
 
-Legend: C clients, U kinds of clients (with the same counts), R bootstrap resamples.
+Legend: C clients, U client types (with the same counts), R bootstrap resamples.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ RESAMPLES = 2000
 #: In the place of a history's length: all other images that the client has (up to the longest history).
 ALL = -1
 
-# From so many clients on, the bootstrap draws how often each kind of client occurs rather than each client.
+# From so many clients on, the bootstrap draws how often each client type occurs rather than each client.
 _MANY = 10_000
 
 
@@ -30,15 +30,15 @@ class ClientCounts:
     """Sufficient statistics of one evaluation, one entry per client (arrays of length C)."""
 
     images_C: np.ndarray  # int64, images evaluated
-    backbone_hits_C: np.ndarray  # int64, right answers of the plain backbone
-    method_hits_C: np.ndarray  # int64
-    both_hits_C: np.ndarray  # int64, answers on which both are right: pairs the two, image by image
+    backbone_correct_C: np.ndarray  # int64, right decisions of the plain backbone
+    method_correct_C: np.ndarray  # int64
+    both_correct_C: np.ndarray  # int64, decisions on which both are right: pairs the two, image by image
     backbone_loss_C: np.ndarray  # float64, sum of -log p(label), nats
     method_loss_C: np.ndarray  # float64
-    answers: int = 1  # of one image: its class, or every attribute of a multi-label task
+    decisions: int = 1  # of one image: its class, or every attribute of a multi-label task
 
     def __post_init__(self) -> None:
-        sizes = {f.name: len(getattr(self, f.name)) for f in fields(self) if f.name != "answers"}
+        sizes = {f.name: len(getattr(self, f.name)) for f in fields(self) if f.name != "decisions"}
         if len(set(sizes.values())) != 1:
             raise ValueError(f"all arrays have one entry per client, got {sizes}")
         if (self.images_C <= 0).any():
@@ -48,19 +48,19 @@ class ClientCounts:
         return len(self.images_C)
 
     @property
-    def answers_C(self) -> np.ndarray:
-        """Right-or-wrong answers evaluated: what hits are divided by."""
-        return self.images_C * self.answers
+    def decisions_C(self) -> np.ndarray:
+        """Decisions evaluated: what correct decisions are divided by."""
+        return self.images_C * self.decisions
 
     @property
     def gained_C(self) -> np.ndarray:
         """Answers that the method gets right and the backbone wrong."""
-        return self.method_hits_C - self.both_hits_C
+        return self.method_correct_C - self.both_correct_C
 
     @property
     def lost_C(self) -> np.ndarray:
         """Answers that the backbone gets right and the method wrong."""
-        return self.backbone_hits_C - self.both_hits_C
+        return self.backbone_correct_C - self.both_correct_C
 
 
 def _lowest_tenth(accuracy_C: np.ndarray) -> np.ndarray:
@@ -69,37 +69,37 @@ def _lowest_tenth(accuracy_C: np.ndarray) -> np.ndarray:
     return np.argsort(accuracy_C, kind="stable")[:count]
 
 
-def worst_decile(hits_C: np.ndarray, answers_C: np.ndarray) -> float:
+def worst_decile(correct_C: np.ndarray, decisions_C: np.ndarray) -> float:
     """Return the mean accuracy over the tenth of the clients (rounded up) with the lowest accuracy.
 
     >>> worst_decile(np.array([1, 2, 4, 4, 4, 4, 4, 4, 4, 4]), np.full(10, 4))
     0.25
     """
-    accuracy_C = hits_C / answers_C
+    accuracy_C = correct_C / decisions_C
     return float(accuracy_C[_lowest_tenth(accuracy_C)].mean())
 
 
-def averages(hits_C: np.ndarray, loss_C: np.ndarray, answers_C: np.ndarray) -> dict[str, float]:
+def averages(correct_C: np.ndarray, loss_C: np.ndarray, decisions_C: np.ndarray) -> dict[str, float]:
     """Return ``accuracy``, ``client_accuracy`` (weighs clients), ``worst_decile`` and ``log_loss``.
 
-    ``accuracy`` weighs answers: images, times attributes of a multi-label task.
+    ``accuracy`` weighs decisions: images, times attributes of a multi-label task.
 
 
     >>> averages(np.array([1, 0]), np.array([0.3, 0.9]), np.array([1, 3]))
     {'accuracy': 0.25, 'client_accuracy': 0.5, 'worst_decile': 0.0, 'log_loss': 0.3}
     """
     return {
-        "accuracy": float(hits_C.sum() / answers_C.sum()),
-        "client_accuracy": float((hits_C / answers_C).mean()),
-        "worst_decile": worst_decile(hits_C, answers_C),
-        "log_loss": float(loss_C.sum() / answers_C.sum()),
+        "accuracy": float(correct_C.sum() / decisions_C.sum()),
+        "client_accuracy": float((correct_C / decisions_C).mean()),
+        "worst_decile": worst_decile(correct_C, decisions_C),
+        "log_loss": float(loss_C.sum() / decisions_C.sum()),
     }
 
 
 def _bootstrap_weights(
     clients: int, shares_U: np.ndarray, resamples: int, rng: np.random.Generator, chunk: int = 1 << 24
 ) -> Any:
-    """Yield [r, U] counts of how often each kind of client is among so many drawn; about 128 MiB at a time."""
+    """Yield [r, U] counts of how often each client type is among so many drawn; about 128 MiB at a time."""
     step = max(1, chunk // len(shares_U))
     for start in range(0, resamples, step):
         rows = min(step, resamples - start)
@@ -112,7 +112,7 @@ def _bootstrap(counts: ClientCounts, resamples: int, seed: int) -> dict[str, np.
     Clients with the same counts are interchangeable, so a draw of C clients is a multinomial draw of how many there are
     of each kind: the same distribution exactly, with fewer numbers to draw (U = 289 at most for clients of 16 images).
     """
-    sums_U3 = np.stack([counts.answers_C, counts.backbone_hits_C, counts.method_hits_C], axis=1)
+    sums_U3 = np.stack([counts.decisions_C, counts.backbone_correct_C, counts.method_correct_C], axis=1)
     shares_U = np.full(len(counts), 1.0 / len(counts))  # every client a kind of its own
     if len(counts) >= _MANY:
         sums_U3, clients_U = np.unique(sums_U3, axis=0, return_counts=True)
@@ -140,18 +140,18 @@ def harmed_by_chance(counts: ClientCounts, resamples: int = RESAMPLES, seed: int
     """Return the share of clients that would lose accuracy if all clients had the same true gain.
 
     Every answer is one of three pairs: gained (only the method is right), lost (only the backbone is), or even. Each
-    client keeps its number of answers and draws their pairs from the pool of all clients. What remains of harm is what
-    small test sets produce by themselves.
+    client keeps its number of decisions and draws their pairs from the pool of all clients. What remains of harm is
+    what small test sets produce by themselves.
     """
-    total = counts.answers_C.sum()
+    total = counts.decisions_C.sum()
     p_lost, p_gained = counts.lost_C.sum() / total, counts.gained_C.sum() / total
     rng = generator("harm", seed)
     resamples = min(resamples, max(20, 20_000_000 // len(counts)))  # 100,000 clients need fewer repeats
     harmed = 0
     for _ in range(resamples):
-        lost_C = rng.binomial(counts.answers_C, p_lost)
+        lost_C = rng.binomial(counts.decisions_C, p_lost)
         rest = p_gained / (1.0 - p_lost) if p_lost < 1.0 else 0.0
-        gained_C = rng.binomial(counts.answers_C - lost_C, min(1.0, rest))
+        gained_C = rng.binomial(counts.decisions_C - lost_C, min(1.0, rest))
         harmed += int((lost_C > gained_C).sum())
     return harmed / (resamples * len(counts))
 
@@ -163,10 +163,10 @@ def summarise(counts: ClientCounts, resamples: int = RESAMPLES, seed: int = 0) -
     bootstrap standard error of ``client_accuracy`` over clients (not over seeds). ``log_loss_gain`` is what the method
     takes off the backbone's log-loss, in nats, mean over clients, with a normal interval.
     """
-    n_C = counts.answers_C
-    method = averages(counts.method_hits_C, counts.method_loss_C, n_C)
-    backbone = averages(counts.backbone_hits_C, counts.backbone_loss_C, n_C)
-    backbone_C, method_C = counts.backbone_hits_C / n_C, counts.method_hits_C / n_C
+    n_C = counts.decisions_C
+    method = averages(counts.method_correct_C, counts.method_loss_C, n_C)
+    backbone = averages(counts.backbone_correct_C, counts.backbone_loss_C, n_C)
+    backbone_C, method_C = counts.backbone_correct_C / n_C, counts.method_correct_C / n_C
     worst_C = _lowest_tenth(backbone_C)
     row: dict[str, float | int] = dict(method)
     row |= {f"backbone_{name}": value for name, value in backbone.items()}

@@ -1,4 +1,4 @@
-"""Finished runs as tables: one row per run, and one per setting with its seeds averaged.
+"""Tables over finished runs: one row per run, and one per setting with its seeds averaged.
 
 Legend: R runs of a setting.
 """
@@ -15,12 +15,12 @@ import numpy as np
 import pandas as pd
 
 from iciia_exp.errors import UserError, first_line, nearest
-from iciia_exp.results.labels import base_of, label_of, varying
+from iciia_exp.results.labels import base_of, label_of, unique_rows, varying
 from iciia_exp.results.published import published_number
 from iciia_exp.results.summary import ClientCounts, averages, summarise
 
 __all__ = [
-    "DRAWN_KINDS",
+    "DRAWN_TYPES",
     "averages_by_history",
     "comparisons",
     "history_of",
@@ -31,8 +31,8 @@ __all__ = [
     "settings",
 ]
 
-#: Kinds of clients that are drawn for ``kinds.parquet`` (`iciia_exp.engine.evaluation.drawn_clients`).
-DRAWN_KINDS = ("random_classes", "homogeneous", "drifting")
+#: Kinds of clients that are drawn for ``drawn_clients.parquet`` (`iciia_exp.engine.evaluation.drawn_clients`).
+DRAWN_TYPES = ("random_classes", "homogeneous", "drifting")
 
 #: What is averaged over runs that differ in seeds alone.
 AVERAGED = (
@@ -43,7 +43,7 @@ AVERAGED = (
 
 #: What is the same in all of them.
 SHARED = (
-    *("name", "dataset", "task", "backbone", "method", "bound", "groups", "heads", "num_layers", "setting_digest"),
+    *("name", "dataset", "task", "backbone", "method", "oracle", "groups", "heads", "num_layers", "setting_digest"),
     *("overhead_percent", "per_image_overhead_percent", "streaming_overhead_percent", "sequence_macs"),
     *("backbone_macs", "cost_images", "parameters", "state_bytes", "test_clients", "test_images"),
 )
@@ -61,10 +61,10 @@ def load_runs(folders: Iterable[Path]) -> list[dict[str, Any]]:
         for path in paths:
             try:
                 row = json.loads(path.read_text(encoding="utf-8"))
-                rows.setdefault(row["digest"], row | {"run_dir": path.parent})
+                rows.setdefault(row["evaluation_digest"], row | {"run_dir": path.parent})
             except (json.JSONDecodeError, KeyError, TypeError) as error:
                 raise UserError(f"{path}: is not the results of a run ({error})") from error
-    return list(rows.values())
+    return sorted(rows.values(), key=lambda row: str(row.get("finished")))  # of several evaluations the newest counts
 
 
 def read_table(path: Path) -> pd.DataFrame | None:
@@ -73,7 +73,7 @@ def read_table(path: Path) -> pd.DataFrame | None:
         return None
     try:
         return pd.read_parquet(path)
-    except Exception as error:  # Arrow raises several kinds
+    except Exception as error:  # Arrow raises several types
         hint = "delete the run's folder and repeat its command"
         raise UserError(f"{path}: cannot be read ({first_line(error)}); {hint}") from error
 
@@ -98,7 +98,7 @@ def select(rows: list[dict[str, Any]], conditions: Iterable[str]) -> list[dict[s
 
 
 def comparisons(rows: list[dict[str, Any]]) -> Iterator[tuple[str, list[dict[str, Any]]]]:
-    """Yield runs whose accuracies may stand in one table: the same experiment, data, backbone and kind of clients.
+    """Yield runs whose accuracies may stand in one table: the same experiment, data, backbone and client type.
 
     With each comes a title that tells it from the others.
     """
@@ -127,7 +127,7 @@ def settings(rows: list[dict[str, Any]]) -> pd.DataFrame:
     keys = varying(rows)
     frames = []
     groups: dict[str, list[dict[str, Any]]] = {}
-    for row in {row["digest"]: row for row in rows}.values():
+    for row in unique_rows(rows):
         groups.setdefault(row["setting_digest"], []).append(row)
     for part in groups.values():
         first = part[0]
@@ -156,7 +156,7 @@ def _number(value: Any) -> float:
 def _front(table: pd.DataFrame) -> list[bool]:
     """Return which settings no other beats at its cost or less."""
     cost = table["sequence_macs"].to_numpy(dtype=float)
-    accuracy, real = table["accuracy"].to_numpy(), ~table["bound"].fillna(False).to_numpy(dtype=bool)
+    accuracy, real = table["accuracy"].to_numpy(), ~table["oracle"].fillna(False).to_numpy(dtype=bool)
     better = (cost[None] <= cost[:, None]) & (accuracy[None] > accuracy[:, None]) & real[None]
     return list(real & ~better.any(axis=1))
 
@@ -164,22 +164,24 @@ def _front(table: pd.DataFrame) -> list[bool]:
 def history_summary(table: pd.DataFrame, resamples: int = 500) -> pd.DataFrame:
     """Return one row per protocol and length: clients, targets, averages of backbone and method, and paired gains.
 
-    ``table`` is a run's ``history.parquet`` or ``kinds.parquet``. The averages are those of ``results.json``
-    (`iciia_exp.results.summary.summarise`); ``log_loss_gain`` is the backbone's log-loss less the method's, with its own
-    interval.
+    ``table`` is a run's ``history.parquet`` or ``drawn_clients.parquet``. The averages are those of ``results.json``
+    (`iciia_exp.results.summary.summarise`); ``log_loss_gain`` is the backbone's log-loss less the method's, with its
+    own interval.
     """
     rows = []
     for (name, n), part in table.groupby(["protocol", "history"], sort=False):
-        fields = ("backbone_hits", "method_hits", "both_hits", "backbone_loss", "method_loss")
+        fields = ("backbone_correct", "method_correct", "both_correct", "backbone_loss", "method_loss")
         columns: dict[str, Any] = {f"{f}_C": part[f].to_numpy() for f in fields}
-        answers = int(part["answers"].iloc[0] // part["targets"].iloc[0])
-        found = summarise(ClientCounts(part["targets"].to_numpy(), **columns, answers=answers), resamples)
+        decisions = int(part["decisions"].iloc[0] // part["targets"].iloc[0])
+        found = summarise(ClientCounts(part["targets"].to_numpy(), **columns, decisions=decisions), resamples)
         clients, targets = found.pop("test_clients"), found.pop("test_images")
         rows.append({"protocol": name, "history": n, "clients": clients, "targets": targets, **found})
     return pd.DataFrame(rows)
 
 
-def history_of(setting: pd.Series, file: str = "history.parquet", kind: str | None = None) -> pd.DataFrame | None:
+def history_of(
+    setting: pd.Series, file: str = "history.parquet", client_type: str | None = None
+) -> pd.DataFrame | None:
     """Return accuracy by images seen before, ``stream`` protocol, mean and standard error over a setting's runs.
 
     None where no run has the file. Columns: ``client_accuracy``, ``worst_decile``, ``log_loss``, the backbone's, and
@@ -188,7 +190,7 @@ def history_of(setting: pd.Series, file: str = "history.parquet", kind: str | No
     parts = []
     for folder in setting["run_dirs"]:
         if (data := read_table(folder / file)) is not None:
-            data = data[(data["protocol"] == "stream") & ((data["kind"] == kind) | (kind is None))]
+            data = data[(data["protocol"] == "stream") & ((data["client_type"] == client_type) | (client_type is None))]
             if len(data):
                 parts.append(averages_by_history(data))
     if not parts:
@@ -206,8 +208,10 @@ def averages_by_history(data: pd.DataFrame) -> pd.DataFrame:
     for n, part in data[data["protocol"] == "stream"].groupby("history", sort=False):
         row: dict[str, Any] = {"history": n}
         for who, prefix in (("method", ""), ("backbone", "backbone_")):
-            hits, loss, answers = (part[name].to_numpy() for name in (f"{who}_hits", f"{who}_loss", "answers"))
-            found = averages(hits, loss, answers)
+            correct, loss, decisions = (
+                part[name].to_numpy() for name in (f"{who}_correct", f"{who}_loss", "decisions")
+            )
+            found = averages(correct, loss, decisions)
             row |= {f"{prefix}{name}": found[name] for name in ("client_accuracy", "worst_decile", "log_loss")}
         rows.append(row)
     return pd.DataFrame(rows).set_index("history")

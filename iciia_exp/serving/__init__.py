@@ -1,1 +1,1 @@
-"""A finished run in use: loading it, and serving clients."""
+"""Serving: loading a finished run, and serving clients with it."""

@@ -1,77 +1,75 @@
-"""A finished run, rebuilt from its directory alone.
+"""Run: a trained method with its results, rebuilt from its directory alone.
 
     config.yaml           the whole configuration, resolved
-    run.json              what rebuilds the method: class, arguments, D, K, chunk length
+    run.json              what rebuilds the method: its name and arguments, the task, the classes
     partition.parquet     which images belong to which client
-    weights.safetensors   the trained method and the backbone's classifier
+    weights.safetensors   the trained method and the backbone's classifier (written last)
     training.json         epochs, best epoch, seconds
-    results.json          one flat row (written last: a run without it is unfinished)
-    clients.parquet       one row per test client
-    history.parquet       and by images seen before; kinds.parquet: of clients unlike the partition's
-    retrieval.parquet     examples of targets, with the images that count most
-    csv/, plots/, wandb/  metrics by epoch, PNG, offline wandb run
+    csv/, wandb/          metrics by epoch, offline wandb run
+    evaluation-<digest>/  one folder for each evaluation of it:
+      results.json        one flat row (written last)
+      clients.parquet     one row per test client
+      history.parquet     and by images seen before; drawn_clients.parquet: of clients unlike the partition's
+      attribution.parquet examples of targets, with the images that count most
+      plots/              PNG
+
+Loading runs no code of the files' choosing (`iciia_exp.config.stored`), and reads nothing outside of the directory but
+what the caller names.
 
 Legend: C clients, S images of a client, D features, K classes.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import os
+import re
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 import torch
-from hydra.utils import instantiate
 from torch import Tensor, nn
 
-from iciia_exp import tasks
-from iciia_exp.artifacts import atomic_write, read_json, write_json
+from iciia_exp.artifacts import read_json, resolve_cache_dir, write_json
+from iciia_exp.config.stored import Plugins, restore, store
 from iciia_exp.data.clients import Clients
 from iciia_exp.data.store import FeatureStore
+from iciia_exp.digest import file_digest
 from iciia_exp.errors import UserError, first_line
-from iciia_exp.methods.base import Method
+from iciia_exp.methods.adapt.base import Adaptive
+from iciia_exp.methods.base import Facts, Method
 from iciia_exp.models.backbones.base import Backbone, BackboneSpec
+from iciia_exp.models.backbones.weights import listed_classes, load_tensors, save_tensors
 from iciia_exp.results.tables import read_table
 from iciia_exp.seeding import derive_seed
+from iciia_exp.tasks import TASKS
 
 __all__ = ["Run", "save_method"]
 
-FORMAT = 1
+FORMAT = 2
+
+# Of classes, features, and images of a chunk: more would not be a run, but a file that asks for all memory.
+_LARGEST = 1_000_000
+
+_OLD = "it was made by an older version of this package; repeat its command to make it again"
 
 
-def save_method(
-    folder: Path,
-    method: Method,
-    head: nn.Linear,
-    config: dict[str, Any],
-    features: Path,
-    images: int,
-    facts: dict[str, Any],
-) -> None:
-    """Write ``run.json`` and ``weights.safetensors``: all that `Run.load` needs.
+def save_method(folder: Path, method: Method, head: nn.Linear, config: dict[str, Any], facts: dict[str, Any]) -> None:
+    """Write ``run.json`` and, last, ``weights.safetensors``: all that `Run.load` needs.
 
-    ``facts`` are the task and the names of the classes, and for `Run.load_backbone` where the backbone is.
+    Args:
+        folder: of the run.
+        method, head: the trained method and the backbone's classifier.
+        config: the method's configuration.
+        facts: what else goes into ``run.json``: ``task``, ``class_names``, ``images``, ``features``, ``backbone``.
     """
-    from safetensors.torch import save
-
     tensors = {f"method.{name}": t for name, t in method.state_dict().items()}
     tensors |= {f"head.{name}": t for name, t in head.state_dict().items()}
-    write_json(
-        folder / "run.json",
-        {
-            "format": FORMAT,
-            "method": config,
-            "dim": head.in_features,
-            "num_classes": head.out_features,
-            "images": images,
-            "features": str(features),
-            **facts,
-        },
-    )
-    with atomic_write(folder / "weights.safetensors", "wb") as file:
-        file.write(save({name: t.detach().cpu().contiguous() for name, t in tensors.items()}))
+    sizes = {"dim": head.in_features, "num_classes": head.out_features}
+    write_json(folder / "run.json", {"format": FORMAT, "method": store(config), **sizes, **facts})
+    save_tensors(folder / "weights.safetensors", tensors)
 
 
 @dataclass(frozen=True)
@@ -89,66 +87,95 @@ class Run:
     head: nn.Linear
     #: S, images of a chunk in training.
     images: int
+    #: What ``run.json`` says.
     info: dict[str, Any]
+    #: Folder of one evaluation; None where there is none yet.
+    evaluation: Path | None
+    #: Where features and backbones that runs share lie.
+    cache_dir: Path
+    plugins: Plugins = ()
+    #: Compiled steps of its sessions, by backend and length of history.
+    programs: dict[tuple[str, int], Any] = field(default_factory=dict, repr=False, compare=False)
 
     @classmethod
-    def load(cls, path: str | Path) -> Run:
-        """Rebuild the method from a run directory; a `UserError` says what is missing."""
-        from safetensors.torch import load_file
+    def load(cls, path: str | Path, plugins: Plugins = (), cache_dir: str | Path | None = None) -> Run:
+        """Rebuild the method from a run directory; a `UserError` says what is missing or wrong.
 
+        Args:
+            path: the run's directory, or the folder of one of its evaluations; of a run with several, the newest.
+            plugins: classes, modules or names of modules that hold methods or backbones of your own. Installed ones
+                (entry points ``iciia_exp.methods`` and ``iciia_exp.backbones``) are found without.
+            cache_dir: where features and backbones lie; by default ICIIA_EXP_CACHE or the user's cache directory.
+        """
         path = Path(path)
         if not path.is_dir():
             raise UserError(f"{path}: no such run directory")
+        evaluation: Path | None
+        if path.name.startswith("evaluation-") and (path.parent / "run.json").is_file():
+            path, evaluation = path.parent, path
+        else:
+            found = sorted(path.glob("evaluation-*/results.json"), key=lambda file: file.stat().st_mtime)
+            evaluation = found[-1].parent if found else None
         for name in ("run.json", "weights.safetensors"):
             if not (path / name).is_file():
                 raise UserError(f"{path}: not a trained run ({name} is missing); repeat its command to finish it")
-        info = read_json(path / "run.json")
-        if info.get("format") != FORMAT:
-            raise UserError(f"{path}/run.json: format {info.get('format')}, this version reads {FORMAT}")
-        try:
-            tensors = load_file(path / "weights.safetensors")
-        except Exception as error:
-            raise UserError(f"{path}/weights.safetensors: cannot be read ({error})") from error
+        info = _checked(read_json(path / "run.json"), path / "run.json")
+        tensors = load_tensors(path / "weights.safetensors")
+        shape = list(tensors["head.weight"].shape) if "head.weight" in tensors else None
+        if shape != [info["num_classes"], info["dim"]]:  # before anything of that size is made
+            raise UserError(f"{path}/weights.safetensors: its classifier is {shape}, not what run.json describes")
         head = nn.Linear(info["dim"], info["num_classes"])
-        method = instantiate(info["method"], head=head, _convert_="all")
+        facts = Facts(TASKS[info["task"]], head, tuple(info["class_names"]))
+        try:
+            method = restore(info["method"], Method, plugins, facts=facts)  # type: ignore[type-abstract]
+        except UserError as error:
+            raise UserError(f"{path}/run.json: method: {error}") from error
         for prefix, module in (("head.", head), ("method.", method)):
             part = {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
-            try:
-                module.load_state_dict(part)
-            except RuntimeError as error:
-                problem = "its weights do not fit this version's method; repeat its command into another output_dir"
-                raise UserError(f"{path}/weights.safetensors: {problem} ({first_line(error)})") from error
+            _load_weights(module, part, path / "weights.safetensors")
         method.eval().requires_grad_(False)
-        return cls(path, method, head.requires_grad_(False), info["images"], info)
+        place = resolve_cache_dir(str(cache_dir) if cache_dir else os.environ.get("ICIIA_EXP_CACHE"))
+        return cls(path, method, head.requires_grad_(False), info["images"], info, evaluation, place, tuple(plugins))
 
     @property
     def class_names(self) -> list[str]:
         """Names of the classes, in the order of `predict`'s last axis."""
         return self.info["class_names"]
 
+    def _evaluated(self, name: str) -> Path:
+        """Return one of the evaluation's files."""
+        if self.evaluation is None:
+            raise UserError(f"{self.path}: trained but not evaluated; repeat its command")
+        return self.evaluation / name
+
     @cached_property
     def results(self) -> dict[str, Any]:
         """The flat row of ``results.json``."""
-        if not (self.path / "results.json").is_file():
-            raise UserError(f"{self.path}: trained but not evaluated; repeat its command")
-        return read_json(self.path / "results.json")
+        return read_json(self._evaluated("results.json"))
 
     @cached_property
     def config(self) -> dict[str, Any]:
         """The whole configuration of the run."""
         import yaml
 
-        return yaml.safe_load((self.path / "config.yaml").read_text(encoding="utf-8"))
+        path = self.path / "config.yaml"
+        try:
+            config = yaml.safe_load(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError, yaml.YAMLError) as error:
+            raise UserError(f"{path}: cannot be read ({first_line(error)})") from error
+        if not isinstance(config, dict):
+            raise UserError(f"{path}: is not the configuration of a run")
+        return config
 
     @cached_property
     def clients(self) -> pd.DataFrame:
-        """One row per test client: images, classes, hits and log-loss sums of backbone and method."""
-        return pd.read_parquet(self.path / "clients.parquet")
+        """One row per test client: images, classes, correct decisions and log-loss sums of backbone and method."""
+        return pd.read_parquet(self._evaluated("clients.parquet"))
 
     @cached_property
-    def retrieval(self) -> pd.DataFrame:
-        """Examples of targets and the images of their client that count most (`iciia_exp.engine.evaluation.attribution`)."""
-        table = read_table(self.path / "retrieval.parquet")
+    def attribution(self) -> pd.DataFrame:
+        """Examples of targets with the images of their client that count most for them."""
+        table = read_table(self._evaluated("attribution.parquet"))
         return pd.DataFrame() if table is None else table
 
     @cached_property
@@ -159,27 +186,49 @@ class Run:
     @cached_property
     def features(self) -> FeatureStore:
         """The features the run was trained on, if they are still in the cache."""
-        return FeatureStore.open(Path(self.info["features"]))
+        return FeatureStore.open(self.cache_dir / "features" / self.info["features"])
 
-    def load_backbone(self) -> Backbone:
+    def load_backbone(self, weights: str | Path | None = None) -> Backbone:
         """Rebuild the network that made the features, for images: ``features(transform(image)[None])``.
 
-        Its weights come from where the run's came from: by name, from a file, or from the cache if it was trained here.
+        Its weights come from where the run's came from: the library, by name; the cache, where they were trained here;
+        or a file, which must be given again.
+
+        Args:
+            weights: the file that the backbone started from.
         """
-        from iciia_exp.config.build import build
-
-        spec: BackboneSpec = build(self.config["backbone"], "backbone")
-        if self.info.get("backbone_arguments"):
+        stored = self.info["backbone"]
+        if stored is None:
             raise UserError(f"{self.path}: its features were made elsewhere; there is no backbone to load")
-        torch.manual_seed(derive_seed("backbone", 0))  # as when the features were made
-        backbone = spec.initial(self.class_names)
-        if spec.train == "all":
-            from safetensors.torch import load_file
+        folder, file = stored["folder"], stored["weights"]
+        if folder is None and file is not None:
+            if weights is None:
+                hint = f"load_backbone(weights=...) with the file {file['file']}"
+                raise UserError(f"{self.path}: the backbone's weights are in a file of their own; {hint}")
+            if not Path(weights).is_file() or file_digest(Path(weights)) != file["digest"]:
+                raise UserError(f"{weights}: not the file that the features were made with ({file['file']})")
 
-            weights = Path(self.info["backbone"]) / "weights.safetensors"
-            if not weights.is_file():
-                raise UserError(f"{weights}: is not there any more; repeat the run's command with stage=backbone")
-            backbone.load_state_dict(load_file(weights))
+        def network(**arguments: Any) -> Backbone:
+            return restore(stored["model"], Backbone, self.plugins, **arguments)  # type: ignore[type-abstract]
+
+        torch.manual_seed(derive_seed("backbone", 0))  # as when the features were made
+        classes = stored["classes"]
+        try:
+            if folder is not None:
+                backbone = network(num_classes=len(self.class_names))
+            else:
+                known = listed_classes(classes) if isinstance(classes, str) else classes
+                own = None if file is None else str(weights)
+                spec = BackboneSpec(stored["name"], network, stored["train"], stored["pretrained"], own, known)
+                backbone = spec.initial(self.class_names)
+        except UserError as error:
+            raise UserError(f"{self.path}/run.json: backbone: {error}") from error
+        if folder is not None:
+            path = self.cache_dir / "backbones" / folder / "weights.safetensors"
+            if not path.is_file():
+                hint = "repeat the run's command with stage=backbone, or give Run.load its cache_dir"
+                raise UserError(f"{path}: is not there; {hint}")
+            _load_weights(backbone, load_tensors(path), path)
         return backbone.eval().requires_grad_(False)
 
     @torch.inference_mode()
@@ -194,6 +243,59 @@ class Run:
                 f"features are [S, {self.head.in_features}] or [C, S, {self.head.in_features}], "
                 f"got {list(features.shape)}"
             )
+        if not isinstance(self.method, Adaptive):
+            raise UserError(f"{self.method.name}: serves the clients of its partition alone, not features of others")
         x_CSD = features.float() if features.ndim == 3 else features.float()[None]
-        probabilities = tasks.probabilities(self.method(x_CSD, mask), self.info["task"])
+        probabilities = self.method.task.probabilities(self.method(x_CSD, mask))
         return probabilities if features.ndim == 3 else probabilities[0]
+
+
+def _load_weights(module: nn.Module, tensors: dict[str, Tensor], path: Path) -> None:
+    try:
+        module.load_state_dict(tensors)
+    except (RuntimeError, TypeError) as error:
+        problem = "its weights do not fit what run.json describes; repeat its command into another output_dir"
+        raise UserError(f"{path}: {problem} ({first_line(error)})") from error
+
+
+def _checked(info: dict[str, Any], path: Path) -> dict[str, Any]:
+    """Return what ``run.json`` says if it is of this version and of the right form; a `UserError` names what is not."""
+    if not isinstance(info, dict) or info.get("format") != FORMAT:
+        found = info.get("format") if isinstance(info, dict) else type(info).__name__
+        raise UserError(f"{path}: format {found}, this version reads {FORMAT}; {_OLD}")
+
+    def require(key: str, right: bool, want: str) -> None:
+        if not right:
+            raise UserError(f"{path}: {key}: expected {want}; repeat the run's command to make it again")
+
+    def whole(value: Any) -> bool:
+        return isinstance(value, int) and not isinstance(value, bool) and 0 < value <= _LARGEST
+
+    def text(value: Any) -> bool:
+        return isinstance(value, str)
+
+    for key in ("dim", "num_classes", "images"):
+        require(key, whole(info.get(key)), f"a whole number of 1 to {_LARGEST:,}")
+    require("task", isinstance(info.get("task"), str) and info["task"] in TASKS, f"one of {', '.join(TASKS)}")
+    names = info.get("class_names")
+    right = isinstance(names, list) and len(names) == info["num_classes"] and all(map(text, names))
+    require("class_names", right, f"a list of {info['num_classes']} names")
+    require("features", _folder_name(info.get("features")), "the name of a folder")
+    if (backbone := info.get("backbone")) is not None:
+        keys = {"name", "train", "model", "pretrained", "classes", "folder", "weights"}
+        require("backbone", isinstance(backbone, dict) and set(backbone) == keys, f"an object with {', '.join(keys)}")
+        require("backbone.name", text(backbone["name"]), "text")
+        require("backbone.train", backbone["train"] in ("all", "head", "none"), "all, head or none")
+        require("backbone.pretrained", isinstance(backbone["pretrained"], bool), "true or false")
+        folder, file, classes = backbone["folder"], backbone["weights"], backbone["classes"]
+        require("backbone.folder", folder is None or _folder_name(folder), "the name of a folder")
+        right = isinstance(file, dict) and set(file) == {"file", "digest"} and all(map(text, file.values()))
+        require("backbone.weights", file is None or right, "a file's name and digest")
+        right = _folder_name(classes) or (isinstance(classes, list) and all(map(text, classes)))
+        require("backbone.classes", classes is None or right, "the name of a list of classes, or a list of names")
+    return info
+
+
+def _folder_name(value: Any) -> bool:
+    """Whether a value names a folder and nothing beside or above it."""
+    return isinstance(value, str) and re.fullmatch(r"[\w\-][\w.\-]*", value) is not None

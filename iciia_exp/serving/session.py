@@ -1,4 +1,4 @@
-"""Serving: one client's images one after the other, on a trained run, with a bounded memory of its past.
+"""Session: serves one client's images one after the other, with a bounded memory of its past.
 
     session = ClientSession(Run.load("outputs/digits/iciia-0123456789ab"), client="kitchen", history=15)
     session.predict(features)   # [D] of one image -> probabilities [K]; the image joins the client's past
@@ -22,9 +22,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from iciia_exp import tasks
 from iciia_exp.artifacts import atomic_write
 from iciia_exp.errors import UserError, check_choice, check_int, first_line
+from iciia_exp.methods.adapt.base import Adaptive
 from iciia_exp.models.backbones.base import Backbone
 from iciia_exp.serving.run import Run
 
@@ -65,18 +65,20 @@ class ClientSession:
         seed: int = 0,
         compile: str | None = None,
     ) -> None:
-        self.run, self.client, self.backbone = run, client, backbone
+        if not isinstance(run.method, Adaptive):
+            raise UserError(f"{run.method.name}: serves the clients of its partition alone, not new ones")
+        self.run, self.client, self.backbone, self.method = run, client, backbone, run.method
         self.history = max(1, run.images - 1) if history is None else check_int("history", history, 0)
         self.keep = check_choice("keep", keep, KEEP)
         #: images seen so far, and how many of them are kept
         self.seen, self.kept = 0, 0
         self._rng = np.random.default_rng(seed)
-        dim = run.method.dim if keep == "diverse" else 0
-        self._state = torch.zeros(self.history, run.method.state_width)
+        dim = self.method.dim if keep == "diverse" else 0
+        self._state = torch.zeros(self.history, self.method.state_width)
         self._past_1PE = self._state[None]  # the same memory
         self._features = torch.zeros(self.history, dim)
         self._age = np.zeros(self.history, dtype=np.int64)  # when an image came
-        self._compiled = None if compile is None or self.history == 0 else _compiled_step(run, compile, self.history)
+        self._compiled = None if compile is None or self.history == 0 else _compiled_step(self, compile)
         self._real = torch.zeros(1, self.history, dtype=torch.bool)  # which places hold an image
 
     def __repr__(self) -> str:
@@ -96,8 +98,8 @@ class ClientSession:
         """
         x_1D = self._as_features(image)
         if self._compiled is None:
-            logits_1K, own_1E = self.run.method.step(_checked(x_1D, [self]), self._state[None, : self.kept])
-            p_1K = tasks.probabilities(logits_1K, self.run.info["task"])
+            logits_1K, own_1E = self.method.step(_checked(x_1D, [self]), self._state[None, : self.kept])
+            p_1K = self.method.task.probabilities(logits_1K)
         else:  # always of one shape, so that there is one program
             _checked(x_1D, [self], finite=False)
             try:
@@ -111,7 +113,7 @@ class ClientSession:
 
     def _as_features(self, image: Any) -> Tensor:
         """Return an image's features, [1, D]."""
-        dim = self.run.method.dim
+        dim = self.method.dim
         if isinstance(image, np.ndarray) and image.dtype.kind == "f" and image.ndim == 1:
             image = torch.from_numpy(image)
         if not (isinstance(image, Tensor) and image.is_floating_point() and image.ndim == 1):
@@ -201,23 +203,24 @@ class ClientSession:
 class _Step(torch.nn.Module):
     """A method's step with what stands around it, to be compiled: probabilities, state, and whether x is finite."""
 
-    def __init__(self, run: Run) -> None:
+    def __init__(self, method: Adaptive) -> None:
         super().__init__()
-        self.method, self.task = run.method, run.info["task"]
+        self.method = method
 
     def forward(self, x_1D: Tensor, past_1PE: Tensor, mask_1P: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         logits_1K, own_1E = self.method.step(x_1D, past_1PE, mask_1P)
-        return tasks.probabilities(logits_1K, self.task), own_1E, x_1D.isfinite().all()
+        return self.method.task.probabilities(logits_1K), own_1E, x_1D.isfinite().all()
 
 
-def _compiled_step(run: Run, backend: str, history: int) -> Callable[..., tuple[Tensor, Tensor, Tensor]]:
+def _compiled_step(session: ClientSession, backend: str) -> Callable[..., tuple[Tensor, Tensor, Tensor]]:
     """Return the method's step as a program, one for all sessions of a run that keep so many images."""
-    programs: dict[tuple[str, int], Any] = run.__dict__.setdefault("_programs", {})
+    run, history = session.run, session.history
+    programs = run.programs
     if (backend, history) not in programs:
         try:
-            step = _Step(run).eval()
+            step = _Step(session.method).eval()
             if backend == "inductor":
-                made = _ahead_of_time(step, torch.zeros(1, history, run.method.state_width))
+                made = _ahead_of_time(step, torch.zeros(1, history, session.method.state_width))
             else:
                 made = torch.compile(step, dynamic=False, fullgraph=True, backend=backend)
         except Exception as error:
@@ -240,7 +243,7 @@ def _ahead_of_time(step: _Step, past_1PE: Tensor) -> Callable[..., tuple[Tensor,
 
 def _checked(x_CD: Tensor, sessions: Sequence[ClientSession], finite: bool = True) -> Tensor:
     """Return the features; the first client with wrong ones (of shape, or not ``finite``) is named in the error."""
-    dim = sessions[0].run.method.dim
+    dim = sessions[0].method.dim
     if x_CD.ndim != 2 or x_CD.shape[1] != dim:
         raise UserError(f"{sessions[0].client}: features have shape {list(x_CD.shape[1:])}, the run wants [{dim}]")
     if finite and not x_CD.isfinite().all():
@@ -272,15 +275,15 @@ def predict_together(sessions: Sequence[ClientSession], features: Tensor) -> Ten
 
 
 def _predict(sessions: Sequence[ClientSession], x_CD: Tensor) -> Tensor:
-    run = sessions[0].run
-    logits_CK = x_CD.new_empty(len(sessions), run.method.num_classes)
+    method = sessions[0].method
+    logits_CK = x_CD.new_empty(len(sessions), method.num_classes)
     lengths = np.array([s.kept for s in sessions])
     # sessions of one length at a time: nothing is padded
     for length in np.unique(lengths):
         rows = np.flatnonzero(lengths == length)
         for some in np.array_split(rows, -(-len(rows) // _TOGETHER)):
             past_CPE = torch.stack([sessions[i]._state[:length] for i in some])
-            logits_CK[some], own_CE = run.method.step(x_CD[some], past_CPE)
+            logits_CK[some], own_CE = method.step(x_CD[some], past_CPE)
             for i, own_E in zip(some, own_CE, strict=True):
                 sessions[i]._remember(own_E, x_CD[i])
-    return tasks.probabilities(logits_CK, run.info["task"])
+    return method.task.probabilities(logits_CK)

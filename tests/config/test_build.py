@@ -9,14 +9,15 @@ import pytest
 from hydra.utils import get_object
 from omegaconf import OmegaConf
 
-from iciia_exp.config.build import Plan
+from iciia_exp.config.experiment import Experiment
 from iciia_exp.config.paths import CONF_DIR
+from iciia_exp.engine.stages import Stages
 from iciia_exp.errors import ConfigError, UserError
 from tests.making.folder import make_folder, write_table
 
 
-def run_digest(plan, *overrides):
-    return plan(*overrides).run_digest
+def run_digest(stages, *overrides):
+    return stages(*overrides).run.digest
 
 
 @pytest.mark.parametrize(
@@ -34,8 +35,8 @@ def run_digest(plan, *overrides):
         "method.shuffle=false",  # with one group it changes nothing
     ],
 )
-def test_what_changes_no_number_changes_no_digest(plan, override):
-    assert run_digest(plan, override) == run_digest(plan)
+def test_what_changes_no_number_changes_no_digest(stages, override):
+    assert run_digest(stages, override) == run_digest(stages)
 
 
 @pytest.mark.parametrize(
@@ -49,8 +50,8 @@ def test_what_changes_no_number_changes_no_digest(plan, override):
         "groups=2",
         "heads=2",
         "method.dropout=0",
-        "protocol.images=8",
-        "protocol.recipe.epochs=4",
+        "training.images=8",
+        "training.recipe.epochs=4",
         "backbone.recipe.epochs=3",
         "features.dtype=float16",
         "trainer.precision=bf16-mixed",
@@ -58,32 +59,32 @@ def test_what_changes_no_number_changes_no_digest(plan, override):
         "+trainer.limit_train_batches=1",
     ],
 )
-def test_what_changes_a_number_changes_the_digest(plan, override):
-    assert run_digest(plan, override) != run_digest(plan)
+def test_what_changes_a_number_changes_the_digest(stages, override):
+    assert run_digest(stages, override) != run_digest(stages)
 
 
-def test_groups_max_and_d_are_one_run(plan):
-    assert run_digest(plan, "groups=max") == run_digest(plan, "groups=32")
+def test_groups_max_and_d_are_one_run(stages):
+    assert run_digest(stages, "groups=max") == run_digest(stages, "groups=32")
 
 
-def test_keys_that_a_method_does_not_use_are_dropped(plan):
-    assert run_digest(plan, "method=linear_head", "groups=4") == run_digest(plan, "method=linear_head")
-    plain = run_digest(plan, "method=backbone")
-    assert run_digest(plan, "method=backbone", "seed=5", "protocol.recipe.lr=1", "heads=8") == plain
-    assert run_digest(plan, "method=linear_head", "seed=5") != run_digest(plan, "method=linear_head")
+def test_keys_that_a_method_does_not_use_are_dropped(stages):
+    assert run_digest(stages, "method=linear_head", "groups=4") == run_digest(stages, "method=linear_head")
+    plain = run_digest(stages, "method=backbone")
+    assert run_digest(stages, "method=backbone", "seed=5", "training.recipe.lr=1", "heads=8") == plain
+    assert run_digest(stages, "method=linear_head", "seed=5") != run_digest(stages, "method=linear_head")
 
 
-def test_backbone_and_features_are_shared_where_they_can_be(plan):
-    one, other = plan(), plan("seed=3", "groups=8", "partition.seed=2", "protocol.recipe.lr=1")
-    assert one.backbone_dir == other.backbone_dir
-    assert one.features_dir == other.features_dir
-    assert one.run_dir != other.run_dir
-    assert plan("features.dtype=float16").backbone_dir == one.backbone_dir
-    assert plan("features.dtype=float16").features_dir != one.features_dir
+def test_backbone_and_features_are_shared_where_they_can_be(stages):
+    one, other = stages(), stages("seed=3", "groups=8", "partition.seed=2", "training.recipe.lr=1")
+    assert one.backbone.folder == other.backbone.folder
+    assert one.features.folder == other.features.folder
+    assert one.run.folder != other.run.folder
+    assert stages("features.dtype=float16").backbone.folder == one.backbone.folder
+    assert stages("features.dtype=float16").features.folder != one.features.folder
 
 
-def test_no_path_needs_quoting(plan):
-    for path in (plan().run_dir, plan().features_dir, plan().backbone_dir):
+def test_no_path_needs_quoting(stages):
+    for path in (stages().run.folder, stages().features.folder, stages().backbone.folder):
         assert "=" not in path.name
         assert " " not in path.name
 
@@ -94,10 +95,10 @@ def test_no_path_needs_quoting(plan):
         ("groups=3", "groups=3: must divide the feature width D=32; valid: 1, 2, 4, 8, 16, 32, or max"),
         ("heads=5", "heads=5: must divide"),
         ("method.heads=5", "method.heads=5: must divide"),
-        ("method.num_layers=0", "method.num_layers=0: must be a whole number of at least 1"),
+        ("method.num_layers=0", "method.num_layers=0: must be a whole number of 1 to 1000"),
         ("partition.images_per_client=0", "partition.images_per_client=0: must be a whole number"),
-        ("protocol.recipe.lr=0", "protocol.recipe.lr=0: must be a number above 0"),
-        ("protocol.recipe.optimizer=sdg", "protocol.recipe.optimizer=sdg: .*did you mean sgd"),
+        ("training.recipe.lr=0", "training.recipe.lr=0: must be a number above 0"),
+        ("training.recipe.optimizer=sdg", "training.recipe.optimizer=sdg: .*did you mean sgd"),
         ("backbone.recipe.patience=3", "backbone.recipe.patience=3: must be 0|recipe.patience"),
         ("backbone.model.dim=0", "backbone.model.dim=0: must be a whole number"),
         ("dataset.sizes.test=1700", "dataset.sizes=.*asks for"),
@@ -107,9 +108,9 @@ def test_no_path_needs_quoting(plan):
         ("features.dtype=float8", "features.dtype=float8: must be one of"),
     ],
 )
-def test_values_out_of_range_name_their_key(plan, override, message):
+def test_values_out_of_range_name_their_key(stages, override, message):
     with pytest.raises(ConfigError, match=f"^{message}"):
-        plan(*([override] if not override.startswith("backbone.recipe.patience") else [f"+{override}"]))
+        stages(*([override] if not override.startswith("backbone.recipe.patience") else [f"+{override}"]))
 
 
 @pytest.mark.parametrize(
@@ -117,7 +118,7 @@ def test_values_out_of_range_name_their_key(plan, override, message):
     [
         ("+partition.clases=2", "partition.clases: no such key; did you mean partition.classes_per_client|valid"),
         ("+backbone.model.dims=2", "backbone.model.dims: no such key; did you mean backbone.model.dim"),
-        ("+protocol.recipe.lrr=2", "protocol.recipe.lrr: no such key; did you mean protocol.recipe.lr"),
+        ("+training.recipe.lrr=2", "training.recipe.lrr: no such key; did you mean training.recipe.lr"),
         ("+grups=2", r"grups: no such key; did you mean groups\?"),
         ("~method", "method: is missing"),
         ("dataset._target_=iciia_exp.data.nowhere.Digits", "dataset._target_=.*cannot be imported"),
@@ -125,14 +126,14 @@ def test_values_out_of_range_name_their_key(plan, override, message):
         ("output_dir=${nothing}", ".*nothing"),
     ],
 )
-def test_structure_is_checked(plan, override, message):
+def test_structure_is_checked(stages, override, message):
     with pytest.raises(UserError, match=message):
-        plan(override)
+        stages(override)
 
 
-def test_errors_of_the_partition_name_the_group(plan):
+def test_errors_of_the_partition_name_the_group(stages):
     with pytest.raises(ConfigError, match=r"^partition\.classes_per_client=11: the dataset has 10 classes"):
-        plan("partition.classes_per_client=11", "partition.images_per_client=11").clients  # noqa: B018
+        stages("partition.classes_per_client=11", "partition.images_per_client=11").clients  # noqa: B018
 
 
 # ---- datasets on disk, features, and weights from files
@@ -153,18 +154,19 @@ def write_images(root):
 
 @pytest.fixture
 def on_disk(compose, tmp_path):
-    """Make a plan for a folder of images."""
+    """Make the stages of an experiment on a folder of images."""
     write_images(tmp_path / "data")
 
     def make(*overrides):
         places = [] if any(o.startswith("data_dir=") for o in overrides) else [f"data_dir={tmp_path}/data"]
-        return Plan(compose("logger=csv", *IMAGES, *places, *overrides))
+        return Stages(Experiment.from_config(compose("logger=csv", *IMAGES, *places, *overrides)))
 
     return make
 
 
-def digests(plan):
-    return plan.backbone_digest, plan.features_digest, plan.head_digest, plan.run_digest
+def digests(stages):
+    """Return the digests of the artifacts that there are."""
+    return [part.digest for part in (stages.backbone, stages.features, stages.head, stages.run) if part is not None]
 
 
 @pytest.mark.parametrize("train", [(), HEAD], ids=["all", "head"])
@@ -220,8 +222,8 @@ def test_precision_changes_the_features_and_not_the_backbone(on_disk, override):
 
 def test_the_trainers_precision_is_that_of_the_features(on_disk):
     same = on_disk(*HEAD, "features.precision=bf16-mixed", "trainer.precision=bf16-mixed")
-    assert same.features_digest == on_disk(*HEAD, "trainer.precision=bf16-mixed").features_digest
-    assert on_disk(*HEAD, "features.precision=32-true").features_digest == on_disk(*HEAD).features_digest
+    assert same.features.digest == on_disk(*HEAD, "trainer.precision=bf16-mixed").features.digest
+    assert on_disk(*HEAD, "features.precision=32-true").features.digest == on_disk(*HEAD).features.digest
 
 
 @pytest.mark.parametrize("train", ["all", "head", "none"])
@@ -248,7 +250,7 @@ def test_names_of_known_classes_are_their_files_content(on_disk, tmp_path, train
 
     def made(path):
         given = (f"+backbone.weights={tmp_path}/weights.pt", f"+backbone.classes={path}")
-        return on_disk(*given, f"backbone.train={train}", *recipe).features_digest
+        return on_disk(*given, f"backbone.train={train}", *recipe).features.digest
 
     for name, content in (("one.txt", "apple\ncup"), ("copy.txt", "apple\ncup"), ("other.txt", "cup\napple")):
         (tmp_path / name).write_text(content)
@@ -269,16 +271,17 @@ def test_names_of_known_classes_are_their_files_content(on_disk, tmp_path, train
 def test_the_backbone_knows_the_partition_where_it_learns_from_the_clients(on_disk, tmp_path, overrides, own):
     (tmp_path / "w.pt").write_bytes(b"a")
     one, other = (on_disk(*overrides, f"partition.seed={seed}") for seed in (0, 1))
-    assert (one.base_digest == other.base_digest) is own
-    if one.backbone_spec.train != "none":
-        assert (one.backbone_dir == other.backbone_dir) is own
-    if one.backbone_spec.train == "head":
-        assert one.features_dir == other.features_dir
-    assert one.run_digest != other.run_digest
+    assert (one.base.digest == other.base.digest) is own
+    if one.backbone is not None:
+        assert (one.backbone.folder == other.backbone.folder) is own
+    if one.head is not None:
+        assert (one.head.folder == other.head.folder) is own
+        assert one.features.folder == other.features.folder
+    assert one.run.digest != other.run.digest
 
 
-def test_images_of_the_backbones_own_make_it_the_partitions_stranger(plan):
-    assert plan("partition.seed=1").backbone_dir == plan().backbone_dir  # digits has some
+def test_images_of_the_backbones_own_make_it_the_partitions_stranger(stages):
+    assert stages("partition.seed=1").backbone.folder == stages().backbone.folder  # digits has some
 
 
 FILES = sorted(
@@ -295,7 +298,7 @@ def test_every_dataset_with_files_is_here():
 def test_a_missing_folder_is_that_of_data_dir(compose, name, value):
     overrides = [f"dataset={name}", f"data_dir={value}", "logger=csv"]
     with pytest.raises(ConfigError, match=rf"^data_dir={value}: ") as error:
-        Plan(compose(*overrides)).table  # noqa: B018
+        Stages(Experiment.from_config(compose(*overrides))).table  # noqa: B018
     assert error.value.key == "data_dir"
 
 
@@ -303,18 +306,18 @@ def test_a_missing_folder_is_that_of_data_dir(compose, name, value):
     "key",
     [
         *("dataset", "backbone", "backbone.model", "backbone.recipe", "features", "partition", "method"),
-        *("client_mix", "protocol", "protocol.recipe"),
+        *("client_mix", "training", "training.recipe", "evaluation"),
     ],
 )
-def test_a_class_that_moves_to_another_module_renames_nothing(plan, key, monkeypatch):
-    node = OmegaConf.select(OmegaConf.create(plan().config), key)
+def test_a_class_that_moves_to_another_module_renames_nothing(stages, key, monkeypatch):
+    node = OmegaConf.select(OmegaConf.create(stages().experiment.config), key)
     here = get_object(node["_target_"])
     moved = type(here.__name__, (here,), {"__module__": "tests.elsewhere"})
     module = types.ModuleType("tests.elsewhere")
     setattr(module, here.__name__, moved)
     monkeypatch.setitem(sys.modules, "tests.elsewhere", module)
-    there = plan(f"{key}._target_=tests.elsewhere.{here.__name__}")
-    assert get_object(OmegaConf.select(OmegaConf.create(there.config), key)["_target_"]) is moved
-    assert there.run_dir == plan().run_dir
-    assert there.features_dir == plan().features_dir
-    assert there.backbone_dir == plan().backbone_dir
+    there = stages(f"{key}._target_=tests.elsewhere.{here.__name__}")
+    assert get_object(OmegaConf.select(OmegaConf.create(there.experiment.config), key)["_target_"]) is moved
+    assert there.evaluation.folder == stages().evaluation.folder
+    assert there.features.folder == stages().features.folder
+    assert there.backbone.folder == stages().backbone.folder

@@ -7,7 +7,8 @@ import yaml
 from hydra.utils import get_object
 from omegaconf import OmegaConf
 
-from iciia_exp.config.build import GROUPS, TOP_LEVEL, check_keys, parameters_of
+from iciia_exp.config.check import check_keys, parameters_of
+from iciia_exp.config.experiment import GROUPS, TOP_LEVEL
 from iciia_exp.config.paths import CONF_DIR
 
 FILES = sorted(CONF_DIR.rglob("*.yaml"))
@@ -16,19 +17,17 @@ EXPERIMENTS = [f for f in FILES if f.parent.name == "experiment"]
 SWEEPS = [f for f in FILES if f.parent.name == "sweep"]
 
 #: Arguments that the engine provides.
-RUNTIME = {"head", "num_classes", "dim"}
+RUNTIME = {"facts", "num_classes", "dim"}
 
 
 def named(files):
     return pytest.mark.parametrize("path", files, ids=[str(f.relative_to(CONF_DIR)) for f in files])
 
 
-def test_all_files_are_seen():
-    assert len(FILES) == 98
-    assert len(GROUP_FILES) == 66
-    assert len(EXPERIMENTS) == 20
-    assert len(SWEEPS) == 6
+def test_every_group_has_options():
     assert {f.parent.name for f in GROUP_FILES} == set(GROUPS)
+    other = {"launcher", "search", "wandb", "conf"}
+    assert {f.parent.name for f in set(FILES) - {*GROUP_FILES, *EXPERIMENTS, *SWEEPS}} == other
 
 
 def targets(node):
@@ -41,8 +40,9 @@ def targets(node):
 
 
 @named(GROUP_FILES)
-def test_group_file_binds_to_its_target(path):
-    node = yaml.safe_load(path.read_text())
+def test_group_file_binds_to_its_target(path, compose):
+    config = compose(f"{path.parent.name}={path.stem}")
+    node = OmegaConf.to_container(config[path.parent.name], resolve=False)
     check_keys(node, path.parent.name)
     assert list(targets(node))
     for part in targets(node):
@@ -51,6 +51,28 @@ def test_group_file_binds_to_its_target(path):
         assert given <= set(parameters)
         required = {n for n, p in parameters.items() if p.default is inspect.Parameter.empty}
         assert required - given <= RUNTIME, f"{part['_target_']} needs {required - given - RUNTIME}"
+
+
+#: Groups whose options are presets: values of one setting, where the constructor's default is no method of the tables.
+PRESETS = {"backbone", "logger", "trainer"}
+
+
+def is_default(path):
+    """Whether an option is what its constructor builds by itself: all but presets of recipes and client mixes."""
+    several = path.parent.name in ("training", "client_mix", "features")
+    return path.parent.name not in PRESETS and (not several or path.stem in ("default", "natural"))
+
+
+@named([path for path in GROUP_FILES if is_default(path)])
+def test_the_values_of_a_default_are_the_constructors(path, compose):
+    """So that a method built in a notebook is the method of the tables."""
+    node = OmegaConf.to_container(compose(f"{path.parent.name}={path.stem}")[path.parent.name], resolve=False)
+    for key, parameter in parameters_of(get_object(node["_target_"])).items():
+        value, default = node.get(key, parameter.default), parameter.default
+        interpolated = isinstance(value, str) and value.startswith("${")
+        if default is inspect.Parameter.empty or interpolated or isinstance(value, dict):
+            continue
+        assert value == (list(default) if isinstance(default, tuple) else default), key
 
 
 @named(GROUP_FILES)

@@ -8,7 +8,7 @@ from iciia_exp.data.backbone_split import reserve_for_backbone
 from iciia_exp.errors import ConfigError
 
 
-def table(images=400, classes=5, owners=None, multi=False, splits=("train", "selection", "test")):
+def table(images=400, classes=5, owners=None, multi=False, splits=("train", "val", "test")):
     rng = np.random.default_rng(0)
     label = rng.integers(0, classes, images)
     owner = [f"u{i}" for i in rng.integers(0, owners, images)] if owners else [None] * images

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 from torch.utils.data import DataLoader
 
-from iciia_exp.data.batches import ClientBatchSampler, FeatureBatches, Selection, cut_chunks, pack
+from iciia_exp.data.batches import ClientBatchSampler, ClientIndex, FeatureBatches, cut_chunks, pack
 from iciia_exp.data.clients import Ragged
 
 
@@ -130,8 +130,8 @@ def test_logits_of_some_images():
     features = np.random.default_rng(0).standard_normal((10, 4)).astype(np.float32)
     logits = np.arange(12, dtype=np.float16).reshape(4, 3)
     batches = FeatureBatches(features, np.arange(10), (logits, np.array([7, 2, 5, 3])))
-    batch = batches[Selection(np.array([[2, 7, -1], [3, 5, 2]]), np.array([0, 1]))]
+    batch = batches[ClientIndex(np.array([[2, 7, -1], [3, 5, 2]]), np.array([0, 1]))]
     want = np.stack([np.stack([logits[1], logits[0], 0 * logits[0]]), logits[[3, 2, 1]]])
     np.testing.assert_array_equal(batch.backbone_CSK, want)
-    assert batches[Selection(np.array([[2, 4, -1]]), np.array([0]))].backbone_CSK is None
-    assert FeatureBatches(features, np.arange(10))[Selection(np.array([[2]]), np.array([0]))].backbone_CSK is None
+    assert batches[ClientIndex(np.array([[2, 4, -1]]), np.array([0]))].backbone_CSK is None
+    assert FeatureBatches(features, np.arange(10))[ClientIndex(np.array([[2]]), np.array([0]))].backbone_CSK is None

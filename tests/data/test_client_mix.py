@@ -7,7 +7,7 @@ from iciia_exp.data.client_mix import ClientMix, unseen
 from iciia_exp.data.clients import Ragged
 from iciia_exp.errors import ConfigError
 
-# four clients of two kinds; classes 0-2 are of kind a, 3-5 of kind b
+# four clients of two types; classes 0-2 are of type a, 3-5 of type b
 LABELS = np.tile(np.arange(6), 40)
 ROWS = [
     np.flatnonzero((LABELS < 3) & (np.arange(240) % 12 < 6)),
@@ -33,7 +33,7 @@ def test_natural_clients_come_once_before_any_comes_twice():
 
 
 def test_kinds_share_their_images():
-    index_CS, client_C = draw(pool="kind")
+    index_CS, client_C = draw(pool="client_type")
     mixed = [len({int(np.isin(i, ROWS[1])) for i in row[row >= 0]}) for row in index_CS[client_C == 0]]
     assert max(mixed) == 2
     assert all(len(set(LABELS[row[row >= 0]] // 3)) == 1 for row in index_CS)
@@ -66,15 +66,15 @@ def test_homogeneous_clients_have_all_classes():
 def test_a_drifting_client_becomes_another():
     index_CS, _ = draw(images=40, natural=1, drifting=100000, size=20)
     both = [set(LABELS[row[row >= 0]] // 3) == {0, 1} for row in index_CS]
-    assert 0.3 < np.mean(both) < 0.7  # half of the pairs are of one kind
+    assert 0.3 < np.mean(both) < 0.7  # half of the pairs are of one type
 
 
-def test_unseen_kinds_come_in_other_clients_alone():
-    (kind,) = unseen(KINDS, 0.5)
-    index_CS, client_C = draw(natural=1, homogeneous=1, unseen_kinds=0.5, size=4)
-    assert set(KINDS[client_C[client_C >= 0]]) == {"a", "b"} - {kind}
+def test_unseen_types_come_in_other_clients_alone():
+    (client_type,) = unseen(KINDS, 0.5)
+    index_CS, client_C = draw(natural=1, homogeneous=1, unseen_types=0.5, size=4)
+    assert set(KINDS[client_C[client_C >= 0]]) == {"a", "b"} - {client_type}
     assert len(set(LABELS[index_CS[client_C < 0].ravel()])) == 6
-    assert not ClientMix(unseen_kinds=0.5).plain
+    assert not ClientMix(unseen_types=0.5).plain
 
 
 def test_an_epoch_is_a_function_of_its_seed():
@@ -94,4 +94,4 @@ def test_what_cannot_be_drawn():
         ClientMix(random_classes=1.0).check(np.zeros((5, 3)))
     ClientMix(homogeneous=1.0).check(np.zeros((5, 3)))
     assert ClientMix().plain
-    assert not ClientMix(pool="kind").plain
+    assert not ClientMix(pool="client_type").plain

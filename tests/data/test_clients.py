@@ -10,11 +10,11 @@ from iciia_exp.data.clients import ROLES, Clients, Ragged
 def clients():
     rows = {
         "train": [np.array([0, 1, 2]), np.array([], dtype=int), np.array([], dtype=int)],
-        "selection": [np.array([], dtype=int), np.array([3]), np.array([], dtype=int)],
+        "val": [np.array([], dtype=int), np.array([3]), np.array([], dtype=int)],
         "test": [np.array([], dtype=int), np.array([], dtype=int), np.array([5, 4])],
     }
-    ids, kinds = (np.array(v, dtype=object) for v in (["a", "b", "c"], ["x", "y", "x"]))
-    return Clients(ids, kinds, **{role: Ragged.from_rows(r) for role, r in rows.items()})
+    ids, types = (np.array(v, dtype=object) for v in (["a", "b", "c"], ["x", "y", "x"]))
+    return Clients(ids, types, **{role: Ragged.from_rows(r) for role, r in rows.items()})
 
 
 def test_rows(clients):
@@ -28,9 +28,9 @@ def test_rows(clients):
 def test_save_and_load(clients, tmp_path):
     clients.save(tmp_path / "p.parquet")
     again = Clients.load(tmp_path / "p.parquet")
-    for name in ("ids", "kinds"):
+    for name in ("ids", "types"):
         np.testing.assert_array_equal(getattr(again, name), getattr(clients, name))
-    for role in ("train", "selection", "test"):
+    for role in ("train", "val", "test"):
         np.testing.assert_array_equal(again[role].offsets, clients[role].offsets)
         np.testing.assert_array_equal(again[role].values, clients[role].values)
 
@@ -54,7 +54,7 @@ def test_statistics_of_several_labels_per_image(clients):
     assert clients.classes_per_client(labels_MK, "train").tolist() == [3, 0, 0]
     assert clients.classes_per_client(labels_MK, "test").tolist() == [0, 0, 1]
     table = clients.statistics(labels_MK).set_index("role")
-    assert table["classes_mean"].to_dict() == {"train": 3.0, "selection": 0.0, "test": 1.0}
+    assert table["classes_mean"].to_dict() == {"train": 3.0, "val": 0.0, "test": 1.0}
 
 
 def test_an_image_of_several_rows_is_one_distinct_image():

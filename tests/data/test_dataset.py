@@ -27,7 +27,7 @@ def test_a_good_table_passes():
 
 @pytest.mark.parametrize(
     ("change", "message"),
-    [({"label": [0, 2]}, "outside"), ({"label": [-1, 0]}, "outside"), ({"split": ["train", "val"]}, "val")],
+    [({"label": [0, 2]}, "outside"), ({"label": [-1, 0]}, "outside"), ({"split": ["train", "valid"]}, "valid")],
 )
 def test_tables_are_checked(change, message):
     with pytest.raises(ValueError, match=message):

@@ -2,7 +2,8 @@
 
 import pytest
 
-from iciia_exp.config.build import Plan
+from iciia_exp.config.experiment import Experiment
+from iciia_exp.engine.stages import Stages
 from iciia_exp.engine.terminal import setup_logging
 from tests.making.extraction import SMALL, owned_images
 
@@ -15,10 +16,10 @@ def root(tmp_path):
 
 @pytest.fixture
 def folder(compose, root):
-    """Make a plan for it; what the console is told is printed."""
+    """Make a stages for it; what the console is told is printed."""
     setup_logging()
 
     def make(*overrides):
-        return Plan(compose(*SMALL, f"data_dir='{root}'", *overrides))
+        return Stages(Experiment.from_config(compose(*SMALL, f"data_dir='{root}'", *overrides)))
 
     return make

@@ -4,9 +4,10 @@ import pytest
 import torch
 from torchvision import datasets
 
-from iciia_exp.config.build import Plan
+from iciia_exp.config.experiment import Experiment
 from iciia_exp.config.paths import CONF_DIR
-from iciia_exp.engine.stages import execute
+from iciia_exp.engine.execute import execute
+from iciia_exp.engine.stages import Stages
 from iciia_exp.models.backbones.timm_backbone import TimmBackbone
 from iciia_exp.models.backbones.torchvision_backbone import TorchvisionBackbone
 from tests.making.celeba import make_celeba
@@ -52,7 +53,12 @@ def small_cifar100(root, monkeypatch):
 
 TINY = "backbone.model.image_size=32"
 CLIENTS = "partition.images_per_client=4"
-CHEAP = ("trainer=smoke", "logger=csv", "protocol.history_orders=1", "groups=16")  # of 2,560 features, most of the time
+CHEAP = (
+    "trainer=smoke",
+    "logger=csv",
+    "evaluation.history_orders=1",
+    "groups=16",
+)  # of 2,560 features, most of the time
 
 EXPERIMENTS = {
     "digits": (None, ()),
@@ -88,11 +94,11 @@ def test_every_experiment_runs(name, compose, tmp_path, monkeypatch, offline_wei
     if make is not None:
         (tmp_path / "data").mkdir()
         make(tmp_path / "data", monkeypatch)
-    plan = Plan(compose(f"+experiment={name}", *data, *CHEAP, *overrides))
-    row = execute(plan)
+    stages = Stages(Experiment.from_config(compose(f"+experiment={name}", *data, *CHEAP, *overrides)))
+    row = execute(stages)
     assert row["name"] == name
     assert row["test_clients"] > 0
-    assert row["dim"] == plan.dim
+    assert row["dim"] == stages.dim
     assert row["backbone_macs"] is None if name == "features" else row["backbone_macs"] > 0
     assert 0 <= row["accuracy"] <= 1
-    assert execute(plan) == row
+    assert execute(stages) == row

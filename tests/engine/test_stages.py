@@ -13,12 +13,13 @@ from safetensors.torch import load_file
 
 from iciia_exp import Run
 from iciia_exp.data.store import FeatureStore, FeatureWriter
-from iciia_exp.engine import stages
+from iciia_exp.engine import graph
 from iciia_exp.engine.evaluation import evaluate as evaluation
-from iciia_exp.engine.stages import execute
+from iciia_exp.engine.execute import execute
 from iciia_exp.engine.terminal import setup_logging
-from iciia_exp.engine.training import train_backbone as backbones
 from iciia_exp.engine.training import modules as training
+from iciia_exp.engine.training import train_backbone as backbones
+from iciia_exp.engine.training import train_method
 from iciia_exp.errors import UserError
 
 
@@ -32,8 +33,8 @@ def science(row):
     return {k: v for k, v in row.items() if not k.startswith("seconds") and k != "finished"}
 
 
-def weights(plan):
-    return load_file(plan.run_dir / "weights.safetensors")
+def weights(stages):
+    return load_file(stages.run.folder / "weights.safetensors")
 
 
 def same_weights(one, other):
@@ -41,58 +42,58 @@ def same_weights(one, other):
     return all(torch.equal(one[name], other[name]) for name in one)
 
 
-def test_the_main_job(plan, capsys):
-    made = plan()
+def test_the_main_job(stages, capsys):
+    made = stages()
     row = execute(made)
     out = capsys.readouterr().out
     assert "classes per client" in out
     assert "small_cnn alone" in out
-    assert row == json.loads((made.run_dir / "results.json").read_text())
-    clients = pd.read_parquet(made.run_dir / "clients.parquet")
-    columns = "client kind images answers classes backbone_hits method_hits both_hits backbone_loss method_loss"
+    assert row == json.loads((made.evaluation.folder / "results.json").read_text())
+    clients = pd.read_parquet(made.evaluation.folder / "clients.parquet")
+    columns = "client client_type images decisions classes backbone_correct method_correct both_correct"
+    columns += " backbone_loss method_loss"
     assert list(clients) == columns.split()
     assert len(clients) == row["test_clients"]
-    assert clients["method_hits"].sum() / clients["images"].sum() == row["accuracy"]
+    assert clients["method_correct"].sum() / clients["images"].sum() == row["accuracy"]
     assert (clients["classes"] == 2).all()
     assert row["backbone_macs"] > 0
     assert row["overhead_percent"] == pytest.approx(16 * row["per_image_overhead_percent"])
     for name in ("gain_per_client", "accuracy_vs_overhead"):
-        assert (made.run_dir / "plots" / f"{name}.png").read_bytes()[:4] == b"\x89PNG"
-    metrics = pd.read_csv(made.run_dir / "csv" / "version_0" / "metrics.csv")
-    assert metrics["selection/accuracy"].notna().sum() == 3
-    assert not (made.run_dir / "checkpoints").exists()
+        assert (made.evaluation.folder / "plots" / f"{name}.png").read_bytes()[:4] == b"\x89PNG"
+    metrics = pd.read_csv(made.run.folder / "csv" / "version_0" / "metrics.csv")
+    assert metrics["val/accuracy"].notna().sum() == 3
+    assert not (made.run.folder / "checkpoints").exists()
     # the flat row has no nested value, and every setting
     assert not any(isinstance(v, dict | list) for v in row.values())
     assert row["config.partition.classes_per_client"] == 2
     assert (row["seed"], row["partition_seed"], row["backbone_seed"]) == (0, 0, 0)
 
 
-def test_repeating_computes_nothing(plan, monkeypatch, capsys):
-    row = execute(plan())
+def test_repeating_computes_nothing(stages, monkeypatch, capsys):
+    row = execute(stages())
 
     def compute(*_, **__):
         raise AssertionError("computed again")
 
-    for name in ("train_backbone", "_features", "_train", "_run"):
-        monkeypatch.setattr(stages, name, compute)
-    monkeypatch.setattr(type(plan().dataset), "load_table", compute)
+    monkeypatch.setattr(graph, "_make", compute)
+    monkeypatch.setattr(type(stages().experiment.dataset), "load_table", compute)
     capsys.readouterr()
-    assert execute(plan()) == row
+    assert execute(stages()) == row
     assert "small_cnn alone" in capsys.readouterr().out
 
 
-def test_the_same_numbers_every_time(plan, tmp_path):
-    one, other = plan(), plan(f"cache_dir={tmp_path}/other", f"output_dir={tmp_path}/elsewhere")
+def test_the_same_numbers_every_time(stages, tmp_path):
+    one, other = stages(), stages(f"cache_dir={tmp_path}/other", f"output_dir={tmp_path}/elsewhere")
     rows = [execute(one), execute(other)]
     assert science(rows[0]) == science(rows[1])
     assert same_weights(weights(one), weights(other))
     np.testing.assert_array_equal(
-        FeatureStore.open(one.features_dir).array(), FeatureStore.open(other.features_dir).array()
+        FeatureStore.open(one.features.folder).array(), FeatureStore.open(other.features.folder).array()
     )
 
 
-def test_seeds_are_their_own(plan):
-    base, seed, partition = plan(), plan("seed=1"), plan("partition.seed=1")
+def test_seeds_are_their_own(stages):
+    base, seed, partition = stages(), stages("seed=1"), stages("partition.seed=1")
     rows = [execute(p) for p in (base, seed, partition)]
     assert rows[0]["backbone_accuracy"] == rows[1]["backbone_accuracy"]
     assert not same_weights(weights(base), weights(seed))
@@ -114,15 +115,15 @@ KILLS = {
     "feature extraction": (FeatureWriter, "write"),
     "before the features are whole": (FeatureWriter, "finish"),
     "method training": (training.MethodModule, "training_step"),
-    "after training": (stages, "save_method"),
+    "after training": (train_method, "save_method"),
     "evaluation": (training.MethodModule, "test_step"),
-    "before the results": (evaluation, "_siblings"),
+    "before the results": (evaluation, "accuracy_vs_overhead"),
 }
 
 
 @pytest.mark.parametrize("where", KILLS)
-def test_killed_in_any_stage_and_repeated(plan, tmp_path, monkeypatch, where):
-    whole = plan(f"cache_dir={tmp_path}/whole", f"output_dir={tmp_path}/whole")
+def test_killed_in_any_stage_and_repeated(stages, tmp_path, monkeypatch, where):
+    whole = stages(f"cache_dir={tmp_path}/whole", f"output_dir={tmp_path}/whole")
     want = execute(whole)
     owner, name = KILLS[where]
     original = getattr(owner, name)
@@ -136,43 +137,46 @@ def test_killed_in_any_stage_and_repeated(plan, tmp_path, monkeypatch, where):
 
     monkeypatch.setattr(owner, name, die_later)
     with pytest.raises(Killed):
-        execute(plan())
-    assert not (plan().run_dir / "results.json").exists()
+        execute(stages())
+    assert not (stages().evaluation.folder / "results.json").exists()
     monkeypatch.setattr(owner, name, original)
-    assert science(execute(plan())) == science(want)
-    assert same_weights(weights(plan()), weights(whole))
+    assert science(execute(stages())) == science(want)
+    assert same_weights(weights(stages()), weights(whole))
 
 
 @pytest.mark.parametrize(
-    ("stage", "needs"), [("features", "backbone"), ("train", "features"), ("evaluate", "features")]
+    ("stage", "made", "needs"),
+    [("features", None, "backbone"), ("evaluate", None, "backbone"), ("train", "backbone", "features")],
 )
-def test_a_stage_alone_names_what_it_needs(plan, stage, needs):
+def test_a_stage_alone_names_what_it_needs(stages, stage, made, needs):
+    if made:
+        execute(stages(f"stage={made}"))
     with pytest.raises(UserError, match=f"stage={stage}: needs the {needs} stage first"):
-        execute(plan(f"stage={stage}"))
+        execute(stages(f"stage={stage}"))
 
 
-def test_stages_one_by_one(plan):
+def test_stages_one_by_one(stages):
     for stage in ("backbone", "features"):
-        assert execute(plan(f"stage={stage}")) is None
-        assert not plan().run_dir.exists()
+        assert execute(stages(f"stage={stage}")) is None
+        assert not stages().run.folder.exists()
     with pytest.raises(UserError, match="needs the train stage first"):
-        execute(plan("stage=evaluate"))
-    assert execute(plan("stage=train")) is None
+        execute(stages("stage=evaluate"))
+    assert execute(stages("stage=train")) is None
     with pytest.raises(UserError, match="trained but not evaluated"):
-        Run.load(plan().run_dir).results  # noqa: B018
-    row = execute(plan("stage=evaluate"))
-    assert science(row) == science(execute(plan()))
+        Run.load(stages().run.folder).results  # noqa: B018
+    row = execute(stages("stage=evaluate"))
+    assert science(row) == science(execute(stages()))
 
 
-def test_nothing_is_written_for_a_bad_configuration(plan, tmp_path):
+def test_nothing_is_written_for_a_bad_configuration(stages, tmp_path):
     for override in ("partition.images_per_client=600", "trainer.precision=7"):
         with pytest.raises(UserError):
-            execute(plan(override))
+            execute(stages(override))
     assert not os.listdir(tmp_path)
 
 
-def test_baselines(plan):
-    rows = {m: execute(plan(f"method={m}")) for m in ("backbone", "linear_head")}
+def test_baselines(stages):
+    rows = {m: execute(stages(f"method={m}")) for m in ("backbone", "linear_head")}
     plain = rows["backbone"]
     assert plain["gain"] == plain["harmed_share"] == plain["overhead_percent"] == 0
     assert plain["accuracy"] == plain["backbone_accuracy"] == rows["linear_head"]["backbone_accuracy"]
@@ -181,89 +185,94 @@ def test_baselines(plan):
     assert rows["linear_head"]["epochs"] == 3
 
 
-def test_within_client_and_by_parent(plan):
-    row = execute(plan("partition.split=within", "partition.by=parent", "partition.images_per_client=20"))
-    clients = Run.load(plan("partition.split=within", "partition.by=parent", "partition.images_per_client=20").run_dir)
-    assert set(clients.clients["kind"]) <= {"loops", "curves", "straight"}
+def test_within_client_and_by_parent(stages):
+    row = execute(stages("partition.split=within", "partition.by=parent", "partition.images_per_client=20"))
+    clients = Run.load(
+        stages("partition.split=within", "partition.by=parent", "partition.images_per_client=20").run.folder
+    )
+    assert set(clients.clients["client_type"]) <= {"loops", "curves", "straight"}
     assert row["test_clients"] == len(clients.clients)
 
 
-def test_the_manifest_says_what_the_features_are(plan):
-    execute(plan())
-    manifest = json.loads((plan().features_dir / "manifest.json").read_text())
+def test_the_manifest_says_what_the_features_are(stages):
+    execute(stages())
+    manifest = json.loads((stages().features.folder / "manifest.json").read_text())
     assert manifest["transform"] == {"size": 8, "channels": 1, "mean": 0.3, "std": 0.5}
     assert (manifest["dim"], manifest["num_classes"], manifest["images"]) == (32, 10, 360)
-    assert set(manifest["accuracy"]) == {"backbone", "train", "selection", "test"}
+    assert set(manifest["accuracy"]) == {"backbone", "train", "val", "test"}
     assert manifest["macs"] > 0
     assert len(manifest["weights_digest"]) == 12
 
 
-def test_a_damaged_backbone_is_named(plan):
-    execute(plan("stage=backbone"))
-    path = plan().backbone_dir / "weights.safetensors"
+def test_a_damaged_backbone_is_named(stages):
+    execute(stages("stage=backbone"))
+    path = stages().backbone.folder / "weights.safetensors"
     path.write_bytes(path.read_bytes()[:100])
     with pytest.raises(UserError, match=r"weights\.safetensors: cannot be loaded"):
-        execute(plan())
+        execute(stages())
 
 
-def test_the_published_protocol_runs(plan):
-    row = execute(plan("protocol=published", "protocol.recipe.epochs=2"))
-    assert row["config.protocol.recipe.optimizer"] == "sgd"
+def test_the_published_protocol_runs(stages):
+    row = execute(stages("training=published", "training.recipe.epochs=2"))
+    assert row["config.training.recipe.optimizer"] == "sgd"
 
 
-def test_a_long_extraction_says_how_long_before_it_starts(plan, monkeypatch, capsys):
+def test_a_long_extraction_says_how_long_before_it_starts(stages, monkeypatch, capsys):
     from iciia_exp.engine.training import extract as features
 
     monkeypatch.setattr(features, "_estimate", lambda *_: 7200.0)
-    execute(plan("stage=backbone"))
-    execute(plan("stage=features"))
+    execute(stages("stage=backbone"))
+    execute(stages("stage=features"))
     lines = capsys.readouterr().out.splitlines()
     (size,) = [i for i, line in enumerate(lines) if "360 images x 32 float32, 46 KB" in line]
     assert "about 2.0 h" in lines[size + 1]
 
 
-def test_the_estimate_counts_loading(plan):
+def test_the_estimate_counts_loading(stages):
     from iciia_exp.engine.training.extract import _estimate
 
-    made = plan()
-    backbone = made.make_backbone().eval()
+    made = stages()
+    backbone = made.new_backbone().eval()
 
-    class Slow(type(made.dataset)):
+    class Slow(type(made.experiment.dataset)):
         def __getitem__(self, index):
             time.sleep(0.01)
             return super().__getitem__(index)
 
-    made.dataset.__class__ = Slow
-    assert _estimate(made.dataset, backbone, np.arange(100), 0) >= 1.0  # 10 ms an image; how much more is the machine's
-    assert _estimate(made.dataset, backbone, np.arange(0), 0) == 0.0
+    made.experiment.dataset.__class__ = Slow
+    assert (
+        _estimate(made.experiment.dataset, backbone, np.arange(100), 0) >= 1.0
+    )  # 10 ms an image; how much more is the machine's
+    assert _estimate(made.experiment.dataset, backbone, np.arange(0), 0) == 0.0
 
 
-def test_features_outlive_their_backbone(plan, monkeypatch):
-    want = execute(plan())
-    shutil.rmtree(plan().backbone_dir)
-    shutil.rmtree(plan().run_dir)
-    monkeypatch.setattr(stages, "train_backbone", _raise)
-    assert science(execute(plan())) == science(want)
-    assert execute(plan("stage=features")) is None
+def test_features_outlive_their_backbone(stages, monkeypatch):
+    want = execute(stages())
+    shutil.rmtree(stages().backbone.folder)
+    shutil.rmtree(stages().run.folder)
+    monkeypatch.setattr(backbones, "train_backbone", _raise)
+    assert science(execute(stages())) == science(want)
+    assert execute(stages("stage=features")) is None
 
 
 def test_the_published_partition_runs(compose, small):
-    from iciia_exp.config.build import Plan
+    from iciia_exp.config.experiment import Experiment
+    from iciia_exp.engine.stages import Stages
 
     overrides = [o for o in small if not o.startswith("partition.")]
-    row = execute(Plan(compose(*overrides, "partition=parent_category")))
+    row = execute(Stages(Experiment.from_config(compose(*overrides, "partition=parent_category"))))
     assert row["test_images"] == 100  # every test image counts once
 
 
-@pytest.mark.parametrize("key", ["protocol.recipe", "backbone.recipe"])
-def test_a_training_that_diverges_is_an_error_that_names_the_rate(plan, key):
-    made = plan(f"{key}.optimizer=sgd", f"{key}.lr=1e12", f"{key}.schedule=constant", "protocol.recipe.clip_norm=0")
+@pytest.mark.parametrize("key", ["training.recipe", "backbone.recipe"])
+def test_a_training_that_diverges_is_an_error_that_names_the_rate(stages, key):
+    made = stages(f"{key}.optimizer=sgd", f"{key}.lr=1e12", f"{key}.schedule=constant", "training.recipe.clip_norm=0")
     with pytest.raises(UserError, match=rf"^{key}\.lr=1000000000000\.0: training diverged"):
         execute(made)
-    assert not (made.run_dir / "weights.safetensors").exists()
+    assert not (made.run.folder / "weights.safetensors").exists()
 
 
 @pytest.mark.parametrize("clip", [0, 1])
-def test_mixed_precision_with_and_without_clipping(plan, clip):
-    row = execute(plan("trainer.precision=bf16-mixed", f"protocol.recipe.clip_norm={clip}"))
+def test_mixed_precision_with_and_without_clipping(stages, clip):
+    row = execute(stages("trainer.precision=bf16-mixed", f"training.recipe.clip_norm={clip}"))
     assert row["test_clients"] > 0

@@ -10,7 +10,7 @@ import pandas as pd
 import pytest
 
 from iciia_exp import Run
-from iciia_exp.engine.stages import execute
+from iciia_exp.engine.execute import execute
 from iciia_exp.engine.terminal import setup_logging
 from iciia_exp.engine.tracking import METRICS, SUMMARY, Tracking, wandb_logged_in
 from iciia_exp.errors import ConfigError
@@ -31,54 +31,54 @@ def inspect(run_dir):
     return done.stdout
 
 
-def test_an_offline_run_holds_everything(plan):
-    made = plan("logger=wandb", "logger.tags=[mine]")
+def test_an_offline_run_holds_everything(stages):
+    made = stages("logger=wandb", "logger.tags=[mine]")
     row = execute(made)
-    text = inspect(made.run_dir)
+    text = inspect(made.run.folder)
     for key in SUMMARY:
         if row.get(SUMMARY[key]) is not None:
             assert key in text, key
-    for word in (made.run_digest, '"digits"', "small_cnn", "mine", "selection/accuracy", "gain_per_client", "clients"):
+    for word in (made.run.digest, '"digits"', "small_cnn", "mine", "val/accuracy", "gain_per_client", "clients"):
         assert word in text, word
     records = [json.loads(line) for line in text.splitlines()]
     steps = [r["history"]["item"] for r in records if r["type"] == "history"]
     curve = [step for step in steps if "history/images" in step]
-    lengths = averages_by_history(pd.read_parquet(Path(made.run_dir) / "history.parquet")).index
+    lengths = averages_by_history(pd.read_parquet(made.evaluation.folder / "history.parquet")).index
     assert [c["history/images"] for c in curve] == [n for n in lengths if n >= 0]
     assert all(0 <= c["history/client_accuracy"] <= 1 for c in curve)
     defined = {m.get("name") or m["glob_name"]: m for r in records if r["type"] == "metric" for m in [r["metric"]]}
     assert {name: m.get("step_metric") for name, m in defined.items()} == {
         name: options.get("step_metric") for name, options in METRICS.items()
     }
-    tables = list(Path(made.run_dir).glob("wandb/offline-run-*/files/media/table/clients*.json"))
+    tables = list(Path(made.run.folder).glob("wandb/offline-run-*/files/media/table/clients*.json"))
     assert len(tables) == 1
     table = json.loads(tables[0].read_text())
-    clients = Run.load(made.run_dir).clients
+    clients = Run.load(made.run.folder).clients
     assert table["columns"] == list(clients)
     assert len(table["data"]) == len(clients)
-    media = f"{made.run_dir}/wandb/offline-run-*/files/media"
+    media = f"{made.run.folder}/wandb/offline-run-*/files/media"
     plots = {Path(p).name.split("_")[0] for p in glob(f"{media}/images/plots/*.png")}
-    assert plots == {"accuracy", "gain", "retrieval"}
-    (examples,) = [json.loads(Path(p).read_text()) for p in glob(f"{media}/table/retrieval*.json")]
-    kept = Run.load(made.run_dir).retrieval
+    assert plots == {"accuracy", "gain", "attribution"}
+    (examples,) = [json.loads(Path(p).read_text()) for p in glob(f"{media}/table/attribution*.json")]
+    kept = Run.load(made.run.folder).attribution
     assert examples["columns"][:6] == ["case", "client", "truth", "target", "before", "after"]
     assert [line[1] for line in examples["data"]] == kept[kept["rank"] == 0]["client"].tolist()
     artifacts = {r["artifact"]["name"]: r["artifact"] for r in records if r["type"] == "artifact"}
     held = {n: [c["path"] for c in a["manifest"]["contents"]] for n, a in artifacts.items()}
-    pictures = {p for p in held[f"run-{row['digest']}-retrieval"] if p.startswith("media/images/")}
+    pictures = {p for p in held[f"run-{row['digest']}-attribution"] if p.startswith("media/images/")}
     assert len(pictures) == kept["thumbnail"].nunique()
     (chart,) = [json.loads(Path(p).read_text()) for p in glob(f"{media}/table/accuracy_vs_overhead*.json")]
     assert chart["data"] == [[label_of(row, {}), row["overhead_percent"], 100 * row["accuracy"]]]
-    kept_files = {f"{name}.parquet" for name in ("clients", "history", "retrieval")} | {"results.json"}
+    kept_files = {f"{name}.parquet" for name in ("clients", "history", "attribution")} | {"results.json"}
     assert set(held[f"results-{row['digest']}"]) == kept_files
 
 
-def test_an_agent_of_a_sweep_chooses_the_id_and_hears_of_finished_runs(plan, monkeypatch):
+def test_an_agent_of_a_sweep_chooses_the_id_and_hears_of_finished_runs(stages, monkeypatch):
     """A sweep's server waits for the run whose id the agent has; what is finished is sent to it again."""
     import wandb
 
-    execute(plan("logger=csv"))
-    made, original, started = plan("logger=wandb"), wandb.init, []
+    execute(stages("logger=csv"))
+    made, original, started = stages("logger=wandb"), wandb.init, []
 
     def init(*args, **kwargs):
         started.append(kwargs)
@@ -91,19 +91,19 @@ def test_an_agent_of_a_sweep_chooses_the_id_and_hears_of_finished_runs(plan, mon
     row = execute(made)
     assert len(started) == 1
     assert not {"id", "resume"} & set(started[0])
-    text = inspect(made.run_dir)
+    text = inspect(made.run.folder)
     assert f"results-{row['digest']}" in text
 
 
-def test_the_logger_changes_no_number(plan, tmp_path):
-    one = execute(plan("logger=wandb"))
-    other = execute(plan(f"output_dir={tmp_path}/other"))
+def test_the_logger_changes_no_number(stages, tmp_path):
+    one = execute(stages("logger=wandb"))
+    other = execute(stages(f"output_dir={tmp_path}/other"))
     assert one["accuracy"] == other["accuracy"]
     assert one["digest"] == other["digest"]
 
 
 @pytest.mark.parametrize("where", ["init", "log", "summary", "finish"])
-def test_a_failing_wandb_costs_nothing_but_itself(plan, monkeypatch, capsys, where):
+def test_a_failing_wandb_costs_nothing_but_itself(stages, monkeypatch, capsys, where):
     import wandb
 
     def fail(*_, **__):
@@ -115,7 +115,7 @@ def test_a_failing_wandb_costs_nothing_but_itself(plan, monkeypatch, capsys, whe
         monkeypatch.setattr(wandb, "Table", fail)
     else:
         monkeypatch.setattr(wandb.Run, where, fail)
-    row = execute(plan("logger=wandb"))
+    row = execute(stages("logger=wandb"))
     assert row["test_clients"] > 0
     assert capsys.readouterr().out.count("warning: wandb") == 1
     monkeypatch.undo()
@@ -123,7 +123,7 @@ def test_a_failing_wandb_costs_nothing_but_itself(plan, monkeypatch, capsys, whe
         wandb.finish()
 
 
-def test_no_connection_falls_back_to_offline(plan, monkeypatch, capsys):
+def test_no_connection_falls_back_to_offline(stages, monkeypatch, capsys):
     import wandb
 
     original, modes = wandb.init, []
@@ -136,7 +136,7 @@ def test_no_connection_falls_back_to_offline(plan, monkeypatch, capsys):
 
     monkeypatch.setenv("WANDB_API_KEY", "x" * 40)
     monkeypatch.setattr(wandb, "init", init)
-    execute(plan("logger=wandb", "logger.mode=online"))
+    execute(stages("logger=wandb", "logger.mode=online"))
     assert modes == ["online", "offline"]
     assert "no connection" in capsys.readouterr().out
 
@@ -169,7 +169,7 @@ def test_arguments():
         Tracking(wandb=1)
 
 
-def test_csv_of_a_resumed_training_keeps_both_parts(plan, monkeypatch):
+def test_csv_of_a_resumed_training_keeps_both_parts(stages, monkeypatch):
     from iciia_exp.engine.training.modules import MethodModule
 
     original = MethodModule.training_step
@@ -184,8 +184,8 @@ def test_csv_of_a_resumed_training_keeps_both_parts(plan, monkeypatch):
 
     monkeypatch.setattr(MethodModule, "training_step", die)
     with pytest.raises(Killed):
-        execute(plan())
+        execute(stages())
     monkeypatch.setattr(MethodModule, "training_step", original)
-    execute(plan())
-    parts = [pd.read_csv(f) for f in sorted(plan().run_dir.glob("csv/version_*/metrics.csv"))]
+    execute(stages())
+    parts = [pd.read_csv(f) for f in sorted(stages().run.folder.glob("csv/version_*/metrics.csv"))]
     assert sorted(pd.concat(parts)["epoch"].unique()) == [0, 1, 2]

@@ -1,18 +1,44 @@
-"""A small CloudData: classes that are apart, clients with two of them each."""
+"""A small cloud: classes that are apart, clients with two of them each."""
+
+from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 
-from iciia_exp.data.batches import FeatureBatches
+from iciia_exp.data.batches import FeatureBatches, cut_chunks
 from iciia_exp.data.clients import Clients, Ragged
-from iciia_exp.data.views import CloudData
+from iciia_exp.data.views import CloudView
 from iciia_exp.tasks import SINGLE_LABEL
 
 #: Sizes of the classifier and the client that `tests/methods/conftest.py` makes.
 D, K, S = 12, 6, 7
 
 
+@dataclass
+class SmallCloud:
+    """All clients and images, and what the cloud may read of them."""
+
+    clients: Clients
+    batches: FeatureBatches
+    num_classes: int
+    images: int
+
+    @cached_property
+    def view(self):
+        return CloudView(self.clients, self.batches, self.num_classes, self.images, test_labels=True)
+
+    def chunks(self, role):
+        """Yield every chunk of a role in one batch; of the test images too, which the view does not show."""
+        yield self.batches[cut_chunks(self.clients[role], self.images)]
+
+
+def no_fit(method):
+    """Train nothing: what else a method learns is looked at alone."""
+    return {}
+
+
 def small_cloud(dim, classes, clients=12, images=8, task=SINGLE_LABEL, seed=0, noise=1.0, owned=2):
-    """Return train, selection and test images of every client, ``images`` each."""
+    """Return train, val and test images of every client, ``images`` each."""
     rng = np.random.default_rng(seed)
     centres = rng.standard_normal((classes, dim)) * 2
     own = np.stack([rng.permutation(classes)[:owned] for _ in range(clients)])
@@ -24,14 +50,12 @@ def small_cloud(dim, classes, clients=12, images=8, task=SINGLE_LABEL, seed=0, n
     rows = [Ragged.from_pairs(client[role == r], np.flatnonzero(role == r), clients) for r in range(3)]
     if task != SINGLE_LABEL:
         labels = np.eye(classes, dtype=np.uint8)[labels] | np.eye(classes, dtype=np.uint8)[(labels + 1) % classes]
-    return CloudData(task, classes, Clients(names, names, *rows), FeatureBatches(features, labels), images)
+    return SmallCloud(Clients(names, names, *rows), FeatureBatches(features, labels), classes, images)
 
 
 def studied(method, **cloud):
-    """Return a method that has read and calibrated on a small cloud of its sizes, and the cloud."""
-    cloud = small_cloud(method.dim, method.num_classes, **cloud)
+    """Return a method that has learned from a small cloud of its sizes, and the cloud."""
+    cloud = small_cloud(method.dim, method.num_classes, task=method.task, **cloud)
     method.eval()
-    method.prepare(cloud.task)
-    method.study(cloud)
-    method.calibrate(cloud.chunks("selection"))
+    method.learn(cloud.view, no_fit)
     return method, cloud

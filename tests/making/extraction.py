@@ -3,7 +3,7 @@
 import numpy as np
 
 from iciia_exp.data.store import FeatureStore
-from iciia_exp.engine.stages import execute
+from iciia_exp.engine.execute import execute
 from tests.making.folder import CLASSES, make_folder, write_table
 from tests.making.images import write_image
 
@@ -11,10 +11,10 @@ from tests.making.images import write_image
 SMALL = (
     *("dataset=folder", "dataset.csv=images.csv", "partition=owner", "logger=csv", "trainer=cpu"),
     *("backbone.model.channels=3", "backbone.model.size=16", "backbone.model.width=4", "backbone.model.dim=16"),
-    *("backbone.recipe.epochs=2", "protocol.recipe.epochs=2", "protocol.images=8", "features.batch_size=8"),
+    *("backbone.recipe.epochs=2", "training.recipe.epochs=2", "training.images=8", "features.batch_size=8"),
 )
 HEAD = ("backbone.train=head", "backbone.recipe=null")
-ROLES = ("train", "selection", "test")
+ROLES = ("train", "val", "test")
 
 
 def owned_images(folder):
@@ -42,8 +42,8 @@ def repair(root, paths=BAD):
         write_image(root / path, label, number, 16)
 
 
-def store_of(plan):
-    store = FeatureStore.open(plan.features_dir)
+def store_of(stages):
+    store = FeatureStore.open(stages.features.folder)
     return store.array().copy(), store.bad, store.manifest["bad_images"]
 
 
@@ -53,6 +53,6 @@ def same_stores(one, other):
 
 
 def store_of_finished(folder, *overrides):
-    plan = folder(*HEAD, *overrides, "stage=features")
-    execute(plan)
-    return store_of(plan)
+    stages = folder(*HEAD, *overrides, "stage=features")
+    execute(stages)
+    return store_of(stages)

@@ -7,6 +7,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from iciia_exp.data.batches import ClientBatch
+from iciia_exp.data.views import CloudView
 from iciia_exp.errors import UserError
 from iciia_exp.methods.adapt.arm_cml import ArmCml
 from iciia_exp.methods.adapt.client_types import ClientTypes
@@ -14,23 +15,23 @@ from iciia_exp.methods.adapt.context_token import ContextToken
 from iciia_exp.methods.adapt.conv_across_images import ConvAcrossImages
 from iciia_exp.methods.adapt.feedforward import FeedForward
 from iciia_exp.methods.adapt.lame import Lame
-from iciia_exp.methods.adapt.oracle_classes import OracleClasses
 from iciia_exp.methods.adapt.prior_em import PriorEM
 from iciia_exp.methods.adapt.prior_map import PriorMAP
 from iciia_exp.methods.adapt.smoothed_prior import SmoothedPrior
 from iciia_exp.methods.adapt.stata import StatA
 from iciia_exp.methods.adapt.t3a import T3A
+from iciia_exp.methods.base import Ask, Facts
 from iciia_exp.methods.tune.finetune import FineTune
+from iciia_exp.methods.tune.oracle_classes import OracleClasses
 from iciia_exp.methods.tune.prompt_tuning import PromptTuning
 from iciia_exp.models.mixers import TokenMixer
-from iciia_exp.tasks import SINGLE_LABEL
-from tests.making.cloud import D, K, S, small_cloud, studied
+from tests.making.cloud import D, K, S, no_fit, small_cloud, studied
 
 # ---- graphs and features
 
 
 def test_lame_against_a_loop(head, x):
-    method = Lame(head, neighbours=2, iterations=5)
+    method = Lame(Facts.of(head), neighbours=2, iterations=5)
     log_p = head(x).log_softmax(-1)
     y = log_p.softmax(-1)
     unit = F.normalize(x, dim=-1)
@@ -44,19 +45,22 @@ def test_lame_against_a_loop(head, x):
 
 
 def test_lame_without_edges_is_the_backbone(head, x):
-    torch.testing.assert_close(Lame(head, neighbours=0)(x[None])[0], head(x).log_softmax(-1))
-    torch.testing.assert_close(Lame(head)(x[None, :1])[0], head(x[:1]).log_softmax(-1))
+    torch.testing.assert_close(Lame(Facts.of(head), neighbours=0)(x[None])[0], head(x).log_softmax(-1))
+    torch.testing.assert_close(Lame(Facts.of(head))(x[None, :1])[0], head(x[:1]).log_softmax(-1))
 
 
 def test_lame_has_settled(head, x):
     torch.testing.assert_close(
-        Lame(head, iterations=30)(x[None]), Lame(head, iterations=100)(x[None]), atol=1e-4, rtol=1e-4
+        Lame(Facts.of(head), iterations=30)(x[None]),
+        Lame(Facts.of(head), iterations=100)(x[None]),
+        atol=1e-4,
+        rtol=1e-4,
     )
 
 
 @pytest.mark.parametrize("supports", [1, 2, 20])
 def test_t3a_against_its_prototypes(head, x, supports):
-    method = T3A(head, supports=supports)
+    method = T3A(Facts.of(head), supports=supports)
     head.requires_grad_(False)
 
     def entropy(logits):
@@ -72,8 +76,8 @@ def test_t3a_against_its_prototypes(head, x, supports):
 
 
 def test_t3a_fits_its_scale(head):
-    method, cloud = studied(T3A(head))
-    batches = list(cloud.chunks("selection"))
+    method, cloud = studied(T3A(Facts.of(head)))
+    batches = list(cloud.chunks("val"))
     fitted = method._loss(batches)
     method.log_scale += 0.1
     assert fitted < method._loss(batches)
@@ -82,7 +86,7 @@ def test_t3a_fits_its_scale(head):
 
 
 def test_stata_against_explicit_means(head, x):
-    method, cloud = studied(StatA(head, neighbours=2, iterations=3, steps=2, anchor=0.7, sharpness=0.05))
+    method, cloud = studied(StatA(Facts.of(head), neighbours=2, iterations=3, steps=2, anchor=0.7, sharpness=0.05))
     f = F.normalize(x, dim=-1).double()
     anchors, variance = method.means.double(), method.variance.double()
     # the anchors are the class means of the training images
@@ -114,7 +118,7 @@ def test_stata_against_explicit_means(head, x):
 
 
 def test_feedforward_sees_no_other_image(head, x):
-    method = FeedForward(head, num_layers=2, groups=3).eval()
+    method = FeedForward(Facts.of(head), num_layers=2, groups=3).eval()
     torch.testing.assert_close(method(x[None])[0, 2], method(x[None, 2:3])[0, 0])
     # attention's four projections of D x D and their size here
     inner = sum(p.numel() for n, p in method.layers[0].attention.named_parameters() if n.endswith("weight"))
@@ -122,7 +126,7 @@ def test_feedforward_sees_no_other_image(head, x):
 
 
 def test_convolution_against_conv1d(head, x):
-    mixer = ConvAcrossImages(head).layers[0].attention
+    mixer = ConvAcrossImages(Facts.of(head)).layers[0].attention
     before, own, after = mixer.inner.weight.chunk(3)
     kernel = torch.stack([after, own, before], -1)  # what an image gets from the one before it comes first
     bias_before, bias_own, bias_after = mixer.inner.bias.chunk(3)
@@ -145,12 +149,12 @@ def test_context_token_against_two_token_attention(x):
 
 
 def test_context_token_looks_at_the_client(head, x):
-    method = ContextToken(head).eval()
+    method = ContextToken(Facts.of(head)).eval()
     assert not torch.allclose(method(x[None])[0, 2], method(x[None, 2:3])[0, 0], atol=1e-3)
 
 
 def test_arm_s_context_is_the_mean(head, x):
-    method = ArmCml(head, context=4, hidden=5).eval()
+    method = ArmCml(Facts.of(head), context=4, hidden=5).eval()
     contexts = torch.stack([method.context(z) for z in x])
     for n in range(S):
         mean = contexts[: n + 1].mean(0)
@@ -163,7 +167,7 @@ def test_arm_s_context_is_the_mean(head, x):
     "kind", [PriorEM, PriorMAP, SmoothedPrior, ClientTypes, Lame, T3A, StatA, FeedForward, ContextToken, ArmCml]
 )
 def test_the_order_of_a_client_s_images_means_nothing(head, x, kind):
-    method, _ = studied(kind(head))
+    method, _ = studied(kind(Facts.of(head)))
     order = torch.randperm(S, generator=torch.Generator().manual_seed(2))
     torch.testing.assert_close(method(x[None])[0, order], method(x[None, order])[0], atol=1e-4, rtol=1e-4)
 
@@ -172,13 +176,15 @@ def test_the_order_of_a_client_s_images_means_nothing(head, x, kind):
 
 
 def test_finetuning_is_sgd_on_every_client_s_images(head):
-    method, cloud = studied(FineTune(head, lr=0.5, batch_size=3, clip_norm=0.8, epochs=12, patience=2), clients=4)
+    method, cloud = studied(
+        FineTune(Facts.of(head), lr=0.5, batch_size=3, clip_norm=0.8, epochs=12, patience=2), clients=4
+    )
     for client in range(4):
         net = nn.Linear(D, K)
         net.load_state_dict(head.state_dict())
         optimizer = torch.optim.SGD(net.parameters(), 0.5)
         parts = {}
-        for role in ("train", "selection", "test"):
+        for role in ("train", "val", "test"):
             rows = cloud.clients[role][client]
             parts[role] = torch.from_numpy(cloud.batches.features[rows]), torch.from_numpy(cloud.batches.labels[rows])
         (x, y), (held, held_y), (test, test_y) = parts.values()
@@ -198,52 +204,47 @@ def test_finetuning_is_sgd_on_every_client_s_images(head):
         rows = torch.from_numpy(cloud.clients.test[client])[None]
         mask = torch.ones(1, len(test), dtype=torch.bool)
         batch = ClientBatch(test[None], test_y[None], mask, torch.tensor([client]), image_CS=rows)
-        torch.testing.assert_close(method.answers(batch)[0], kept.detach(), atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(method.logits(batch)[0], kept.detach(), atol=1e-4, rtol=1e-4)
 
 
 def test_prompt_tuning_by_its_equation(head, x):
-    method = PromptTuning(head)
-    method.study(small_cloud(D, K, clients=5))
+    method = PromptTuning(Facts.of(head))
+    method.learn(small_cloud(D, K, clients=5).view, no_fit)
     assert method.vectors.shape == (5, D // 2)
-    batch = ClientBatch(x[None], torch.zeros(1, S), torch.ones(1, S, dtype=torch.bool), torch.tensor([3]))
+    y = torch.zeros(1, S, dtype=torch.int64)
+    batch = ClientBatch(x[None], y, torch.ones(1, S, dtype=torch.bool), torch.tensor([3]))
     want = head(x) + method.prompt.weight @ method.vectors[3] + method.prompt.bias
-    torch.testing.assert_close(method.training_logits(batch)[0], want)
+    torch.testing.assert_close(method.logits(batch)[0], want)
+    torch.testing.assert_close(method.training_loss(batch), F.cross_entropy(want, y[0]))
     with pytest.raises(UserError, match="client_mix=natural"):
-        method.training_logits(batch._replace(client_C=torch.tensor([-1])))
+        method.training_loss(batch._replace(client_C=torch.tensor([-1])))
 
 
 def test_the_oracle_forbids_other_classes(head):
-    method, cloud = studied(OracleClasses(head))
+    method, cloud = studied(OracleClasses(Facts.of(head)))
     batch = next(cloud.chunks("test"))
-    answers = method.answers(batch).argmax(-1)
+    answers = method.logits(batch).argmax(-1)
     for row, client in enumerate(batch.client_C):
         own = set(cloud.batches.labels[cloud.clients.test[int(client)]])
         assert set(answers[row].tolist()) <= own
-    again = OracleClasses(head)
+    again = OracleClasses(Facts.of(head))
     again.load_state_dict(method.state_dict())
-    torch.testing.assert_close(again.answers(batch), method.answers(batch))
-
-
-@pytest.mark.parametrize("kind", [FineTune, PromptTuning, OracleClasses])
-def test_they_answer_no_other_client(head, x, kind):
-    with pytest.raises(UserError, match="answers no others"):
-        kind(head)(x[None])
+    torch.testing.assert_close(again.logits(batch), method.logits(batch))
 
 
 @pytest.mark.parametrize("kind", [FineTune, PromptTuning])
-def test_they_need_labels_of_the_test_clients(head, kind):
+def test_they_need_labels_of_the_test_clients(kind):
     cloud = small_cloud(D, K)
     empty = type(cloud.clients.train).from_pairs(np.array([0]), np.array([0]), len(cloud.clients))
-    clients = type(cloud.clients)(
-        cloud.clients.ids, cloud.clients.kinds, empty, cloud.clients.selection, cloud.clients.test
-    )
-    cloud = type(cloud)(SINGLE_LABEL, K, clients, cloud.batches, cloud.images)
-    with pytest.raises(UserError, match=r"11 of them \(client 1, say\) have none in train"):
-        kind(head).study(cloud)
+    clients = type(cloud.clients)(cloud.clients.ids, cloud.clients.types, empty, cloud.clients.val, cloud.clients.test)
+    devices = CloudView(clients, cloud.batches, K, cloud.images).devices
+    assert kind.asks == {Ask.CLIENT_LABELS}
+    with pytest.raises(UserError, match=rf"{kind.name}: .* 11 of them \(client 1, say\) have none in train"):
+        devices.require_own_labels(kind.name)
 
 
 def test_state_of_a_client_is_stated(head):
-    assert PriorEM(head).state_bytes(15) == 4 * 15 * K
-    assert FineTune(head).state_bytes(15) == 4 * K * (D + 1)
-    assert PromptTuning(head).state_bytes(15) == 4 * D // 2
-    assert Lame(head).state_bytes(15) == 4 * 15 * (D + K)
+    assert PriorEM(Facts.of(head)).state_bytes(15) == 4 * 15 * K
+    assert FineTune(Facts.of(head)).state_bytes(15) == 4 * K * (D + 1)
+    assert PromptTuning(Facts.of(head)).state_bytes(15) == 4 * D // 2
+    assert Lame(Facts.of(head)).state_bytes(15) == 4 * 15 * (D + K)

@@ -7,7 +7,6 @@ import numpy as np
 import pytest
 import torch
 
-from iciia_exp import tasks
 from iciia_exp.errors import UserError
 from iciia_exp.models.linear_probe import PENALTIES, fit_linear_head, out_of_fold_logits
 from iciia_exp.tasks import MULTI_LABEL, SINGLE_LABEL
@@ -50,7 +49,7 @@ def test_the_fit_minimises_what_it_says(classes):
     standard = torch.tensor((x - x.mean(0)) / scale, dtype=torch.float64)
     w = torch.tensor(weight * scale, dtype=torch.float64, requires_grad=True)
     b = torch.tensor(bias + weight @ x.mean(0), dtype=torch.float64, requires_grad=True)
-    loss = tasks.loss(standard @ w.T + b, torch.tensor(labels))
+    loss = SINGLE_LABEL.loss(standard @ w.T + b, torch.tensor(labels))
     # two classes: scikit-learn has one row of weights, the difference of ours
     squares = w.square().sum() if classes > 2 else (w[1] - w[0]).square().sum()
     (loss + record["penalty"] / 2 * squares).backward()
@@ -84,7 +83,7 @@ def test_a_class_without_images_never_wins(present):
     assert set(logits(far, weight, bias).argmax(1)) <= set(present)
     assert accuracy(x, np.array(present)[numbers], weight, bias) > 0.95
     absent = [k for k in range(6) if k not in present]
-    assert tasks.probabilities(torch.tensor(logits(x, weight, bias)), SINGLE_LABEL)[:, absent].max() < 1e-9
+    assert SINGLE_LABEL.probabilities(torch.tensor(logits(x, weight, bias)))[:, absent].max() < 1e-9
 
 
 def test_a_class_of_one_image():
@@ -167,7 +166,7 @@ def test_probabilities_of_noise_are_the_shares():
     x = rng.normal(size=(4000, 3)).astype(np.float32)
     labels = (rng.random((4000, 2)) < [0.2, 0.7]).astype(np.uint8)
     weight, bias, _ = fit_linear_head(x, labels, MULTI_LABEL, 2)
-    probabilities = tasks.probabilities(torch.tensor(logits(x, weight, bias)), MULTI_LABEL).numpy()
+    probabilities = MULTI_LABEL.probabilities(torch.tensor(logits(x, weight, bias))).numpy()
     np.testing.assert_allclose(probabilities.mean(0), labels.mean(0), atol=0.01)
 
 

@@ -7,7 +7,8 @@ from torch import nn
 from torch.nn import functional as F
 
 from iciia_exp.data.batches import FeatureBatches
-from iciia_exp.models.perceptron import Perceptron, fit_perceptron, opinion_weights
+from iciia_exp.models.perceptron import Perceptron, ensemble_weights, fit_perceptron
+from iciia_exp.tasks import SINGLE_LABEL
 
 D, K, W = 12, 4, 16
 
@@ -70,7 +71,7 @@ def test_it_learns_what_a_linear_classifier_cannot_and_always_the_same():
         net = Perceptron(D, 2, 64)
         torch.manual_seed(before)
         state = torch.get_rng_state()
-        fit_perceptron(net, batches, rows_M)
+        fit_perceptron(net, batches.__getitem__, rows_M)
         assert torch.equal(torch.get_rng_state(), state)  # nothing else depends on it
         assert not net.training
         assert not any(p.requires_grad for p in net.parameters())
@@ -85,7 +86,7 @@ def test_it_learns_what_a_linear_classifier_cannot_and_always_the_same():
 def test_hardly_any_images(images):
     x_MD, y_M = ring(8)
     net = make()
-    fit_perceptron(net, FeatureBatches(x_MD, y_M), np.arange(images))
+    fit_perceptron(net, FeatureBatches(x_MD, y_M).__getitem__, np.arange(images))
     assert net(torch.from_numpy(x_MD)).isfinite().all()
 
 
@@ -95,11 +96,11 @@ def test_what_counts_is_what_is_right():
     noise = torch.randn(2000, K, generator=generator)
     # of Gaussians of one width around one-hot means these are the logits of Bayes' rule
     good = 1.5**2 * (F.one_hot(y, K) + torch.randn(2000, K, generator=generator) / 1.5)
-    backbone, other = opinion_weights(3 * good, noise, y).tolist()
+    backbone, other = ensemble_weights(SINGLE_LABEL, 3 * good, noise, y).tolist()
     assert (backbone, other) == (pytest.approx(1.0, abs=0.05), pytest.approx(0.0, abs=0.25))  # the backbone's own scale
     second = 1.5**2 * (F.one_hot(y, K) + torch.randn(2000, K, generator=generator) / 1.5)
-    backbone, other = opinion_weights(3 * good, second, y).tolist()
+    backbone, other = ensemble_weights(SINGLE_LABEL, 3 * good, second, y).tolist()
     # as sure as each other: the scale aside they count the same
     assert other / backbone == pytest.approx(3.0, rel=0.15)
-    backbone, other = opinion_weights(noise + good / 100, good, y).tolist()
+    backbone, other = ensemble_weights(SINGLE_LABEL, noise + good / 100, good, y).tolist()
     assert other > 10 * abs(backbone)

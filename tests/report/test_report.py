@@ -12,7 +12,9 @@ import pandas as pd
 import pytest
 
 from iciia_exp.artifacts import read_json, write_json
-from iciia_exp.engine.stages import execute
+from iciia_exp.config.experiment import Experiment
+from iciia_exp.engine.execute import execute
+from iciia_exp.engine.stages import Stages
 from iciia_exp.errors import UserError
 from iciia_exp.report import figures
 from iciia_exp.report import text as text_tables
@@ -28,7 +30,6 @@ def outputs(tmp_path_factory):
     import hydra
     from hydra.core.global_hydra import GlobalHydra
 
-    from iciia_exp.config.build import Plan
     from iciia_exp.config.paths import CONF_DIR
     from tests.conftest import SMALL
 
@@ -38,16 +39,16 @@ def outputs(tmp_path_factory):
     try:
         for job in (
             ["method=backbone"],
-            *(["groups=4", f"seed={s}", "protocol.kinds_clients=5"] for s in (0, 1)),
+            *(["groups=4", f"seed={s}", "evaluation.drawn_clients=5"] for s in (0, 1)),
             ["groups=16"],
             ["method=oracle_classes"],
         ):
             GlobalHydra.instance().clear()
             with hydra.initialize_config_dir(str(CONF_DIR), version_base="1.3"):
                 config = hydra.compose(
-                    "config", overrides=[*SMALL, "protocol.recipe.epochs=1", *job, "cache_dir=cache"]
+                    "config", overrides=[*SMALL, "training.recipe.epochs=1", *job, "cache_dir=cache"]
                 )
-            execute(Plan(config), brief=True)
+            execute(Stages(Experiment.from_config(config)), brief=True)
     finally:
         os.chdir(keep)
     return folder / "outputs"
@@ -71,7 +72,7 @@ def test_seeds_are_averaged(outputs):
 
 def test_the_front_has_what_nothing_cheaper_beats():
     base = {
-        "bound": False,
+        "oracle": False,
         "name": "x",
         "dataset": "d",
         "backbone": "b",
@@ -84,7 +85,7 @@ def test_the_front_has_what_nothing_cheaper_beats():
         for m, a, c in (("cheap", 0.5, 1), ("dear", 0.4, 9), ("best", 0.8, 5), ("same", 0.8, 7))
     ]
     table = settings(
-        [*rows, rows[2] | {"method": "known", "setting_digest": "k", "digest": "k", "accuracy": 1.0, "bound": True}]
+        [*rows, rows[2] | {"method": "known", "setting_digest": "k", "digest": "k", "accuracy": 1.0, "oracle": True}]
     )
     front = dict(zip(table["method"], table["front"], strict=True))
     assert front == {"known": False, "best": True, "same": True, "cheap": True, "dear": False}
@@ -118,7 +119,7 @@ def test_the_whole_report(outputs, tmp_path, capsys):
     out = capsys.readouterr().out
     assert "| small_cnn alone |" in out
     assert "| iciia N=1 H=4 G=4" in out
-    assert "oracle_classes (bound)" in out
+    assert "oracle_classes (oracle)" in out
     assert "drawn clients, drifting" in out
     names = {p.name for p in tmp_path.iterdir()}
     assert {"table.csv", "table.md", "table.tex", "history.md", "homogeneous.md"} <= names
@@ -143,8 +144,8 @@ def test_numbers_in_the_tables_are_those_of_the_runs(outputs):
     assert line["harmed (chance)"].startswith(f"{100 * single['harmed_share']:.1f} (")
     history = text_tables.by_history(table[table["groups"] == 16])
     counts = pd.read_parquet(single["run_dir"] / "history.parquet").query("protocol == 'stream' and history == 3")
-    assert history.iloc[1]["3"] == f"{100 * (counts['method_hits'] / counts['answers']).mean():.1f}"
-    assert history.iloc[0]["3"] == f"{100 * (counts['backbone_hits'] / counts['answers']).mean():.1f}"
+    assert history.iloc[1]["3"] == f"{100 * (counts['method_correct'] / counts['decisions']).mean():.1f}"
+    assert history.iloc[0]["3"] == f"{100 * (counts['backbone_correct'] / counts['decisions']).mean():.1f}"
 
 
 def test_without_a_sweep_there_is_no_plot_of_it(outputs):
@@ -166,7 +167,7 @@ def test_a_run_counts_once(outputs):
     assert read_json(next(outputs.rglob("results.json")))["digest"] in {r["digest"] for r in load_runs([outputs])}
 
 
-@pytest.mark.parametrize("name", ["clients", "history", "retrieval"])
+@pytest.mark.parametrize("name", ["clients", "history", "attribution"])
 def test_a_damaged_table_is_named(outputs, tmp_path, capsys, name):
     shutil.copytree(outputs, tmp_path / "outputs")
     for path in (tmp_path / "outputs").rglob(f"{name}.parquet"):

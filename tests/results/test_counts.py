@@ -3,7 +3,8 @@ import math
 import numpy as np
 import torch
 
-from iciia_exp.results.counts import ClientCountsMetric, read_batch
+from iciia_exp.results.counts import ClientCountsMetric, batch_outcomes
+from iciia_exp.tasks import MULTI_LABEL, SINGLE_LABEL
 
 
 def batch(rng, clients, C=5, S=4, K=3):
@@ -20,7 +21,7 @@ def test_counts_equal_a_plain_loop():
     want = {name: [0.0] * 7 for name in ("n", "b", "m", "bm", "lb", "lm")}
     for _ in range(3):
         base, method, y, mask, client = batch(rng, 6)  # client 6 never has images
-        metric.update(*read_batch(base, method, y, mask, client))
+        metric.update(*batch_outcomes(SINGLE_LABEL, base, method, y, mask, client))
         for c in range(len(client)):
             for s in range(y.shape[1]):
                 if not mask[c, s]:
@@ -37,7 +38,7 @@ def test_counts_equal_a_plain_loop():
     present = [u for u in range(7) if want["n"][u]]
     assert 6 not in present
     assert numbers.tolist() == present
-    got = (counts.images_C, counts.backbone_hits_C, counts.method_hits_C, counts.both_hits_C)
+    got = (counts.images_C, counts.backbone_correct_C, counts.method_correct_C, counts.both_correct_C)
     for values, key in zip(got, ("n", "b", "m", "bm"), strict=True):
         assert values.dtype == np.int64
         assert values.tolist() == [want[key][u] for u in present]
@@ -50,15 +51,15 @@ def test_batches_add_up_in_any_grouping():
     batches = [batch(rng, 4) for _ in range(4)]
     one, parts = ClientCountsMetric(4), [ClientCountsMetric(4) for _ in range(2)]
     for i, b in enumerate(batches):
-        one.update(*read_batch(*b))
-        parts[i % 2].update(*read_batch(*b))
+        one.update(*batch_outcomes(SINGLE_LABEL, *b))
+        parts[i % 2].update(*batch_outcomes(SINGLE_LABEL, *b))
     for name, value in one.compute().items():
         torch.testing.assert_close(value, parts[0].compute()[name] + parts[1].compute()[name])
 
 
 def test_one_client():
     metric = ClientCountsMetric(1)
-    metric.update(*read_batch(*batch(np.random.default_rng(0), 1)))
+    metric.update(*batch_outcomes(SINGLE_LABEL, *batch(np.random.default_rng(0), 1)))
     numbers, counts = metric.counts()
     assert numbers.tolist() == [0]
     assert len(counts) == 1
@@ -73,12 +74,12 @@ def multi_label_batch(rng, clients, C=5, S=4, K=3):
 
 def test_multi_label_counts_equal_plain_numpy():
     rng = np.random.default_rng(2)
-    metric = ClientCountsMetric(7, answers=3)
+    metric = ClientCountsMetric(7, decisions=3)
     rows = []  # one per attribute of an image: client, backbone right, method right, their nats
     images = np.zeros(7, dtype=int)
     for _ in range(3):
         given = multi_label_batch(rng, 6)
-        metric.update(*read_batch(*given))
+        metric.update(*batch_outcomes(MULTI_LABEL, *given))
         base, method, y, mask, client = (t.numpy() for t in given)
         for c, s in zip(*np.nonzero(mask), strict=True):
             images[client[c]] += 1
@@ -92,12 +93,12 @@ def test_multi_label_counts_equal_plain_numpy():
     def of_clients(values):
         return np.array([values[owner == u].sum() for u in numbers])
 
-    assert counts.answers == 3
+    assert counts.decisions == 3
     np.testing.assert_array_equal(counts.images_C, images[numbers])
-    np.testing.assert_array_equal(counts.answers_C, of_clients(np.ones(len(owner), dtype=int)))
-    np.testing.assert_array_equal(counts.backbone_hits_C, of_clients(base_right))
-    np.testing.assert_array_equal(counts.method_hits_C, of_clients(method_right))
-    np.testing.assert_array_equal(counts.both_hits_C, of_clients(base_right & method_right))
+    np.testing.assert_array_equal(counts.decisions_C, of_clients(np.ones(len(owner), dtype=int)))
+    np.testing.assert_array_equal(counts.backbone_correct_C, of_clients(base_right))
+    np.testing.assert_array_equal(counts.method_correct_C, of_clients(method_right))
+    np.testing.assert_array_equal(counts.both_correct_C, of_clients(base_right & method_right))
     np.testing.assert_array_equal(counts.gained_C, of_clients(method_right & ~base_right))
     np.testing.assert_array_equal(counts.lost_C, of_clients(base_right & ~method_right))
     np.testing.assert_allclose(counts.backbone_loss_C, of_clients(base_nats), rtol=1e-6)
@@ -107,9 +108,9 @@ def test_multi_label_counts_equal_plain_numpy():
 def test_padded_images_of_a_multi_label_batch_count_nothing():
     rng = np.random.default_rng(3)
     base, method, y, mask, client = multi_label_batch(rng, 4)
-    plain, noisy = ClientCountsMetric(4, answers=3), ClientCountsMetric(4, answers=3)
-    plain.update(*read_batch(base, method, y, mask, client))
+    plain, noisy = ClientCountsMetric(4, decisions=3), ClientCountsMetric(4, decisions=3)
+    plain.update(*batch_outcomes(MULTI_LABEL, base, method, y, mask, client))
     noise = torch.where(mask[..., None], base, torch.full_like(base, torch.nan))
-    noisy.update(*read_batch(noise, method, torch.where(mask[..., None], y, 1 - y), mask, client))
+    noisy.update(*batch_outcomes(MULTI_LABEL, noise, method, torch.where(mask[..., None], y, 1 - y), mask, client))
     for name, value in plain.compute().items():
         torch.testing.assert_close(value, noisy.compute()[name])

@@ -30,9 +30,9 @@ def test_gain_per_client(tmp_path, clients):
     images = np.full(clients, 16)
     frame = pd.DataFrame(
         {
-            "answers": images,
-            "backbone_hits": rng.binomial(16, 0.7, clients),
-            "method_hits": rng.binomial(16, 0.8, clients),
+            "decisions": images,
+            "backbone_correct": rng.binomial(16, 0.7, clients),
+            "method_correct": rng.binomial(16, 0.8, clients),
         }
     )
     assert drawn(gain_per_client(frame, row(), tmp_path / "a.png"))
@@ -45,10 +45,10 @@ def test_accuracy_vs_history(tmp_path, last):
     for name in ("stream", "prefix"):
         for n, clients in ((0, 4), (5, last), (-1, 4)):
             columns = {"protocol": name, "history": n, "client": [f"c{i}" for i in range(clients)], "targets": 16}
-            hits = {f"{who}_hits": rng.integers(4, 16, clients) for who in ("backbone", "method")}
-            hits["both_hits"] = np.minimum(hits["backbone_hits"], hits["method_hits"])
+            correct = {f"{who}_correct": rng.integers(4, 16, clients) for who in ("backbone", "method")}
+            correct["both_correct"] = np.minimum(correct["backbone_correct"], correct["method_correct"])
             losses = {f"{who}_loss": rng.random(clients) * 16 for who in ("backbone", "method")}
-            parts.append(pd.DataFrame({**columns, "answers": 16, **hits, **losses}))
+            parts.append(pd.DataFrame({**columns, "decisions": 16, **correct, **losses}))
     summary = history_summary(pd.concat(parts))
     assert drawn(accuracy_vs_history(summary, row(), tmp_path / "a.png"))
 

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from iciia_exp.artifacts import write_json
-from iciia_exp.engine.stages import execute
+from iciia_exp.engine.execute import execute
 from iciia_exp.report import figures
 from iciia_exp.report import text as text_tables
 from iciia_exp.report.__main__ import main
@@ -77,11 +77,11 @@ def test_other_clients_are_no_published_row():
 
 
 @pytest.fixture
-def rows(plan):
+def rows(stages):
     """Rows of one real run as if it were another: a group sweep with two seeds of Swin-B on ImageNet."""
-    small = plan("method=backbone", "protocol.history_lengths=[]")
+    small = stages("method=backbone", "evaluation.history_lengths=[]")
     execute(small, brief=True)
-    row = load_runs([small.run_dir])[0] | {"epochs": 1}
+    row = load_runs([small.run.folder])[0] | {"epochs": 1}
     row = {k: v for k, v in row.items() if not k.startswith("config.partition.")}
     made = []
     for groups in (1, 16, 256):
@@ -127,9 +127,10 @@ def test_a_sweep_over_the_partition(rows, tmp_path, capsys):
     for ratio in (0, 0.5, 1):
         for row in rows[:2]:
             new = {"config.partition.ratio": ratio, "accuracy": row["accuracy"] - 0.1 * ratio, "gain": 0.05}
+            new |= {"evaluation_digest": f"{row['digest']}-{ratio}"}
             new |= {"digest": f"{row['digest']}-{ratio}", "setting_digest": f"{row['setting_digest']}-{ratio}"}
             made.append(row | new)
-    made.append(rows[-1])  # of no ratio
+    made.append(rows[-1] | {"evaluation_digest": "none"})  # of no ratio
     (sweep,) = partition_sweeps(made)
     assert sweep.key == "ratio"
     assert len(sweep.table) == 3

@@ -20,10 +20,10 @@ def make(n=60, seed=0, images=(5, 40), p_base=0.6, p_gain=0.3, p_loss=0.1):
 
 def test_averages_equal_a_plain_loop():
     counts = make(37)
-    per_client = [h / n for h, n in zip(counts.method_hits_C, counts.images_C, strict=True)]
+    per_client = [h / n for h, n in zip(counts.method_correct_C, counts.images_C, strict=True)]
     worst = sorted(per_client)[:4]  # a tenth of 37, rounded up
-    got = averages(counts.method_hits_C, counts.method_loss_C, counts.images_C)
-    assert got["accuracy"] == pytest.approx(sum(counts.method_hits_C) / sum(counts.images_C))
+    got = averages(counts.method_correct_C, counts.method_loss_C, counts.images_C)
+    assert got["accuracy"] == pytest.approx(sum(counts.method_correct_C) / sum(counts.images_C))
     assert got["client_accuracy"] == pytest.approx(sum(per_client) / 37)
     assert got["worst_decile"] == pytest.approx(sum(worst) / 4)
     assert got["log_loss"] == pytest.approx(sum(counts.method_loss_C) / sum(counts.images_C))
@@ -36,8 +36,8 @@ def test_summary_is_paired_and_repeats():
     assert row["gain"] == pytest.approx(row["accuracy"] - row["backbone_accuracy"])
     for name in ("accuracy", "gain", "client_gain", "backbone_accuracy"):
         assert row[f"{name}_low"] < row[name] < row[f"{name}_high"]
-    gains = (counts.method_hits_C - counts.backbone_hits_C) / counts.images_C
-    lowest = np.argsort(counts.backbone_hits_C / counts.images_C, kind="stable")[:6]
+    gains = (counts.method_correct_C - counts.backbone_correct_C) / counts.images_C
+    lowest = np.argsort(counts.backbone_correct_C / counts.images_C, kind="stable")[:6]
     assert row["gain_where_backbone_is_worst"] == pytest.approx(gains[lowest].mean())
     assert row["harmed_share"] == pytest.approx((gains < 0).mean())
     assert (row["test_clients"], row["test_images"]) == (60, counts.images_C.sum())
@@ -46,11 +46,11 @@ def test_summary_is_paired_and_repeats():
 def test_bootstrap_interval_has_the_width_of_theory():
     """For equal clients the interval of the mean is +-1.96 standard errors."""
     counts = make(400, images=(20, 21))
-    gains = (counts.method_hits_C - counts.backbone_hits_C) / counts.images_C
+    gains = (counts.method_correct_C - counts.backbone_correct_C) / counts.images_C
     row = summarise(counts)
     width = row["client_gain_high"] - row["client_gain_low"]
     assert width == pytest.approx(2 * 1.96 * gains.std(ddof=1) / 20, rel=0.1)
-    assert row["se_clients"] == pytest.approx((counts.method_hits_C / counts.images_C).std(ddof=1) / 20, rel=0.1)
+    assert row["se_clients"] == pytest.approx((counts.method_correct_C / counts.images_C).std(ddof=1) / 20, rel=0.1)
 
 
 def test_chance_harm_matches_the_harm_of_clients_that_are_all_alike():
@@ -81,8 +81,8 @@ def test_a_hundred_thousand_clients_are_summarised():
     n = 100_000
     rng = np.random.default_rng(0)
     images = np.full(n, 16)
-    hits = rng.binomial(16, 0.8, n)
-    row = summarise(ClientCounts(images, hits, hits, hits, images * 0.5, images * 0.5), resamples=100)
+    correct = rng.binomial(16, 0.8, n)
+    row = summarise(ClientCounts(images, correct, correct, correct, images * 0.5, images * 0.5), resamples=100)
     assert row["accuracy"] == pytest.approx(0.8, abs=0.01)
 
 
@@ -97,23 +97,23 @@ def test_worst_decile_of_few_clients_is_the_worst_client():
     assert worst_decile(np.array([1, 3]), np.array([4, 4])) == 0.25
 
 
-def multi_label(n=30, answers=5, seed=0):
-    """Return the counts of clients whose images have five answers each, and the same answers as images of one."""
+def multi_label(n=30, decisions=5, seed=0):
+    """Return the counts of clients whose images have five decisions each, and the same decisions as images of one."""
     flat = make(n, seed, images=(4, 20))
     images_C = flat.images_C
-    parts = [np.random.default_rng(seed + i).binomial(answers * images_C, 0.7) for i in range(2)]
+    parts = [np.random.default_rng(seed + i).binomial(decisions * images_C, 0.7) for i in range(2)]
     both = np.minimum(*parts)
-    losses = [answers * images_C * rate for rate in (0.4, 0.3)]
+    losses = [decisions * images_C * rate for rate in (0.4, 0.3)]
     return (
-        ClientCounts(images_C, *parts, both, *losses, answers=answers),
-        ClientCounts(answers * images_C, *parts, both, *losses),
+        ClientCounts(images_C, *parts, both, *losses, decisions=decisions),
+        ClientCounts(decisions * images_C, *parts, both, *losses),
     )
 
 
 def test_answers_of_several_per_image():
     counts, flat = multi_label()
-    np.testing.assert_array_equal(counts.answers_C, 5 * counts.images_C)
-    np.testing.assert_array_equal(flat.answers_C, flat.images_C)
+    np.testing.assert_array_equal(counts.decisions_C, 5 * counts.images_C)
+    np.testing.assert_array_equal(flat.decisions_C, flat.images_C)
     assert len(counts) == 30
 
 

@@ -5,23 +5,23 @@ import torch
 
 from iciia_exp import Run
 from iciia_exp.artifacts import write_json
-from iciia_exp.engine.stages import execute
+from iciia_exp.engine.execute import execute
 from iciia_exp.errors import UserError
 
 
 @pytest.fixture
-def finished(plan):
-    made = plan("groups=4")
+def finished(stages):
+    made = stages("groups=4")
     execute(made)
     return made
 
 
 def test_from_the_run_directory_alone(finished, tmp_path):
     moved = tmp_path / "elsewhere"
-    shutil.move(finished.run_dir, moved)
+    shutil.move(finished.run.folder, moved)
     store = Run.load(moved).features
     features = torch.from_numpy(store.array()[:16].copy())
-    shutil.rmtree(finished.cache_dir)
+    shutil.rmtree(finished.experiment.cache_dir)
     run = Run.load(moved)
     assert run.method.name == "iciia"
     assert run.method.groups == 4
@@ -38,22 +38,22 @@ def test_from_the_run_directory_alone(finished, tmp_path):
 
 
 def test_it_is_the_method_that_was_evaluated(finished):
-    """Predictions from the loaded run give the hits that the evaluation counted."""
-    run = Run.load(finished.run_dir)
+    """Predictions from the loaded run give the correct decisions that the evaluation counted."""
+    run = Run.load(finished.run.folder)
     labels = torch.tensor(run.features.table["label"].tolist())
     features = torch.from_numpy(run.features.array().copy())
-    hits = {}
+    correct = {}
     for i, rows in ((i, torch.from_numpy(run.partition.test[i].copy())) for i in range(len(run.partition))):
         if len(rows):
             right = sum(int((run.predict(features[c]).argmax(-1) == labels[c]).sum()) for c in rows.split(run.images))
-            hits[run.partition.ids[i]] = right
-    assert hits == dict(zip(run.clients["client"], run.clients["method_hits"], strict=True))
+            correct[run.partition.ids[i]] = right
+    assert correct == dict(zip(run.clients["client"], run.clients["method_correct"], strict=True))
 
 
 @pytest.mark.parametrize("shape", [(16, 7), (32,), (1, 0, 32)])
 def test_wrong_features_are_refused(finished, shape):
     with pytest.raises(ValueError, match=r"features are \[S, 32\]"):
-        Run.load(finished.run_dir).predict(torch.zeros(shape))
+        Run.load(finished.run.folder).predict(torch.zeros(shape))
 
 
 def test_missing_and_damaged_runs_are_named(finished, tmp_path):
@@ -62,11 +62,11 @@ def test_missing_and_damaged_runs_are_named(finished, tmp_path):
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match="not a trained run"):
         Run.load(tmp_path / "empty")
-    info = Run.load(finished.run_dir).info
-    write_json(finished.run_dir / "run.json", info | {"format": 99})
+    info = Run.load(finished.run.folder).info
+    write_json(finished.run.folder / "run.json", info | {"format": 99})
     with pytest.raises(UserError, match="format 99"):
-        Run.load(finished.run_dir)
-    write_json(finished.run_dir / "run.json", info)
-    (finished.run_dir / "weights.safetensors").write_bytes(b"x" * 20)
+        Run.load(finished.run.folder)
+    write_json(finished.run.folder / "run.json", info)
+    (finished.run.folder / "weights.safetensors").write_bytes(b"x" * 20)
     with pytest.raises(UserError, match="cannot be read"):
-        Run.load(finished.run_dir)
+        Run.load(finished.run.folder)

@@ -9,6 +9,7 @@ from hydra.utils import instantiate
 from torch import nn
 
 from iciia_exp.errors import UserError
+from iciia_exp.methods.base import Facts
 from iciia_exp.serving.run import Run, save_method
 from iciia_exp.serving.session import ClientSession, predict_together
 
@@ -19,9 +20,9 @@ def make_run(folder, seed=0, **settings):
     torch.manual_seed(seed)
     head = nn.Linear(D, K)
     config = {"_target_": "iciia_exp.methods.adapt.iciia.IciiaMethod", "heads": 2, "groups": 4, **settings}
-    method = instantiate(config, head=head)
-    facts = {"task": "single-label", "class_names": list("abcd")}
-    save_method(folder, method, head, config, folder / "none", 16, facts)
+    method = instantiate(config, facts=Facts.of(head))
+    facts = {"task": "single-label", "class_names": list("abcd"), "images": 16, "features": "none", "backbone": None}
+    save_method(folder, method, head, config, facts)
     return Run.load(folder)
 
 

@@ -1,4 +1,4 @@
-"""scikit-learn's embedded handwritten digits, seen through a noisy sensor.
+"""Digits: scikit-learn's embedded handwritten digits, seen through a noisy sensor.
 
 1,797 real scans of 8x8 pixels (UCI "Optical Recognition of Handwritten Digits", test part), shipped inside
 scikit-learn: no download. Gaussian noise, drawn once per image from a fixed seed, makes a single image ambiguous, as
@@ -32,7 +32,7 @@ class Digits(ImageDataset):
         noise_std: standard deviation of the noise, in units of the full scale of a pixel (0 black, 1 white).
             Nothing is clipped: a sensor's noise goes both ways.
         seed: seed of the noise and of the assignment of images to splits.
-        sizes: number of images for the backbone's training, the methods' training, selection and test; disjoint.
+        sizes: number of images for the backbone's training, the methods' training, val and test; disjoint.
     """
 
     name = "digits"

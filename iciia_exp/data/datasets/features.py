@@ -1,4 +1,4 @@
-"""Features that are there already: the user's own vectors, of CLIP or DINO say, with a CSV file that describes them.
+"""Precomputed features: the user's own vectors (CLIP, DINO) with a CSV file that describes them.
 
 Legend: M images, D features.
 """
@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from iciia_exp.data.dataset import ImageDataset, existing_root, table_digest
+from iciia_exp.data.dataset import ImageDataset, MissingFiles, existing_root, table_digest
 from iciia_exp.data.readers.metadata import check_shares, image_table, read_metadata
 from iciia_exp.errors import ConfigError, UserError, check_int, first_line
 
@@ -37,7 +37,7 @@ class Features(ImageDataset):
     """Vectors in place of images, for the backbone `iciia_exp.models.backbones.precomputed.Precomputed`.
 
     The CSV file has one row per vector, in the same order. Columns: ``label`` (names, or whole numbers), and any of
-    ``split`` (train, val or selection, test, backbone), ``owner``, ``parent`` and ``time`` (numbers, or ISO dates).
+    ``split`` (train, val or val, test, backbone), ``owner``, ``parent`` and ``time`` (numbers, or ISO dates).
 
     Args:
         root: folder of both files; null where both are absolute paths.
@@ -73,7 +73,7 @@ class Features(ImageDataset):
             paths = {name: folder / path for name, path in paths.items()}
         for name, path in paths.items():
             if not path.is_file():
-                raise ConfigError(name, path, "there is no such file")
+                raise MissingFiles(name, path, "there is no such file")
         self.file, self.csv, self.key = paths["file"], paths["csv"], key
 
     def __getstate__(self) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Any folder of images: class folders, with or without split folders above them, and optionally a table beside them.
+"""Image folder: class folders, with or without split folders above them, and optionally a table beside them.
 
 This is how to bring data of one's own. The table (CSV, one row per image) adds what folders cannot say, such as who
 owns an image, and decides wherever it says something.
@@ -30,7 +30,7 @@ log = logging.getLogger(__name__)
 TREE = """<class>/<image>.jpg
 or, already split,
 train/<class>/<image>.jpg
-val/<class>/<image>.jpg (or selection)
+val/<class>/<image>.jpg (test images, where there is no test folder)
 test/<class>/<image>.jpg
 or images anywhere, with a CSV table of their path, label and split"""
 
@@ -40,14 +40,14 @@ CSV_FORM = "a CSV table with a column path and any of label, owner, split, paren
 _VAL = ("val", "valid", "validation")
 _SPLIT_FOLDERS = ("backbone", "train", "selection", *_VAL, "test")
 
-SHARES = {"train": 0.6, "selection": 0.2, "test": 0.2}
+SHARES = {"train": 0.6, "val": 0.2, "test": 0.2}
 
 
 class Folder(ImageDataset):
     """Images in class folders, in the layouts of `TREE`.
 
-    An image in a deeper folder belongs to the class folder above. Split folders are train, test, selection, backbone,
-    and val (valid, validation), which is for selection where there is a test folder and is the test split otherwise.
+    An image in a deeper folder belongs to the class folder above. Split folders are train, test, val, backbone,
+    and val (valid, validation), which is for val where there is a test folder and is the test split otherwise.
     Where neither folders nor table give splits, images are split by ``shares``: within each class, or, where the table
     gives owners, owner by owner, so that no owner is on two sides.
 
@@ -57,8 +57,9 @@ class Folder(ImageDataset):
             and any of ``label``, ``owner``, ``split``, ``parent`` (texts) and ``time`` or ``timestamp`` (seconds, or
             ISO dates). It decides where it says something; where a cell is empty or a column is missing, the folders
             do. Images that it lacks are left out.
-        parents: CSV table of parent categories by class (`iciia_exp.data.readers.parents`); a parent in ``csv`` comes first.
-        shares: shares of the splits, summing to one, where the data has none; train, test and any of selection and
+        parents: CSV table of parent categories by class (`iciia_exp.data.readers.parents`); a parent in ``csv``
+            comes first.
+        shares: shares of the splits, summing to one, where the data has none; train, test and any of val and
             backbone.
         seed: seed of that split.
     """

@@ -1,4 +1,4 @@
-"""ImageNet-1K (ILSVRC 2012), whole or a subset of its classes, as it lies on disk.
+"""ImageNet-1K (ILSVRC 2012): the whole set or some of its classes, as it lies on disk.
 
 The paper's ImageNet experiment: train images train methods, validation images are the reported test, and parent
 categories make clients (ICIIA, ACML 2024, PMLR 260:223-238, section 4). The validation images may lie in class
@@ -52,8 +52,8 @@ class ImageNet(ImageDataset):
 
     Args:
         root: folder with train and val; see `TREE`.
-        parents: CSV table of parent categories by class (`iciia_exp.data.readers.parents`); None is the package's own, made
-            from WordNet.
+        parents: CSV table of parent categories by class (`iciia_exp.data.readers.parents`); None is the package's own,
+            made from WordNet.
     """
 
     name = "imagenet"

@@ -1,4 +1,4 @@
-"""iNaturalist 2019 with FedScale's mapping of images to the people who took them.
+"""iNaturalist 2019: with FedScale's mapping of images to the people who took them.
 
 Sources: images https://github.com/visipedia/inat_comp/tree/master/2019 (``train_val2019.tar.gz``); mapping F. Lai et
 al., "FedScale: Benchmarking Model and System Performance of Federated Learning at Scale", arXiv:2105.11367,
@@ -39,7 +39,7 @@ IMAGES = "train_val2019"
 _MAPPINGS = ("client_data_mapping", "inaturalist/client_data_mapping")
 
 # FedScale's files and what they are here; in this order.
-_SPLITS = {"train.csv": "train", "val.csv": "selection", "test.csv": "test"}
+_SPLITS = {"train.csv": "train", "val.csv": "val", "test.csv": "test"}
 
 
 class INaturalist(ImageDataset):
@@ -64,7 +64,7 @@ class INaturalist(ImageDataset):
             raise wrong_folder(self.root, f"has no folder {_MAPPINGS[0]}", TREE)
         self._mapping = found[0]
         for file, split in _SPLITS.items():
-            if split != "selection" and not (self._mapping / file).is_file():
+            if split != "val" and not (self._mapping / file).is_file():
                 raise wrong_folder(self._mapping, f"has no file {file}", TREE)
 
     @property

@@ -78,7 +78,7 @@ class Omniglot(ImageDataset):
         subset: ``all``: every part that is found; or one or several of background, evaluation, small1 and small2. An
             image that is in several parts counts once.
         drawers: how many of the 20 people who drew an alphabet are in each split; 0 leaves ``backbone`` or
-            ``selection`` empty.
+            ``val`` empty.
         seed: seed of that deal, which is made for every alphabet by itself.
     """
 
@@ -102,7 +102,7 @@ class Omniglot(ImageDataset):
             raise ConfigError(
                 "drawers", dict(drawers), f"must give a number of drawers for each of {', '.join(SPLITS)}"
             )
-        least = {"backbone": 0, "train": 1, "selection": 0, "test": 1}
+        least = {"backbone": 0, "train": 1, "val": 0, "test": 1}
         self.drawers = {s: check_int(f"drawers.{s}", drawers[s], least[s], DRAWERS) for s in SPLITS}
         if (total := sum(self.drawers.values())) != DRAWERS:
             raise ConfigError("drawers", self.drawers, f"must add up to the {DRAWERS} of an alphabet, not to {total}")

@@ -85,7 +85,8 @@ class Ucf101(ImageDataset):
         root: folder with UCF-101 and ucfTrainTestlist; see `TREE`.
         split: which of the three official splits, 1 to 3.
         frames: F, frames of a clip; a shorter video's last frame is repeated.
-        parents: CSV table of parent categories by class (`iciia_exp.data.readers.parents`); None is the five types of actions.
+        parents: CSV table of parent categories by class (`iciia_exp.data.readers.parents`); None is the five types of
+            actions.
     """
 
     name = "ucf101"

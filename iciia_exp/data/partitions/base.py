@@ -1,4 +1,4 @@
-"""The interface of a partition, and what several of them need.
+"""Partition interface, and what several partitions share.
 
 Legend: M images of the dataset, N members of a pool, K classes.
 """
@@ -64,13 +64,13 @@ def draw_share(strata_N: np.ndarray, share: float, order_N: np.ndarray, spare: i
 def role_pools(
     table: pd.DataFrame,
     labels_M: np.ndarray,
-    selection_share: float,
+    val_share: float,
     rng: np.random.Generator,
     partition: Partition,
 ) -> dict[str, np.ndarray]:
     """Return the numbers of the images of every role; raises `ConfigError` where a role would have none.
 
-    A dataset without selection images of its own gives ``selection_share`` of the train images of every class; one
+    A dataset without val images of its own gives ``val_share`` of the train images of every class; one
     that has some takes nothing from ``rng``.
     """
     splits_M = table["split"].to_numpy()
@@ -78,13 +78,13 @@ def role_pools(
     for role in ("train", "test"):
         if not len(pools[role]):
             raise ConfigError("_target_", type(partition).__name__, f"the dataset has no {role} images for any client")
-    if not len(pools["selection"]):
+    if not len(pools["val"]):
         train = pools["train"]
-        drawn = draw_share(labels_M[train], selection_share, rng.random(len(train)))
+        drawn = draw_share(labels_M[train], val_share, rng.random(len(train)))
         if not drawn.any():
-            problem = "the dataset has no selection images, and no class has two train images to give one of them"
-            raise ConfigError("selection_share", selection_share, problem)
-        pools["train"], pools["selection"] = train[~drawn], train[drawn]
+            problem = "the dataset has no val images, and no class has two train images to give one of them"
+            raise ConfigError("val_share", val_share, problem)
+        pools["train"], pools["val"] = train[~drawn], train[drawn]
     return pools
 
 
@@ -122,7 +122,7 @@ def parents_of_classes(table: pd.DataFrame, num_classes: int, lacking: ConfigErr
 
 
 def rounds(deals: int) -> Iterator[tuple[int, str, str]]:
-    """Yield (deal, role, name of its clients): train and selection images ``deals`` times, test images once."""
+    """Yield (deal, role, name of its clients): train and val images ``deals`` times, test images once."""
     for d in range(deals):
         for role in ROLES:
             if role != "test" or d == 0:
@@ -140,11 +140,11 @@ def numbered(name: str, count: int) -> list[str]:
 
 
 def clients_of(entries: Sequence[tuple[str, str, Mapping[str, np.ndarray]]], in_time: bool = False) -> Clients:
-    """Join clients given as (id, kind, images by role); ``in_time`` where images are in the order of time."""
+    """Join clients given as (id, type, images by role); ``in_time`` where images are in the order of time."""
     empty = np.empty(0, dtype=np.int64)
     return Clients(
         ids=np.array([name for name, _, _ in entries], dtype=object),
-        kinds=np.array([kind for _, kind, _ in entries], dtype=object),
+        types=np.array([client_type for _, client_type, _ in entries], dtype=object),
         **{role: Ragged.from_rows([images.get(role, empty) for _, _, images in entries]) for role in ROLES},
         in_time=in_time,
     )

@@ -1,4 +1,4 @@
-"""Clients that see a few classes each: `deal_classes` is the pure function, the class around it checks and chooses.
+"""Classes per client: `deal_classes` is the pure function, the class around it checks and chooses.
 
 Legend: M images of the dataset, K classes, R roles, P parent categories.
 """
@@ -105,14 +105,14 @@ def deal_classes(
 
 
 def in_words(classes: int) -> str:
-    """Return a number of classes in words, which is the kind of a client whose classes have nothing in common."""
+    """Return a number of classes in words, which is the type of a client whose classes have nothing in common."""
     return "1 class" if classes == 1 else f"{classes} classes"
 
 
 def parents_or_any(
     table: pd.DataFrame, num_classes: int, by: str, classes_per_client: int, turnover: int = 0
 ) -> tuple[np.ndarray, list[str]]:
-    """Return the parent of every class, int64 [K], and the kinds' names; with ``by="class"`` one parent for all.
+    """Return the parent of every class, int64 [K], and the types' names; with ``by="class"`` one parent for all.
 
     Raises `ConfigError` where no parent has ``classes_per_client`` classes, and ``turnover`` others to replace some.
     """
@@ -136,13 +136,13 @@ class ClassesPerClient(Partition):
     Args:
         classes_per_client: distinct classes of one client.
         images_per_client: images of one client. Split by client, each client has this many images of its one role;
-            split within client, they are shared among train, selection and test like the sizes of the pools.
+            split within client, they are shared among train, val and test like the sizes of the pools.
         by: ``class``: any classes together; ``parent``: classes of one parent category.
-        split: ``client``: train, selection and test clients are different clients; ``within``: every client has
+        split: ``client``: train, val and test clients are different clients; ``within``: every client has
             images of all three. Either way the images of the three roles are disjoint.
-        deals: how many times the train and selection images are dealt out, to clients of other classes each time; the
+        deals: how many times the train and val images are dealt out, to clients of other classes each time; the
             test images are dealt once, so that every one counts once.
-        selection_share: of the train images, class by class, where the dataset has no selection images of its own.
+        val_share: of the train images, class by class, where the dataset has no val images of its own.
         seed: seed of the partition.
     """
 
@@ -152,8 +152,8 @@ class ClassesPerClient(Partition):
         images_per_client: int = 16,
         by: str = "class",
         split: str = "client",
-        deals: int = 1,
-        selection_share: float = 0.2,
+        deals: int = 10,
+        val_share: float = 0.2,
         seed: int = 0,
     ) -> None:
         self.classes_per_client = check_int("classes_per_client", classes_per_client, 1)
@@ -161,7 +161,7 @@ class ClassesPerClient(Partition):
         self.by = check_choice("by", by, ("class", "parent"))
         self.split = check_choice("split", split, ("client", "within"))
         self.deals = check_int("deals", deals, 1)
-        self.selection_share = check_float("selection_share", selection_share, 0.0, 0.9, open_low=True)
+        self.val_share = check_float("val_share", val_share, 0.0, 0.9, open_low=True)
         self.seed = check_int("seed", seed, 0)
 
     def assign(self, table: pd.DataFrame, num_classes: int) -> Clients:
@@ -172,8 +172,8 @@ class ClassesPerClient(Partition):
             problem = f"a client of {self.classes_per_client} classes needs at least {self.classes_per_client} images"
             raise ConfigError("images_per_client", self.images_per_client, problem)
         rng = generator("classes_per_client", self.seed)
-        pools = role_pools(table, labels_M, self.selection_share, rng, self)
-        entries: list[tuple[str, str, dict[str, np.ndarray]]] = []  # (id, kind, images by role)
+        pools = role_pools(table, labels_M, self.val_share, rng, self)
+        entries: list[tuple[str, str, dict[str, np.ndarray]]] = []  # (id, type, images by role)
 
         def deal(roles: tuple[str, ...], quotas: dict[str, int], name: str) -> None:
             chosen = {role: pools[role] for role in roles}

@@ -1,4 +1,4 @@
-"""Clients whose class proportions are draws from a Dirichlet distribution: the usual label skew of federated learning.
+"""Dirichlet partition: class proportions drawn per client, the usual label skew of federated learning.
 
 Source: Hsu, Qi, Brown, "Measuring the effects of non-identical data distribution for federated visual classification",
 arXiv 1909.06335: every client has its own class proportions and as many images as the others, which is also what
@@ -99,9 +99,9 @@ class Dirichlet(Partition):
             the roles like the sizes of the pools, if within. null: as many as ``clients`` leave.
         clients: number of clients, of all roles together; split by client they are shared among the roles like the
             sizes of the pools. null: as many as there are images for.
-        split: ``client``: train, selection and test clients are different clients; ``within``: every client has
+        split: ``client``: train, val and test clients are different clients; ``within``: every client has
             images of all three, in the same proportions. Either way every image goes to at most one client.
-        selection_share: of the train images, class by class, where the dataset has no selection images of its own.
+        val_share: of the train images, class by class, where the dataset has no val images of its own.
         seed: seed of the partition.
     """
 
@@ -111,7 +111,7 @@ class Dirichlet(Partition):
         images_per_client: int | None = 16,
         clients: int | None = None,
         split: str = "client",
-        selection_share: float = 0.2,
+        val_share: float = 0.2,
         seed: int = 0,
     ) -> None:
         self.alpha = check_float("alpha", alpha, 0.0, open_low=True)
@@ -124,14 +124,14 @@ class Dirichlet(Partition):
         self.clients = clients
         if clients is not None:
             self.clients = check_int("clients", clients, 1 if split == "within" else len(ROLES))
-        self.selection_share = check_float("selection_share", selection_share, 0.0, 0.9, open_low=True)
+        self.val_share = check_float("val_share", val_share, 0.0, 0.9, open_low=True)
         self.seed = check_int("seed", seed, 0)
 
     def assign(self, table: pd.DataFrame, num_classes: int) -> Clients:
         """Return the clients; raises `ConfigError` where the images do not fill them."""
         labels_M = single_labels(table, self)
         rng = generator("dirichlet", self.seed)
-        pools = role_pools(table, labels_M, self.selection_share, rng, self)
+        pools = role_pools(table, labels_M, self.val_share, rng, self)
         counts_RK = np.stack([np.bincount(labels_M[pools[role]], minlength=num_classes) for role in ROLES])
         quotas, numbers = self._sizes(pools)
         client_M, roles_M = (np.full(len(table), -1, dtype=np.int64) for _ in range(2))
@@ -148,8 +148,8 @@ class Dirichlet(Partition):
                 client_M[images] = len(ids) + np.repeat(np.arange(number), label_Cs.shape[1])
                 roles_M[images] = r
             ids += numbered("client" if self.split == "within" else ROLES[roles[0]], number)
-        kinds = np.full(len(ids), f"Dir({self.alpha:g})", dtype=object)
-        return Clients.from_assignment(np.array(ids, dtype=object), kinds, client_M, roles_M, rng.random(len(table)))
+        types = np.full(len(ids), f"Dir({self.alpha:g})", dtype=object)
+        return Clients.from_assignment(np.array(ids, dtype=object), types, client_M, roles_M, rng.random(len(table)))
 
     def _sizes(self, pools: dict[str, np.ndarray]) -> tuple[dict[str, int], dict[str, int]]:
         """Return the images that a client gets of each role, and the number of clients with images of that role."""

@@ -1,4 +1,4 @@
-"""Clients whose classes change along their history: `deal_histories` is the pure function.
+"""Drift partition: the classes of a client change along its history; `deal_histories` is the pure function.
 
 Legend: M images of the dataset, K classes, k classes of one parent category.
 """
@@ -128,7 +128,7 @@ class Drift(Partition):
     """Clients that see a few classes at a time, and others later; split by client.
 
     A client's images are in the order of its history: phase after phase, shuffled within a phase. The images of train,
-    selection and test clients are disjoint.
+    val and test clients are disjoint.
 
     Args:
         classes_per_client: distinct classes of one client in one phase.
@@ -137,9 +137,9 @@ class Drift(Partition):
         turnover: classes that are replaced from one phase to the next; a class may come back after a phase.
         by: ``class``: any classes together; ``parent``: classes of one parent category, which needs
             ``classes_per_client + turnover`` of them.
-        deals: how many times the train and selection images are dealt out, to clients of other classes each time; the
+        deals: how many times the train and val images are dealt out, to clients of other classes each time; the
             test images are dealt once, so that every one counts once.
-        selection_share: of the train images, class by class, where the dataset has no selection images of its own.
+        val_share: of the train images, class by class, where the dataset has no val images of its own.
         seed: seed of the partition.
     """
 
@@ -150,8 +150,8 @@ class Drift(Partition):
         phases: int = 4,
         turnover: int = 1,
         by: str = "class",
-        deals: int = 1,
-        selection_share: float = 0.2,
+        deals: int = 10,
+        val_share: float = 0.2,
         seed: int = 0,
     ) -> None:
         self.classes_per_client = check_int("classes_per_client", classes_per_client, 1)
@@ -162,7 +162,7 @@ class Drift(Partition):
         self.turnover = check_int("turnover", turnover, 0, classes_per_client, why="of classes_per_client")
         self.by = check_choice("by", by, ("class", "parent"))
         self.deals = check_int("deals", deals, 1)
-        self.selection_share = check_float("selection_share", selection_share, 0.0, 0.9, open_low=True)
+        self.val_share = check_float("val_share", val_share, 0.0, 0.9, open_low=True)
         self.seed = check_int("seed", seed, 0)
 
     def assign(self, table: pd.DataFrame, num_classes: int) -> Clients:
@@ -171,9 +171,9 @@ class Drift(Partition):
         turnover = self.turnover if self.phases > 1 else 0
         parents_K, names = parents_or_any(table, num_classes, self.by, self.classes_per_client, turnover)
         rng = generator("drift", self.seed)
-        pools = role_pools(table, labels_M, self.selection_share, rng, self)
+        pools = role_pools(table, labels_M, self.val_share, rng, self)
         sizes = self.classes_per_client, self.images_per_phase, self.phases, self.turnover
-        entries: list[tuple[str, str, dict[str, np.ndarray]]] = []  # (id, kind, images by role)
+        entries: list[tuple[str, str, dict[str, np.ndarray]]] = []  # (id, type, images by role)
         for _, role, name in rounds(self.deals):
             clients = deal_histories(labels_M, parents_K, pools[role], *sizes, rng)
             if not clients:

@@ -1,7 +1,7 @@
-"""Natural clients: every owner of images (user, writer, photographed person) is one.
+"""Owner partition: every owner of images (user, writer, photographed person) is a client.
 
 Source of the rules: ICIIA (ACML 2024, PMLR 260:223-238), section 4. iNaturalist and CelebA are split by client, FEMNIST
-within client; 20 % of the train clients, or of each client's train images, are for selection.
+within client; 20 % of the train clients, or of each client's train images, are for val.
 
 Legend: M images of the dataset, N images in use, C clients.
 """
@@ -16,9 +16,9 @@ from iciia_exp.data.partitions.base import Partition, draw_share
 from iciia_exp.errors import ConfigError, check_choice, check_float, check_int
 from iciia_exp.seeding import generator
 
-__all__ = ["Owner", "deal_images", "deal_owners", "give_selection", "most_frequent"]
+__all__ = ["Owner", "deal_images", "deal_owners", "give_val", "most_frequent"]
 
-TRAIN, SELECTION, TEST = range(len(ROLES))
+TRAIN, VAL, TEST = range(len(ROLES))
 
 
 def most_frequent(rows_N: np.ndarray, values_N: np.ndarray, rows: int) -> np.ndarray:
@@ -31,36 +31,36 @@ def most_frequent(rows_N: np.ndarray, values_N: np.ndarray, rows: int) -> np.nda
     return best
 
 
-def deal_owners(kinds_C: np.ndarray, test_share: float, selection_share: float, rng: np.random.Generator) -> np.ndarray:
-    """Return a role for every client, int64 [C]: a kind of three or more clients has clients of all roles.
+def deal_owners(types_C: np.ndarray, test_share: float, val_share: float, rng: np.random.Generator) -> np.ndarray:
+    """Return a role for every client, int64 [C]: a type of three or more clients has clients of all roles.
 
-    Smaller kinds are dealt out together. ``selection_share`` is a share of the clients that are not for testing.
+    Smaller types are dealt out together. ``val_share`` is a share of the clients that are not for testing.
     """
-    small_C = np.bincount(kinds_C)[kinds_C] < len(ROLES)
-    strata_C = np.where(small_C, 0, kinds_C + 1)
-    roles_C = np.full(len(kinds_C), TRAIN)
-    roles_C[draw_share(strata_C, test_share, rng.random(len(kinds_C)), spare=2)] = TEST
+    small_C = np.bincount(types_C)[types_C] < len(ROLES)
+    strata_C = np.where(small_C, 0, types_C + 1)
+    roles_C = np.full(len(types_C), TRAIN)
+    roles_C[draw_share(strata_C, test_share, rng.random(len(types_C)), spare=2)] = TEST
     rest = np.flatnonzero(roles_C == TRAIN)
-    roles_C[rest[draw_share(strata_C[rest], selection_share, rng.random(len(rest)))]] = SELECTION
+    roles_C[rest[draw_share(strata_C[rest], val_share, rng.random(len(rest)))]] = VAL
     return roles_C
 
 
-def deal_images(client_N: np.ndarray, order_N: np.ndarray, test_share: float, selection_share: float) -> np.ndarray:
-    """Return a role for every image, int64 [N]: of each client, the last are for testing, those before for selection.
+def deal_images(client_N: np.ndarray, order_N: np.ndarray, test_share: float, val_share: float) -> np.ndarray:
+    """Return a role for every image, int64 [N]: of each client, the last are for testing, those before for val.
 
-    A client of three or more images has some of every role. ``selection_share`` is a share of what is not for testing.
+    A client of three or more images has some of every role. ``val_share`` is a share of what is not for testing.
     """
     roles_N = np.full(len(client_N), TRAIN)
     roles_N[draw_share(client_N, test_share, order_N, spare=2)] = TEST
     rest = np.flatnonzero(roles_N == TRAIN)
-    roles_N[rest[draw_share(client_N[rest], selection_share, order_N[rest])]] = SELECTION
+    roles_N[rest[draw_share(client_N[rest], val_share, order_N[rest])]] = VAL
     return roles_N
 
 
-def give_selection(
+def give_val(
     roles_N: np.ndarray, client_N: np.ndarray, order_N: np.ndarray, share: float, rng: np.random.Generator
 ) -> np.ndarray:
-    """Return roles with a share of train moved to selection, int64 [N].
+    """Return roles with a share of train moved to val, int64 [N].
 
     Of the train clients, at random, where no client has both train and test images; else of each client's train images,
     the last.
@@ -75,26 +75,26 @@ def give_selection(
         moved_C = np.zeros(number, dtype=bool)
         moved_C[trains_C] = draw_share(np.zeros(trains_C.sum(), dtype=np.int64), share, rng.random(trains_C.sum()))
         moved = moved_C[client_N[train]]
-    roles_N[train[moved]] = SELECTION
+    roles_N[train[moved]] = VAL
     return roles_N
 
 
 class Owner(Partition):
-    """Every owner of images is a client; its kind is the most frequent parent category of its images, or "owner".
+    """Every owner of images is a client; its type is the most frequent parent category of its images, or "owner".
 
     Images of a client are in the order of the table's ``time`` where it has that column, in random order otherwise, and
     where times are equal; unknown times come last.
 
     Args:
         split: ``given``: the dataset's own splits; an owner with train and test images has both. ``client``: owners are
-            dealt out to train, selection and test, so that every parent category with at least three owners has
+            dealt out to train, val and test, so that every parent category with at least three owners has
             clients of each; the dataset's own splits do not count, except that its backbone's images stay out.
             ``within``: each owner's images are dealt out likewise, the latest for testing.
-        min_images: owners with fewer images, train, selection and test together, are left out. With ``within`` at
+        min_images: owners with fewer images, train, val and test together, are left out. With ``within`` at
             least 3 count, one of each.
         test_share: of the owners (``client``) or of each owner's images (``within``); ``given`` has its own.
-        selection_share: of what is not for testing, likewise. With ``given`` it counts where the dataset has no
-            selection images: of the train owners, if no owner has both train and test images, else of each owner's
+        val_share: of what is not for testing, likewise. With ``given`` it counts where the dataset has no
+            val images: of the train owners, if no owner has both train and test images, else of each owner's
             train images.
         seed: seed of the partition.
     """
@@ -104,13 +104,13 @@ class Owner(Partition):
         split: str = "given",
         min_images: int = 1,
         test_share: float = 0.2,
-        selection_share: float = 0.2,
+        val_share: float = 0.2,
         seed: int = 0,
     ) -> None:
         self.split = check_choice("split", split, ("given", "client", "within"))
         self.min_images = check_int("min_images", min_images, 1)
         self.test_share = check_float("test_share", test_share, 0.0, 0.9, open_low=True)
-        self.selection_share = check_float("selection_share", selection_share, 0.0, 0.9, open_low=True)
+        self.val_share = check_float("val_share", val_share, 0.0, 0.9, open_low=True)
         self.seed = check_int("seed", seed, 0)
 
     def assign(self, table: pd.DataFrame, num_classes: int) -> Clients:
@@ -136,15 +136,15 @@ class Owner(Partition):
         order_N = np.empty(len(used), dtype=np.int64)
         order_N[np.lexsort((rng.random(len(used)), time_N))] = np.arange(len(used))
         parent_N, parents = pd.factorize(table["parent"].iloc[used], sort=True)  # -1 where unknown
-        kinds_C = most_frequent(client_N[parent_N >= 0], parent_N[parent_N >= 0], len(names))
+        types_C = most_frequent(client_N[parent_N >= 0], parent_N[parent_N >= 0], len(names))
         if self.split == "within":
-            roles_N = deal_images(client_N, order_N, self.test_share, self.selection_share)
+            roles_N = deal_images(client_N, order_N, self.test_share, self.val_share)
         elif self.split == "client":
-            roles_N = deal_owners(kinds_C + 1, self.test_share, self.selection_share, rng)[client_N]
+            roles_N = deal_owners(types_C + 1, self.test_share, self.val_share, rng)[client_N]
         else:
             roles_N = np.select([splits_M[used] == role for role in ROLES], range(len(ROLES)))
-            if not (roles_N == SELECTION).any():
-                roles_N = give_selection(roles_N, client_N, order_N, self.selection_share, rng)
+            if not (roles_N == VAL).any():
+                roles_N = give_val(roles_N, client_N, order_N, self.val_share, rng)
         if empty := [role for r, role in enumerate(ROLES) if not (roles_N == r).any()]:
             others = " or ".join(f"split={s}" for s in ("given", "client", "within") if s != self.split)
             problem = f"none of the {len(names)} owners has {empty[0]} images; use {others}"
@@ -152,6 +152,6 @@ class Owner(Partition):
 
         client_M, roles_M, order_M = (np.full(len(table), -1, dtype=np.int64) for _ in range(3))
         client_M[used], roles_M[used], order_M[used] = client_N, roles_N, order_N
-        text = np.array([*map(str, parents), "owner"], dtype=object)  # kind -1 is the last
+        text = np.array([*map(str, parents), "owner"], dtype=object)  # type -1 is the last
         ids, in_time = np.array([*map(str, names)], dtype=object), bool(np.ptp(time_N) > 0)
-        return Clients.from_assignment(ids, text[kinds_C], client_M, roles_M, order_M, in_time)
+        return Clients.from_assignment(ids, text[types_C], client_M, roles_M, order_M, in_time)

@@ -1,7 +1,7 @@
-"""Clients of one parent category each: the partitions of the paper's ImageNet and UCF101 experiments.
+"""Parent-category partition: the paper's ImageNet and UCF101 experiments.
 
 Source: ICIIA (ACML 2024, PMLR 260:223-238), section 4 and the code released with it. `deal_parents` is the pure
-function, the class around it checks arguments and splits off selection images.
+function, the class around it checks arguments and splits off val images.
 
 Legend: M images of the dataset, K classes.
 """
@@ -98,30 +98,30 @@ def split_off_groups(
 
 
 def split_off_images(clients: Sequence[tuple[int, dict[str, np.ndarray]]], share: float) -> None:
-    """Move ``share`` of every client's train images, at least one, to selection; they are shuffled already."""
+    """Move ``share`` of every client's train images, at least one, to val; they are shuffled already."""
     for _, images in clients:
         keep = len(images["train"]) - max(1, round(share * len(images["train"])))
-        images["train"], images["selection"] = np.split(images["train"], [keep])
+        images["train"], images["val"] = np.split(images["train"], [keep])
 
 
 def parents_and_pools(
     table: pd.DataFrame, num_classes: int, partition: Partition
 ) -> tuple[np.ndarray, list[str], dict[str, np.ndarray]]:
-    """Return every image's parent, int64 [M], the parents' names, and the images of train (with selection) and test.
+    """Return every image's parent, int64 [M], the parents' names, and the images of train (with val) and test.
 
     Raises `ConfigError` where an image has no class or a class has no parent.
     """
     labels_M, splits_M = single_labels(table, partition), table["split"].to_numpy()
     lacking = ConfigError("_target_", type(partition).__name__, "{problem}; choose another partition")
     parents_K, names = parents_of_classes(table, num_classes, lacking)
-    train = np.flatnonzero((splits_M == "train") | (splits_M == "selection"))
+    train = np.flatnonzero((splits_M == "train") | (splits_M == "val"))
     return parents_K[labels_M], names, {"train": train, "test": np.flatnonzero(splits_M == "test")}
 
 
 def parent_clients(
     dealt: Sequence[tuple[int, dict[str, np.ndarray]]], names: Sequence[str], train_chunk: int, test_chunk: int
 ) -> Clients:
-    """Join dealt clients, each with the name of its parent as kind and a number within that parent as id.
+    """Join dealt clients, each with the name of its parent as type and a number within that parent as id.
 
     Raises `ConfigError` for the chunks where there is no client, or one lacks images of a role.
     """
@@ -140,49 +140,49 @@ def parent_clients(
 
 
 class ParentCategory(Partition):
-    """Every client has images of one parent category, in train, selection and test.
+    """Every client has images of one parent category, in train, val and test.
 
     Args:
         train_chunk, test_chunk: a parent has as many clients as the scarcer of its train images, in chunks of
             ``train_chunk``, and its test images, in chunks of ``test_chunk``. ImageNet: 80 and 16, which gives 3,161
             clients of 16 test and about 405 other images.
-        selection_share: of the train images, for choosing epochs and hyper-parameters.
-        selection_by: ``image``: within each client, image by image (ImageNet). ``owner``: by (class, owner) before
-            clients are formed, so that no owner (in UCF101, a video group) is on both sides; selection images then
+        val_share: of the train images, for choosing epochs and hyper-parameters.
+        val_by: ``image``: within each client, image by image (ImageNet). ``owner``: by (class, owner) before
+            clients are formed, so that no owner (in UCF101, a video group) is on both sides; val images then
             count in chunks of ``test_chunk`` too, and all three are dealt out evenly (UCF101: chunks of 16).
         seed: seed of the partition.
 
-    The dataset's own selection images, where it has some, are pooled with its train images first.
+    The dataset's own val images, where it has some, are pooled with its train images first.
     """
 
     def __init__(
         self,
         train_chunk: int = 80,
         test_chunk: int = 16,
-        selection_share: float = 0.2,
-        selection_by: str = "image",
+        val_share: float = 0.2,
+        val_by: str = "image",
         seed: int = 0,
     ) -> None:
         self.train_chunk = check_int("train_chunk", train_chunk, 2)
         self.test_chunk = check_int("test_chunk", test_chunk, 1)
-        self.selection_share = check_float("selection_share", selection_share, 0.0, 0.9, open_low=True)
-        self.selection_by = check_choice("selection_by", selection_by, ("image", "owner"))
+        self.val_share = check_float("val_share", val_share, 0.0, 0.9, open_low=True)
+        self.val_by = check_choice("val_by", val_by, ("image", "owner"))
         self.seed = check_int("seed", seed, 0)
 
     def assign(self, table: pd.DataFrame, num_classes: int) -> Clients:
         """Return the clients; raises `ConfigError` where there would be none or one would lack images."""
         parents_M, names, pools = parents_and_pools(table, num_classes, self)
         rng = generator("parent_category", self.seed)
-        if self.selection_by == "owner":
+        if self.val_by == "owner":
             if table["owner"].isna().any():
-                raise ConfigError("selection_by", "owner", "the dataset has images without an owner; use image")
+                raise ConfigError("val_by", "owner", "the dataset has images without an owner; use image")
             labels_M, owners_M = table["label"].to_numpy(), pd.factorize(table["owner"])[0]
-            train, selection = split_off_groups(labels_M, owners_M, pools["train"], self.selection_share, rng)
-            pools = {"train": train, "selection": selection, "test": pools["test"]}
-            chunks = {"train": self.train_chunk, "selection": self.test_chunk, "test": self.test_chunk}
+            train, val = split_off_groups(labels_M, owners_M, pools["train"], self.val_share, rng)
+            pools = {"train": train, "val": val, "test": pools["test"]}
+            chunks = {"train": self.train_chunk, "val": self.test_chunk, "test": self.test_chunk}
             dealt = deal_parents(parents_M, pools, chunks, rng, even=True)
         else:
             chunks = {"train": self.train_chunk, "test": self.test_chunk}
             dealt = deal_parents(parents_M, pools, chunks, rng, even=False)
-            split_off_images(dealt, self.selection_share)
+            split_off_images(dealt, self.val_share)
         return parent_clients(dealt, names, self.train_chunk, self.test_chunk)

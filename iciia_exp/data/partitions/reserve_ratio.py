@@ -1,4 +1,4 @@
-"""Clients between one parent category and all of them: the paper's experiment on heterogeneity (Figure 7).
+"""Reserve-ratio partition: the paper's experiment on heterogeneity (Figure 7).
 
 Source: ICIIA (ACML 2024, PMLR 260:223-238), section 4. The code released with it, which gave the published numbers,
 mixes samples; the paper's text speaks of clients. `mix_samples` and `mix_clients` are the pure functions.
@@ -70,10 +70,10 @@ class ReserveRatio(Partition):
             rest is mixed before clients are formed, so that all clients are alike (the code). ``clients``: this share
             of the clients is of one parent category, the others are of none (the paper's text).
         train_chunk, test_chunk: as in `ParentCategory`.
-        selection_share: of each client's train images, for choosing epochs and hyper-parameters.
+        val_share: of each client's train images, for choosing epochs and hyper-parameters.
         seed: seed of the partition.
 
-    A client's kind is its parent category, or "mixed" where nothing is left of one. The dataset's own selection images,
+    A client's type is its parent category, or "mixed" where nothing is left of one. The dataset's own val images,
     where it has some, are pooled with its train images first.
     """
 
@@ -83,14 +83,14 @@ class ReserveRatio(Partition):
         of: str = "samples",
         train_chunk: int = 80,
         test_chunk: int = 16,
-        selection_share: float = 0.2,
+        val_share: float = 0.2,
         seed: int = 0,
     ) -> None:
         self.ratio = check_float("ratio", ratio, 0.0, 1.0)
         self.of = check_choice("of", of, ("samples", "clients"))
         self.train_chunk = check_int("train_chunk", train_chunk, 2)
         self.test_chunk = check_int("test_chunk", test_chunk, 1)
-        self.selection_share = check_float("selection_share", selection_share, 0.0, 0.9, open_low=True)
+        self.val_share = check_float("val_share", val_share, 0.0, 0.9, open_low=True)
         self.seed = check_int("seed", seed, 0)
 
     def assign(self, table: pd.DataFrame, num_classes: int) -> Clients:
@@ -98,7 +98,7 @@ class ReserveRatio(Partition):
         parents_M, names, pools = parents_and_pools(table, num_classes, self)
         # mixing has a generator of its own, so that dealing draws what `ParentCategory` draws
         mixing, dealing = generator("reserve_ratio", self.seed), generator("parent_category", self.seed)
-        mixed = len(names)  # number of the kind of clients without a parent
+        mixed = len(names)  # number of the client type without a parent
         if self.of == "samples":
             parents_M = mix_samples(parents_M, pools, self.ratio, mixing)
         chunks = {"train": self.train_chunk, "test": self.test_chunk}
@@ -107,5 +107,5 @@ class ReserveRatio(Partition):
             dealt = mix_clients(dealt, mixed, self.ratio, mixing)
         elif self.ratio == 0:
             dealt = [(mixed, images) for _, images in dealt]
-        split_off_images(dealt, self.selection_share)
+        split_off_images(dealt, self.val_share)
         return parent_clients(dealt, [*names, "mixed"], self.train_chunk, self.test_chunk)

@@ -1,4 +1,4 @@
-"""What datasets on disk share: finding and opening image files, reading the tables beside them."""
+"""Files: finding and opening images, and reading the tables beside them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""LEAF's JSON files: users, each with a list ``x`` and a list ``y``, in the folders train and test.
+"""LEAF JSON: users, each with a list ``x`` and a list ``y``, in the folders train and test.
 
     {"users": [user, ...], "num_samples": [n, ...], "user_data": {user: {"x": [...], "y": [...]}, ...}}
 

@@ -1,4 +1,4 @@
-"""What a user's CSV file says about images: labels, splits, owners, parents and times; and splits where it gives none.
+"""Metadata: labels, splits, owners, parents and times from a user's CSV file; splits where it gives none.
 
 All but `read_metadata` are pure functions of columns of text, in which an empty cell is None.
 """
@@ -36,7 +36,7 @@ _ALIASES = {"timestamp": "time"}
 _SPLITS = {
     "backbone": "backbone",
     **dict.fromkeys(("train", "training"), "train"),
-    **dict.fromkeys(("selection", "val", "valid", "validation", "dev"), "selection"),
+    **dict.fromkeys(("val", "valid", "validation", "dev", "selection"), "val"),
     **dict.fromkeys(("test", "testing"), "test"),
 }
 _INTEGER = re.compile(r"[+-]?\d+")
@@ -112,7 +112,7 @@ def number_labels(names: pd.Series) -> tuple[np.ndarray, tuple[str, ...]]:
 
 
 def split_names(splits: pd.Series, source: Path | str) -> np.ndarray:
-    """Return the names in `SPLITS` for what people call them: ``val``, ``valid`` and ``validation`` are selection.
+    """Return the names in `SPLITS` for what people call them: ``valid``, ``validation`` and ``dev`` are val.
 
     Args:
         splits: text, any case.
@@ -276,6 +276,10 @@ def image_table(
             if given
             else "too few images or owners"
         )
-        val = "; val counts as selection, images for reported numbers are test" if given and lacking == ["test"] else ""
+        val = (
+            "; val is for choosing epochs and settings, images for reported numbers are test"
+            if given and lacking == ["test"]
+            else ""
+        )
         raise UserError(f"{source}: no {' and no '.join(lacking)} images: {found}{val}")
     return table, classes

@@ -1,6 +1,6 @@
-"""What an answer owes to which other image: examples of targets with the images of their client that count most.
+"""Attribution: how much the prediction for an image depends on the other images of its client.
 
-Two measures. *weight*: the method's own attention, where it has some (`Method.retrieval_weights`), as shares of what
+Two measures. *weight*: the method's own attention, where it has some (`Method.attention_weights`), as shares of what
 goes to other images. *influence*, for every method: how much more probable the image makes the method's answer, in
 nats, against leaving that image out of the client's past.
 
@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import io
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -23,16 +23,16 @@ import pandas as pd
 import torch
 from torch import Tensor, nn
 
-from iciia_exp import tasks
-from iciia_exp.config.settings import Retrieval
-from iciia_exp.data.batches import ClientBatch, FeatureBatches, Selection
+from iciia_exp.config.settings import Evaluation
+from iciia_exp.data.batches import ClientBatch, ClientIndex
 from iciia_exp.data.clients import Clients
+from iciia_exp.engine.evaluation.setup import Setup
 from iciia_exp.errors import first_line
-from iciia_exp.methods.adapt.base import PerImage
-from iciia_exp.methods.base import Method
+from iciia_exp.methods.adapt.base import Adaptive
 from iciia_exp.seeding import generator
+from iciia_exp.tasks import MULTI_LABEL, Task
 
-__all__ = ["CASES", "retrieval_table", "thumbnail"]
+__all__ = ["CASES", "attribution_table", "thumbnail"]
 
 log = logging.getLogger(__name__)
 
@@ -48,7 +48,7 @@ _LONGEST = 64
 _SMALL = 40
 
 
-def _sequences(clients: Clients, number: int, images: int, rng: np.random.Generator) -> Selection:
+def _sequences(clients: Clients, number: int, images: int, rng: np.random.Generator) -> ClientIndex:
     """Return targets drawn at random, each last after images of its client: those before it in time, or any others."""
     test = clients.test
     place_M = np.arange(len(test.values)) - np.repeat(test.offsets[:-1], test.lengths)  # within the client
@@ -65,7 +65,7 @@ def _sequences(clients: Clients, number: int, images: int, rng: np.random.Genera
             others = np.setdiff1d(np.arange(first, test.offsets[owner + 1]), [position])
             past = rng.permutation(others)[: images - 1]
         index_TS[row, : len(past) + 1] = test.values[[*past, position]]
-    return Selection(index_TS, owner_T)
+    return ClientIndex(index_TS, owner_T)
 
 
 def _at_targets(logits_TSK: Tensor, mask_TS: Tensor) -> Tensor:
@@ -82,18 +82,18 @@ def _without(batch: ClientBatch, row: int) -> ClientBatch:
     return ClientBatch(x_PSD, y_PS, mask_PS, batch.client_C[row].expand(past))
 
 
-def _log_probability(logits_MK: Tensor, answer: Tensor) -> Tensor:
+def _log_probability(task: Task, logits_MK: Tensor, answer: Tensor) -> Tensor:
     """Return the log-probability of an answer, [M]: a class, or a yes or no for every attribute, [K]."""
-    return -tasks.log_loss(logits_MK, answer.expand(len(logits_MK), *answer.shape))
+    return -task.log_loss(logits_MK, answer.expand(len(logits_MK), *answer.shape))
 
 
-def _answer(logits_K: Tensor, task: str) -> Tensor:
-    return (logits_K > 0).to(torch.uint8) if task == tasks.MULTI_LABEL else logits_K.argmax()
+def _answer(logits_K: Tensor, task: Task) -> Tensor:
+    return (logits_K > 0).to(torch.uint8) if task == MULTI_LABEL else logits_K.argmax()
 
 
-def _named(y: Any, names: list[str], task: str) -> str:
-    if task == tasks.MULTI_LABEL:
-        return ", ".join(names[k] for k in np.flatnonzero(y)) or "none"
+def _named(y: Any, names: Sequence[str], task: Task) -> str:
+    if task == MULTI_LABEL:
+        return ", ".join(names[int(k)] for k in np.flatnonzero(y)) or "none"
     return names[int(y)]
 
 
@@ -120,76 +120,72 @@ def _choose(change_T: np.ndarray, examples: int) -> list[tuple[str, int]]:
 
 
 @torch.inference_mode()
-def retrieval_table(
-    method: Method,
-    head: nn.Linear,
-    batches: FeatureBatches,
-    clients: Clients,
+def attribution_table(
+    setup: Setup,
+    options: Evaluation,
     images: int,
-    options: Retrieval,
-    class_names: list[str],
-    task: str,
+    class_names: Sequence[str],
     image: Callable[[int], Any] | None = None,
-    device: torch.device | str = "cpu",
 ) -> pd.DataFrame:
     """Return the examples: for each, the target (``rank`` 0) and the other images that count most (1, 2, ...).
 
     Args:
-        method, head: the trained method and the backbone's classifier, in evaluation mode.
-        batches: gathers features and labels.
-        clients: the partition; targets are test images.
-        images: S, images of a sequence at most, the target among them.
+        setup: the method; targets are test images.
         options: how many.
-        class_names, task: of the dataset.
+        images: S, images of a sequence at most, the target among them.
+        class_names: of the dataset.
         image: gives an image by number, for thumbnails; None where there are none.
-        device: where to compute.
 
     Returns:
         Columns ``example``, ``case`` (`CASES`), ``cases`` (how many of the ``drawn`` targets are of it), ``drawn``,
-        ``client``, ``rank``, ``image`` (number in the dataset), ``truth``; of targets ``backbone_answer``,
-        ``backbone_confidence``, ``method_answer``, ``method_confidence``; of others ``weight`` and ``influence``;
+        ``client``, ``rank``, ``image`` (number in the dataset), ``truth``; of targets ``backbone_prediction``,
+        ``backbone_confidence``, ``method_prediction``, ``method_confidence``; of others ``weight`` and ``influence``;
         ``thumbnail`` (PNG or JPEG). No rows where no client has two test
         images, or the method looks at no other image.
     """
-    if isinstance(method, PerImage) or method.by_client or not options.examples or images < 2:
+    method, head, batches, clients = setup.method, setup.head, setup.batches, setup.clients
+    device, task = setup.device, setup.task
+    if not isinstance(method, Adaptive) or not method.state_width or not options.examples or images < 2:
         return pd.DataFrame()
     rng = generator("retrieval")
-    selection = _sequences(clients, _TRIED * options.examples, min(images, _LONGEST), rng)
-    if not len(selection.client_C):
+    index = _sequences(clients, _TRIED * options.examples, min(images, _LONGEST), rng)
+    if not len(index.client_C):
         return pd.DataFrame()
     method.to(device)
     head.to(device)
     parts = []
-    for some in np.array_split(np.arange(len(selection.client_C)), -(-len(selection.client_C) // 32)):
-        batch = batches[Selection(selection.index_CS[some], selection.client_C[some])].moved(device)
+    for some in np.array_split(np.arange(len(index.client_C)), -(-len(index.client_C) // 32)):
+        batch = batches[ClientIndex(index.index_CS[some], index.client_C[some])].moved(device)
         x_TD, y_T = _at_targets(batch.x_CSD, batch.mask_CS), _at_targets(batch.y_CS, batch.mask_CS)
-        logits_TK, before_TK = _at_targets(method.answers(batch), batch.mask_CS), head(x_TD)
-        hits = [tasks.hits(logits, y_T).sum(1).cpu().numpy() for logits in (logits_TK, before_TK)]
-        parts.append(hits[0].astype(int) - hits[1].astype(int))
+        logits_TK, before_TK = _at_targets(method.logits(batch), batch.mask_CS), head(x_TD)
+        correct = [task.correct(logits, y_T).sum(1).cpu().numpy() for logits in (logits_TK, before_TK)]
+        parts.append(correct[0].astype(int) - correct[1].astype(int))
     change_T = np.concatenate(parts)
     counts = {case: len(rows_T) for case, rows_T in _by_case(change_T).items()}
     pictures = _Thumbnails(image, options.pixels)
     rows: list[dict[str, Any]] = []
     for example, (case, row) in enumerate(_choose(change_T, options.examples)):
-        one = Selection(selection.index_CS[[row]], selection.client_C[[row]])
+        one = ClientIndex(index.index_CS[[row]], index.client_C[[row]])
         shared = {"example": example, "case": case, "cases": counts[case], "drawn": len(change_T)}
-        shared["client"] = str(clients.ids[selection.client_C[row]])
+        shared["client"] = str(clients.ids[index.client_C[row]])
         for found in _example(method, head, batches[one].moved(device), class_names, task, options.neighbours):
             rows.append(shared | found | {"thumbnail": pictures(found["image"])})
     return pd.DataFrame(rows)
 
 
 def _example(
-    method: Method, head: nn.Linear, batch: ClientBatch, class_names: list[str], task: str, neighbours: int
+    method: Adaptive, head: nn.Linear, batch: ClientBatch, class_names: Sequence[str], task: Task, neighbours: int
 ) -> list[dict[str, Any]]:
     """Return the rows of one sequence: its target, and the images that count most, those first."""
     past = int(batch.mask_CS.sum()) - 1
-    logits_K, before_K = method.answers(batch)[0, past], head(batch.x_CSD[0, past])
+    logits_K, before_K = method.logits(batch)[0, past], head(batch.x_CSD[0, past])
     answer = _answer(logits_K, task)
-    without_PK = method.answers(_without(batch, 0))[:, past]
-    influence_P = (_log_probability(logits_K[None], answer) - _log_probability(without_PK, answer)).cpu().numpy()
+    without_PK = method.logits(_without(batch, 0))[:, past]
+    influence_P = (
+        (_log_probability(task, logits_K[None], answer) - _log_probability(task, without_PK, answer)).cpu().numpy()
+    )
     weight_P = np.full(past, np.nan)
-    if (weights_CSS := method.retrieval_weights(batch.x_CSD, batch.mask_CS)) is not None:
+    if (weights_CSS := method.attention_weights(batch.x_CSD, batch.mask_CS)) is not None:
         own_P = weights_CSS[0, past, :past].double().cpu().numpy()
         weight_P = own_P / own_P.sum() if own_P.sum() > 0 else own_P
     assert batch.image_CS is not None
@@ -197,12 +193,12 @@ def _example(
     target: dict[str, Any] = {"rank": 0, "image": image_S[past], "truth": _named(labels[past], class_names, task)}
     y_1 = batch.y_CS[0, past][None]
     for name, logits in (("backbone", before_K), ("method", logits_K)):
-        right = tasks.hits(logits[None], y_1)
-        if task == tasks.MULTI_LABEL:
-            target[f"{name}_answer"] = f"{int(right.sum())} of {right.numel()} right"
+        right = task.correct(logits[None], y_1)
+        if task == MULTI_LABEL:
+            target[f"{name}_prediction"] = f"{int(right.sum())} of {right.numel()} right"
         else:
-            target[f"{name}_answer"] = class_names[int(logits.argmax())]
-        target[f"{name}_confidence"] = float(tasks.confidence(logits[None], y_1).mean())
+            target[f"{name}_prediction"] = class_names[int(logits.argmax())]
+        target[f"{name}_confidence"] = float(task.confidence(logits[None]).mean())
     order = np.argsort(-np.where(np.isnan(weight_P), np.abs(influence_P), weight_P), kind="stable")[:neighbours]
     rows = [target]
     for rank, p in enumerate(order, 1):
@@ -224,7 +220,7 @@ class _Thumbnails:
         try:
             return thumbnail(self.image(number), self.pixels)
         except Exception as error:  # decoders raise many kinds; the folder may be gone, the features are there
-            log.warning("retrieval: examples without pictures (image %d: %s)", number, first_line(error))
+            log.warning("attribution: examples without pictures (image %d: %s)", number, first_line(error))
             self.image = None
             return None
 

@@ -1,4 +1,4 @@
-"""Clients unlike those of the partition, drawn from its test images: what a method makes of kinds that it never saw.
+"""Drawn clients: accuracy on client types that the partition does not have.
 
 - ``random_classes``: 2 to 20 classes at random, all equally frequent;
 - ``homogeneous``: all classes, as frequent as they are;
@@ -6,8 +6,8 @@
   that half is the first after the change.
 
 Each is a client of its own, with images in an order; its accuracy by images seen before is that of the ``stream``
-protocol. Kinds of the partition that training did not see (`client_mix.unseen_kinds`) are in the other tables already,
-by the column ``kind``.
+protocol. Types of the partition that training did not see (`client_mix.unseen_types`) are in the other tables already,
+by the column ``type``.
 
 Legend: C clients, S images of each.
 """
@@ -16,48 +16,37 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from copy import copy
+from dataclasses import replace
 
 import pandas as pd
-import torch
-from torch import nn
 
-from iciia_exp.config.settings import Protocol
-from iciia_exp.data.batches import FeatureBatches
-from iciia_exp.data.clients import Clients
+from iciia_exp.config.settings import Evaluation
 from iciia_exp.data.drawn_clients import drawn_clients
 from iciia_exp.engine.evaluation.history import history_table
-from iciia_exp.methods.base import Method
-from iciia_exp.results.tables import DRAWN_KINDS
+from iciia_exp.engine.evaluation.setup import Setup
+from iciia_exp.results.tables import DRAWN_TYPES
 
-__all__ = ["DRAWN_KINDS", "kinds_table"]
+__all__ = ["DRAWN_TYPES", "drawn_clients_table"]
 
 # Images since the change for which a drifting client's accuracy is reported, beside the last before it.
 _SINCE = (0, 1, 2, 3, 5, 7)
 
 
-def kinds_table(
-    method: Method,
-    head: nn.Linear,
-    batches: FeatureBatches,
-    clients: Clients,
-    protocol: Protocol,
-    answers: int,
-    device: torch.device | str = "cpu",
-    progress: Callable[[float], None] = lambda share: None,
+def drawn_clients_table(
+    setup: Setup, options: Evaluation, images: int, progress: Callable[[float], None] = lambda share: None
 ) -> pd.DataFrame:
-    """Return one row per kind, length of history and drawn client, as `history_table` does for the partition's own.
+    """Return one row per type, length of history and drawn client, as `history_table` does for the partition's own.
 
-    A multi-label task, which has no sets of classes, has homogeneous clients alone.
+    A multi-label task has no sets of classes, so homogeneous clients alone. ``images`` is S, images of a client.
     """
-    kinds = DRAWN_KINDS if batches.labels.ndim == 1 else ("homogeneous",)
+    types = DRAWN_TYPES if setup.batches.labels.ndim == 1 else ("homogeneous",)
     tables = []
-    for done, kind in enumerate(kinds):
-        lengths = copy(protocol)
-        if kind == "drifting":
-            half = protocol.images // 2
+    for done, client_type in enumerate(types):
+        lengths = copy(options)
+        if client_type == "drifting":
+            half = images // 2
             lengths.history_lengths = sorted({max(0, half - 1), *(half + n for n in _SINCE)})
-        drawn = drawn_clients(clients, batches.labels, protocol.kinds_clients, protocol.images, kind)
-        parts = (method, head, batches, drawn, lengths, answers, device)
-        tables.append(history_table(*parts, protocols=("stream",)))
-        progress((done + 1) / len(kinds))
+        drawn = drawn_clients(setup.clients, setup.batches.labels, options.drawn_clients, images, client_type)
+        tables.append(history_table(replace(setup, clients=drawn), lengths, protocols=("stream",)))
+        progress((done + 1) / len(types))
     return pd.concat(tables, ignore_index=True)

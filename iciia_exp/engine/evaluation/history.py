@@ -1,4 +1,4 @@
-"""Accuracy by length of history: both protocols, for any trained method, without a loop over clients.
+"""History evaluation: accuracy by the number of images seen before, without a loop over clients.
 
 A causal method gives every length of ``stream`` in one pass; any other gets the sequences that end with a target.
 
@@ -16,15 +16,16 @@ import pandas as pd
 import torch
 from torch import Tensor, nn
 
-from iciia_exp.config.settings import Protocol
-from iciia_exp.data.batches import ClientBatch, FeatureBatches, Selection
-from iciia_exp.data.clients import Clients, Ragged
+from iciia_exp.config.settings import Evaluation
+from iciia_exp.data.batches import ClientBatch, ClientIndex, FeatureBatches
+from iciia_exp.data.clients import Ragged
 from iciia_exp.data.sequences import Sequences, by_length, prefix_sequences, stream_orders
+from iciia_exp.engine.evaluation.setup import Setup
 from iciia_exp.machine import side_by_side
-from iciia_exp.methods.base import Method
-from iciia_exp.results.counts import Answers, ClientCountsMetric, read_answers
+from iciia_exp.results.counts import ClientCountsMetric, Outcomes, outcomes
 from iciia_exp.results.summary import ALL
 from iciia_exp.seeding import generator
+from iciia_exp.tasks import Task
 
 __all__ = ["PROTOCOLS", "history_table"]
 
@@ -32,74 +33,64 @@ PROTOCOLS = ("stream", "prefix")
 
 
 def history_table(
-    method: Method,
-    head: nn.Linear,
-    batches: FeatureBatches,
-    clients: Clients,
-    protocol: Protocol,
-    answers: int,
-    device: torch.device | str = "cpu",
+    setup: Setup,
+    options: Evaluation,
     progress: Callable[[float], None] = lambda share: None,
     protocols: Sequence[str] = PROTOCOLS,
 ) -> pd.DataFrame:
-    """Return one row per protocol, length of history and test client: targets, hits and sums of log-loss.
+    """Return one row per protocol, length of history and client: targets, correct decisions, sums of log-loss.
 
     Args:
-        method, head: the trained method and the backbone's classifier, in evaluation mode.
-        batches: gathers features and labels.
-        clients: the partition; its test images are the targets.
-        protocol: gives the lengths, the number of orders, and how many clients at most.
-        answers: right-or-wrong answers of one image.
-        device: where to compute.
-        progress: is told the share that is done.
+        setup: the method; the targets are the clients' test images.
+        options: the lengths, the number of orders, and how many clients at most.
+        progress: called with the share that is done.
         protocols: which ones.
     """
+    method, head, batches, clients = setup.method, setup.head, setup.batches, setup.clients
+    device = setup.device
     test, numbers = clients.test, np.flatnonzero(clients.test.lengths)
-    if len(numbers) > protocol.history_clients:  # every client is many sequences
-        drawn = generator("history_clients").permutation(len(numbers))[: protocol.history_clients]
+    if len(numbers) > options.history_clients:  # every client is many sequences
+        drawn = generator("history_clients").permutation(len(numbers))[: options.history_clients]
         numbers = np.sort(numbers[drawn])
     chosen_C = np.zeros(len(test), dtype=bool)
     chosen_C[numbers] = True
     sizes = test.lengths[numbers]
     compact = Ragged(np.concatenate([[0], np.cumsum(sizes)]), test.values[chosen_C[test.row_numbers]])
-    lengths = [n for n in protocol.history_lengths if (compact.lengths > n).any()]
+    lengths = [n for n in options.history_lengths if (compact.lengths > n).any()]
     keys = [(name, n) for name in protocols for n in [*lengths, ALL]]
-    counts = _Counts(keys, len(numbers), answers, torch.device(device))
+    counts = _Counts(keys, len(numbers), setup.task, head.out_features, torch.device(device))
 
     def orders() -> Iterable[Sequences]:
-        return stream_orders(compact, protocol.history_orders, protocol.history_longest, 0, clients.in_time)
+        return stream_orders(compact, options.history_orders, options.history_longest, 0, clients.in_time)
 
-    steps: list[tuple[list[tuple[str, int]], Callable[[], Iterator[Selection]]]] = []
-    tokens = 1024 if counts.device.type == "cpu" else 1 << 15  # of a batch: a processor's cache is small
-    alone = method.causal or method.by_client  # one pass gives every image's answer after those before it
-    if "stream" in protocols and alone:
+    steps: list[tuple[list[tuple[str, int]], Callable[[], Iterator[ClientIndex]]]] = []
+    tokens = 1024 if counts.device.type == "cpu" else 1 << 15  # of a batch: a CPU's cache is small
+    if "stream" in protocols and method.causal:  # one pass gives every image's logits after those before it
         steps.append(([key for key in keys if key[0] == "stream"], partial(_whole, orders, tokens)))
     elif "stream" in protocols:
         steps += [([("stream", n)], partial(_cut, orders, n, tokens)) for n in [*lengths, ALL]]
     if "prefix" in protocols:
-        longest = protocol.history_longest
+        longest = options.history_longest
         steps += [([("prefix", n)], partial(_prefix, compact, n, longest, tokens)) for n in [*lengths, ALL]]
     method = method.to(device)
     numbers_C = torch.from_numpy(numbers).to(device)
 
     def answer(batch: ClientBatch) -> Tensor:
-        if method.by_client:
-            return method.answers(batch._replace(client_C=numbers_C[batch.client_C]))
-        # of the last image, both are the answer after all others
-        return (method.stream if method.causal else method)(batch.x_CSD, batch.mask_CS)
+        # of the last image, both are the logits after all others
+        return method.logits(batch._replace(client_C=numbers_C[batch.client_C]), causal=method.causal)
 
-    def read(wanted: _Wanted, selection: Selection) -> tuple[Tensor, Answers, Answers]:
-        batch = batches[selection].moved(device)
+    def read(wanted: _Wanted, index: ClientIndex) -> tuple[Tensor, Outcomes, Outcomes]:
+        batch = batches[index].moved(device)
         return counts.read(wanted, batch, answer(batch))
 
     several = side_by_side if counts.device.type == "cpu" else map
     with torch.inference_mode():
         counts.read_backbone(head.to(device), batches, compact.values)
-        for done, (some, selections) in enumerate(steps, 1):
-            for answers_M in several(partial(read, counts.wanted(some)), selections()):
+        for done, (some, indices) in enumerate(steps, 1):
+            for answers_M in several(partial(read, counts.wanted(some)), indices()):
                 counts.metric.update(*answers_M)
             progress(done / len(steps))
-    return counts.table(clients.ids[numbers], clients.kinds[numbers])
+    return counts.table(clients.ids[numbers], clients.types[numbers])
 
 
 class _Wanted(NamedTuple):
@@ -113,9 +104,11 @@ class _Wanted(NamedTuple):
 class _Counts:
     """Hits and losses by (protocol, length) and client: one metric, in which every pair of the two is a client."""
 
-    def __init__(self, keys: list[tuple[str, int]], clients: int, answers: int, device: torch.device) -> None:
-        self.keys, self.clients, self.device = keys, clients, device
-        self.metric = ClientCountsMetric(len(keys) * clients, answers).to(device)
+    def __init__(
+        self, keys: list[tuple[str, int]], clients: int, task: Task, num_classes: int, device: torch.device
+    ) -> None:
+        self.keys, self.clients, self.task, self.device = keys, clients, task, device
+        self.metric = ClientCountsMetric(len(keys) * clients, task.decisions(num_classes)).to(device)
 
     def read_backbone(self, head: nn.Linear, batches: FeatureBatches, images: np.ndarray) -> None:
         """Ask the backbone about every image once, however often it is a target."""
@@ -124,10 +117,10 @@ class _Counts:
             return
         parts = []
         for start in range(0, len(images), 4096):
-            selection = Selection(images[None, start : start + 4096], np.zeros(1, dtype=np.int64))
-            batch = batches[selection].moved(self.device)
-            parts.append(read_answers(head(batch.x_CSD[0]), batch.y_CS[0]))
-        self.backbone = Answers(*(torch.cat(values) for values in zip(*parts, strict=True)))
+            index = ClientIndex(images[None, start : start + 4096], np.zeros(1, dtype=np.int64))
+            batch = batches[index].moved(self.device)
+            parts.append(outcomes(self.task, head(batch.x_CSD[0]), batch.y_CS[0]))
+        self.backbone = Outcomes(*(torch.cat(values) for values in zip(*parts, strict=True)))
         row_M = torch.full((int(images[-1]) + 1,), -1)
         row_M[torch.from_numpy(images)] = torch.arange(len(images))
         self.row_M = row_M.to(self.device)
@@ -138,39 +131,39 @@ class _Counts:
         values = [n for _, n in keys], ends, [self.keys.index(key) for key in keys]
         return _Wanted(*(torch.tensor(value, device=self.device) for value in values))
 
-    def read(self, wanted: _Wanted, batch: ClientBatch, logits_BSK: Tensor) -> tuple[Tensor, Answers, Answers]:
+    def read(self, wanted: _Wanted, batch: ClientBatch, logits_BSK: Tensor) -> tuple[Tensor, Outcomes, Outcomes]:
         """Return what the metric counts of a batch's targets."""
         assert batch.image_CS is not None  # `FeatureBatches` gives it
         size_B1 = batch.mask_CS.sum(1, keepdim=True)
         at_BL = torch.where(wanted.end_L, size_B1 - 1, wanted.length_L)
         row_T, column_T = (at_BL < size_B1).nonzero().unbind(1)
         at_T = at_BL[row_T, column_T]
-        method = read_answers(logits_BSK[row_T, at_T], batch.y_CS[row_T, at_T])
+        method = outcomes(self.task, logits_BSK[row_T, at_T], batch.y_CS[row_T, at_T])
         client_T = batch.client_C[row_T] + wanted.key_L[column_T] * self.clients
         return client_T, self.backbone.at(self.row_M[batch.image_CS[row_T, at_T]]), method
 
-    def table(self, ids: np.ndarray, kinds: np.ndarray) -> pd.DataFrame:
+    def table(self, ids: np.ndarray, types: np.ndarray) -> pd.DataFrame:
         """Return one row per key and client that had targets."""
         numbers, c = self.metric.counts()
         key, client = np.divmod(numbers, self.clients)
         names = np.array([name for name, _ in self.keys], dtype=object)
         lengths = np.array([n for _, n in self.keys])
-        columns = {"protocol": names[key], "history": lengths[key], "client": ids[client], "kind": kinds[client]}
-        columns |= {"targets": c.images_C, "answers": c.answers_C}
-        hits = {f: getattr(c, f"{f}_C") for f in ("backbone_hits", "method_hits", "both_hits")}
+        columns = {"protocol": names[key], "history": lengths[key], "client": ids[client], "client_type": types[client]}
+        columns |= {"targets": c.images_C, "decisions": c.decisions_C}
+        correct = {f: getattr(c, f"{f}_C") for f in ("backbone_correct", "method_correct", "both_correct")}
         losses = {f: getattr(c, f"{f}_C") for f in ("backbone_loss", "method_loss")}
-        return pd.DataFrame({**columns, **hits, **losses})
+        return pd.DataFrame({**columns, **correct, **losses})
 
 
-def _whole(orders: Callable[[], Iterable[Sequences]], tokens: int) -> Iterator[Selection]:
+def _whole(orders: Callable[[], Iterable[Sequences]], tokens: int) -> Iterator[ClientIndex]:
     for sequences in orders():
         yield from by_length(sequences, tokens=tokens)
 
 
-def _cut(orders: Callable[[], Iterable[Sequences]], length: int, tokens: int) -> Iterator[Selection]:
+def _cut(orders: Callable[[], Iterable[Sequences]], length: int, tokens: int) -> Iterator[ClientIndex]:
     for sequences in orders():
         yield from by_length(sequences, None if length == ALL else length + 1, tokens)
 
 
-def _prefix(test: Ragged, length: int, longest: int, tokens: int) -> Iterator[Selection]:
+def _prefix(test: Ragged, length: int, longest: int, tokens: int) -> Iterator[ClientIndex]:
     return by_length(prefix_sequences(test, length, longest), tokens=tokens)

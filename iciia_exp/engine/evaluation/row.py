@@ -1,4 +1,4 @@
-"""The flat row of a run (``results.json``) and its table of clients (``clients.parquet``)."""
+"""Result row: ``results.json``, flat, and the table ``clients.parquet``."""
 
 from __future__ import annotations
 
@@ -13,12 +13,14 @@ import numpy as np
 import pandas as pd
 
 from iciia_exp import __version__
-from iciia_exp.config.build import Plan, science
+from iciia_exp.config.check import science
 from iciia_exp.cost import overheads
 from iciia_exp.data.clients import Clients
 from iciia_exp.data.store import FeatureStore
 from iciia_exp.digest import digest
-from iciia_exp.methods.base import Method
+from iciia_exp.engine.stages import Stages
+from iciia_exp.methods.base import Ask, Method
+from iciia_exp.results.labels import REPORTED
 from iciia_exp.results.summary import ClientCounts, summarise
 
 __all__ = ["client_table", "flatten", "git_revision", "result_row"]
@@ -54,37 +56,43 @@ def git_revision() -> str | None:
 def client_table(clients: Clients, numbers: np.ndarray, counts: ClientCounts, labels: np.ndarray) -> pd.DataFrame:
     """Return one row per test client; ``numbers`` are the clients that ``counts`` speaks of.
 
-    ``answers`` is what hits are out of: images, times attributes of a multi-label task.
+    ``decisions`` is what correct decisions are out of: images, times attributes of a multi-label task.
     """
     return pd.DataFrame(
         {
             "client": clients.ids[numbers],
-            "kind": clients.kinds[numbers],
+            "client_type": clients.types[numbers],
             "images": counts.images_C,
-            "answers": counts.answers_C,
+            "decisions": counts.decisions_C,
             "classes": clients.classes_per_client(labels, "test")[numbers],
-            "backbone_hits": counts.backbone_hits_C,
-            "method_hits": counts.method_hits_C,
-            "both_hits": counts.both_hits_C,
+            "backbone_correct": counts.backbone_correct_C,
+            "method_correct": counts.method_correct_C,
+            "both_correct": counts.both_correct_C,
             "backbone_loss": counts.backbone_loss_C,
             "method_loss": counts.method_loss_C,
         }
     )
 
 
-def _settings(plan: Plan) -> dict[str, Any]:
+def _settings(stages: Stages) -> dict[str, Any]:
     """Return every setting that can change a number, flat, with dotted names."""
-    groups = {g: science(plan.config[g]) for g in ("dataset", "backbone", "partition", "protocol")}
-    if not plan.client_mix.plain and plan.method_class.trainable:
-        groups["client_mix"] = science(plan.config["client_mix"])
-    elif plan.client_mix.unseen_kinds:
-        groups["client_mix"] = {"unseen_kinds": plan.client_mix.unseen_kinds}
-    settings = flatten(groups | {"method": science(plan.method_config)})
+    e = stages.experiment
+    groups = {g: science(e.config[g]) for g in ("dataset", "backbone", "partition", "evaluation")}
+    groups["evaluation"] |= {"images": e.images, "cost_images": e.cost_images}
+    groups["training"] = {"images": e.training.images}
+    if e.method_class.trainable:
+        groups["training"] = science(e.config["training"]) | {"train_images": e.training.train_images}
+        groups["trainer"] = stages.trainer_science
+        if not e.client_mix.plain:
+            groups["client_mix"] = science(e.config["client_mix"])
+    if e.client_mix.unseen_types:
+        groups.setdefault("client_mix", {"unseen_types": e.client_mix.unseen_types})
+    settings = flatten(groups | {"method": science(stages.method_config)})
     return {k: v for k, v in settings.items() if not k.endswith("_target_")}
 
 
 def result_row(
-    plan: Plan,
+    stages: Stages,
     method: Method,
     store: FeatureStore,
     counts: ClientCounts,
@@ -93,43 +101,39 @@ def result_row(
     seconds: float,
 ) -> dict[str, Any]:
     """Return the row: identity, averages, calibration ``errors``, costs, seeds, times, versions and every setting."""
-    images = plan.protocol.cost_images
+    e, images = stages.experiment, stages.experiment.cost_images
     sequence, streaming = method.macs(images), method.streaming_macs(images)
     cost = overheads(sequence, streaming, images, store.macs)
-    settings = _settings(plan)
-    trainable = plan.method_class.trainable
+    settings = _settings(stages)
     seeds = {
-        "seed": plan.seed if trainable else None,
+        "seed": e.seed if e.method_class.trainable else None,
         "partition_seed": settings.get("partition.seed"),
         "backbone_seed": settings.get("backbone.seed"),
     }
-    seedless = {k: v for k, v in settings.items() if not k.endswith(".seed")}
-    setting = {
-        "name": plan.name,
-        "method": plan.method_class.name,
-        "settings": seedless,
-        "trainer": plan.config["trainer"].get("precision"),
-    }
+    pooled = {k: v for k, v in settings.items() if not k.endswith(".seed") and k not in REPORTED}
     return {
-        "name": plan.name,
-        "dataset": type(plan.dataset).name,
-        "task": plan.dataset.task,
-        "backbone": plan.backbone_spec.name,
-        "method": plan.method_class.name,
-        "bound": plan.method_class.bound,
-        "groups": plan.method_config.get("groups"),
-        "heads": plan.method_config.get("heads"),
-        "num_layers": plan.method_config.get("num_layers"),
-        "digest": plan.run_digest,
-        "setting_digest": digest(setting),  # the same for runs that differ in seeds only
-        "features_digest": plan.features_digest,
-        "partition_digest": digest([plan.base_digest, science(plan.config["partition"])]),
+        "name": e.name,
+        "dataset": e.dataset_class.name,
+        "task": e.dataset_class.task,
+        "backbone": e.backbone.name,
+        "method": e.method_class.name,
+        "oracle": Ask.TEST_LABELS in e.method_class.asks,
+        "groups": stages.method_config.get("groups"),
+        "heads": stages.method_config.get("heads"),
+        "num_layers": stages.method_config.get("num_layers"),
+        "digest": stages.run.digest,
+        "evaluation_digest": stages.evaluation.digest,
+        # the same for runs that differ in seeds only
+        "setting_digest": digest({"name": e.name, "method": e.method_class.name, "settings": pooled}),
+        "features_digest": stages.features.digest,
+        "partition_digest": digest([stages.base.digest, science(e.config["partition"])]),
         **seeds,
         **summarise(counts),
         **errors,
         "dim": store.dim,
         "num_classes": store.num_classes,
         "backbone_macs": store.macs,
+        "images": e.images,
         "cost_images": images,
         "sequence_macs": sequence,
         "streaming_macs": streaming,
@@ -140,7 +144,7 @@ def result_row(
         "parameters": method.num_parameters(),
         "epochs": training.get("epochs"),
         "best_epoch": training.get("best_epoch"),
-        "selection_accuracy": training.get("selection_accuracy"),
+        "val_accuracy": training.get("val_accuracy"),
         "seconds_backbone": store.manifest.get("backbone_seconds"),
         "seconds_features": store.manifest.get("seconds"),
         "seconds_train": training.get("seconds"),

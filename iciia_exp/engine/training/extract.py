@@ -1,4 +1,4 @@
-"""The features stage: run the frozen backbone once over every image of a dataset.
+"""Feature extraction: the frozen backbone once over every image of a dataset.
 
 Legend: B images of a batch, D features, K classes, M images of the dataset.
 """
@@ -20,18 +20,18 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from iciia_exp import tasks
 from iciia_exp.config.settings import Extraction
 from iciia_exp.data.dataset import ImageDataset, dense_labels
 from iciia_exp.data.images import ImageBatch, ImageBlocks, TransformedImages, readable
 from iciia_exp.data.store import FeatureWriter
 from iciia_exp.engine.terminal import setup_logging
-from iciia_exp.engine.training.image_loading import Streams, image_loader, images_per_step
+from iciia_exp.engine.training.image_loading import ThreadedFeatures, image_loader, images_per_step
 from iciia_exp.engine.training.progress import progress_bar
 from iciia_exp.engine.training.trainer import interruptible, make_trainer, quiet_lightning
 from iciia_exp.errors import ConfigError, UserError
 from iciia_exp.machine import plain_errors, process_count, process_rank
 from iciia_exp.models.backbones.base import Backbone
+from iciia_exp.tasks import Task
 
 __all__ = ["extract", "extraction_trainer", "head_accuracy", "probes"]
 
@@ -64,7 +64,7 @@ class _Extractor(pl.LightningModule):
         self.known, self.numbers = known, numbers
         self.allow_zero_length_dataloader_with_multiple_devices = True  # fewer images left than processes
 
-    def predict_dataloader(self) -> DataLoader[Any] | Streams:
+    def predict_dataloader(self) -> DataLoader[Any] | ThreadedFeatures:
         """Return this process's images: a run of consecutive ones, so that two processes seldom share a page."""
         self.trainer.strategy.barrier()  # the first process has made room by now
         left = FeatureWriter.remaining(self.folder)
@@ -75,7 +75,7 @@ class _Extractor(pl.LightningModule):
         blocks = ImageBlocks(self.images, mine, size)
         workers = self.extraction.workers(blocks.num_images, device == "cpu")
         if device == "cpu" and not workers and self.trainer.precision == "32-true":  # autocast is this thread's alone
-            return Streams(blocks, self._features)
+            return ThreadedFeatures(blocks, self._features)
         return image_loader(blocks, None, workers)
 
     def predict_step(self, batch: Any, batch_idx: int) -> tuple[ImageBatch, Tensor]:
@@ -246,7 +246,7 @@ def extract(
         good = np.ones(images, dtype=bool)
         good[list(bad)] = False
         features = np.load(folder / "features.npy", mmap_mode="r")
-        manifest["accuracy"] = head_accuracy(features, labels, head, _split_rows(table, good))
+        manifest["accuracy"] = head_accuracy(dataset.task, features, labels, head, _split_rows(table, good))
     FeatureWriter.finish(folder, table, head if with_head else None, manifest)
 
 
@@ -299,19 +299,24 @@ def _split_rows(table: pd.DataFrame, good: np.ndarray) -> dict[str, np.ndarray]:
 
 
 def head_accuracy(
-    features: np.ndarray, labels: np.ndarray, head: dict[str, Tensor], parts: dict[str, np.ndarray], step: int = 65536
+    task: Task,
+    features: np.ndarray,
+    labels: np.ndarray,
+    head: dict[str, Tensor],
+    parts: dict[str, np.ndarray],
+    step: int = 65536,
 ) -> dict[str, float]:
     """Return the accuracy of a classifier by itself on each part of the images."""
     accuracy = {}
     for name, rows in parts.items():
-        right, answers = 0, 0
+        right, decisions = 0, 0
         for at in range(0, len(rows), step):
             some = rows[at : at + step]
             x = torch.from_numpy(features[some].astype(np.float32))  # a copy, in memory
             logits = torch.nn.functional.linear(x, head["weight"], head["bias"])
-            hits = tasks.hits(logits, torch.from_numpy(labels[some]))
-            right, answers = right + int(hits.sum()), answers + hits.numel()
-        accuracy[name] = round(right / answers, 4)
+            correct = task.correct(logits, torch.from_numpy(labels[some]))
+            right, decisions = right + int(correct.sum()), decisions + correct.numel()
+        accuracy[name] = round(right / decisions, 4)
     return accuracy
 
 

@@ -30,10 +30,10 @@ def fit(
 ) -> dict[str, Any]:
     """Train ``module``, continuing from ``folder/last.ckpt`` where there is one; leave the weights to keep in it.
 
-    With ``validation`` the weights of the epoch with the best selection accuracy are kept, else those of the last.
+    With ``validation`` the weights of the epoch with the best val accuracy are kept, else those of the last.
 
     Returns:
-        epochs run, best epoch (from 1) and its selection accuracy (None without validation), and seconds of training.
+        epochs run, best epoch (from 1) and its val accuracy (None without validation), and seconds of training.
     """
     recipe = module.recipe
     progress = TrainingProgress(title)
@@ -63,11 +63,11 @@ def fit(
         )
         with interruptible(trainer):
             trainer.fit(module, train, validation, ckpt_path=last if last.is_file() else None, weights_only=True)
-    record: dict[str, Any] = {"epochs": trainer.current_epoch, "best_epoch": None, "selection_accuracy": None}
+    record: dict[str, Any] = {"epochs": trainer.current_epoch, "best_epoch": None, "val_accuracy": None}
     if best is not None and best.best_model_path:
         state = torch.load(best.best_model_path, weights_only=True, map_location="cpu")
         module.load_state_dict(state["state_dict"])
         record["best_epoch"] = state["epoch"] + 1
-        record["selection_accuracy"] = float(best.best_model_score)  # type: ignore[arg-type]
+        record["val_accuracy"] = float(best.best_model_score)  # type: ignore[arg-type]
     record["seconds"] = round(progress.seconds, 2)
     return record

@@ -1,4 +1,4 @@
-"""Images through a network: how many at once, loaders, and threads that load and compute.
+"""Image loading: batch sizes, data loaders, and threads that load and compute.
 
 Legend: B images of a batch, D features.
 """
@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader
 from iciia_exp.data.images import ImageBatch, ImageBlocks, TransformedImages, collate
 from iciia_exp.machine import side_by_side
 
-__all__ = ["Streams", "image_loader", "images_per_step"]
+__all__ = ["ThreadedFeatures", "image_loader", "images_per_step"]
 
 # Numbers in the images of one step: on a processor the intermediate results of two steps should stay in its cache
 # (benchmarks/bench_extraction.py), a GPU wants many images at once.
@@ -49,7 +49,7 @@ def _as_it_is(batch: ImageBatch) -> ImageBatch:
     return batch
 
 
-class Streams:
+class ThreadedFeatures:
     """Batches with their features, computed by threads that load and compute one batch each.
 
     Loading and computing then share a processor's cores without waiting for each other, which neither loading

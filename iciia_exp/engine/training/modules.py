@@ -1,4 +1,4 @@
-"""Training with Lightning: modules for backbones and methods, and one way to fit either.
+"""Lightning modules: training a backbone on images, and a method on client batches.
 
 A training that is killed and repeated gives the result of an uninterrupted one: checkpoints are written at the end of
 every epoch, and all randomness comes from (seed, epoch, step).
@@ -15,17 +15,17 @@ import lightning.pytorch as pl
 from torch import Tensor, nn
 from torchmetrics.classification import BinaryCalibrationError
 
-from iciia_exp import tasks
 from iciia_exp.data.batches import ClientBatch
 from iciia_exp.data.images import ImageBatch
 from iciia_exp.methods.base import Method
 from iciia_exp.models.backbones.base import Backbone
 from iciia_exp.recipe import Recipe
-from iciia_exp.results.counts import ClientCountsMetric, read_batch
+from iciia_exp.results.counts import ClientCountsMetric, batch_outcomes
+from iciia_exp.tasks import Task
 
 __all__ = ["BackboneModule", "MethodModule"]
 
-MONITOR = "selection/accuracy"
+MONITOR = "val/accuracy"
 
 
 class _Module(pl.LightningModule):
@@ -71,9 +71,9 @@ class BackboneModule(_Module):
     shown = ("backbone/loss", "backbone/train_accuracy")
     recipe_key = "backbone.recipe"
 
-    def __init__(self, backbone: Backbone, recipe: Recipe) -> None:
+    def __init__(self, backbone: Backbone, recipe: Recipe, task: Task) -> None:
         super().__init__(recipe)
-        self.backbone = backbone
+        self.backbone, self.task = backbone, task
 
     def trunk_parameters(self) -> list[nn.Parameter]:
         """Return all but the classifier's parameters, where they have a rate of their own."""
@@ -88,8 +88,8 @@ class BackboneModule(_Module):
             return None
         y_B = batch.labels
         logits_BK = self.backbone(batch.images)
-        loss = tasks.loss(logits_BK, y_B)
-        accuracy = tasks.hits(logits_BK, y_B).float().mean()
+        loss = self.task.loss(logits_BK, y_B)
+        accuracy = self.task.correct(logits_BK, y_B).float().mean()
         log = partial(self.log, on_step=False, on_epoch=True, batch_size=len(y_B))
         log("backbone/loss", loss)
         log("backbone/train_accuracy", accuracy)
@@ -97,56 +97,59 @@ class BackboneModule(_Module):
 
 
 class MethodModule(_Module):
-    """Trains a method on client batches, watches the selection clients, and counts per client in testing.
+    """Trains a method on client batches, watches the val clients, and counts per client in testing.
 
     Args:
         method: the method.
         head: the backbone's frozen classifier, for the paired counts.
         recipe: optimisation.
         clients: number of clients in the partition.
-        answers: right-or-wrong answers of one image (`iciia_exp.tasks.answers_per_image`).
     """
 
     shown = ("train/loss", MONITOR)
-    recipe_key = "protocol.recipe"
+    recipe_key = "training.recipe"
 
-    def __init__(self, method: Method, head: nn.Linear, recipe: Recipe, clients: int, answers: int = 1) -> None:
+    def __init__(self, method: Method, head: nn.Linear, recipe: Recipe, clients: int) -> None:
         super().__init__(recipe)
         self.method = method
+        decisions = method.task.decisions(method.num_classes)
         self._head = [head.requires_grad_(False)]  # in a list: not part of the checkpoint
-        self.selection_counts = ClientCountsMetric(clients, answers)
-        self.test_counts = ClientCountsMetric(clients, answers)
+        self.val_counts = ClientCountsMetric(clients, decisions)
+        self.test_counts = ClientCountsMetric(clients, decisions)
         #: expected calibration error, 15 bins, of the method's answers and the backbone's
         self.calibration = nn.ModuleDict({who: BinaryCalibrationError(15) for who in ("method", "backbone")})
 
     def training_step(self, batch: ClientBatch, batch_idx: int) -> Tensor:
         """Return the method's loss on a client batch."""
-        logits_CSK = self.method.training_logits(batch)
-        loss = self.method.loss(logits_CSK, batch.y_CS, batch.mask_CS)
+        loss: Tensor = self.method.training_loss(batch)  # type: ignore[operator]  # trainable methods have one
         self.log("train/loss", loss, on_step=False, on_epoch=True, batch_size=int(batch.mask_CS.sum()))
         return loss
 
     def _count(self, metric: ClientCountsMetric, batch: ClientBatch) -> dict[str, Tensor]:
         """Add a batch's counts; return the logits of both."""
         head = self._head[0].to(batch.x_CSD.device)
-        logits = {"backbone": head(batch.x_CSD), "method": self.method.answers(batch)}
-        metric.update(*read_batch(logits["backbone"], logits["method"], batch.y_CS, batch.mask_CS, batch.client_C))
+        logits = {"backbone": head(batch.x_CSD), "method": self.method.logits(batch)}
+        metric.update(
+            *batch_outcomes(
+                self.method.task, logits["backbone"], logits["method"], batch.y_CS, batch.mask_CS, batch.client_C
+            )
+        )
         return logits
 
     def on_validation_epoch_start(self) -> None:
         """Start counting afresh."""
-        self.selection_counts.reset()
+        self.val_counts.reset()
 
     def validation_step(self, batch: ClientBatch, batch_idx: int) -> None:
-        """Count hits and losses on selection clients."""
-        self._count(self.selection_counts, batch)
+        """Count correct decisions and losses on val clients."""
+        self._count(self.val_counts, batch)
 
     def on_validation_epoch_end(self) -> None:
-        """Log accuracy and log-loss over all selection images."""
-        _, counts = self.selection_counts.counts()
-        answers = counts.answers_C.sum()
-        self.log(MONITOR, float(counts.method_hits_C.sum() / answers))
-        self.log("selection/log_loss", float(counts.method_loss_C.sum() / answers))
+        """Log accuracy and log-loss over all val images."""
+        _, counts = self.val_counts.counts()
+        decisions = counts.decisions_C.sum()
+        self.log(MONITOR, float(counts.method_correct_C.sum() / decisions))
+        self.log("val/log_loss", float(counts.method_loss_C.sum() / decisions))
 
     def on_test_epoch_start(self) -> None:
         """Start counting afresh."""
@@ -155,12 +158,12 @@ class MethodModule(_Module):
             self._calibration(who).reset()
 
     def test_step(self, batch: ClientBatch, batch_idx: int) -> None:
-        """Count hits and losses on test clients, and how far confidence and hits are apart."""
+        """Count correct decisions and losses on test clients, and update the calibration error."""
         y = batch.y_CS[batch.mask_CS]
         for who, logits_CSK in self._count(self.test_counts, batch).items():
             logits_TK = logits_CSK[batch.mask_CS]
-            answers = tasks.confidence(logits_TK, y).flatten(), tasks.hits(logits_TK, y).flatten()
-            self._calibration(who).update(*answers)
+            task = self.method.task
+            self._calibration(who).update(task.confidence(logits_TK).flatten(), task.correct(logits_TK, y).flatten())
 
     def calibration_errors(self) -> dict[str, float]:
         """Return ``ece`` and ``backbone_ece``, fractions."""

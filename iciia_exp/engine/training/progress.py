@@ -1,4 +1,4 @@
-"""One progress line per piece of long work, on terminals only; nothing in log files and pipes."""
+"""Progress bars, on terminals only; nothing in log files and pipes."""
 
 from __future__ import annotations
 

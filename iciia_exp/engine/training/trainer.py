@@ -11,7 +11,7 @@ from typing import Any
 
 import lightning.pytorch as pl
 
-from iciia_exp.config.build import check_keys, parameters_of
+from iciia_exp.config.check import check_keys, parameters_of
 from iciia_exp.errors import ConfigError, UserError, first_line
 
 __all__ = ["interruptible", "make_trainer", "quiet_lightning"]

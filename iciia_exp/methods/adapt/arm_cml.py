@@ -14,26 +14,28 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from iciia_exp.errors import check_float, check_int
+from iciia_exp.methods.adapt.base import Adaptive
 from iciia_exp.methods.adapt.training_free import real_images
-from iciia_exp.methods.base import Method
+from iciia_exp.methods.base import Facts
 
 __all__ = ["ArmCml"]
 
 
-class ArmCml(Method):
+class ArmCml(Adaptive):
     """Contextual meta-learning on features.
 
     Args:
-        head: the backbone's classifier, for its sizes only.
+        facts: task, D and K; the module trains a classifier of its own.
         context: c, width of the context.
         hidden: h, units of the context network.
         dropout: on the prediction network's hidden units, while training.
     """
 
     name = "arm_cml"
+    causal = True
 
-    def __init__(self, head: nn.Linear, context: int = 64, hidden: int = 64, dropout: float = 0.1) -> None:
-        super().__init__(head)
+    def __init__(self, facts: Facts, context: int = 64, hidden: int = 64, dropout: float = 0.1) -> None:
+        super().__init__(facts)
         self.width, self.hidden = check_int("context", context, 1), check_int("hidden", hidden, 1)
         self.context = nn.Sequential(
             nn.Linear(self.dim, hidden), nn.ReLU(), nn.Linear(hidden, hidden), nn.ReLU(), nn.Linear(hidden, context)
@@ -50,11 +52,6 @@ class ArmCml(Method):
         real_CS1 = real_images(x_CSD, mask_CS).unsqueeze(2)
         mean_C1c = (self.context(x_CSD) * real_CS1).sum(1, keepdim=True) / real_CS1.sum(1, keepdim=True).clamp(min=1)
         return self._predict(x_CSD, mean_C1c)
-
-    @property
-    def causal(self) -> bool:
-        """The mean over an image and those before it gives every length at once."""
-        return True
 
     def stream(self, x_CSD: Tensor, mask_CS: Tensor | None = None) -> Tensor:
         """Return every image's logits with the mean context of it and the images before it, [C, S, K]."""

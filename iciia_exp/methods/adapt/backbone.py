@@ -1,10 +1,10 @@
-"""The frozen backbone by itself: what every method is compared with."""
+"""Backbone alone: the baseline that every method is compared with."""
 
 from __future__ import annotations
 
-from torch import nn
-
+from iciia_exp.data.views import CloudView
 from iciia_exp.methods.adapt.base import HeadMethod
+from iciia_exp.methods.base import Facts, Fit, Record
 
 __all__ = ["BackboneOnly"]
 
@@ -15,6 +15,11 @@ class BackboneOnly(HeadMethod):
     name = "backbone"
     trainable = False
 
-    def __init__(self, head: nn.Linear) -> None:
-        super().__init__(head)
+    def __init__(self, facts: Facts) -> None:
+        super().__init__(facts)
         self.requires_grad_(False)
+
+    def learn(self, cloud: CloudView, fit: Fit) -> Record:
+        """Nothing."""
+        self.eval()
+        return {}

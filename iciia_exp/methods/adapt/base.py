@@ -1,21 +1,81 @@
-"""Adaptive methods: one module for all clients."""
+"""Adaptive methods: one module for all clients, from the features of a client's images to their logits.
+
+Legend: C clients, S images of a client, P images of its past, E numbers kept of a past image, D features, K classes.
+"""
 
 from __future__ import annotations
 
+from abc import abstractmethod
+
+import torch
 from torch import Tensor, nn
 
-from iciia_exp.methods.base import Method, copy_of
+from iciia_exp.data.batches import ClientBatch
+from iciia_exp.methods.base import Facts, Method, copy_of
 
-__all__ = ["HeadMethod", "PerImage"]
+__all__ = ["Adaptive", "HeadMethod", "PerImage"]
 
 
-class PerImage(Method):
-    """A method that answers every image by itself: nothing is kept."""
+class Adaptive(Method):
+    """A method that any client can use: it computes on unlabelled images, and no client trains anything."""
+
+    @abstractmethod
+    def forward(self, x_CSD: Tensor, mask_CS: Tensor | None = None) -> Tensor:
+        """Return logits [C, S, K]; ``mask_CS`` is True where an image is real, None when all are.
+
+        One client is never another's context: a client's logits are those of running it alone.
+        """
+
+    def stream(self, x_CSD: Tensor, mask_CS: Tensor | None = None) -> Tensor:
+        """Return every image's logits after the images before it alone, [C, S, K]; only where `causal`."""
+        if not self.causal:
+            raise ValueError(f"{self.name}: an image's logits depend on later ones; use forward on each past")
+        return self(x_CSD, mask_CS)
+
+    def logits(self, batch: ClientBatch, causal: bool = False) -> Tensor:
+        """Return those of `forward`, or of `stream`."""
+        return (self.stream if causal else self)(batch.x_CSD, batch.mask_CS)
+
+    def training_loss(self, batch: ClientBatch) -> Tensor:
+        """Return the task's mean loss over the real images of a batch."""
+        return self.task.loss(self(batch.x_CSD, batch.mask_CS)[batch.mask_CS], batch.y_CS[batch.mask_CS])
+
+    def attention_weights(self, x_CSD: Tensor, mask_CS: Tensor | None = None) -> Tensor | None:
+        """Return how much of every image is in each one's logits, [C, S, S], rows summing to one, to be looked at.
+
+        None if the method attends to none (`iciia_exp.engine.evaluation.attribution`).
+        """
+        return None
 
     @property
-    def causal(self) -> bool:
-        """Every image stands alone."""
-        return True
+    def state_width(self) -> int:
+        """E, numbers that `step` wants kept of every past image; by default its features."""
+        return self.dim
+
+    def state_bytes(self, images: int) -> int:
+        """Return what a client's state of so many images takes, in bytes."""
+        return 4 * images * self.state_width
+
+    def step(self, x_CD: Tensor, past_CPE: Tensor, mask_CP: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Return the logits [C, K] of one more image of each client, and what to keep of it, [C, E].
+
+        Equal to the last place of `stream`, or of `forward` where there is none, on past and image together. By default
+        `forward` is computed.
+
+        Args:
+            x_CD: the images.
+            past_CPE: what was kept of each client's past images, in their order.
+            mask_CP: True where a past image is real; None where all are.
+        """
+        x_CSD = torch.cat([past_CPE, x_CD[:, None]], 1)
+        mask_CS = None if mask_CP is None else nn.functional.pad(mask_CP, (0, 1), value=True)
+        return self(x_CSD, mask_CS)[:, -1], x_CD
+
+
+class PerImage(Adaptive):
+    """A method that classifies every image by itself: nothing is kept."""
+
+    causal = True
 
     @property
     def state_width(self) -> int:
@@ -34,9 +94,9 @@ class PerImage(Method):
 class HeadMethod(PerImage):
     """A method that is a linear classifier on each image alone, in place of the backbone's: no cost, no state."""
 
-    def __init__(self, head: nn.Linear) -> None:
-        super().__init__(head)
-        self.head = copy_of(head, trained=True)
+    def __init__(self, facts: Facts) -> None:
+        super().__init__(facts)
+        self.head = copy_of(facts.head, trained=True)
 
     def forward(self, x_CSD: Tensor, mask_CS: Tensor | None = None) -> Tensor:
         """Return the classifier's logits of every image by itself, [C, S, K]."""

@@ -1,4 +1,4 @@
-"""What kind of client is it? Bayes over training clients, new clients with some classes, and clients with all of them.
+"""Client prior: Bayes over training clients, new clients with some classes, and clients with all of them.
 
 Ours. `client_types` believes that every client is like a training client, and is wrong about all others. Here that is
 one hypothesis among several about where a client's classes come from:
@@ -8,12 +8,12 @@ one hypothesis among several about where a client's classes come from:
   strength a, for some a from few classes to nearly all. After n images with expected class counts c the next one has
   the classes (c_k + a s_k) / (n + a); the counts follow the images one by one (quasi-Bayes, Smith and Makov 1978);
 - a client with all classes: s itself. Its probability beforehand is raised for each length of the past, so far that
-  such clients are no worse off than with the backbone (`caution`, chosen on selection images).
+  such clients are no worse off than with the backbone (`iid_bonus`, chosen on val images).
 
 Each says how likely the past was, image by image; that weighs what each says of the next image. After an image or two
 nobody can tell one kind from another, later the evidence decides.
 
-Legend: C clients, S images of a client, P images of its past, E numbers kept of one, K classes, T types, J kinds of new
+Legend: C clients, S images of a client, P images of its past, E numbers kept of one, K classes, T types, J types of new
 clients.
 """
 
@@ -23,13 +23,14 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, ClassVar, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from iciia_exp.data.batches import ClientBatch
 from iciia_exp.errors import ConfigError, check_float
 from iciia_exp.methods.adapt.client_types import ClientTypes
-from iciia_exp.methods.adapt.iid_bonus import LENGTHS, caution_after, choose_caution
-from iciia_exp.methods.adapt.training_free import SELECTION_IMAGES, first_images, real_images
+from iciia_exp.methods.adapt.iid_bonus import LENGTHS, choose_iid_bonus, iid_bonus_after
+from iciia_exp.methods.adapt.training_free import VAL_IMAGES, first_images, real_images
+from iciia_exp.methods.base import Facts
 
 __all__ = ["ClientPrior"]
 
@@ -38,36 +39,36 @@ class _Past(NamedTuple):
     """What a past says, in sums over its images."""
 
     counts_CJK: Tensor  # expected class counts, under each kind of new clients
-    evidence_CJ: Tensor  # log-likelihood of those kinds
+    evidence_CJ: Tensor  # log-likelihood of those types
     types_CT: Tensor  # log-likelihood of the types
     images_C1: Tensor  # their number
 
 
 class ClientPrior(ClientTypes):
-    """The prior of the next image's class, by Bayes over kinds of clients.
+    """The prior of the next image's class, by Bayes over client types.
 
     Args:
-        head: the backbone's classifier.
+        facts: task, sizes, and the backbone's classifier.
         calibrator: ``none``, ``temperature`` or ``bcts``.
         most_types: more training clients than this are clustered.
-        smoothing: share of the pooled histogram in every type's; null is chosen on selection clients.
+        smoothing: share of the pooled histogram in every type's; null is chosen on val clients.
         new: probability beforehand that a client is not like a training client.
         all_classes: share of it that is for clients with all classes; the rest is for new clients with some.
         strengths: a of the new clients with some classes, in images, equally probable.
         forget: share of what the past says that each image of a stream takes away from it: for clients that drift.
-        caution: nats that a client with all classes is more probable beforehand; null is chosen on selection clients
+        iid_bonus: nats that a client with all classes is more probable beforehand; null is chosen on val clients
             for every length of the past, so that such clients are no worse off (`iciia_exp.methods.adapt.iid_bonus`).
     """
 
     name = "client_prior"
-    caution: Tensor
+    iid_bonus: Tensor
     log_hypotheses: Tensor
     strengths_J: Tensor
     grids: ClassVar[dict[str, Sequence[float]]] = ClientTypes.grids
 
     def __init__(
         self,
-        head: nn.Linear,
+        facts: Facts,
         calibrator: str = "bcts",
         most_types: int = 1024,
         smoothing: float | None = None,
@@ -75,9 +76,9 @@ class ClientPrior(ClientTypes):
         all_classes: float = 0.6,
         strengths: Sequence[float] = (1.0, 4.0, 16.0),
         forget: float = 0.0,
-        caution: float | None = 0.0,
+        iid_bonus: float | None = None,
     ) -> None:
-        super().__init__(head, calibrator, most_types, smoothing)
+        super().__init__(facts, calibrator, most_types, smoothing)
         self.new, self.forget = check_float("new", new, 0.0, 1.0), check_float("forget", forget, 0.0, 0.9)
         if not 0 < new < 1:
             raise ConfigError("new", new, "must be above 0 and below 1; 0 is method=client_types, 1 method=prior_map")
@@ -89,19 +90,19 @@ class ClientPrior(ClientTypes):
         shares = torch.tensor([new * (1 - every) / len(strengths)] * len(strengths) + [new * every])
         self.register_buffer("log_hypotheses", shares.log(), persistent=False)
         self.register_buffer("strengths_J", torch.tensor([*strengths, 1e9]), persistent=False)
-        self.cautious = caution is None
-        given = 0.0 if caution is None else check_float("caution", caution, 0.0)
-        self.register_buffer("caution", torch.full((len(LENGTHS),), given), persistent=self.cautious)
+        self.chooses_iid_bonus = iid_bonus is None
+        given = 0.0 if iid_bonus is None else check_float("iid_bonus", iid_bonus, 0.0)
+        self.register_buffer("iid_bonus", torch.full((len(LENGTHS),), given), persistent=self.chooses_iid_bonus)
 
     def calibrate(self, batches: Iterable[ClientBatch]) -> dict[str, Any]:
-        """Fit the calibrator, choose `grids`, then the caution, all on selection clients."""
-        some = list(first_images(batches, SELECTION_IMAGES))
+        """Fit the calibrator, choose `grids`, then the iid_bonus, all on val clients."""
+        some = list(first_images(batches, VAL_IMAGES))
         record = super().calibrate(some)
-        return record | self.choose_caution(self.stream, some) if record else record
+        return record | self.choose_iid_bonus(self.stream, some) if record else record
 
-    def choose_caution(self, stream: Callable[[Tensor], Tensor], batches: Sequence[ClientBatch]) -> dict[str, Any]:
-        """Choose the caution, where it is not given, for a method's answers to streams of images."""
-        return choose_caution(self.caution, stream, self.head, batches) if self.cautious else {}
+    def choose_iid_bonus(self, stream: Callable[[Tensor], Tensor], batches: Sequence[ClientBatch]) -> dict[str, Any]:
+        """Choose the iid_bonus, where it is not given, for a method's answers to streams of images."""
+        return choose_iid_bonus(self.iid_bonus, stream, self.head, batches) if self.chooses_iid_bonus else {}
 
     def _sequence(self, b_CSK: Tensor, real_CS: Tensor, causal: bool) -> Tensor:
         log_prior_CSK, _ = self.log_prior(b_CSK, real_CS, causal)
@@ -156,11 +157,11 @@ class ClientPrior(ClientTypes):
         """
         top_CS1 = log_likelihood_CSK.amax(-1, keepdim=True)
         likelihood_CSK, types_CST = (log_likelihood_CSK - top_CS1).exp(), types_CST * real_CS.unsqueeze(2)
-        clients, kinds = len(real_CS), len(self.strengths_J)
+        clients, new_types = len(real_CS), len(self.strengths_J)
         zeros = log_likelihood_CSK.new_zeros
         past = _Past(
-            zeros(clients, kinds, self.num_classes),
-            zeros(clients, kinds),
+            zeros(clients, new_types, self.num_classes),
+            zeros(clients, new_types),
             zeros(clients, types_CST.shape[2]),
             zeros(clients, 1),
         )
@@ -185,7 +186,7 @@ class ClientPrior(ClientTypes):
     def _mix(self, past: _Past, prior_CJK: Tensor) -> tuple[Tensor, Tensor]:
         """Return the next image's log-prior [C, K] and how probable a training client is [C]."""
         known_CT = past.types_CT + self.log_weight + torch.log1p(-self.log_hypotheses.exp().sum())
-        every_C1 = past.evidence_CJ[:, -1:] + caution_after(self.caution, past.images_C1)
+        every_C1 = past.evidence_CJ[:, -1:] + iid_bonus_after(self.iid_bonus, past.images_C1)
         new_CJ = torch.cat([past.evidence_CJ[:, :-1], every_C1], 1) + self.log_hypotheses
         weight_CH = torch.cat([known_CT, new_CJ], 1).softmax(1)
         known_CK = self._histogram(weight_CH[:, : known_CT.shape[1]])

@@ -1,4 +1,4 @@
-"""Which training client is this one like? A posterior over their class histograms gives the prior of the next image.
+"""Client types: a posterior over the training clients' class histograms gives the prior of the next image.
 
 With class histograms h_t of T training clients (or of clusters of them, weighing w_t), smoothed, and the likelihoods
 p_ik / s_k of the backbone's posteriors, the past says
@@ -6,7 +6,7 @@ p_ik / s_k of the backbone's posteriors, the past says
     w_t  ~  w_t  prod over past images i of  sum over k of h_tk p_ik / s_k
 
 and the next image's answer is proportional to p_k / s_k sum over t of w_t h_tk: Bayes' rule, where the client is one
-of the types and draws its images independently. It memorises the training clients' kinds and knows no others.
+of the types and draws its images independently. It memorises the training clients' types and knows no others.
 
 Legend: C clients, S images of a client, K classes, T types.
 """
@@ -18,12 +18,13 @@ from typing import ClassVar
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from iciia_exp import tasks
-from iciia_exp.data.views import CloudData
+from iciia_exp.data.views import CloudView
 from iciia_exp.errors import UserError, check_float, check_int
 from iciia_exp.methods.adapt.training_free import TrainingFree, in_parts, real_images
+from iciia_exp.methods.base import Facts, resize_on_load
+from iciia_exp.tasks import SINGLE_LABEL
 
 __all__ = ["ClientTypes", "cluster_histograms"]
 
@@ -47,15 +48,15 @@ class ClientTypes(TrainingFree):
     """The prior of the training clients that the past looks like.
 
     Args:
-        head: the backbone's classifier.
+        facts: task, sizes, and the backbone's classifier.
         calibrator: ``none``, ``temperature`` or ``bcts``.
         most_types: more training clients than this are clustered.
-        smoothing: share of the pooled histogram in every type's; null is chosen on selection clients.
+        smoothing: share of the pooled histogram in every type's; null is chosen on val clients.
     """
 
     name = "client_types"
-    sized = ("types", "log_weight")
-    tasks = (tasks.SINGLE_LABEL,)
+    causal = True
+    tasks = (SINGLE_LABEL,)
     grids: ClassVar[dict[str, Sequence[float]]] = {"smoothing": (0.001, 0.01, 0.03, 0.1, 0.2, 0.4, 0.7)}
 
     types: Tensor
@@ -65,12 +66,12 @@ class ClientTypes(TrainingFree):
 
     def __init__(
         self,
-        head: nn.Linear,
+        facts: Facts,
         calibrator: str = "bcts",
         most_types: int = 1024,
         smoothing: float | None = None,
     ) -> None:
-        super().__init__(head, calibrator)
+        super().__init__(facts, calibrator)
         self.most_types = check_int("most_types", most_types, 1)
         given = check_float("smoothing", 0.1 if smoothing is None else smoothing, 0.0, 1.0)
         self.register_buffer("smoothing", torch.tensor(given))
@@ -79,10 +80,11 @@ class ClientTypes(TrainingFree):
         self.register_buffer("types", torch.full((1, self.num_classes), 1 / self.num_classes))
         self.register_buffer("log_weight", torch.zeros(1))
         self.register_buffer("pooled", self.types[0].clone())
+        resize_on_load(self, "types", "log_weight")
 
-    def study(self, data: CloudData) -> None:
+    def read(self, cloud: CloudView) -> None:
         """Read the class histograms of the training clients."""
-        counts_CK = data.class_counts("train")
+        counts_CK = cloud.class_counts("train")
         counts_CK = counts_CK[counts_CK.sum(1) > 0]
         if not len(counts_CK):
             raise UserError("client_types: no training client has an image; choose a partition with training clients")
@@ -119,11 +121,6 @@ class ClientTypes(TrainingFree):
         """Return every image's logits with all others of its chunk as its past, [C, S, K]."""
         parts = self.calibrated(x_CSD), real_images(x_CSD, mask_CS)
         return in_parts(lambda b, real: self._sequence(b, real, False), 16, *parts)
-
-    @property
-    def causal(self) -> bool:
-        """`stream` looks at the past alone."""
-        return True
 
     def stream(self, x_CSD: Tensor, mask_CS: Tensor | None = None) -> Tensor:
         """Return every image's logits after the images before it, [C, S, K]."""

@@ -1,4 +1,4 @@
-"""One token of context for all images of a client, inferred from their mean.
+"""Context token: one token for all images of a client, inferred from their mean.
 
 Source: Bao and Karaletsos 2023, "Contextual Vision Transformers for Robust Representation Learning" (ContextViT), with
 an image's feature in the place of its patches: each attends to itself and to the token.
@@ -11,6 +11,7 @@ from __future__ import annotations
 from torch import nn
 
 from iciia_exp.methods.adapt.encoder import EncoderMethod
+from iciia_exp.methods.base import Facts
 from iciia_exp.models.mixers import TokenMixer
 
 __all__ = ["ContextToken"]
@@ -20,7 +21,7 @@ class ContextToken(EncoderMethod):
     """N layers, each with a token that is inferred from the mean of its inputs.
 
     Args:
-        head: the backbone's classifier, for its sizes only.
+        facts: task, D and K; the module trains a classifier of its own.
         num_layers, heads, groups, dropout, shuffle: as of `iciia`.
     """
 
@@ -28,15 +29,15 @@ class ContextToken(EncoderMethod):
 
     def __init__(
         self,
-        head: nn.Linear,
+        facts: Facts,
         num_layers: int = 1,
         heads: int = 4,
         groups: int | str = 1,
         dropout: float = 0.1,
         shuffle: bool = True,
     ) -> None:
-        self.heads = self.canonical({"heads": heads, "groups": groups}, head.in_features)["heads"]  # for `mixer`
-        super().__init__(head, num_layers, groups, dropout, shuffle)
+        self.heads = self.canonical({"heads": heads, "groups": groups}, facts.dim)["heads"]  # for `mixer`
+        super().__init__(facts, num_layers, groups, dropout, shuffle)
 
     def mixer(self) -> nn.Module:
         """Return attention to the image itself and to the token."""

@@ -1,4 +1,4 @@
-"""Attention replaced by a convolution over the client's images: each sees its two neighbours in the sequence.
+"""Convolution across images: in place of attention, each image sees its two neighbours in the sequence.
 
 Source: a baseline of ICIIA (ACML 2024, PMLR 260:223-238). The order of a client's images means nothing, which is why
 attention, that knows no order, should be better.
@@ -18,7 +18,7 @@ class ConvAcrossImages(EncoderMethod):
     """N layers whose images see their neighbours.
 
     Args:
-        head: the backbone's classifier, for its sizes only.
+        facts: task, D and K; the module trains a classifier of its own.
         num_layers, groups, dropout, shuffle: as of `iciia`.
     """
 

@@ -1,4 +1,4 @@
-"""What the trained baselines share: ICIIA's layers with something else in the place of attention.
+"""Encoder baselines: ICIIA's layers with something else in place of attention.
 
 Legend: C clients, S images of a client, D features, K classes, N layers, G groups.
 """
@@ -11,18 +11,19 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from iciia_exp.methods.adapt.base import Adaptive
 from iciia_exp.methods.adapt.iciia import IciiaMethod
-from iciia_exp.methods.base import Method
+from iciia_exp.methods.base import Facts
 from iciia_exp.models.layers import EncoderLayer, visible
 
 __all__ = ["EncoderMethod"]
 
 
-class EncoderMethod(Method):
+class EncoderMethod(Adaptive):
     """N post-norm layers, ReLU and a linear classifier of its own, as in ICIIA; a subclass says what mixes images.
 
     Args:
-        head: the backbone's classifier, for its sizes only.
+        facts: task, D and K; the module trains a classifier of its own.
         num_layers: N.
         groups: G, a divisor of D, or ``max`` for D.
         dropout: on hidden units and both branches, while training.
@@ -31,13 +32,13 @@ class EncoderMethod(Method):
 
     def __init__(
         self,
-        head: nn.Linear,
+        facts: Facts,
         num_layers: int = 1,
         groups: int | str = 1,
         dropout: float = 0.1,
         shuffle: bool = True,
     ) -> None:
-        super().__init__(head)
+        super().__init__(facts)
         given = {"num_layers": num_layers, "groups": groups, "dropout": dropout, "shuffle": shuffle}
         settings = self.canonical(given, self.dim)
         self.num_layers, self.groups = num_layers, int(settings["groups"])

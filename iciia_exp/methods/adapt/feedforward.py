@@ -18,7 +18,7 @@ class FeedForward(PerImage, EncoderMethod):
     """N layers of as many parameters as ICIIA's that see one image each.
 
     Args:
-        head: the backbone's classifier, for its sizes only.
+        facts: task, D and K; the module trains a classifier of its own.
         num_layers, groups, dropout, shuffle: as of `iciia`.
     """
 

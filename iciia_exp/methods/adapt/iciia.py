@@ -8,11 +8,12 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from iciia_exp.cost import attention_macs, streaming_attention_macs
 from iciia_exp.errors import ConfigError, check_bool, check_choice, check_float, check_int
-from iciia_exp.methods.base import Method
+from iciia_exp.methods.adapt.base import Adaptive
+from iciia_exp.methods.base import Facts
 from iciia_exp.models.iciia import ICIIA, divisors
 
 __all__ = ["ATTENTION", "IciiaMethod"]
@@ -20,11 +21,11 @@ __all__ = ["ATTENTION", "IciiaMethod"]
 ATTENTION = ("full", "causal")
 
 
-class IciiaMethod(Method):
+class IciiaMethod(Adaptive):
     """The images of a client attend to each other.
 
     Args:
-        head: the backbone's classifier, for its sizes only: the module trains a classifier of its own.
+        facts: task, D and K; the module trains a classifier of its own.
         num_layers: N.
         heads: H, a divisor of D.
         groups: G, a divisor of D, or ``max`` for D.
@@ -38,7 +39,7 @@ class IciiaMethod(Method):
 
     def __init__(
         self,
-        head: nn.Linear,
+        facts: Facts,
         num_layers: int = 1,
         heads: int = 4,
         groups: int | str = 1,
@@ -46,20 +47,21 @@ class IciiaMethod(Method):
         shuffle: bool = True,
         attention: str = "full",
     ) -> None:
-        super().__init__(head)
-        dim = head.in_features
+        super().__init__(facts)
+        dim = facts.dim
         given = {"num_layers": num_layers, "heads": heads, "groups": groups, "dropout": dropout, "shuffle": shuffle}
         settings = self.canonical({**given, "attention": attention}, dim)
+        self.causal = attention == "causal"
         self.num_layers, self.groups = num_layers, int(settings["groups"])
         self.model = ICIIA(
-            dim, head.out_features, num_layers, heads, self.groups, dropout, settings["shuffle"], attention == "causal"
+            dim, facts.num_classes, num_layers, heads, self.groups, dropout, settings["shuffle"], self.causal
         )
 
     @classmethod
     def canonical(cls, config: dict[str, Any], dim: int) -> dict[str, Any]:
         """Check the values against D; ``max`` becomes D, and with one group shuffle changes nothing."""
         config = dict(config)
-        check_int("num_layers", config.get("num_layers", 1), 1)
+        check_int("num_layers", config.get("num_layers", 1), 1, 1000)
         check_float("dropout", config.get("dropout", 0.1), 0.0, 1.0)
         check_bool("shuffle", config.get("shuffle", True))
         check_choice("attention", config.get("attention", "full"), ATTENTION)
@@ -79,7 +81,7 @@ class IciiaMethod(Method):
         """Return the module's logits, [C, S, K]."""
         return self.model(x_CSD, mask_CS)
 
-    def retrieval_weights(self, x_CSD: Tensor, mask_CS: Tensor | None = None) -> Tensor:
+    def attention_weights(self, x_CSD: Tensor, mask_CS: Tensor | None = None) -> Tensor:
         """Return attention, mean over heads and rolled out over layers (Abnar and Zuidema 2020), [C, S, S].
 
         A layer's output is half its input and half what it gathers; the product over layers says how much of every
@@ -91,11 +93,6 @@ class IciiaMethod(Method):
         for map_CSS in maps_NCSS:
             rolled_CSS = (0.5 * map_CSS + 0.5 * itself_SS) @ rolled_CSS
         return rolled_CSS
-
-    @property
-    def causal(self) -> bool:
-        """Whether attention is."""
-        return self.model.causal
 
     @property
     def _keeps_keys(self) -> bool:

@@ -4,7 +4,7 @@ Ours. With b the backbone's logits of the newest image and n images in its clien
 
     logits = A(n) b + H(n) (f (W m + c) + g a(n) log pi / s)
 
-as in `iciia_stream`, but pi is the prior of the next image's class by Bayes over kinds of clients, from the posteriors
+as in `iciia_stream`, but pi is the prior of the next image's class by Bayes over client types, from the posteriors
 of the past (`client_prior`), s that of all images; f and g, how much to trust the module and the prior, see how
 probable it is that the client is like a training client. A prior of classes is all that posteriors can tell; what the
 module reads from features comes on top, where there is something.
@@ -21,12 +21,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from iciia_exp import tasks
 from iciia_exp.data.batches import ClientBatch
-from iciia_exp.data.views import CloudData
+from iciia_exp.data.views import CloudView
 from iciia_exp.methods.adapt.client_prior import ClientPrior
 from iciia_exp.methods.adapt.iciia_stream import IciiaStream
 from iciia_exp.methods.adapt.training_free import TrainingFree, first_images, real_images
+from iciia_exp.methods.base import Facts
+from iciia_exp.tasks import SINGLE_LABEL
 
 __all__ = ["IciiaPrior"]
 
@@ -35,18 +36,18 @@ class IciiaPrior(IciiaStream):
     """The published encoder, causal, and an inferred class prior behind a bias on the backbone's logits.
 
     Args:
-        head: the backbone's classifier; it stays as it is.
+        facts: task, sizes, and the backbone's classifier; it stays as it is.
         num_layers, heads, groups, dropout, feature_dropout, shuffle, perceptron: as of `iciia_stream`.
-        calibrator, most_types, smoothing, new, all_classes, strengths, forget, caution: as of `client_prior`; the
-            module is trained without caution, which is chosen afterwards, for what it answers then.
+        calibrator, most_types, smoothing, new, all_classes, strengths, forget, iid_bonus: as of `client_prior`; the
+            module is trained without iid_bonus, which is chosen afterwards, for what it answers then.
     """
 
     name = "iciia_prior"
-    tasks = (tasks.SINGLE_LABEL,)
+    tasks = (SINGLE_LABEL,)
 
     def __init__(
         self,
-        head: nn.Linear,
+        facts: Facts,
         num_layers: int = 1,
         heads: int = 4,
         groups: int | str = 1,
@@ -60,12 +61,12 @@ class IciiaPrior(IciiaStream):
         all_classes: float = 0.6,
         strengths: Sequence[float] = (1.0, 4.0, 16.0),
         forget: float = 0.0,
-        perceptron: int = 0,
-        caution: float | None = 0.0,
+        perceptron: int = 512,
+        iid_bonus: float | None = None,
     ) -> None:
-        super().__init__(head, num_layers, heads, groups, dropout, feature_dropout, shuffle, perceptron)
-        told = (calibrator, most_types, smoothing, new, all_classes, strengths, forget, caution)
-        self.inferred = ClientPrior(head, *told)
+        super().__init__(facts, num_layers, heads, groups, dropout, feature_dropout, shuffle, perceptron)
+        told = (calibrator, most_types, smoothing, new, all_classes, strengths, forget, iid_bonus)
+        self.inferred = ClientPrior(facts, *told)
         self.inferred.classify = self.classify  # type: ignore[method-assign]
         nn.init.ones_(self.prior_weight)
         last = nn.Linear(16, 3)
@@ -73,23 +74,23 @@ class IciiaPrior(IciiaStream):
         nn.init.zeros_(last.bias)
         self.likeness = nn.Sequential(nn.Linear(6, 16), nn.ReLU(), last)
 
-    def study(self, data: CloudData) -> None:
-        """Read the training clients' class histograms, and calibrate on selection clients."""
-        super().study(data)
-        self.inferred.study(data)
+    def read(self, cloud: CloudView) -> None:
+        """Fit the perceptron, read the training clients' class histograms, and calibrate on val clients."""
+        super().read(cloud)
+        self.inferred.read(cloud)
         training = self.training
         self.eval()  # `classify` as it will be
-        TrainingFree.calibrate(self.inferred, data.chunks("selection"))
+        TrainingFree.calibrate(self.inferred, cloud.chunks("val"))
         self.train(training)
 
     def calibrate(self, batches: Iterable[ClientBatch]) -> dict[str, Any]:
-        """Choose A(n) and H(n), then the caution, on selection clients; the last word is that nobody is worse off."""
+        """Choose A(n) and H(n), then the iid_bonus, on val clients; the last word is that nobody is worse off."""
         some = list(first_images(batches, self.calibration_images))
         record = super().calibrate(some)
-        return record | self.inferred.choose_caution(self.stream, some) if record else record
+        return record | self.inferred.choose_iid_bonus(self.stream, some) if record else record
 
     def _infer(self, b_CSK: Tensor, real_CS: Tensor, causal: bool) -> tuple[Tensor, Tensor]:
-        """Return log pi / s, [C, S, K], and what the gates see of the kind of client, [C, S, 2]."""
+        """Return log pi / s, [C, S, K], and what the gates see of the client type, [C, S, 2]."""
         with torch.no_grad():
             return self._seen(*self.inferred.log_prior(self.inferred.rescaled(b_CSK), real_CS, causal))
 

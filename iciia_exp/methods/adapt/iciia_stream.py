@@ -5,8 +5,8 @@ b the backbone's logits of the newest image alone,
 
     logits = A(n) b + H(n) (f (W m + c) + g a(n) log pi)
 
-With ``perceptron`` b is the sum of the backbone's logits and a second opinion of the image by itself, weighted on
-selection clients: a perceptron fitted on the clients' train images (`iciia_exp.models.perceptron`). The module is
+With ``perceptron`` b is the sum of the backbone's logits and a per-image classifier of the image by itself, weighted on
+val clients: a perceptron fitted on the clients' train images (`iciia_exp.models.perceptron`). The module is
 trained behind the backbone's logits alone, as the perceptron is far surer of the images that it was fitted on.
 
 - m: mean over the past of the encoder's outputs; W m + c is what the module has learned about the classes of clients
@@ -16,7 +16,7 @@ trained behind the backbone's logits alone, as the perceptron is far surer of th
 - f, g: how much to trust either, read from m and from how alike the images of the past are: the chance that two of
   them have the same class, as the backbone sees it, how sure it is of each, and n. So that the correction can be turned
   down for a client with all classes.
-- A(n), H(n): how much the backbone and the correction count after n images; chosen on selection clients in the end.
+- A(n), H(n): how much the backbone and the correction count after n images; chosen on val clients in the end.
 
 The newest image enters through b alone, the past through a bias of the logits alone. So without a past the answer is
 that of b; a module of the published form, whose classifier sees image and past together, learns the training images by
@@ -37,18 +37,19 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from iciia_exp import tasks
 from iciia_exp.cost import attention_macs, streaming_attention_macs
 from iciia_exp.data.batches import ClientBatch
-from iciia_exp.data.views import CloudData
+from iciia_exp.data.views import CloudView
 from iciia_exp.errors import check_float, check_int
+from iciia_exp.methods.adapt.base import Adaptive
 from iciia_exp.methods.adapt.iciia import IciiaMethod
-from iciia_exp.methods.adapt.training_free import SELECTION_IMAGES, first_images, real_images
-from iciia_exp.methods.base import Method, copy_of
+from iciia_exp.methods.adapt.training_free import VAL_IMAGES, first_images, real_images
+from iciia_exp.methods.base import Facts, Fit, Record, copy_of
 from iciia_exp.models.fast_dropout import drop
 from iciia_exp.models.iciia import ICIIA
 from iciia_exp.models.lbfgs import minimise
-from iciia_exp.models.perceptron import Perceptron, fit_perceptron, opinion_weights
+from iciia_exp.models.perceptron import Perceptron, ensemble_weights, fit_perceptron
+from iciia_exp.tasks import MULTI_LABEL, SINGLE_LABEL
 
 __all__ = ["KNOTS", "IciiaStream"]
 
@@ -68,11 +69,11 @@ def _between_knots() -> Tensor:
     return torch.from_numpy(np.stack([np.interp(at, knots, row) for row in np.eye(len(KNOTS))], axis=1)).float()
 
 
-class IciiaStream(Method):
+class IciiaStream(Adaptive):
     """The published encoder, causal, behind a bias on the backbone's logits.
 
     Args:
-        head: the backbone's classifier; it stays as it is.
+        facts: task, sizes, and the backbone's classifier; it stays as it is.
         num_layers: N.
         heads: H, a divisor of D.
         groups: G, a divisor of D, or ``max`` for D.
@@ -83,24 +84,25 @@ class IciiaStream(Method):
     """
 
     name = "iciia_stream"
+    causal = True
 
     longest: Tensor
-    opinion_weight: Tensor
-    opinion_known: Tensor
+    ensemble_weight: Tensor
+    known_classes: Tensor
     _knots: Tensor
 
     def __init__(
         self,
-        head: nn.Linear,
+        facts: Facts,
         num_layers: int = 1,
         heads: int = 4,
         groups: int | str = 1,
         dropout: float = 0.0,
         feature_dropout: float = 0.2,
         shuffle: bool = True,
-        perceptron: int = 0,
+        perceptron: int = 512,
     ) -> None:
-        super().__init__(head)
+        super().__init__(facts)
         given = {"num_layers": num_layers, "heads": heads, "groups": groups, "dropout": dropout, "shuffle": shuffle}
         given |= {"feature_dropout": feature_dropout, "perceptron": perceptron}
         settings = self.canonical(given, self.dim)
@@ -109,7 +111,7 @@ class IciiaStream(Method):
         self.model = ICIIA(*sizes, dropout, settings["shuffle"], causal=True)
         nn.init.zeros_(self.model.classifier.weight)
         nn.init.zeros_(self.model.classifier.bias)
-        self.head = copy_of(head, trained=False)
+        self.head = copy_of(facts.head, trained=False)
         self.log_anchor, self.log_correction = (nn.Parameter(torch.zeros(len(KNOTS))) for _ in range(2))
         self.prior_weight = nn.Parameter(torch.full((len(KNOTS),), 0.5))
         #: of the backbone's logits before they are averaged; and how many even images are added (softplus)
@@ -121,18 +123,17 @@ class IciiaStream(Method):
             nn.init.zeros_(start.weight)
             nn.init.zeros_(start.bias)
         self.register_buffer("longest", torch.tensor(KNOTS[-1]))  # no longer past has been seen
-        self.multi_label = False
         self.register_buffer("_knots", _between_knots(), persistent=False)
         self.perceptron = Perceptron(self.dim, self.num_classes, perceptron) if perceptron else None
         if perceptron:
-            self.register_buffer("opinion_weight", torch.tensor([1.0, 0.0]))  # of backbone and perceptron in b
-            self.register_buffer("opinion_known", torch.ones(self.num_classes, dtype=torch.bool))
+            self.register_buffer("ensemble_weight", torch.tensor([1.0, 0.0]))  # of backbone and perceptron in b
+            self.register_buffer("known_classes", torch.ones(self.num_classes, dtype=torch.bool))
 
     @classmethod
     def canonical(cls, config: dict[str, Any], dim: int) -> dict[str, Any]:
         """Check the values against D; ``max`` becomes D, and with one group shuffle changes nothing."""
         check_float("feature_dropout", config.get("feature_dropout", 0.2), 0.0, 0.9)
-        check_int("perceptron", config.get("perceptron", 0), 0)
+        check_int("perceptron", config.get("perceptron", 512), 0)
         return IciiaMethod.canonical(config, dim)
 
     # ---- one image by itself
@@ -142,32 +143,38 @@ class IciiaStream(Method):
         b = self.head(x)
         if self.training or self.perceptron is None:
             return b
-        both = self.opinion_weight[0] * b + self.opinion_weight[1] * self.perceptron(x)
-        if not self.multi_label:  # the perceptron knows nothing of classes without images: those keep their odds
-            known_b, known_both = (part.masked_fill(~self.opinion_known, -torch.inf) for part in (b, both))
+        both = self.ensemble_weight[0] * b + self.ensemble_weight[1] * self.perceptron(x)
+        if self.task == SINGLE_LABEL:  # the perceptron knows nothing of classes without images: those keep their odds
+            known_b, known_both = (part.masked_fill(~self.known_classes, -torch.inf) for part in (b, both))
             both = both + known_b.logsumexp(-1, keepdim=True) - known_both.logsumexp(-1, keepdim=True)
-        return torch.where(self.opinion_known, both, b)
+        return torch.where(self.known_classes, both, b)
 
-    def study(self, data: CloudData) -> None:
-        """Fit the perceptron on train images of the clients, and weigh it on selection images."""
+    def learn(self, cloud: CloudView, fit: Fit) -> Record:
+        """Fit the perceptron, train the module, then choose A(n) and H(n) on drawn val clients."""
+        self.read(cloud)
+        record = fit(self)
+        chosen = self.calibrate(cloud.drawn_val())
+        return record | ({"calibration": chosen} if chosen else {})
+
+    def read(self, cloud: CloudView) -> None:
+        """Fit the perceptron on train images of the clients, and weigh it on val images."""
         if self.perceptron is None:
             return
-        fit_perceptron(self.perceptron, data.batches, np.unique(data.clients.train.values))
-        self.opinion_known.copy_(torch.from_numpy(data.class_counts("train").any(0)))
-        if some := list(data.chunks("selection", most_images=SELECTION_IMAGES)):
+        fit_perceptron(self.perceptron, cloud.gather, np.unique(cloud.clients.train.values))
+        self.known_classes.copy_(torch.from_numpy(cloud.class_counts("train").any(0)))
+        if some := list(cloud.chunks("val", most_images=VAL_IMAGES)):
             x_MD = torch.cat([batch.x_CSD[batch.mask_CS] for batch in some])
             y = torch.cat([batch.y_CS[batch.mask_CS] for batch in some])
             with torch.no_grad():
                 logits = self.head(x_MD), self.perceptron(x_MD)
-            self.opinion_weight.copy_(opinion_weights(*logits, y))
+            self.ensemble_weight.copy_(ensemble_weights(self.task, *logits, y))
         self.perceptron.train(self.training)
 
     # ---- the past
 
     def _classes(self, b: Tensor) -> Tensor:
         """Return the backbone's probabilities, sharpened or softened."""
-        task = tasks.MULTI_LABEL if self.multi_label else tasks.SINGLE_LABEL
-        return tasks.probabilities(b * self.log_sharpness.exp(), task)
+        return self.task.probabilities(b * self.log_sharpness.exp())
 
     def _at(self, table_J: Tensor, n: Tensor) -> Tensor:
         """Return a table's values for the lengths ``n``."""
@@ -184,7 +191,7 @@ class IciiaStream(Method):
         """
         mean, (trust, weight, more) = self._gates(encoded, classes, squares, n)
         even = F.softplus(self.even_images + more).unsqueeze(-1) + 1e-3
-        if self.multi_label:
+        if self.task == MULTI_LABEL:
             prior = ((classes + 0.5 * even) / (n.unsqueeze(-1) + even)).logit(1e-6)
         else:
             prior = ((classes + even / self.num_classes) / (n.unsqueeze(-1) + even)).log()
@@ -241,18 +248,14 @@ class IciiaStream(Method):
 
     # ---- the method
 
-    @property
-    def causal(self) -> bool:
-        """`stream` looks at the past alone."""
-        return True
-
     def stream(self, x_CSD: Tensor, mask_CS: Tensor | None = None) -> Tensor:
         """Return every image's logits after the images before it, [C, S, K]."""
         return self._combine(*self._parts(x_CSD, mask_CS))
 
-    def training_logits(self, batch: ClientBatch) -> Tensor:
-        """Return `stream`, with the batch's own logits of the backbone: every length of the past is trained at once."""
-        return self._combine(*self._parts(batch.x_CSD, batch.mask_CS, batch.backbone_CSK))
+    def training_loss(self, batch: ClientBatch) -> Tensor:
+        """Return the loss of `stream`, with the batch's own logits of the backbone; every past counts."""
+        logits_CSK = self._combine(*self._parts(batch.x_CSD, batch.mask_CS, batch.backbone_CSK))
+        return self.task.loss(logits_CSK[batch.mask_CS], batch.y_CS[batch.mask_CS])
 
     def forward(self, x_CSD: Tensor, mask_CS: Tensor | None = None) -> Tensor:
         """Return every image's logits with all others of its chunk as its past, [C, S, K]."""
@@ -283,26 +286,14 @@ class IciiaStream(Method):
         """Return what was kept: keys and values, [C, P, e], the encoder's output, [C, P, D], and classes, [C, P, K]."""
         return past_CPE.split([self.model.state_width, self.dim, self.num_classes], dim=2)
 
-    def prepare(self, task: str) -> None:
-        """Remember whether the classes exclude each other."""
-        self.multi_label = task == tasks.MULTI_LABEL
-
-    def get_extra_state(self) -> Tensor:
-        """Return what the weights hold beside tensors: the task."""
-        return torch.tensor(self.multi_label)
-
-    def set_extra_state(self, state: Tensor) -> None:
-        """Take the task from weights."""
-        self.multi_label = bool(state)
-
     @property
     def calibration_images(self) -> int:
-        """Selection images that `calibrate` looks at, at most."""
+        """Val images that `calibrate` looks at, at most."""
         return max(1, _CALIBRATE // self.num_classes)
 
     @torch.no_grad()
     def calibrate(self, batches: Iterable[ClientBatch]) -> dict[str, Any]:
-        """Choose A(n) and H(n) on selection clients, by log-loss after every length of the past.
+        """Choose A(n) and H(n) on val clients, by log-loss after every length of the past.
 
         The backbone is surer of the images its classifier was trained on than of new ones, and so is the module.
         """
@@ -315,24 +306,24 @@ class IciiaStream(Method):
             return {}
         b_TK, correction_TK, n_T, y_T = (torch.cat(part) for part in parts)
         self.longest.fill_(min(int(n_T.max()), KNOTS[-1]))
-        before = float(tasks.loss(self._combine(b_TK, correction_TK, n_T), y_T))
+        before = float(self.task.loss(self._combine(b_TK, correction_TK, n_T), y_T))
         weights_TJ = self._knots[n_T.long().clamp(max=self.longest)]
         start = [self.log_anchor.detach(), self.log_correction.detach()]
 
         def loss(*tables: Tensor) -> Tensor:
             anchor_T1, share_T1 = ((weights_TJ @ table).exp()[:, None] for table in tables)
-            # knots that no selection client reaches stay where training left them
+            # knots that no val client reaches stay where training left them
             pull = sum((table - old).square().sum() for table, old in zip(tables, start, strict=True))
-            return tasks.loss(anchor_T1 * b_TK + share_T1 * correction_TK, y_T) + 1e-4 * pull
+            return self.task.loss(anchor_T1 * b_TK + share_T1 * correction_TK, y_T) + 1e-4 * pull
 
         for table, found in zip(start, minimise(loss, *start, most=60), strict=True):
             table.copy_(found)
-        after = float(tasks.loss(self._combine(b_TK, correction_TK, n_T), y_T))
+        after = float(self.task.loss(self._combine(b_TK, correction_TK, n_T), y_T))
         at = torch.tensor([n for n in KNOTS if n <= int(self.longest)], device=n_T.device)
         weights = {name: self._at(table, at).exp() for name, table in
                    (("anchor", self.log_anchor), ("correction", self.log_correction))}  # fmt: skip
         if self.perceptron is not None:
-            weights["backbone_and_perceptron"] = self.opinion_weight
+            weights["backbone_and_perceptron"] = self.ensemble_weight
         record = {name: [round(float(v), 3) for v in values] for name, values in weights.items()}
         return {"images": len(y_T), "log_loss_before": round(before, 4), "log_loss": round(after, 4),
                 "history": at.tolist(), **record}  # fmt: skip

@@ -1,11 +1,11 @@
-"""How far a few images of a client may be trusted: so far that clients with all classes are no worse off for it.
+"""IID bonus: log-odds added to the hypothesis that a client has all classes, so that such clients lose nothing.
 
 After one image a client with all classes looks like any other, so whatever is gained on clients with few classes is
-lost on it in part. `choose_caution` asks selection images, dealt at random into clients with all classes, how cautious
+lost on it in part. `choose_iid_bonus` asks val images, dealt at random into clients with all classes, how careful
 a method has to be after 1, 2, 3, 5 and 7 images, to answer such clients as well as the backbone does.
 
 In a client with all classes the past says nothing, so what an image shows is all that there is to know of it: it has
-each class with the probability that the method, calibrated on selection clients, gives it by itself. What an answer
+each class with the probability that the method, calibrated on val clients, gives it by itself. What an answer
 is worth is therefore counted by those probabilities and not by the image's label, whose chance would make two samples
 of some thousand images differ by a nat and more in what they ask for.
 
@@ -24,9 +24,9 @@ from torch import Tensor
 from iciia_exp.data.batches import ClientBatch
 from iciia_exp.seeding import generator
 
-__all__ = ["LENGTHS", "caution_after", "choose_caution"]
+__all__ = ["LENGTHS", "choose_iid_bonus", "iid_bonus_after"]
 
-#: Longest past of each value of a caution; no past belongs to the first, and after the last there is none.
+#: Longest past of each value of a iid_bonus; no past belongs to the first, and after the last there is none.
 LENGTHS = (1, 2, 3, 5, 7)
 
 _GRID, _FINER = tuple(map(float, range(9))), (0.5, 0.25)  # in nats
@@ -35,10 +35,10 @@ _IMAGES, _DRAWS = 16_384, 20  # of clients to try a length on, at most, and of h
 _AT_ONCE = 1024  # images
 
 
-def caution_after(caution_J: Tensor, n: Tensor) -> Tensor:
-    """Return the caution after ``n`` images, of the same shape; ``caution_J`` has a value for each of `LENGTHS`."""
+def iid_bonus_after(iid_bonus_J: Tensor, n: Tensor) -> Tensor:
+    """Return the iid_bonus after ``n`` images, of the same shape; ``caution_J`` has a value for each of `LENGTHS`."""
     bounds = torch.tensor([length + 0.5 for length in LENGTHS], device=n.device)
-    return torch.cat([caution_J, caution_J.new_zeros(1)])[torch.bucketize(n, bounds)]
+    return torch.cat([iid_bonus_J, iid_bonus_J.new_zeros(1)])[torch.bucketize(n, bounds)]
 
 
 def _images(batches: Sequence[ClientBatch]) -> Tensor:
@@ -60,8 +60,8 @@ def _mixed_clients(images: int, size: int) -> Tensor:
 
 
 @torch.inference_mode()
-def choose_caution(
-    caution_J: Tensor,
+def choose_iid_bonus(
+    iid_bonus_J: Tensor,
     stream: Callable[[Tensor], Tensor],
     head: Callable[[Tensor], Tensor],
     batches: Sequence[ClientBatch],
@@ -70,19 +70,19 @@ def choose_caution(
 
     On clients with all classes, by more than 0.2 points or 0.002 nats; in quarters of a nat, below the first whole
     number that is enough. Where nothing is enough, because it is not the prior that harms, it is the least whole number
-    from which on a nat more takes away no more than that; where there are too few selection images, 0.
+    from which on a nat more takes away no more than that; where there are too few val images, 0.
 
     Args:
         caution_J: what is set, in place; ``stream`` reads it.
         stream: from features [C, S, D] to every image's logits after those before it, [C, S, K].
-        head: the backbone's classifier.
-        batches: selection clients.
+        facts: task, sizes, and the backbone's classifier.
+        batches: val clients.
     """
-    caution_J.zero_()
+    iid_bonus_J.zero_()
     x_MD = _images(batches)
     if len(x_MD) <= LENGTHS[-1]:
         return {}
-    caution_J.fill_(_GRID[-1])  # of an image by itself: as of a client with all classes
+    iid_bonus_J.fill_(_GRID[-1])  # of an image by itself: as of a client with all classes
     alone_MK = torch.cat([stream(x_1D)[:, 0] for x_1D in x_MD.unsqueeze(1).split(_AT_ONCE)]).softmax(-1)
 
     def expected(logits: Callable[[Tensor], Tensor], rows_CS: Tensor, first: int) -> tuple[float, float]:
@@ -101,7 +101,7 @@ def choose_caution(
         harm: dict[float, float] = {}
 
         def harmful(value: float) -> bool:
-            caution_J.fill_(value)
+            iid_bonus_J.fill_(value)
             right, loss = expected(stream, rows_CS, first)
             harm[value] = max(accuracy - right, loss - log_loss)
             return harm[value] > _TOLERATED
@@ -116,5 +116,5 @@ def choose_caution(
     chosen = []
     for shorter, longest in zip((0, *LENGTHS[:-1]), LENGTHS, strict=True):
         chosen.append(least(_mixed_clients(len(x_MD), longest + 1), shorter + 1))
-    caution_J.copy_(torch.tensor(chosen))
-    return {"caution": dict(zip(map(str, LENGTHS), chosen, strict=True))}
+    iid_bonus_J.copy_(torch.tensor(chosen))
+    return {"iid_bonus": dict(zip(map(str, LENGTHS), chosen, strict=True))}

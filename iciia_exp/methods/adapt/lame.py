@@ -13,11 +13,12 @@ Legend: C clients, S images of a client, D features, K classes, I iterations.
 from __future__ import annotations
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from iciia_exp import tasks
 from iciia_exp.errors import check_float, check_int
 from iciia_exp.methods.adapt.training_free import WholeChunks, normalised
+from iciia_exp.methods.base import Facts
+from iciia_exp.tasks import SINGLE_LABEL
 
 __all__ = ["Lame", "nearest_neighbours"]
 
@@ -39,7 +40,7 @@ class Lame(WholeChunks):
     """Laplacian-adjusted maximum-likelihood estimation.
 
     Args:
-        head: the backbone's classifier.
+        facts: task, sizes, and the backbone's classifier.
         calibrator: ``none`` (published), ``temperature`` or ``bcts``.
         neighbours: k of the graph; 0 is the backbone itself.
         weight: lambda.
@@ -47,17 +48,17 @@ class Lame(WholeChunks):
     """
 
     name = "lame"
-    tasks = (tasks.SINGLE_LABEL,)
+    tasks = (SINGLE_LABEL,)
 
     def __init__(
         self,
-        head: nn.Linear,
+        facts: Facts,
         calibrator: str = "none",
         neighbours: int = 5,
         weight: float = 1.0,
         iterations: int = 30,
     ) -> None:
-        super().__init__(head, calibrator)
+        super().__init__(facts, calibrator)
         self.neighbours = check_int("neighbours", neighbours, 0)
         self.weight = check_float("weight", weight, 0.0)
         self.iterations = check_int("iterations", iterations, 1)

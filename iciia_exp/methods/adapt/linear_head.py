@@ -1,4 +1,4 @@
-"""A new linear classifier and no attention: tells what the method's images alone are worth."""
+"""Linear head: a new linear classifier and no attention."""
 
 from __future__ import annotations
 

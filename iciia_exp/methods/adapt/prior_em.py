@@ -1,4 +1,4 @@
-"""The client's class prior by expectation-maximisation, from the backbone's posteriors alone.
+"""Prior EM: the client's class prior by expectation-maximisation, from the backbone's posteriors alone.
 
 Source: Saerens, Latinne and Decaestecker 2002, "Adjusting the outputs of a classifier to new a priori probabilities: a
 simple procedure" (Neural Computation 14). With posteriors p_i under a source prior s, a client's prior pi is where
@@ -14,11 +14,13 @@ Legend: C clients, S images of a client, K classes, I iterations.
 from __future__ import annotations
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 from iciia_exp.errors import check_int
 from iciia_exp.methods.adapt.training_free import TrainingFree, in_parts, real_images
+from iciia_exp.methods.base import Facts
+from iciia_exp.tasks import MULTI_LABEL
 
 __all__ = ["PriorEM", "estimate_prior"]
 
@@ -53,7 +55,7 @@ class PriorEM(TrainingFree):
     """Posteriors under the prior that EM finds in the images of each client.
 
     Args:
-        head: the backbone's classifier.
+        facts: task, sizes, and the backbone's classifier.
         calibrator: ``none``, ``temperature`` or ``bcts``; the likelihoods must mean what they say.
         iterations: I.
     """
@@ -61,15 +63,15 @@ class PriorEM(TrainingFree):
     name = "prior_em"
     strength: Tensor
 
-    def __init__(self, head: nn.Linear, calibrator: str = "bcts", iterations: int = 50) -> None:
-        super().__init__(head, calibrator)
+    def __init__(self, facts: Facts, calibrator: str = "bcts", iterations: int = 50) -> None:
+        super().__init__(facts, calibrator)
         self.iterations = check_int("iterations", iterations, 1)
         self.register_buffer("strength", torch.zeros(()))
 
     def forward(self, x_CSD: Tensor, mask_CS: Tensor | None = None) -> Tensor:
         """Return calibrated log-posteriors under each client's prior, [C, S, K]."""
         b_CSK, real_CS = self.calibrated(x_CSD), real_images(x_CSD, mask_CS)
-        if bool(self.multi_label):
+        if self.task == MULTI_LABEL:
             return self._attributes(b_CSK, real_CS)
         return in_parts(self._classes, 16, b_CSK, real_CS)
 
@@ -102,12 +104,12 @@ class PriorEM(TrainingFree):
         b_CK = self.calibrated(x_CD.unsqueeze(1)).squeeze(1)
         b_CSK = torch.cat([past_CPE, b_CK.unsqueeze(1)], 1)
         real_CS = real_images(b_CSK, None if mask_CP is None else F.pad(mask_CP, (0, 1), value=True))
-        whole = self._attributes if bool(self.multi_label) else self._classes
+        whole = self._attributes if self.task == MULTI_LABEL else self._classes
         return whole(b_CSK, real_CS)[:, -1], b_CK
 
     def macs(self, images: int) -> int:
         """2 S K I; twice that of a multi-label task, whose attributes have two classes."""
-        return (4 if bool(self.multi_label) else 2) * images * self.num_classes * self.iterations
+        return (4 if self.task == MULTI_LABEL else 2) * images * self.num_classes * self.iterations
 
     def streaming_macs(self, images: int) -> int | None:
         """The same: EM starts again with every image, on posteriors that were kept."""

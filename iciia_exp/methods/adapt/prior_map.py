@@ -1,8 +1,8 @@
-"""The client's class prior by EM with a Dirichlet prior: drawn towards the prior of all clients together.
+"""Prior MAP: EM with a Dirichlet prior, drawn towards the prior of all clients together.
 
 Source: Saerens, Latinne and Decaestecker 2002 (see `prior_em`), the M-step smoothed. Maximum likelihood believes that
 there are no classes but those of the few images it saw; this believes so the less, the fewer they are. How strongly it
-is drawn is chosen on selection clients.
+is drawn is chosen on val clients.
 """
 
 from __future__ import annotations
@@ -10,10 +10,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import ClassVar
 
-from torch import nn
-
 from iciia_exp.errors import check_float
 from iciia_exp.methods.adapt.prior_em import PriorEM
+from iciia_exp.methods.base import Facts
 
 __all__ = ["PriorMAP"]
 
@@ -22,19 +21,19 @@ class PriorMAP(PriorEM):
     """Posteriors under the most probable prior of each client.
 
     Args:
-        head: the backbone's classifier.
+        facts: task, sizes, and the backbone's classifier.
         calibrator: ``none``, ``temperature`` or ``bcts``.
         iterations: steps of EM.
-        strength: as by how many images the prior is drawn; null is chosen on selection clients.
+        strength: as by how many images the prior is drawn; null is chosen on val clients.
     """
 
     name = "prior_map"
     grids: ClassVar[dict[str, Sequence[float]]] = {"strength": (0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0)}
 
     def __init__(
-        self, head: nn.Linear, calibrator: str = "bcts", iterations: int = 50, strength: float | None = None
+        self, facts: Facts, calibrator: str = "bcts", iterations: int = 50, strength: float | None = None
     ) -> None:
-        super().__init__(head, calibrator, iterations)
+        super().__init__(facts, calibrator, iterations)
         self.strength.fill_(1.0 if strength is None else check_float("strength", strength, 0.0))
         if strength is not None:
             self.grids = {}  # type: ignore[misc]

@@ -1,4 +1,4 @@
-"""One step towards the client's class prior: posteriors times their mean over the client's images, smoothed.
+"""Smoothed prior: one step towards the client's class prior, posteriors times their smoothed mean.
 
 Source: the prior correction of ROID (Marsden, Döbler and Yang 2024, "Universal Test-time Adaptation through Weight
 Ensembling, Diversity Weighting, and Prior Correction"). With the mean q of the posteriors over the batch, here over a
@@ -11,11 +11,12 @@ Legend: C clients, S images of a client, K classes.
 
 from __future__ import annotations
 
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
-from iciia_exp import tasks
 from iciia_exp.methods.adapt.training_free import TrainingFree, real_images
+from iciia_exp.methods.base import Facts
+from iciia_exp.tasks import SINGLE_LABEL
 
 __all__ = ["SmoothedPrior"]
 
@@ -24,15 +25,15 @@ class SmoothedPrior(TrainingFree):
     """The prior correction of ROID, without its training.
 
     Args:
-        head: the backbone's classifier.
+        facts: task, sizes, and the backbone's classifier.
         calibrator: ``none`` (published), ``temperature`` or ``bcts``.
     """
 
     name = "smoothed_prior"
-    tasks = (tasks.SINGLE_LABEL,)
+    tasks = (SINGLE_LABEL,)
 
-    def __init__(self, head: nn.Linear, calibrator: str = "none") -> None:
-        super().__init__(head, calibrator)
+    def __init__(self, facts: Facts, calibrator: str = "none") -> None:
+        super().__init__(facts, calibrator)
 
     def forward(self, x_CSD: Tensor, mask_CS: Tensor | None = None) -> Tensor:
         """Return log-posteriors corrected by each client's mean, [C, S, K]."""

@@ -20,13 +20,14 @@ from collections.abc import Sequence
 from typing import ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from iciia_exp import tasks
-from iciia_exp.data.views import CloudData
+from iciia_exp.data.views import CloudView
 from iciia_exp.errors import check_float, check_int
 from iciia_exp.methods.adapt.lame import nearest_neighbours
 from iciia_exp.methods.adapt.training_free import WholeChunks, normalised
+from iciia_exp.methods.base import Facts
+from iciia_exp.tasks import SINGLE_LABEL
 
 __all__ = ["StatA"]
 
@@ -38,19 +39,19 @@ class StatA(WholeChunks):
     """Anchored Gaussian statistics.
 
     Args:
-        head: the backbone's classifier.
+        facts: task, sizes, and the backbone's classifier.
         calibrator: ``none`` (published), ``temperature`` or ``bcts``.
         anchor: alpha.
         neighbours: near images that an image points to.
         iterations: I; settled by then wherever the Gaussians do not drown the classifier.
         steps: J.
         sharpness: factor of log N; 1 is published. A Gaussian of many features outshouts any classifier; null chooses
-            it on selection clients.
+            it on val clients.
     """
 
     name = "stata"
     clients_at_once = 32
-    tasks = (tasks.SINGLE_LABEL,)
+    tasks = (SINGLE_LABEL,)
     grids: ClassVar[dict[str, Sequence[float]]] = {"sharpness": (1.0, 0.3, 0.1, 0.03, 0.01, 0.003, 0.001, 0.0003)}
 
     means: Tensor
@@ -59,7 +60,7 @@ class StatA(WholeChunks):
 
     def __init__(
         self,
-        head: nn.Linear,
+        facts: Facts,
         calibrator: str = "none",
         anchor: float = 1.0,
         neighbours: int = 3,
@@ -67,7 +68,7 @@ class StatA(WholeChunks):
         steps: int = 5,
         sharpness: float | None = None,
     ) -> None:
-        super().__init__(head, calibrator)
+        super().__init__(facts, calibrator)
         self.anchor = check_float("anchor", anchor, 0.0, open_low=True)
         self.neighbours = check_int("neighbours", neighbours, 0)
         self.iterations, self.steps = check_int("iterations", iterations, 1), check_int("steps", steps, 1)
@@ -79,12 +80,12 @@ class StatA(WholeChunks):
         self.register_buffer("means", normalised(self.head.weight).detach().clone())
         self.register_buffer("variance", torch.full((self.dim,), 1 / self.dim))
 
-    def study(self, data: CloudData) -> None:
+    def read(self, cloud: CloudView) -> None:
         """Read the classes' means and the shared variance from training clients."""
         count_K = torch.zeros(self.num_classes, dtype=torch.float64)
         sum_KD = torch.zeros(self.num_classes, self.dim, dtype=torch.float64)
         square_D = torch.zeros(self.dim, dtype=torch.float64)
-        for batch in data.chunks("train", most_images=_ANCHOR_IMAGES):
+        for batch in cloud.chunks("train", most_images=_ANCHOR_IMAGES):
             f_TD, y_T = normalised(batch.x_CSD[batch.mask_CS]).double(), batch.y_CS[batch.mask_CS]
             count_K.index_add_(0, y_T, torch.ones(len(y_T), dtype=torch.float64))
             sum_KD.index_add_(0, y_T, f_TD)

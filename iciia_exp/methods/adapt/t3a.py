@@ -3,7 +3,7 @@
 Source: Iwasawa and Matsuo 2021, "Test-Time Classifier Adjustment Module for Model-Agnostic Domain Generalization". The
 supports of a class are its weight vector and the images the classifier takes for it, all of length 1; the M surest of
 them (by the entropy of the classifier's posterior) make its prototype, their mean, of length 1; the answer is the
-image's product with the prototypes. Its scale, which the paper needs not but log-loss does, is fitted on selection
+image's product with the prototypes. Its scale, which the paper needs not but log-loss does, is fitted on val
 clients.
 
 No client's prototypes are ever formed, only their products with its images: with the weights once, and with each other.
@@ -17,13 +17,14 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
-from iciia_exp import tasks
 from iciia_exp.data.batches import ClientBatch
 from iciia_exp.errors import check_int
-from iciia_exp.methods.adapt.training_free import SELECTION_IMAGES, WholeChunks, fit_calibrator
+from iciia_exp.methods.adapt.training_free import VAL_IMAGES, WholeChunks, fit_calibrator
+from iciia_exp.methods.base import Facts
+from iciia_exp.tasks import SINGLE_LABEL
 
 __all__ = ["T3A"]
 
@@ -37,18 +38,18 @@ class T3A(WholeChunks):
     """Test-time templates adjustment.
 
     Args:
-        head: the backbone's classifier.
+        facts: task, sizes, and the backbone's classifier.
         supports: M, the surest supports of a class that count.
     """
 
     name = "t3a"
-    tasks = (tasks.SINGLE_LABEL,)
+    tasks = (SINGLE_LABEL,)
 
     log_scale: Tensor
     entropy: Tensor
 
-    def __init__(self, head: nn.Linear, supports: int = 20) -> None:
-        super().__init__(head)
+    def __init__(self, facts: Facts, supports: int = 20) -> None:
+        super().__init__(facts)
         self.supports = check_int("supports", supports, 1)
         self.register_buffer("log_scale", torch.zeros(()))
         # of the weights' own answers, as supports; as in the paper a class's weights count as one of its own
@@ -94,18 +95,18 @@ class T3A(WholeChunks):
 
     @torch.inference_mode()
     def calibrate(self, batches: Iterable[ClientBatch]) -> dict[str, Any]:
-        """Fit the scale of the answers on selection clients."""
+        """Fit the scale of the answers on val clients."""
         logits, labels, images = [], [], 0
         self.log_scale.zero_()
         for batch in batches:
-            logits.append(self.answers(batch)[batch.mask_CS])
+            logits.append(self.logits(batch)[batch.mask_CS])
             labels.append(batch.y_CS[batch.mask_CS])
             images += len(labels[-1])
-            if images >= SELECTION_IMAGES:
+            if images >= VAL_IMAGES:
                 break
         if not images:
             return {}
-        log_temperature, _ = fit_calibrator(torch.cat(logits), torch.cat(labels), "temperature")
+        log_temperature, _ = fit_calibrator(self.task, torch.cat(logits), torch.cat(labels), "temperature")
         self.log_scale.copy_(-log_temperature)
         return {"images": images, "scale": round(float(self.log_scale.exp()), 4)}
 

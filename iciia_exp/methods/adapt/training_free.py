@@ -1,8 +1,8 @@
-"""What methods without training share: the backbone's own classifier, calibrated on selection clients.
+"""Training-free methods: the backbone's own classifier, calibrated on val clients.
 
 Calibration (Alexandari, Kundaje and Shrikumar 2020, "Maximum Likelihood with Bias-Corrected Calibration is Hard-To-Beat
 at Label Shift Adaptation"): logits are divided by a temperature, ``bcts`` (bias-corrected temperature scaling) adds a
-bias per class; both by log-loss on selection images. What a posterior is divided by to become a likelihood is then the
+bias per class; both by log-loss on val images. What a posterior is divided by to become a likelihood is then the
 mean of the calibrated posteriors there.
 
 Legend: C clients, S images of a client, D features, K classes, T images in all.
@@ -15,18 +15,20 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
-from iciia_exp import tasks
 from iciia_exp.data.batches import ClientBatch
+from iciia_exp.data.views import CloudView
 from iciia_exp.errors import check_choice
-from iciia_exp.methods.base import Method, copy_of
+from iciia_exp.methods.adapt.base import Adaptive
+from iciia_exp.methods.base import Facts, Fit, Record, copy_of
 from iciia_exp.models.lbfgs import minimise
+from iciia_exp.tasks import MULTI_LABEL, Task
 
 __all__ = [
     "CALIBRATORS",
-    "SELECTION_IMAGES",
+    "VAL_IMAGES",
     "TrainingFree",
     "WholeChunks",
     "first_images",
@@ -38,8 +40,8 @@ __all__ = [
 
 CALIBRATORS = ("none", "temperature", "bcts")
 
-#: Selection images that calibration looks at, at most.
-SELECTION_IMAGES = 20_000
+#: Val images that calibration looks at, at most.
+VAL_IMAGES = 20_000
 
 
 def first_images(batches: Iterable[ClientBatch], most: int) -> Iterator[ClientBatch]:
@@ -55,7 +57,7 @@ def real_images(x_CSD: Tensor, mask_CS: Tensor | None) -> Tensor:
     return x_CSD.new_ones(x_CSD.shape[:2]) if mask_CS is None else mask_CS.to(x_CSD.dtype)
 
 
-def fit_calibrator(b_TK: Tensor, y_T: Tensor, calibrator: str) -> tuple[Tensor, Tensor]:
+def fit_calibrator(task: Task, b_TK: Tensor, y_T: Tensor, calibrator: str) -> tuple[Tensor, Tensor]:
     """Return the log of a temperature, and a bias [K], that make the logits' log-loss least.
 
     The bias is drawn to 0 as by a normal prior of variance 1, so that classes without images stay where they are.
@@ -69,42 +71,46 @@ def fit_calibrator(b_TK: Tensor, y_T: Tensor, calibrator: str) -> tuple[Tensor, 
     def loss(log_temperature: Tensor, *bias: Tensor) -> Tensor:
         logits_TK = b_TK * (-log_temperature).exp()
         if not bias:
-            return tasks.loss(logits_TK, y_T)
-        return tasks.loss(logits_TK + bias[0], y_T) + bias[0].square().sum() / (2 * len(b_TK))
+            return task.loss(logits_TK, y_T)
+        return task.loss(logits_TK + bias[0], y_T) + bias[0].square().sum() / (2 * len(b_TK))
 
     found = minimise(loss, log_temperature, *([bias_K] if calibrator == "bcts" else []))
     return found[0], found[1] if len(found) > 1 else bias_K
 
 
-class TrainingFree(Method):
+class TrainingFree(Adaptive):
     """The backbone's classifier, frozen and calibrated; a subclass says what the images of a client do to its answers.
 
     Args:
-        head: the backbone's classifier.
+        facts: task, sizes, and the backbone's classifier.
         calibrator: ``none``, ``temperature`` or ``bcts``.
     """
 
     trainable = False
-    #: of hyper-parameters that are chosen on selection clients: what to try
+    #: of hyper-parameters that are chosen on val clients: what to try
     grids: ClassVar[dict[str, Sequence[float]]] = {}
 
     log_temperature: Tensor
     bias: Tensor
     log_source: Tensor
-    multi_label: Tensor
 
-    def __init__(self, head: nn.Linear, calibrator: str = "none") -> None:
-        super().__init__(head)
+    def __init__(self, facts: Facts, calibrator: str = "none") -> None:
+        super().__init__(facts)
         self.calibrator = check_choice("calibrator", calibrator, CALIBRATORS)
-        self.head = copy_of(head, trained=False)
+        self.head = copy_of(facts.head, trained=False)
         self.register_buffer("log_temperature", torch.zeros(()))
         self.register_buffer("bias", torch.zeros(self.num_classes))
         self.register_buffer("log_source", torch.full((self.num_classes,), 1 / self.num_classes).log())
-        self.register_buffer("multi_label", torch.tensor(False))
 
-    def prepare(self, task: str) -> None:
-        """Remember whether the classes exclude each other."""
-        self.multi_label.fill_(task == tasks.MULTI_LABEL)
+    def learn(self, cloud: CloudView, fit: Fit) -> Record:
+        """Read the cloud's statistics, then calibrate on val clients."""
+        self.read(cloud)
+        self.eval()
+        chosen = self.calibrate(cloud.chunks("val"))
+        return {"calibration": chosen} if chosen else {}
+
+    def read(self, cloud: CloudView) -> None:
+        """Read what is wanted of the cloud's images beside calibration."""
 
     def classify(self, x: Tensor) -> Tensor:
         """Return the classifier's logits of images [..., D] by themselves, [..., K]."""
@@ -124,17 +130,17 @@ class TrainingFree(Method):
 
     @torch.inference_mode()
     def calibrate(self, batches: Iterable[ClientBatch]) -> dict[str, Any]:
-        """Fit the calibrator, then choose what `grids` names by log-loss, both on selection clients."""
-        some = list(first_images(batches, SELECTION_IMAGES))
+        """Fit the calibrator, then choose what `grids` names by log-loss, both on val clients."""
+        some = list(first_images(batches, VAL_IMAGES))
         if not (images := sum(int(batch.mask_CS.sum()) for batch in some)):
             return {}
         b_TK = torch.cat([self.classify(batch.x_CSD)[batch.mask_CS] for batch in some])
         y_T = torch.cat([batch.y_CS[batch.mask_CS] for batch in some])
-        log_temperature, bias = fit_calibrator(b_TK, y_T, self.calibrator)
+        log_temperature, bias = fit_calibrator(self.task, b_TK, y_T, self.calibrator)
         self.log_temperature.copy_(log_temperature)
         self.bias.copy_(bias)
         logits_TK = self.rescaled(b_TK)
-        if bool(self.multi_label):
+        if self.task == MULTI_LABEL:
             self.log_source.copy_(logits_TK.sigmoid().mean(0).clamp(1e-6, 1 - 1e-6).log())
         elif self.calibrator != "none":
             # as if every class had been the answer for one image more, a share of an image each
@@ -163,13 +169,13 @@ class TrainingFree(Method):
         """Return the mean log-loss over the batches' images."""
         total, images = 0.0, 0
         for batch in batches:
-            logits_TK, y_T = self.answers(batch)[batch.mask_CS], batch.y_CS[batch.mask_CS]
-            total, images = total + float(tasks.log_loss(logits_TK, y_T).sum()), images + len(y_T)
+            logits_TK, y_T = self.logits(batch)[batch.mask_CS], batch.y_CS[batch.mask_CS]
+            total, images = total + float(self.task.log_loss(logits_TK, y_T).sum()), images + len(y_T)
         return total / images
 
     def num_parameters(self) -> int:
-        """What was read from selection and training clients; the classifier is the backbone's."""
-        return sum(b.numel() for b in self.buffers() if b.dtype != torch.bool)
+        """What was read from val and training clients; the classifier is the backbone's."""
+        return sum(b.numel() for b in self.buffers())
 
 
 class WholeChunks(TrainingFree):

@@ -13,16 +13,19 @@ Legend: C clients, n images of a client, D features, K classes, T test images in
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
-from iciia_exp import tasks
-from iciia_exp.data.batches import ClientBatch, Selection, cut_chunks
-from iciia_exp.data.views import CloudData
+from iciia_exp.data.batches import ClientBatch
+from iciia_exp.data.views import CloudView
 from iciia_exp.errors import UserError, check_float, check_int
-from iciia_exp.methods.base import Method, copy_of
+from iciia_exp.methods.base import Ask, Facts, Fit, Record, copy_of, resize_on_load
+from iciia_exp.methods.tune.base import Personal
+from iciia_exp.tasks import SINGLE_LABEL
 
 __all__ = ["FineTune"]
 
@@ -30,99 +33,81 @@ __all__ = ["FineTune"]
 _NUMBERS = 1 << 24
 
 
-class FineTune(Method):
+class FineTune(Personal):
     """A classifier for every client of the partition.
 
     Args:
-        head: the backbone's classifier, where every client starts.
+        facts: task, sizes, and the backbone's classifier, where every client starts.
         lr: rate of SGD.
         batch_size: images of a step, in the order of the client's images.
         clip_norm: largest norm of a gradient.
         epochs: at most.
-        patience: stop after so many epochs without a better accuracy on the client's selection images.
+        patience: stop after so many epochs without a better accuracy on the client's val images.
     """
 
     name = "finetune"
     trainable = False
-    tasks = (tasks.SINGLE_LABEL,)
-    by_client = True
-    sized = ("keys", "logits")
+    tasks = (SINGLE_LABEL,)
+    asks: ClassVar[frozenset[Ask]] = frozenset({Ask.CLIENT_LABELS})
 
     keys: Tensor
-    logits: Tensor
+    kept_logits: Tensor
 
     def __init__(
         self,
-        head: nn.Linear,
+        facts: Facts,
         lr: float = 0.01,
         batch_size: int = 16,
         clip_norm: float = 5.0,
         epochs: int = 100,
         patience: int = 10,
     ) -> None:
-        super().__init__(head)
+        super().__init__(facts)
         self.lr = check_float("lr", lr, 0.0, open_low=True)
         self.batch_size = check_int("batch_size", batch_size, 1)
         self.clip_norm = check_float("clip_norm", clip_norm, 0.0, open_low=True)
         self.epochs, self.patience = check_int("epochs", epochs, 1), check_int("patience", patience, 1)
-        self.head = copy_of(head, trained=False)
+        self.head = copy_of(facts.head, trained=False)
         # answers to the test images, not a classifier of D x K for every client: (client, image) and logits
         self.register_buffer("keys", torch.zeros(0, 2, dtype=torch.int64))
-        self.register_buffer("logits", torch.zeros(0, self.num_classes))
+        self.register_buffer("kept_logits", torch.zeros(0, self.num_classes))
+        resize_on_load(self, "keys", "kept_logits")
 
     @torch.no_grad()
-    def study(self, data: CloudData) -> None:
-        """Train every client's classifier, and answer its test images."""
-        data.require_own_labels(self.name)
-        clients = data.clients
-        numbers = np.flatnonzero(clients.test.lengths)
-        numbers = numbers[np.argsort(clients.train.lengths[numbers], kind="stable")]
+    def learn(self, cloud: CloudView, fit: Fit) -> Record:
+        """Train every client's classifier, and classify its test images, which it sees without their labels."""
+        self.eval()
+        devices = cloud.devices
+        lengths = devices.lengths("train")
+        numbers = np.flatnonzero(devices.lengths("test"))
+        numbers = numbers[np.argsort(lengths[numbers], kind="stable")]
         keys, logits = [], []
         start = 0
         while start < len(numbers):  # clients of about the same number of images together
-            longest = int(clients.train.lengths[numbers[min(start + 63, len(numbers) - 1)]])
-            some = numbers[start : start + max(1, min(64, _NUMBERS // (longest * (longest + self.num_classes))))]
-            train, selection, test = (self._images(data, role, some) for role in ("train", "selection", "test"))
-            answers_CnK = self._train(train, selection, test)
+            longest = int(lengths[numbers[min(start + 63, len(numbers) - 1)]])
+            rows = numbers[start : start + max(1, min(64, _NUMBERS // (longest * (longest + self.num_classes))))]
+            train, val, test = (devices.images(role, rows) for role in ("train", "val", "test"))
+            answers_CnK = self._train(train, val, test)
             where = test.mask_CS
             assert test.image_CS is not None
             keys.append(torch.stack([test.client_C[:, None].expand_as(where)[where], test.image_CS[where]], 1))
             logits.append(answers_CnK[where])
-            start += len(some)
+            start += len(rows)
         every = torch.cat(keys)
         order = torch.from_numpy(np.lexsort((every[:, 1].numpy(), every[:, 0].numpy())))
-        self.keys, self.logits = every[order], torch.cat(logits)[order]
+        self.keys, self.kept_logits = every[order], torch.cat(logits)[order]
+        return {}
 
-    @staticmethod
-    def _images(data: CloudData, role: str, some: np.ndarray) -> ClientBatch:
-        """Return all images of some clients in one batch, a client a row."""
-        ragged = data.clients[role]
-        whole = cut_chunks(ragged, max(1, int(ragged.lengths.max())))
-        index_CS = np.full((len(some), whole.index_CS.shape[1]), -1, dtype=np.int64)
-        row_of = np.full(len(ragged), -1)
-        row_of[whole.client_C] = np.arange(len(whole.client_C))
-        there = row_of[some] >= 0
-        index_CS[there] = whole.index_CS[row_of[some][there]]
-        if not (index_CS >= 0).any():
-            index_CS[:] = -1
-            return ClientBatch(
-                torch.zeros(len(some), 0, data.batches.features.shape[1]),
-                torch.zeros(len(some), 0, dtype=torch.int64),
-                torch.zeros(len(some), 0, dtype=torch.bool),
-                torch.from_numpy(some),
-            )
-        return data.batches[Selection(index_CS, some)]
-
-    def _train(self, train: ClientBatch, selection: ClientBatch, test: ClientBatch) -> Tensor:
+    def _train(self, train: ClientBatch, val: ClientBatch, test: ClientBatch) -> Tensor:
         """Return the logits of the test images, [C, n, K]."""
         x_CnD, y_Cn, real_Cn = train.x_CSD, train.y_CS, train.mask_CS.float()
         start_CnK = self.head(x_CnD)
         gram_Cnn = torch.bmm(x_CnD, x_CnD.transpose(1, 2))
-        held_Cmn = torch.bmm(selection.x_CSD, x_CnD.transpose(1, 2))
-        held_CmK = self.head(selection.x_CSD)
+        held_Cmn = torch.bmm(val.x_CSD, x_CnD.transpose(1, 2))
+        held_CmK = self.head(val.x_CSD)
         change_CnK, bias_C1K = torch.zeros_like(start_CnK), start_CnK.new_zeros(len(x_CnD), 1, self.num_classes)
         best = [change_CnK.clone(), bias_C1K.clone()]
-        best_C = self._accuracy(held_CmK, selection)
+        best_C = self._accuracy(held_CmK, val)
         waited_C = torch.zeros(len(x_CnD), dtype=torch.int64)
         one_hot_CnK = F.one_hot(y_Cn, self.num_classes).float()
         for _ in range(self.epochs):
@@ -141,7 +126,7 @@ class FineTune(Method):
                 step_C11 = (self.lr * (self.clip_norm / norm_C.clamp(min=1e-12)).clamp(max=1))[:, None, None]
                 change_CnK[:, batch] -= active_C11 * step_C11 * error_CbK
                 bias_C1K = bias_C1K - active_C11 * step_C11 * own_C1K
-            now_C = self._accuracy(held_CmK + torch.bmm(held_Cmn, change_CnK) + bias_C1K, selection)
+            now_C = self._accuracy(held_CmK + torch.bmm(held_Cmn, change_CnK) + bias_C1K, val)
             better_C = (now_C > best_C) & (active_C11[:, 0, 0] > 0)
             best_C = torch.where(better_C, now_C, best_C)
             waited_C = torch.where(better_C, 0, waited_C + 1)
@@ -158,10 +143,10 @@ class FineTune(Method):
         right_Cm = (logits_CmK.argmax(-1) == batch.y_CS) & batch.mask_CS
         return right_Cm.sum(1) / batch.mask_CS.sum(1).clamp(min=1)
 
-    def answers(self, batch: ClientBatch) -> Tensor:
+    def logits(self, batch: ClientBatch, causal: bool = False) -> Tensor:
         """Return what the classifiers of the batch's clients answer to their test images, [C, S, K].
 
-        The backbone's answers stand in for the images of selection clients that no classifier was asked about.
+        The backbone's answers stand in for the images of val clients that no classifier was asked about.
         """
         if batch.image_CS is None:
             raise UserError(f"{self.name}: answers the partition's test images alone")
@@ -170,11 +155,7 @@ class FineTune(Method):
         asked_CS = batch.client_C[:, None] * wide + batch.image_CS
         place_CS = torch.searchsorted(known_T, asked_CS).clamp(max=len(known_T) - 1)
         found_CS = (known_T[place_CS] == asked_CS) & batch.mask_CS
-        return torch.where(found_CS.unsqueeze(2), self.logits[place_CS], self.head(batch.x_CSD))
-
-    def forward(self, x_CSD: Tensor, mask_CS: Tensor | None = None) -> Tensor:
-        """Refuse: a classifier belongs to a client."""
-        raise UserError(f"{self.name}: has a classifier for every client of its partition; it answers no others")
+        return torch.where(found_CS.unsqueeze(2), self.kept_logits[place_CS], self.head(batch.x_CSD))
 
     def macs(self, images: int) -> int:
         """Nothing is added: the client's classifier takes the place of the backbone's."""

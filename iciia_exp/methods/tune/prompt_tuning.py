@@ -9,54 +9,53 @@ Legend: C clients, S images of a client, D features, K classes.
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import torch
 from torch import Tensor, nn
 
 from iciia_exp.data.batches import ClientBatch
-from iciia_exp.data.views import CloudData
+from iciia_exp.data.views import CloudView
 from iciia_exp.errors import UserError, check_int
-from iciia_exp.methods.base import Method, copy_of
+from iciia_exp.methods.base import Ask, Facts, Fit, Record, copy_of, resize_on_load
+from iciia_exp.methods.tune.base import Personal
 
 __all__ = ["PromptTuning"]
 
 
-class PromptTuning(Method):
+class PromptTuning(Personal):
     """A vector for every client of the partition.
 
     Args:
-        head: the backbone's classifier, where the shared one starts.
+        facts: task, sizes, and the backbone's classifier, where the shared one starts.
         width: of the vectors; null is D/2, chosen in the paper among D/4 to 4 D.
     """
 
     name = "prompt_tuning"
-    by_client = True
-    sized = ("vectors",)
+    asks: ClassVar[frozenset[Ask]] = frozenset({Ask.CLIENT_LABELS})
 
-    def __init__(self, head: nn.Linear, width: int | None = None) -> None:
-        super().__init__(head)
+    def __init__(self, facts: Facts, width: int | None = None) -> None:
+        super().__init__(facts)
         self.width = max(1, self.dim // 2) if width is None else check_int("width", width, 1)
-        self.head = copy_of(head, trained=True)
+        self.head = copy_of(facts.head, trained=True)
         self.prompt = nn.Linear(self.width, self.num_classes)
         self.vectors = nn.Parameter(torch.zeros(0, self.width))
+        resize_on_load(self, "vectors")
 
-    def study(self, data: CloudData) -> None:
-        """Make a vector for every client."""
-        data.require_own_labels(self.name)
-        self.vectors = nn.Parameter(torch.randn(len(data.clients), self.width))
+    def learn(self, cloud: CloudView, fit: Fit) -> Record:
+        """Train a vector for every client, and with them the shared classifier."""
+        self.vectors = nn.Parameter(torch.randn(len(cloud.devices), self.width))
+        return fit(self)
 
-    def training_logits(self, batch: ClientBatch) -> Tensor:
-        """Return the logits of a batch of the partition's own clients, [C, S, K]."""
+    def training_loss(self, batch: ClientBatch) -> Tensor:
+        """Return the mean loss over the images of a batch of the partition's own clients."""
         if (batch.client_C < 0).any():
             raise UserError(f"method={self.name}: trains vectors of the partition's clients; use client_mix=natural")
-        return self.answers(batch)
+        return self.task.loss(self.logits(batch)[batch.mask_CS], batch.y_CS[batch.mask_CS])
 
-    def answers(self, batch: ClientBatch) -> Tensor:
+    def logits(self, batch: ClientBatch, causal: bool = False) -> Tensor:
         """Return the logits with the vectors of the batch's clients, [C, S, K]."""
         return self.head(batch.x_CSD) + self.prompt(self.vectors[batch.client_C]).unsqueeze(1)
-
-    def forward(self, x_CSD: Tensor, mask_CS: Tensor | None = None) -> Tensor:
-        """Refuse: a vector belongs to a client."""
-        raise UserError(f"{self.name}: has a vector for every client of its partition; it answers no others")
 
     def macs(self, images: int) -> int:
         """K D/2 for a client, however many images: its vector's part of the logits."""

@@ -1,4 +1,4 @@
-"""The interface of a backbone: a trunk that gives features, and the linear classifier that reads them.
+"""Backbone interface: a trunk that gives features, and the linear classifier that reads them.
 
 Legend: B images of a batch, D features, K classes.
 """
@@ -165,7 +165,7 @@ class BackboneSpec:
         model: builds the network from ``num_classes``; in a configuration, a ``_partial_`` target.
         train: ``all``: trunk and classifier; ``head``: a regularised linear classifier on the frozen trunk's features;
             ``none``: nothing. What is trained learns from the dataset's images for the backbone, or, where it has
-            none, from the train images of the clients: never from selection or test images.
+            none, from the train images of the clients: never from val or test images.
         pretrained: start from the library's weights.
         weights: start from this file in their place: .safetensors, or .pt or .pth of tensors, under the original
             network's names.
@@ -189,7 +189,7 @@ class BackboneSpec:
         train: str = "none",
         pretrained: bool = False,
         weights: str | None = None,
-        classes: str | None = None,
+        classes: str | Sequence[str] | None = None,
         recipe: Recipe | None = None,
         reserve: float = 0.0,
         dim: int | None = None,
@@ -212,9 +212,7 @@ class BackboneSpec:
         if train == "all" and recipe is None:
             raise ConfigError("recipe", "null", "train=all needs a recipe")
         if recipe is not None and recipe.patience:
-            raise ConfigError(
-                "recipe.patience", recipe.patience, "must be 0: a backbone has no selection images of its own"
-            )
+            raise ConfigError("recipe.patience", recipe.patience, "must be 0: a backbone has no val images of its own")
 
     @property
     def started(self) -> bool:

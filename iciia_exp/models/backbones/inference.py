@@ -1,4 +1,4 @@
-"""Make a frozen network faster without changing what it computes: batch norm folded into convolutions, channels last.
+"""Inference: batch norm folded into convolutions, channels last, the same features.
 
 MobileNetV2 at 128 px on two CPU cores: about 3 times the images per second (benchmarks/bench_extraction.py).
 """

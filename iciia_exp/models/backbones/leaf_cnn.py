@@ -1,4 +1,4 @@
-"""LEAF's convolutional network for FEMNIST: two 5x5 convolutions and one hidden layer of 2048 units.
+"""LEAF CNN: LEAF's network for FEMNIST, two 5x5 convolutions and one hidden layer of 2048 units.
 
 Source: Caldas et al., "LEAF: A Benchmark for Federated Settings" (arXiv:1812.01097); ICIIA (ACML 2024), supplement.
 """

@@ -1,4 +1,4 @@
-"""The backbone of a dataset whose features are there already.
+"""Precomputed: the backbone of a dataset whose features are there already.
 
 Legend: B images of a batch, D features, K classes.
 """

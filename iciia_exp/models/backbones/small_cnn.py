@@ -1,4 +1,4 @@
-"""A small convolutional network for small images, trained in seconds to minutes."""
+"""Small CNN: a convolutional network for small images, trained in seconds to minutes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Any timm model as a backbone: https://github.com/huggingface/pytorch-image-models."""
+"""timm: any timm model as a backbone, https://github.com/huggingface/pytorch-image-models."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Any torchvision classification model as a backbone: https://docs.pytorch.org/vision/stable/models.html."""
+"""torchvision: any of its classification models as a backbone, https://docs.pytorch.org/vision/stable/models.html."""
 
 from __future__ import annotations
 

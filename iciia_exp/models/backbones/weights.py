@@ -1,4 +1,4 @@
-"""Weights from files and from the libraries' caches, and which rows of a classifier a dataset needs."""
+"""Weights: from files and from the libraries' caches; which rows of a classifier a dataset needs."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+from iciia_exp.artifacts import atomic_write
 from iciia_exp.errors import ConfigError, UserError, first_line
 
 __all__ = ["class_rows", "fetched", "read_weights"]
@@ -42,12 +43,37 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
     return state
 
 
-def known_classes(classes: str) -> list[str]:
-    """Return the names of classes: of timm's list of that name (wnids for ImageNet), or of a text file."""
+def save_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Write tensors as safetensors, whole or not at all."""
+    from safetensors.torch import save
+
+    with atomic_write(path, "wb") as file:
+        file.write(save({name: t.detach().cpu().contiguous() for name, t in tensors.items()}))
+
+
+def load_tensors(path: Path) -> dict[str, Tensor]:
+    """Read the tensors of a safetensors file; a `UserError` names one that cannot be read."""
+    from safetensors.torch import load_file
+
+    try:
+        return load_file(path)
+    except Exception as error:  # safetensors raises several kinds
+        raise UserError(f"{path}: cannot be read ({first_line(error)})") from error
+
+
+def known_classes(classes: str | Sequence[str]) -> list[str]:
+    """Return the names of classes: those given, of timm's list of that name (wnids for ImageNet), or of a text file."""
+    if not isinstance(classes, str):
+        return list(classes)
     if Path(classes).expanduser().is_file():
         return [
             line.strip() for line in Path(classes).expanduser().read_text(encoding="utf-8").splitlines() if line.strip()
         ]
+    return listed_classes(classes)
+
+
+def listed_classes(classes: str) -> list[str]:
+    """Return the names of timm's list of classes of that name."""
     from timm.data import ImageNetInfo
 
     try:
@@ -56,7 +82,9 @@ def known_classes(classes: str) -> list[str]:
         raise ConfigError("classes", classes, "must be a text file of class names, or imagenet-1k") from error
 
 
-def class_rows(classes: str | None, known: int, wanted: Sequence[str], needed: bool) -> list[int] | None:
+def class_rows(
+    classes: str | Sequence[str] | None, known: int, wanted: Sequence[str], needed: bool
+) -> list[int] | None:
     """Return the rows of a classifier of ``known`` classes that stand for the classes ``wanted``, in their order.
 
     None where the classifier cannot be used as it is, or need not be changed. With ``needed`` an error says what to

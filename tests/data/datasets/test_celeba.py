@@ -96,7 +96,7 @@ def test_all_attributes_or_others(root):
 
 
 def test_natural_clients(root):
-    clients = Owner(selection_share=0.3).assign(CelebA(root).table, 38)
+    clients = Owner(val_share=0.3).assign(CelebA(root).table, 38)
     assert len(clients) == 5
 
 

@@ -5,7 +5,7 @@ from sklearn.datasets import load_digits
 from iciia_exp.data.datasets.digits import Digits
 from iciia_exp.errors import ConfigError
 
-SIZES = {"backbone": 500, "train": 600, "selection": 197, "test": 500}
+SIZES = {"backbone": 500, "train": 600, "val": 197, "test": 500}
 
 
 def test_every_image_is_in_one_split_with_its_own_label():

@@ -9,7 +9,7 @@ from iciia_exp.data.datasets.features import Features
 from iciia_exp.errors import ConfigError, UserError
 from tests.making.vectors import make_safetensors, make_vectors
 
-SHARES = {"train": 0.6, "selection": 0.2, "test": 0.2}
+SHARES = {"train": 0.6, "val": 0.2, "test": 0.2}
 
 
 def test_vectors_with_labels_only(tmp_path):
@@ -19,7 +19,7 @@ def test_vectors_with_labels_only(tmp_path):
     assert [dataset.class_names[label] for label in dataset.table["label"]] == labels
     assert dataset.backbone_arguments() == {"dim": 8}
     by_class = dataset.table.groupby("label")["split"].value_counts().unstack()
-    assert (by_class[["train", "selection", "test"]] == [24, 8, 8]).all(axis=None)
+    assert (by_class[["train", "val", "test"]] == [24, 8, 8]).all(axis=None)
     assert dataset.table["owner"].isna().all()
     assert dataset[5].dtype == np.float32
     np.testing.assert_array_equal(np.stack([dataset[i] for i in range(120)]), vectors)
@@ -38,7 +38,7 @@ def test_all_columns(tmp_path):
     make_vectors(tmp_path, classes=("10", "2", "0"), **columns)
     dataset = Features(tmp_path, SHARES)
     assert dataset.class_names == ("0", "2", "10")
-    assert dataset.table["split"].tolist() == [{"val": "selection"}.get(s, s) for s in columns["split"]]
+    assert dataset.table["split"].tolist() == [{"val": "val"}.get(s, s) for s in columns["split"]]
     assert dataset.table["owner"].tolist() == list(columns["owner"])
     assert set(dataset.table["parent"]) == {"animal"}
     assert dataset.table["time"].diff().iloc[1:27].tolist() == [86400.0] * 26
@@ -49,7 +49,7 @@ def test_owners_are_kept_together(tmp_path):
     make_vectors(tmp_path, owner=owners)
     table = Features(tmp_path, SHARES).table
     assert not Features(tmp_path, SHARES).has_backbone_images
-    assert table.groupby("owner")["split"].first().value_counts().to_dict() == {"train": 6, "selection": 2, "test": 2}
+    assert table.groupby("owner")["split"].first().value_counts().to_dict() == {"train": 6, "val": 2, "test": 2}
     assert (table.groupby("owner")["split"].nunique() == 1).all()
 
 

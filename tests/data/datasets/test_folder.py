@@ -27,7 +27,7 @@ def test_class_folders_are_split_by_shares_within_each_class(tmp_path):
     data = Folder(make_folder(tmp_path))
     assert data.class_names == CLASSES
     assert data.table.groupby(["label", "split"]).size().unstack().to_dict("list") == {
-        "selection": [2, 2, 2],
+        "val": [2, 2, 2],
         "test": [2, 2, 2],
         "train": [6, 6, 6],
     }
@@ -49,9 +49,9 @@ def test_the_split_is_fixed_by_its_seed(tmp_path):
     ("splits", "expected"),
     [
         (("train", "val"), {"train": 6, "test": 6}),
-        (("train", "val", "test"), {"train": 6, "selection": 6, "test": 6}),
-        (("Train", "Validation", "Test"), {"train": 6, "selection": 6, "test": 6}),
-        (("train", "selection", "valid"), {"train": 6, "selection": 6, "test": 6}),
+        (("train", "val", "test"), {"train": 6, "val": 6, "test": 6}),
+        (("Train", "Validation", "Test"), {"train": 6, "val": 6, "test": 6}),
+        (("train", "selection", "valid"), {"train": 6, "val": 6, "test": 6}),
         (("backbone", "train", "test"), {"backbone": 6, "train": 6, "test": 6}),
     ],
 )
@@ -92,7 +92,7 @@ def test_a_table_decides_where_it_says_something(tmp_path, caplog):
         path=["./train/cup/001.jpg", "train\\apple\\001.jpg", "test/bread/000.jpg", "train/bread/000.jpg"],
         label=["mug", None, "", "bread"],
         owner=["bob", "ann", None, None],
-        split=["", None, "selection", "test"],
+        split=["", None, "val", "test"],
         parent=["things", "food", "food", "food"],
         timestamp=["2020-01-01", "1970-01-01T00:01:00", None, "1970-01-01T01:00:00.5+01:00"],
     )
@@ -106,7 +106,7 @@ def test_a_table_decides_where_it_says_something(tmp_path, caplog):
         "train/cup/001.jpg",
     ]
     assert table["label"].tolist() == [1, 0, 1, 2]
-    assert table["split"].tolist() == ["selection", "train", "test", "train"]
+    assert table["split"].tolist() == ["val", "train", "test", "train"]
     assert table["owner"].fillna("nobody").tolist() == ["nobody", "ann", "nobody", "bob"]
     assert table["parent"].tolist() == ["food", "food", "food", "things"]
     np.testing.assert_array_equal(table["time"], [np.nan, 60.0, 0.5, 1577836800.0])
@@ -125,7 +125,7 @@ def test_images_anywhere_with_labels_from_the_table(tmp_path):
     data = Folder(tmp_path / "images" / "..", csv=table)
     assert data.class_names == ("a", "b")
     assert data.table["time"].tolist() == list(range(10))
-    assert counts(data) == {"train": 6, "selection": 2, "test": 2}
+    assert counts(data) == {"train": 6, "val": 2, "test": 2}
 
 
 def test_the_order_of_rows_changes_nothing(tmp_path):
@@ -198,7 +198,7 @@ def test_fingerprint_follows_the_content_and_not_the_place(tmp_path):
         ({"shares": {"train": 0.5, "test": 0.4}}, "shares", "must add up to 1, not 0.9"),
         ({"shares": {"train": 0.5, "tets": 0.5}}, "shares.tets", "did you mean test"),
         ({"shares": {"train": 1.0}}, "shares", "gives nothing to test"),
-        ({"shares": {"train": 0.5, "test": 0.6, "selection": -0.1}}, "shares.selection", "at least 0"),
+        ({"shares": {"train": 0.5, "test": 0.6, "val": -0.1}}, "shares.val", "at least 0"),
     ],
 )
 def test_bad_arguments_name_their_key(tmp_path, arguments, key, message):

@@ -101,8 +101,8 @@ def test_classes_of_a_larger_imagenet_have_no_parent(tmp_path, caplog):
 def test_parent_clients(tmp_path):
     data = ImageNet(make_imagenet(tmp_path, train=10, val=4))
     clients = ParentCategory(train_chunk=20, test_chunk=8).assign(data.table, data.num_classes)
-    assert sorted(set(clients.kinds)) == ["colubrid snake", "terrier", "wind instrument"]
-    assert len(clients.kinds) == 6
+    assert sorted(set(clients.types)) == ["colubrid snake", "terrier", "wind instrument"]
+    assert len(clients.types) == 6
 
 
 def test_fingerprint_follows_the_files_and_not_their_place(root, tmp_path):

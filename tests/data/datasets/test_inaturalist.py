@@ -42,15 +42,15 @@ def test_clients_of_two_files_are_never_one(root):
     """FedScale's numbers may start anew in each file."""
     clients = Owner().assign(INaturalist(root).table, 6)
     assert len(clients) == 9
-    assert set(clients.kinds) <= {"Amphibians", "Birds", "Plants"}
+    assert set(clients.types) <= {"Amphibians", "Birds", "Plants"}
 
 
-def test_validation_clients_are_for_selection(tmp_path):
+def test_validation_clients_are_for_val(tmp_path):
     clients = (("train.csv", 3), ("val.csv", 2), ("test.csv", 2))
     table = INaturalist(make_inaturalist(tmp_path, clients)).table
-    assert table["split"].unique().tolist() == ["train", "selection", "test"]
-    assert table.groupby("split")["owner"].nunique().to_dict() == {"selection": 2, "test": 2, "train": 3}
-    assert table["owner"][24] == "selection-0"
+    assert table["split"].unique().tolist() == ["train", "val", "test"]
+    assert table.groupby("split")["owner"].nunique().to_dict() == {"val": 2, "test": 2, "train": 3}
+    assert table["owner"][24] == "val-0"
 
 
 def test_the_mapping_in_the_folder_of_its_archive_and_other_columns(root):

@@ -14,7 +14,7 @@ from tests.making.omniglot import SMALL2, drawing, make_omniglot
 
 REAL = Path(__file__).resolve().parents[4] / "shared" / "data"
 
-DRAWERS = {"backbone": 8, "train": 6, "selection": 2, "test": 4}
+DRAWERS = {"backbone": 8, "train": 6, "val": 2, "test": 4}
 
 
 @pytest.fixture
@@ -94,7 +94,7 @@ def test_the_deal_follows_the_seed_and_each_alphabet_has_its_own(small_sets):
 
 
 def test_splits_may_be_empty(small_sets):
-    dataset = Omniglot(small_sets, {"backbone": 0, "train": 16, "selection": 0, "test": 4})
+    dataset = Omniglot(small_sets, {"backbone": 0, "train": 16, "val": 0, "test": 4})
     assert dataset.table["split"].value_counts().to_dict() == {"train": 7 * 16, "test": 7 * 4}
 
 

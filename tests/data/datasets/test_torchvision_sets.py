@@ -86,25 +86,25 @@ def test_fashion_mnist(tmp_path):
         np.testing.assert_array_equal(np.asarray(dataset[i]), images[i])
 
 
-@pytest.mark.parametrize("kind", [CIFAR10, CIFAR100, FashionMNIST])
-def test_number_of_classes_needs_no_files(tmp_path, kind):
-    dataset = kind(tmp_path)
+@pytest.mark.parametrize("client_type", [CIFAR10, CIFAR100, FashionMNIST])
+def test_number_of_classes_needs_no_files(tmp_path, client_type):
+    dataset = client_type(tmp_path)
     assert dataset.num_classes in (10, 100)
     assert dataset.fingerprint() is None
-    assert kind.cosmetic == {"root", "download"}
+    assert client_type.cosmetic == {"root", "download"}
 
 
 @pytest.mark.parametrize(
-    ("kind", "file"),
+    ("client_type", "file"),
     [
         (CIFAR10, "cifar-10-batches-py/data_batch_1"),
         (CIFAR100, "cifar-100-python/train"),
         (FashionMNIST, "FashionMNIST/raw/train-images-idx3-ubyte"),
     ],
 )
-def test_missing_files_are_named_with_the_expected_tree(tmp_path, kind, file):
+def test_missing_files_are_named_with_the_expected_tree(tmp_path, client_type, file):
     with pytest.raises(UserError, match=r"dataset\.download=true") as error:
-        kind(tmp_path).table  # noqa: B018
+        client_type(tmp_path).table  # noqa: B018
     assert f"{tmp_path}: {file} is missing" in str(error.value)
     assert f"<root>/{file}" in str(error.value)
 

@@ -128,7 +128,7 @@ def test_the_types_are_the_published_ones(reference):
     with open(reference / "ucf101_class_groups.csv", newline="") as file:
         names = [row["class_name"] for row in csv.DictReader(file)]
     published = dict(zip(names, read_parents(reference / "ucf101_class_groups.csv", names), strict=True))
-    assert {name: kind for kind, own in TYPES.items() for name in own} == published
+    assert {name: client_type for client_type, own in TYPES.items() for name in own} == published
     assert [len(own) for own in TYPES.values()] == [20, 16, 5, 10, 50]
 
 

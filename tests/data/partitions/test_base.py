@@ -1,4 +1,4 @@
-"""What several partitions share: drawing shares, the fall-back for selection images, and parents by class."""
+"""What several partitions share: drawing shares, the fall-back for val images, and parents by class."""
 
 import numpy as np
 import pandas as pd
@@ -10,11 +10,11 @@ from iciia_exp.data.partitions.base import draw_share, numbered, parents_of_clas
 from iciia_exp.errors import ConfigError
 
 
-def table(images=2400, classes=8, selection=False, seed=0):
+def table(images=2400, classes=8, val=False, seed=0):
     rng = np.random.default_rng(seed)
     labels = rng.integers(0, classes, images)
-    probabilities = [0.5, 0.2, 0.2, 0.1] if selection else [0.7, 0.0, 0.2, 0.1]
-    split = rng.choice(["train", "selection", "test", "backbone"], images, p=probabilities)
+    probabilities = [0.5, 0.2, 0.2, 0.1] if val else [0.7, 0.0, 0.2, 0.1]
+    split = rng.choice(["train", "val", "test", "backbone"], images, p=probabilities)
     return pd.DataFrame({"label": labels, "split": split, "owner": None, "parent": [f"p{k % 2}" for k in labels]})
 
 
@@ -32,46 +32,46 @@ def test_a_share_takes_the_last_in_order():
     assert np.flatnonzero(draw_share(strata, 0.25, order)).tolist() == [0, 7]
 
 
-def test_selection_images_come_from_train_class_by_class():
+def test_val_images_come_from_train_class_by_class():
     frame = table()
     labels = frame["label"].to_numpy()
-    pools = role_pools(frame, labels, 0.25, np.random.default_rng(0), Drift())
+    pools = role_pools(frame, labels, 0.25, np.random.default_rng(0), Drift(deals=1))
     train = np.flatnonzero(frame["split"] == "train")
-    assert sorted([*pools["train"], *pools["selection"]]) == train.tolist()
+    assert sorted([*pools["train"], *pools["val"]]) == train.tolist()
     assert pools["test"].tolist() == np.flatnonzero(frame["split"] == "test").tolist()
-    share = np.bincount(labels[pools["selection"]]) / np.bincount(labels[train])
+    share = np.bincount(labels[pools["val"]]) / np.bincount(labels[train])
     np.testing.assert_allclose(share, 0.25, atol=0.005)
 
 
-def test_a_dataset_with_selection_images_draws_nothing():
-    frame = table(selection=True)
+def test_a_dataset_with_val_images_draws_nothing():
+    frame = table(val=True)
     rng = np.random.default_rng(0)
-    pools = role_pools(frame, frame["label"].to_numpy(), 0.25, rng, Drift())
+    pools = role_pools(frame, frame["label"].to_numpy(), 0.25, rng, Drift(deals=1))
     for role in ROLES:
         assert pools[role].tolist() == np.flatnonzero(frame["split"] == role).tolist()
     assert rng.random() == np.random.default_rng(0).random()
 
 
-def test_one_train_image_a_class_leaves_nothing_for_selection():
+def test_one_train_image_a_class_leaves_nothing_for_val():
     frame = pd.DataFrame({"label": [0, 1, 0], "split": ["train", "train", "test"]})
     with pytest.raises(ConfigError, match="no class has two train images") as error:
-        role_pools(frame, frame["label"].to_numpy(), 0.2, np.random.default_rng(0), Drift())
-    assert error.value.key == "selection_share"
+        role_pools(frame, frame["label"].to_numpy(), 0.2, np.random.default_rng(0), Drift(deals=1))
+    assert error.value.key == "val_share"
 
 
-@pytest.mark.parametrize("kind", [ClassesPerClient, Dirichlet, Drift])
-def test_every_partition_by_class_falls_back(kind):
+@pytest.mark.parametrize("client_type", [ClassesPerClient, Dirichlet, Drift])
+def test_every_partition_by_class_falls_back(client_type):
     frame = table()
-    clients = kind(selection_share=0.3).assign(frame, 8)
+    clients = client_type(val_share=0.3).assign(frame, 8)
     values = {role: clients[role].values for role in ROLES}
-    assert not np.intersect1d(values["train"], values["selection"]).size
-    for role, split in (("train", "train"), ("selection", "train"), ("test", "test")):
+    assert not np.intersect1d(values["train"], values["val"]).size
+    for role, split in (("train", "train"), ("val", "train"), ("test", "test")):
         assert set(frame["split"].iloc[values[role]]) == {split}
-    share = len(values["selection"]) / (len(values["train"]) + len(values["selection"]))
+    share = len(values["val"]) / (len(values["train"]) + len(values["val"]))
     assert share == pytest.approx(0.3, abs=0.06)
-    # with selection images of its own, the share does not matter
-    own = table(selection=True)
-    one, other = (kind(selection_share=share).assign(own, 8) for share in (0.2, 0.5))
+    # with val images of its own, the share does not matter
+    own = table(val=True)
+    one, other = (client_type(val_share=share).assign(own, 8) for share in (0.2, 0.5))
     np.testing.assert_array_equal(one.train.values, other.train.values)
 
 
@@ -82,13 +82,13 @@ def test_parents_of_a_column_with_gaps():
 
 
 def test_largest_remainders_come_first():
-    pools = {"train": np.zeros(60), "selection": np.zeros(17), "test": np.zeros(23)}
+    pools = {"train": np.zeros(60), "val": np.zeros(17), "test": np.zeros(23)}
     lacking = "no {role}"
-    assert share_out(10, pools, "n", lacking) == {"train": 6, "selection": 2, "test": 2}
-    assert share_out(7, pools, "n", lacking) == {"train": 4, "selection": 1, "test": 2}
-    with pytest.raises(ConfigError, match="n=2: would leave no selection; use at least 6"):
+    assert share_out(10, pools, "n", lacking) == {"train": 6, "val": 2, "test": 2}
+    assert share_out(7, pools, "n", lacking) == {"train": 4, "val": 1, "test": 2}
+    with pytest.raises(ConfigError, match="n=2: would leave no val; use at least 6"):
         share_out(2, pools, "n", lacking)
-    assert share_out(6, pools, "n", lacking)["selection"] == 1
+    assert share_out(6, pools, "n", lacking)["val"] == 1
 
 
 def test_numbers_are_as_wide_as_needed():

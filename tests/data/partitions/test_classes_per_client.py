@@ -12,13 +12,13 @@ from iciia_exp.errors import ConfigError
 def table(images=1800, classes=10, seed=0, parents=3):
     rng = np.random.default_rng(seed)
     labels = rng.integers(0, classes, images)
-    split = rng.choice(["backbone", "train", "selection", "test"], images, p=[0.2, 0.4, 0.1, 0.3])
+    split = rng.choice(["backbone", "train", "val", "test"], images, p=[0.2, 0.4, 0.1, 0.3])
     return pd.DataFrame({"label": labels, "split": split, "owner": None, "parent": [f"p{k % parents}" for k in labels]})
 
 
 def assign(frame=None, **arguments):
     frame = table() if frame is None else frame
-    return ClassesPerClient(**arguments).assign(frame, 10), frame
+    return ClassesPerClient(**{"deals": 1, **arguments}).assign(frame, 10), frame
 
 
 @pytest.mark.parametrize("split", ["client", "within"])
@@ -44,7 +44,7 @@ def test_properties(split, by, k, n, deals):
                 assert len(counts) == min(k, lengths[0])
                 assert counts.max() - counts.min() <= 1  # as even as whole numbers allow
                 if by == "parent":
-                    assert set(parents[row]) == {clients.kinds[i]}
+                    assert set(parents[row]) == {clients.types[i]}
     assert len(np.unique(clients.test.values)) == len(clients.test.values)  # every test image counts once
     if deals == 1:
         assert len(np.unique(clients.train.values)) == len(clients.train.values)
@@ -89,7 +89,7 @@ def test_within_gives_one_client_the_same_classes_everywhere():
     for i in range(len(clients)):
         train, test = set(labels[clients.train[i]]), set(labels[clients.test[i]])
         assert train == test
-        assert set(labels[clients.selection[i]]) <= train
+        assert set(labels[clients.val[i]]) <= train
 
 
 @pytest.mark.parametrize(
@@ -100,11 +100,11 @@ def test_within_gives_one_client_the_same_classes_everywhere():
         ({"classes_per_client": 0}, "classes_per_client", "at least 1"),
         ({"classes_per_client": 3, "images_per_client": 2}, "images_per_client", "at least 3 images"),
         ({"images_per_client": 2000}, "images_per_client", "do not fill one client"),
-        ({"images_per_client": 2, "split": "within"}, "images_per_client", "without selection images; use at least"),
+        ({"images_per_client": 2, "split": "within"}, "images_per_client", "without val images; use at least"),
         ({"by": "clas"}, "by", "did you mean class"),
         ({"split": "across"}, "split", "client, within"),
         ({"deals": 0}, "deals", "at least 1"),
-        ({"selection_share": 0}, "selection_share", "above 0"),
+        ({"val_share": 0}, "val_share", "above 0"),
         ({"seed": -1}, "seed", "at least 0"),
     ],
 )

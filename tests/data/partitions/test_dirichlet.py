@@ -12,7 +12,7 @@ from iciia_exp.errors import ConfigError
 def table(images=6000, classes=10, seed=0):
     rng = np.random.default_rng(seed)
     labels = rng.choice(classes, images, p=rng.dirichlet(np.full(classes, 5)))
-    split = rng.choice(["train", "selection", "test", "backbone"], images, p=[0.5, 0.2, 0.2, 0.1])
+    split = rng.choice(["train", "val", "test", "backbone"], images, p=[0.5, 0.2, 0.2, 0.1])
     return pd.DataFrame({"label": labels, "split": split, "owner": None, "parent": None})
 
 
@@ -46,7 +46,7 @@ def test_properties(split, alpha, sizes):
     if number is None or images is None:  # what stays undealt is less than a client, or what whole quotas leave
         assert lengths.sum() > (0.75 if images and split == "within" else 0.95) * (splits != "backbone").sum()
     assert len(set(clients.ids)) == len(clients)
-    assert set(clients.kinds) == {f"Dir({alpha:g})"}
+    assert set(clients.types) == {f"Dir({alpha:g})"}
 
 
 def test_the_urn_is_a_dirichlet_distribution():
@@ -124,7 +124,7 @@ def test_the_seed_alone_decides(split):
             {"images_per_client": 2, "split": "within"},
             {},
             "images_per_client",
-            "without selection images; use at least",
+            "without val images; use at least",
         ),
         ({"clients": 5000}, {}, "clients", "the images fill .* clients of 16"),
         ({"clients": 5000, "split": "within"}, {}, "clients", "the images fill .* clients of 16"),

@@ -14,7 +14,7 @@ from iciia_exp.errors import ConfigError
 def table(images=3000, classes=12, parents=3, seed=0):
     rng = np.random.default_rng(seed)
     labels = rng.integers(0, classes, images)
-    split = rng.choice(["backbone", "train", "selection", "test"], images, p=[0.1, 0.5, 0.2, 0.2])
+    split = rng.choice(["backbone", "train", "val", "test"], images, p=[0.1, 0.5, 0.2, 0.2])
     return pd.DataFrame({"label": labels, "split": split, "owner": None, "parent": [f"p{k % parents}" for k in labels]})
 
 
@@ -46,14 +46,14 @@ def test_properties(by, k, n, phases, turnover, deals):
             for before, after in itertools.pairwise(history):
                 assert len(np.setdiff1d(after, before)) == turnover
             if by == "parent":
-                assert set(parents[row]) == {clients.kinds[i]}
+                assert set(parents[row]) == {clients.types[i]}
     assert len(set(clients.ids)) == len(clients)
 
 
 def test_images_are_shuffled_within_a_phase():
     frame = table()
     labels = frame["label"].to_numpy()
-    clients = Drift(2, 8, 4, 1).assign(frame, 12)
+    clients = Drift(2, 8, 4, 1, deals=1).assign(frame, 12)
     blocks = [np.count_nonzero(np.diff(phase)) == 1 for phase in labels[clients.train.values].reshape(-1, 8)]
     assert np.mean(blocks) < 0.2  # only by chance are the classes of a phase one after the other
 
@@ -69,7 +69,7 @@ def test_a_history_drops_exhausted_classes_first():
 
 @pytest.mark.parametrize("by", ["class", "parent"])
 def test_the_seed_alone_decides(by):
-    one, again, other = (Drift(by=by, seed=s).assign(table(), 12) for s in (0, 0, 1))
+    one, again, other = (Drift(by=by, seed=s, deals=1).assign(table(), 12) for s in (0, 0, 1))
     np.testing.assert_array_equal(one.test.values, again.test.values)
     assert not np.array_equal(one.test.values[:50], other.test.values[:50])
 
@@ -77,10 +77,10 @@ def test_the_seed_alone_decides(by):
 def test_parents_of_too_few_classes_have_no_clients():
     frame = table()
     frame["parent"] = np.where(frame["label"] < 2, "small", "large")
-    clients = Drift(2, 8, 3, 1, by="parent").assign(frame, 12)
-    assert set(clients.kinds) == {"large"}
-    still = Drift(2, 8, 3, 0, by="parent").assign(frame, 12)
-    assert set(still.kinds) == {"small", "large"}
+    clients = Drift(2, 8, 3, 1, by="parent", deals=1).assign(frame, 12)
+    assert set(clients.types) == {"large"}
+    still = Drift(2, 8, 3, 0, by="parent", deals=1).assign(frame, 12)
+    assert set(still.types) == {"small", "large"}
 
 
 @pytest.mark.parametrize(
@@ -100,7 +100,7 @@ def test_parents_of_too_few_classes_have_no_clients():
         ({"images_per_phase": 900}, {}, "images_per_phase", "images do not fill 4 phases of 2 classes"),
         ({"by": "owner"}, {}, "by", "class, parent"),
         ({"deals": 0}, {}, "deals", "at least 1"),
-        ({"selection_share": 1.0}, {}, "selection_share", "at most 0.9"),
+        ({"val_share": 1.0}, {}, "val_share", "at most 0.9"),
         ({"by": "parent"}, {"parent": None}, "by", "no parent category"),
         ({}, {"label": [[0]] * 3000}, "_target_", "needs one label per image"),
         ({}, {"split": "train"}, "_target_", "no test images"),
@@ -108,5 +108,5 @@ def test_parents_of_too_few_classes_have_no_clients():
 )
 def test_impossible_partitions_name_their_key(arguments, change, key, words):
     with pytest.raises(ConfigError, match=words) as error:
-        Drift(**arguments).assign(table().assign(**change), 12)
+        Drift(**{"deals": 1, **arguments}).assign(table().assign(**change), 12)
     assert error.value.key == key

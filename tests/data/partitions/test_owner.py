@@ -5,7 +5,7 @@ import pandas as pd
 import pytest
 
 from iciia_exp.data.clients import ROLES
-from iciia_exp.data.partitions.owner import Owner, deal_owners, give_selection, most_frequent
+from iciia_exp.data.partitions.owner import Owner, deal_owners, give_val, most_frequent
 from iciia_exp.errors import ConfigError
 
 
@@ -31,7 +31,7 @@ def table(owners=60, images=1500, parents=4, splits="within", seed=0):
 
 
 def check(clients, frame):
-    """Properties of every split: one owner a client, roles disjoint, no backbone images, names and kinds right."""
+    """Properties of every split: one owner a client, roles disjoint, no backbone images, names and types right."""
     owners, parents = frame["owner"].to_numpy(), frame["parent"].to_numpy()
     everything = np.concatenate([clients[role].values for role in ROLES])
     assert len(np.unique(everything)) == len(everything)
@@ -41,57 +41,57 @@ def check(clients, frame):
         rows = np.concatenate([clients[role][i] for role in ROLES])
         assert set(owners[rows]) == {clients.ids[i]}
         names, counts = np.unique(parents[rows], return_counts=True)
-        assert clients.kinds[i] == names[counts.argmax()]  # the first of equals
+        assert clients.types[i] == names[counts.argmax()]  # the first of equals
     assert all((clients[role].lengths > 0).any() for role in ROLES)
     return set(everything.tolist())
 
 
-def test_given_splits_with_selection_images_are_kept():
+def test_given_splits_with_val_images_are_kept():
     frame = table()
     rng = np.random.default_rng(0)
-    frame.loc[(frame["split"] == "train") & (rng.random(len(frame)) < 0.3), "split"] = "selection"
+    frame.loc[(frame["split"] == "train") & (rng.random(len(frame)) < 0.3), "split"] = "val"
     clients = Owner().assign(frame, 10)
     check(clients, frame)
     for role in ROLES:
         assert sorted(clients[role].values) == np.flatnonzero(frame["split"] == role).tolist()
 
 
-def test_given_by_client_takes_selection_clients():
+def test_given_by_client_takes_val_clients():
     frame = table(splits="client")
-    clients = Owner(selection_share=0.25).assign(frame, 10)
+    clients = Owner(val_share=0.25).assign(frame, 10)
     assert check(clients, frame) == set(np.flatnonzero(frame["split"] != "backbone").tolist())
     has = np.stack([clients[role].lengths > 0 for role in ROLES])
     assert (has.sum(axis=0) == 1).all()
-    train, selection, test = has.sum(axis=1)
-    assert selection == round(0.25 * (train + selection))
+    train, val, test = has.sum(axis=1)
+    assert val == round(0.25 * (train + val))
     assert test == 12
     assert sorted(clients.test.values) == np.flatnonzero(frame["split"] == "test").tolist()
 
 
-def test_given_within_takes_selection_images_of_each_client():
+def test_given_within_takes_val_images_of_each_client():
     frame = table(images=3000)
     clients = Owner().assign(frame, 10)
     check(clients, frame)
     assert sorted(clients.test.values) == np.flatnonzero(frame["split"] == "test").tolist()
-    train, selection = clients.train.lengths, clients.selection.lengths
-    both = train + selection
+    train, val = clients.train.lengths, clients.val.lengths
+    both = train + val
     expected = np.clip(np.floor(0.2 * both + 0.5), np.minimum(both - 1, 1), both - 1)
-    np.testing.assert_array_equal(selection[both > 0], expected[both > 0])
+    np.testing.assert_array_equal(val[both > 0], expected[both > 0])
 
 
 def test_a_single_train_image_stays_in_train():
-    roles = give_selection(np.array([0, 2, 0, 0]), np.array([0, 0, 1, 1]), np.arange(4), 0.9, np.random.default_rng(0))
+    roles = give_val(np.array([0, 2, 0, 0]), np.array([0, 0, 1, 1]), np.arange(4), 0.9, np.random.default_rng(0))
     assert roles.tolist() == [0, 2, 0, 1]
 
 
 def test_by_client_every_parent_has_clients_of_all_roles():
     frame = table(owners=100)
-    clients = Owner("client", test_share=0.3, selection_share=0.2).assign(frame, 10)
+    clients = Owner("client", test_share=0.3, val_share=0.2).assign(frame, 10)
     assert check(clients, frame) == set(np.flatnonzero(frame["split"] != "backbone").tolist())
     has = np.stack([clients[role].lengths > 0 for role in ROLES])
     assert (has.sum(axis=0) == 1).all()
-    for kind in set(clients.kinds):
-        assert has[:, clients.kinds == kind].any(axis=1).all()
+    for client_type in set(clients.types):
+        assert has[:, clients.types == client_type].any(axis=1).all()
     assert has[2].mean() == pytest.approx(0.3, abs=0.03)
     assert has[1].sum() / has[:2].sum() == pytest.approx(0.2, abs=0.03)
 
@@ -107,7 +107,7 @@ def test_within_every_client_has_all_roles(time):
     frame = table(splits="client")
     if time:
         frame["time"] = np.random.default_rng(1).integers(0, 50, len(frame)).astype(float)
-    clients = Owner("within", test_share=0.25, selection_share=0.2, min_images=5).assign(frame, 10)
+    clients = Owner("within", test_share=0.25, val_share=0.2, min_images=5).assign(frame, 10)
     check(clients, frame)
     lengths = np.stack([clients[role].lengths for role in ROLES])
     assert (lengths > 0).all()
@@ -119,7 +119,7 @@ def test_within_every_client_has_all_roles(time):
         times = frame["time"].to_numpy()
         for i in range(len(clients)):
             history = np.concatenate([times[clients[role][i]] for role in ROLES])
-            assert (np.diff(history) >= 0).all()  # train, then selection, then test
+            assert (np.diff(history) >= 0).all()  # train, then val, then test
 
 
 def test_within_leaves_out_owners_of_less_than_three_images():
@@ -165,7 +165,7 @@ def test_several_labels_per_image_and_no_parents(split):
     frame = table().assign(parent=None)
     frame["label"] = [[k, (k + 1) % 10] if k else [] for k in frame["label"]]
     clients = Owner(split).assign(frame, 10)
-    assert set(clients.kinds) == {"owner"}
+    assert set(clients.types) == {"owner"}
     assert all((clients[role].lengths > 0).any() for role in ROLES)
 
 
@@ -188,10 +188,10 @@ def test_images_of_the_backbone_need_no_owner():
         ({"min_images": 0}, {}, "min_images", "at least 1"),
         ({"min_images": 2000}, {}, "min_images", "every owner has fewer than 2000 images, the largest"),
         ({"test_share": 0}, {}, "test_share", "above 0"),
-        ({"selection_share": 1}, {}, "selection_share", "at most 0.9"),
+        ({"val_share": 1}, {}, "val_share", "at most 0.9"),
         ({}, {"owner": None}, "_target_", "of the dataset's .* images have no owner; choose another partition"),
         ({}, {"split": "train"}, "split", "has test images; use split=client or split=within"),
-        ({"split": "client"}, {"owner": "only"}, "split", "none of the 1 owners has selection images; use split=given"),
+        ({"split": "client"}, {"owner": "only"}, "split", "none of the 1 owners has val images; use split=given"),
         ({}, {"split": "backbone"}, "min_images", "every owner has fewer than 1 images, the largest 0"),
     ],
 )
@@ -202,7 +202,7 @@ def test_impossible_partitions_name_their_key(arguments, change, key, words):
 
 
 def test_the_writers_of_mnist(reference):
-    """539 writers of train images, a fifth of them for selection, and 297 others of test images."""
+    """539 writers of train images, a fifth of them for val, and 297 others of test images."""
     path = reference.parent / "data" / "mnist_writers.npz"
     if not path.is_file():
         pytest.skip("MNIST with its writers is not on this machine")
@@ -211,5 +211,5 @@ def test_the_writers_of_mnist(reference):
         frame = pd.DataFrame({"label": data["labels"], "split": split, "owner": data["writers"], "parent": None})
     clients = Owner().assign(frame, 10)
     statistics = clients.statistics(frame["label"].to_numpy()).set_index("role")
-    assert statistics["clients"].to_dict() == {"train": 431, "selection": 108, "test": 297}
+    assert statistics["clients"].to_dict() == {"train": 431, "val": 108, "test": 297}
     assert statistics["images"].sum() == 70_000

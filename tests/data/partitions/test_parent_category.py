@@ -15,34 +15,34 @@ from iciia_exp.errors import ConfigError
 def table(images=2000, classes=12, parents=4, seed=0):
     rng = np.random.default_rng(seed)
     labels = rng.integers(0, classes, images)
-    split = rng.choice(["train", "selection", "test", "backbone"], images, p=[0.6, 0.1, 0.2, 0.1])
+    split = rng.choice(["train", "val", "test", "backbone"], images, p=[0.6, 0.1, 0.2, 0.1])
     owner = [f"{k}-{g}" for k, g in zip(labels, rng.integers(0, 9, images), strict=True)]
     return pd.DataFrame(
         {"label": labels, "split": split, "owner": owner, "parent": [f"p{k % parents}" for k in labels]}
     )
 
 
-@pytest.mark.parametrize("selection_by", ["image", "owner"])
+@pytest.mark.parametrize("val_by", ["image", "owner"])
 @pytest.mark.parametrize("chunk", [5, 16])
-def test_properties(selection_by, chunk):
+def test_properties(val_by, chunk):
     frame = table()
-    clients = ParentCategory(2 * chunk, chunk, 0.2, selection_by).assign(frame, 12)
+    clients = ParentCategory(2 * chunk, chunk, 0.2, val_by).assign(frame, 12)
     splits, parents, owners = (frame[c].to_numpy() for c in ("split", "parent", "owner"))
     seen = {role: clients[role].values for role in ROLES}
     for role in ROLES:
         assert len(np.unique(seen[role])) == len(seen[role])
         assert (clients[role].lengths > 0).all()
         for i in range(len(clients)):
-            assert set(parents[clients[role][i]]) == {clients.kinds[i]}
-    # every image of the dataset's train, selection and test is used, and none of the backbone's
+            assert set(parents[clients[role][i]]) == {clients.types[i]}
+    # every image of the dataset's train, val and test is used, and none of the backbone's
     assert sorted(seen["test"]) == sorted(np.flatnonzero(splits == "test"))
-    both = np.concatenate([seen["train"], seen["selection"]])
-    assert sorted(both) == sorted(np.flatnonzero((splits == "train") | (splits == "selection")))
-    assert len(seen["selection"]) / len(both) == pytest.approx(0.2, abs=0.05)
+    both = np.concatenate([seen["train"], seen["val"]])
+    assert sorted(both) == sorted(np.flatnonzero((splits == "train") | (splits == "val")))
+    assert len(seen["val"]) / len(both) == pytest.approx(0.2, abs=0.05)
     assert len(set(clients.ids)) == len(clients)
-    if selection_by == "owner":
-        assert not set(owners[seen["train"]]) & set(owners[seen["selection"]])
-        spread = [np.ptp(clients.test.lengths[clients.kinds == kind]) for kind in set(clients.kinds)]
+    if val_by == "owner":
+        assert not set(owners[seen["train"]]) & set(owners[seen["val"]])
+        spread = [np.ptp(clients.test.lengths[clients.types == client_type]) for client_type in set(clients.types)]
         assert max(spread) <= 1
     else:
         assert clients.test.lengths.max() == chunk
@@ -94,7 +94,7 @@ def test_imagenet_has_3161_clients(reference):
     assert (round(classes.mean(), 1), round(classes.std(), 1)) == (15.2, 7.1)
     lengths = {role: clients[role].lengths.mean() for role in ROLES}
     assert lengths["train"] == pytest.approx(324, abs=1)
-    assert lengths["selection"] == pytest.approx(81, abs=1)
+    assert lengths["val"] == pytest.approx(81, abs=1)
     assert lengths["test"] == pytest.approx(15.8, abs=0.1)
     assert clients.test.lengths.max() == 16
 
@@ -115,13 +115,13 @@ def test_ucf101_has_about_121_clients(reference):
     assert len(frame) == 13_320
     counts = []
     for seed in range(5):
-        clients = ParentCategory(train_chunk=16, selection_by="owner", seed=seed).assign(frame, 101)
+        clients = ParentCategory(train_chunk=16, val_by="owner", seed=seed).assign(frame, 101)
         counts.append(len(clients))
     assert all(117 <= n <= 128 for n in counts), counts
     # Published: 22.8 classes per client. Train images alone show 25, test images 18, so this is not held to a number.
     lengths = {role: clients[role].lengths.mean() for role in ROLES}
     assert lengths["train"] == pytest.approx(62, abs=4)
-    assert lengths["selection"] == pytest.approx(16, abs=1)
+    assert lengths["val"] == pytest.approx(16, abs=1)
     assert lengths["test"] == pytest.approx(31, abs=2)
 
 
@@ -129,9 +129,9 @@ def test_ucf101_has_about_121_clients(reference):
     ("arguments", "change", "key", "words"),
     [
         ({"train_chunk": 1}, {}, "train_chunk", "at least 2"),
-        ({"selection_share": 0}, {}, "selection_share", "above 0"),
-        ({"selection_by": "video"}, {}, "selection_by", "image, owner"),
-        ({"selection_by": "owner"}, {"owner": None}, "selection_by", "without an owner"),
+        ({"val_share": 0}, {}, "val_share", "above 0"),
+        ({"val_by": "video"}, {}, "val_by", "image, owner"),
+        ({"val_by": "owner"}, {"owner": None}, "val_by", "without an owner"),
         ({}, {"parent": None}, "_target_", "no parent category for the classes 0, 1, 2, 3, 4, ..."),
         ({}, {"split": "train"}, "test_chunk", "no parent category has both"),
         ({}, {"label": [[0]] * 2000}, "_target_", "needs one label per image"),

@@ -42,17 +42,17 @@ def test_properties(of, ratio):
     whole = (pure == 1).all(axis=0)
     if of == "clients":
         assert whole.sum() == round(ratio * len(clients))
-        assert set(clients.kinds[~whole]) <= {"mixed"}
-        assert "mixed" not in clients.kinds[whole]
+        assert set(clients.types[~whole]) <= {"mixed"}
+        assert "mixed" not in clients.types[whole]
     elif ratio < 1:
         assert not whole.any()
         parents = frame["parent"].to_numpy()[clients.train.values]
-        own = (parents == clients.kinds[clients.train.row_numbers]).mean()
+        own = (parents == clients.types[clients.train.row_numbers]).mean()
         # r of a client's images are of its own parent, and a quarter of the rest
         assert own == (0 if ratio == 0 else pytest.approx(ratio + (1 - ratio) / 4, abs=0.03))
         if ratio == 0:
             assert pure[0].max() < 0.7
-        assert set(clients.kinds) == ({"mixed"} if ratio == 0 else {"p0", "p1", "p2", "p3"})
+        assert set(clients.types) == ({"mixed"} if ratio == 0 else {"p0", "p1", "p2", "p3"})
 
 
 @pytest.mark.parametrize("of", ["samples", "clients"])
@@ -61,7 +61,7 @@ def test_a_ratio_of_1_is_parent_category(of):
     for seed in range(2):
         clients = ReserveRatio(1.0, of, seed=seed, **CHUNKS).assign(frame, 12)
         plain = ParentCategory(**CHUNKS, seed=seed).assign(frame, 12)
-        for name in ("ids", "kinds"):
+        for name in ("ids", "types"):
             np.testing.assert_array_equal(getattr(clients, name), getattr(plain, name))
         for role in ROLES:
             np.testing.assert_array_equal(clients[role].offsets, plain[role].offsets)

@@ -13,7 +13,7 @@ from iciia_exp.data.readers.metadata import (
 )
 from iciia_exp.errors import ConfigError, UserError
 
-SHARES = {"train": 0.6, "selection": 0.2, "test": 0.2}
+SHARES = {"train": 0.6, "val": 0.2, "test": 0.2}
 
 
 def written(folder, text, encoding="utf-8"):
@@ -70,7 +70,7 @@ def test_labels_by_name_or_by_number():
 
 def test_split_names():
     given = ["Train", "val", "valid", "validation", "selection", "TEST", "backbone"]
-    assert split_names(pd.Series(given), "f.csv").tolist() == ["train", *["selection"] * 4, "test", "backbone"]
+    assert split_names(pd.Series(given), "f.csv").tolist() == ["train", *["val"] * 4, "test", "backbone"]
     with pytest.raises(UserError, match=r"f\.csv: unknown split 'tset'; did you mean test\?"):
         split_names(pd.Series(["train", "tset"]), "f.csv")
     with pytest.raises(UserError, match="split is empty in row 2"):
@@ -93,7 +93,7 @@ def test_times_are_seconds():
         ({"train": 0.6, "test": 0.3}, "shares"),
         ({"train": 1.0}, "shares"),
         ({"train": 1.0, "test": 0}, "shares"),
-        ({"train": 0.5, "val": 0.5}, "shares.val"),
+        ({"train": 0.5, "valid": 0.5}, "shares.valid"),
         ({"train": 1.5, "test": -0.5}, "shares.train"),
     ],
 )
@@ -111,11 +111,11 @@ def test_splits_are_stratified_by_class():
     labels = np.repeat(np.arange(101), np.r_[np.full(100, 3), 50])
     table = pd.DataFrame({"label": labels})
     split = deal_splits(table, SHARES, seed=0)
-    assert pd.Series(split).value_counts().to_dict() == {"train": 210, "selection": 70, "test": 70}
+    assert pd.Series(split).value_counts().to_dict() == {"train": 210, "val": 70, "test": 70}
     by_class = pd.crosstab(labels, split)
     for name, share in SHARES.items():  # the nearest whole number or, where rounding has to be made good, the next
         assert (by_class[name] - share * by_class.sum(axis=1)).abs().max() <= 1.5
-    assert by_class.loc[100].to_dict() == {"selection": 10, "test": 10, "train": 30}
+    assert by_class.loc[100].to_dict() == {"val": 10, "test": 10, "train": 30}
     np.testing.assert_array_equal(split, deal_splits(table, SHARES, seed=0))
     assert (split != deal_splits(table, SHARES, seed=1)).any()
 
@@ -132,7 +132,7 @@ def test_no_owner_is_in_two_splits():
     three = pd.DataFrame({"label": [0] * 9, "owner": np.repeat(["a", "b", "c"], 3)})
     assert set(deal_splits(three, SHARES, 0)) == set(SHARES)
     alone = pd.DataFrame({"label": [0] * 10, "owner": owners[:1].tolist() + [None] * 9})
-    assert pd.Series(deal_splits(alone, SHARES, 0)).value_counts().to_dict() == {"train": 6, "selection": 2, "test": 2}
+    assert pd.Series(deal_splits(alone, SHARES, 0)).value_counts().to_dict() == {"train": 6, "val": 2, "test": 2}
 
 
 def test_image_table():
@@ -150,7 +150,7 @@ def test_image_table():
 
 def test_splits_without_images_are_refused():
     frame = pd.DataFrame({"label": ["a", "b"], "split": ["train", "val"]}, dtype=object)
-    with pytest.raises(UserError, match=r"no test images: the column split has only train, val; val counts as"):
+    with pytest.raises(UserError, match=r"no test images: the column split has only train, val; val is for"):
         image_table(frame, SHARES, 0, "f.csv")
     with pytest.raises(UserError, match=r"no test images: too few"):
         image_table(frame[["label"]], SHARES, 0, "f.csv")

@@ -1,4 +1,4 @@
-"""Retrieval examples: which images count, against computing the same by hand."""
+"""Attribution examples: which images count, against computing the same by hand."""
 
 import dataclasses
 import io
@@ -9,17 +9,19 @@ import pytest
 import torch
 from PIL import Image
 
-from iciia_exp.config.settings import Retrieval
+from iciia_exp.config.settings import Evaluation
 from iciia_exp.data.clients import Clients, Ragged
-from iciia_exp.engine.evaluation.attribution import CASES, retrieval_table, thumbnail
+from iciia_exp.engine.evaluation.attribution import CASES, attribution_table, thumbnail
+from iciia_exp.engine.evaluation.setup import Setup
 from iciia_exp.methods.adapt.client_types import ClientTypes
 from iciia_exp.methods.adapt.iciia import IciiaMethod
 from iciia_exp.methods.adapt.linear_head import LinearHead
 from iciia_exp.methods.adapt.prior_em import PriorEM
+from iciia_exp.methods.base import Facts
 from iciia_exp.models.iciia import ICIIA
-from iciia_exp.results.plots import retrieval_examples
+from iciia_exp.results.plots import draw_examples
 from iciia_exp.tasks import MULTI_LABEL, SINGLE_LABEL
-from tests.making.cloud import small_cloud
+from tests.making.cloud import no_fit, small_cloud
 
 NAMES = ["cat", "dog", "owl", "fox"]
 
@@ -28,12 +30,12 @@ def made(method_class=IciiaMethod, task=SINGLE_LABEL, options=None, image=None, 
     cloud = small_cloud(8, 4, task=task)
     torch.manual_seed(0)
     head = torch.nn.Linear(8, 4)
-    method = method_class(head, **config).eval()
-    method.prepare(task)
-    method.study(cloud)
+    method = method_class(Facts.of(head, task), **config).eval()
+    method.learn(cloud.view, no_fit)
     clients = clients or cloud.clients
-    parts = (method, head, cloud.batches, clients, 8, options or Retrieval(6, 3), NAMES, task, image)
-    return retrieval_table(*parts), method, head, cloud
+    setup = Setup(method, head, cloud.batches, clients)
+    options = options or Evaluation(examples=6, neighbours=3)
+    return attribution_table(setup, options, 8, NAMES, image), method, head, cloud
 
 
 def test_attention_maps_are_pytorchs():
@@ -60,10 +62,10 @@ def test_attention_maps_are_pytorchs():
 def test_weights_are_shares_of_real_images_and_of_the_past_alone(causal, layers):
     torch.manual_seed(0)
     attention = "causal" if causal else "full"
-    method = IciiaMethod(torch.nn.Linear(8, 4), layers, 2, 4, attention=attention).eval()
+    method = IciiaMethod(Facts.of(torch.nn.Linear(8, 4)), layers, 2, 4, attention=attention).eval()
     x, mask = torch.randn(2, 6, 8), torch.ones(2, 6, dtype=torch.bool)
     mask[1, 4:] = False
-    weights = method.retrieval_weights(x, mask)
+    weights = method.attention_weights(x, mask)
     torch.testing.assert_close(weights[mask].sum(-1), torch.ones(10))
     assert (weights[1, :4, 4:] == 0).all()
     if causal:
@@ -75,7 +77,7 @@ def test_weights_are_shares_of_real_images_and_of_the_past_alone(causal, layers)
 
 @pytest.mark.parametrize("method_class", [IciiaMethod, PriorEM, ClientTypes])
 def test_influence_is_that_of_leaving_the_image_out(method_class):
-    table, method, _, cloud = made(method_class, options=Retrieval(6, 20))
+    table, method, _, cloud = made(method_class, options=Evaluation(examples=6, neighbours=20))
     assert len(table[table["rank"] == 0]) == 6
     for _, rows in table.groupby("example"):
         target, others = rows[rows["rank"] == 0].iloc[0], rows[rows["rank"] > 0]
@@ -89,7 +91,7 @@ def test_influence_is_that_of_leaving_the_image_out(method_class):
 
         full = log_p(numbers)
         answer = int(full.argmax())
-        assert NAMES[answer] == target["method_answer"]
+        assert NAMES[answer] == target["method_prediction"]
         assert target["method_confidence"] == pytest.approx(float(full.exp()[answer]), abs=1e-5)
         for number, influence in zip(numbers, others["influence"], strict=True):
             without = log_p([n for n in numbers if n != number])
@@ -107,7 +109,7 @@ def test_influence_is_that_of_leaving_the_image_out(method_class):
 def test_cases_say_what_became_of_the_answer():
     table, *_ = made()
     targets = table[table["rank"] == 0]
-    before, after = (targets[f"{who}_answer"] == targets["truth"] for who in ("backbone", "method"))
+    before, after = (targets[f"{who}_prediction"] == targets["truth"] for who in ("backbone", "method"))
     assert ((after & ~before) == (targets["case"] == "corrected")).all()
     assert ((before & ~after) == (targets["case"] == "spoiled")).all()
     assert set(targets["case"]) <= set(CASES)
@@ -120,24 +122,24 @@ def test_cases_say_what_became_of_the_answer():
 def test_attributes_say_how_many_are_right():
     table, *_ = made(task=MULTI_LABEL)
     target = table[table["rank"] == 0].iloc[0]
-    assert target["method_answer"].endswith(" of 4 right")
+    assert target["method_prediction"].endswith(" of 4 right")
     assert set(target["truth"].split(", ")) <= set(NAMES)
 
 
 def test_in_time_the_past_comes_before():
     cloud = small_cloud(8, 4)
     clients = dataclasses.replace(cloud.clients, in_time=True)
-    table, *_ = made(clients=clients, options=Retrieval(12, 20))
+    table, *_ = made(clients=clients, options=Evaluation(examples=12, neighbours=20))
     for _, rows in table.groupby("example"):
         assert (rows["image"][rows["rank"] > 0] < rows["image"].iloc[0]).all()
 
 
 def test_nothing_to_show():
     assert made(LinearHead)[0].empty  # it looks at no other image
-    assert made(options=Retrieval(0))[0].empty
+    assert made(options=Evaluation(examples=0))[0].empty
     cloud = small_cloud(8, 4)
-    parts = (IciiaMethod(torch.nn.Linear(8, 4)).eval(), torch.nn.Linear(8, 4), cloud.batches, cloud.clients)
-    assert retrieval_table(*parts, 1, Retrieval(), NAMES, SINGLE_LABEL).empty  # chunks of one image
+    parts = (IciiaMethod(Facts.of(torch.nn.Linear(8, 4))).eval(), torch.nn.Linear(8, 4), cloud.batches, cloud.clients)
+    assert attribution_table(Setup(*parts), Evaluation(), 1, NAMES).empty  # chunks of one image
     ids = cloud.clients.ids
     one = Ragged(np.arange(len(ids) + 1), cloud.clients.test.values[: len(ids)])
     nobody = Ragged(np.zeros(len(ids) + 1, np.int64), np.empty(0, np.int64))
@@ -152,7 +154,7 @@ def test_pictures_that_cannot_be_read_cost_nothing_else(caplog, tmp_path):
     assert table["thumbnail"].isna().all()
     assert [r.getMessage() for r in caplog.records if "without pictures" in r.getMessage()] != []
     assert len([r for r in caplog.records if "without pictures" in r.getMessage()]) == 1
-    assert retrieval_examples(table, {"method": "m", "dataset": "d"}, tmp_path / "a.png") is None
+    assert draw_examples(table, {"method": "m", "dataset": "d"}, tmp_path / "a.png") is None
 
 
 @pytest.mark.parametrize(
@@ -177,6 +179,6 @@ def test_a_vector_has_no_picture(tmp_path):
 
 def test_the_plot(tmp_path):
     table, *_ = made(image=lambda number: np.full((1, 8, 8), number % 10 / 10, np.float32))
-    path = retrieval_examples(table, {"method": "iciia", "dataset": "made"}, tmp_path / "plots" / "retrieval.png")
+    path = draw_examples(table, {"method": "iciia", "dataset": "made"}, tmp_path / "plots" / "attribution.png")
     with Image.open(path) as picture:
         assert picture.size[0] > 500

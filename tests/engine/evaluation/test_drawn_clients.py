@@ -7,15 +7,16 @@ import torch
 
 from iciia_exp import Run
 from iciia_exp.config.paths import CONF_DIR
-from iciia_exp.config.settings import Protocol
+from iciia_exp.config.settings import Evaluation
 from iciia_exp.data.client_mix import ClientMix
 from iciia_exp.data.drawn_clients import drawn_clients
-from iciia_exp.engine.evaluation.drawn_clients import kinds_table
-from iciia_exp.engine.stages import execute
+from iciia_exp.engine.evaluation.drawn_clients import drawn_clients_table
+from iciia_exp.engine.evaluation.setup import Setup
+from iciia_exp.engine.execute import execute
 from iciia_exp.errors import ConfigError, UserError
 from iciia_exp.methods.adapt.backbone import BackboneOnly
-from iciia_exp.recipe import Recipe
-from iciia_exp.results.tables import DRAWN_KINDS
+from iciia_exp.methods.base import Facts
+from iciia_exp.results.tables import DRAWN_TYPES
 from tests.making.cloud import small_cloud
 
 METHODS = sorted(p.stem for p in (CONF_DIR / "method").glob("*.yaml"))
@@ -26,14 +27,14 @@ def test_drawn_clients_have_their_kinds_of_classes():
     cloud = small_cloud(8, 40, clients=30)
     labels = cloud.batches.labels
     sizes = {}
-    for kind in DRAWN_KINDS:
-        drawn = drawn_clients(cloud.clients, labels, 50, 16, kind)
-        assert drawn.kinds.tolist() == [kind] * 50
+    for client_type in DRAWN_TYPES:
+        drawn = drawn_clients(cloud.clients, labels, 50, 16, client_type)
+        assert drawn.types.tolist() == [client_type] * 50
         assert drawn.in_time
         assert set(drawn.test.values) <= set(cloud.clients.test.values)
         assert (drawn.test.lengths == 16).all()
-        sizes[kind] = drawn.classes_per_client(labels, "test")
-        again = drawn_clients(cloud.clients, labels, 50, 16, kind)
+        sizes[client_type] = drawn.classes_per_client(labels, "test")
+        again = drawn_clients(cloud.clients, labels, 50, 16, client_type)
         assert (again.test.values == drawn.test.values).all()
     assert sizes["random_classes"].mean() < sizes["drifting"].mean() < sizes["homogeneous"].mean()
 
@@ -41,24 +42,26 @@ def test_drawn_clients_have_their_kinds_of_classes():
 def test_attributes_have_no_sets_of_classes():
     cloud = small_cloud(8, 5, task="multi-label")
     torch.manual_seed(0)
-    head, protocol = torch.nn.Linear(8, 5), Protocol(Recipe(), images=8, kinds_clients=10)
-    table = kinds_table(BackboneOnly(head), head, cloud.batches, cloud.clients, protocol, 5)
-    assert set(table["kind"]) == {"homogeneous"}
-    assert (table["answers"] == 5 * table["targets"]).all()
+    head, options = torch.nn.Linear(8, 5), Evaluation(drawn_clients=10)
+    table = drawn_clients_table(
+        Setup(BackboneOnly(Facts.of(head, "multi-label")), head, cloud.batches, cloud.clients), options, 8
+    )
+    assert set(table["client_type"]) == {"homogeneous"}
+    assert (table["decisions"] == 5 * table["targets"]).all()
 
 
 def test_a_drifting_client_by_images_since_the_change():
     cloud = small_cloud(8, 40, clients=30)
     torch.manual_seed(0)
-    head, protocol = torch.nn.Linear(8, 40), Protocol(Recipe(), images=16, kinds_clients=10)
-    table = kinds_table(BackboneOnly(head), head, cloud.batches, cloud.clients, protocol, 1)
-    assert table[table["kind"] == "drifting"]["history"].unique().tolist() == [7, 8, 9, 10, 11, 13, 15, -1]
-    assert table[table["kind"] == "homogeneous"]["history"].unique().tolist() == [0, 1, 2, 3, 5, 10, 15, -1]
+    head, options = torch.nn.Linear(8, 40), Evaluation(drawn_clients=10)
+    table = drawn_clients_table(Setup(BackboneOnly(Facts.of(head)), head, cloud.batches, cloud.clients), options, 16)
+    assert table[table["client_type"] == "drifting"]["history"].unique().tolist() == [7, 8, 9, 10, 11, 13, 15, -1]
+    assert table[table["client_type"] == "homogeneous"]["history"].unique().tolist() == [0, 1, 2, 3, 5, 10, 15, -1]
 
 
 def test_kept_back_kinds_are_no_training_clients():
     cloud = small_cloud(8, 5, clients=12)
-    mix = ClientMix(unseen_kinds=0.25)
+    mix = ClientMix(unseen_types=0.25)
     known = mix.known(cloud.clients)
     assert (known.train.lengths == 0).sum() == 3
     assert (known.test.lengths == cloud.clients.test.lengths).all()
@@ -66,20 +69,20 @@ def test_kept_back_kinds_are_no_training_clients():
 
 
 @pytest.mark.parametrize("method", [m for m in METHODS if m not in OWN_LABELS])
-def test_every_method_the_whole_way(plan, method):
-    epochs, no_plots = "protocol.recipe.epochs=1", "protocol.history_lengths=[0,2]"
-    row = execute(p := plan(f"method={method}", epochs, no_plots, "protocol.kinds_clients=6"))
+def test_every_method_the_whole_way(stages, method):
+    epochs, no_plots = "training.recipe.epochs=1", "evaluation.history_lengths=[0,2]"
+    row = execute(p := stages(f"method={method}", epochs, no_plots, "evaluation.drawn_clients=6"))
     assert 0 <= row["ece"] <= 1
     assert 0 <= row["backbone_ece"] <= 1
-    assert row["bound"] == (method == "oracle_classes")
+    assert row["oracle"] == (method == "oracle_classes")
     assert row["state_bytes"] >= 0
-    run = Run.load(p.run_dir)
-    if run.method.by_client:
-        assert not (p.run_dir / "kinds.parquet").exists()
+    run = Run.load(p.run.folder)
+    if run.method.asks:
+        assert not (p.evaluation.folder / "drawn_clients.parquet").exists()
         return
-    kinds = pd.read_parquet(p.run_dir / "kinds.parquet")
-    assert set(kinds["kind"]) == set(DRAWN_KINDS)
-    assert kinds.groupby(["kind", "history"])["targets"].sum().unique().tolist() == [6]
+    types = pd.read_parquet(p.evaluation.folder / "drawn_clients.parquet")
+    assert set(types["client_type"]) == set(DRAWN_TYPES)
+    assert types.groupby(["client_type", "history"])["targets"].sum().unique().tolist() == [6]
     # the run answers as it was evaluated
     rows = run.partition.test.values[:5]
     x = np.asarray(run.features.array()[rows], dtype=np.float32)
@@ -87,18 +90,18 @@ def test_every_method_the_whole_way(plan, method):
 
 
 @pytest.mark.parametrize("method", OWN_LABELS)
-def test_methods_that_need_own_labels(plan, method):
+def test_methods_that_need_own_labels(stages, method):
     with pytest.raises(UserError, match="choose a partition that splits within clients"):
-        execute(plan(f"method={method}", "protocol.recipe.epochs=1"))
-    row = execute(p := plan(f"method={method}", "protocol.recipe.epochs=1", "partition.split=within"))
+        execute(stages(f"method={method}", "training.recipe.epochs=1"))
+    row = execute(p := stages(f"method={method}", "training.recipe.epochs=1", "partition.split=within"))
     assert row["test_clients"] > 0
-    with pytest.raises(UserError, match="answers no others"):
-        Run.load(p.run_dir).predict(torch.zeros(3, 32))
+    with pytest.raises(UserError, match="serves the clients of its partition alone"):
+        Run.load(p.run.folder).predict(torch.zeros(3, 32))
 
 
-def test_a_method_names_the_tasks_it_knows(plan, monkeypatch):
+def test_a_method_names_the_tasks_it_knows(stages, monkeypatch):
     from iciia_exp.methods.adapt.lame import Lame
 
     monkeypatch.setattr(Lame, "tasks", ("multi-label",))
     with pytest.raises(ConfigError, match="method=lame: knows multi-label tasks; this dataset's is single-label"):
-        plan("method=lame")
+        stages("method=lame")

@@ -5,13 +5,14 @@ import pytest
 import torch
 from torch import nn
 
-from iciia_exp.config.settings import Protocol
+from iciia_exp.config.settings import Evaluation
 from iciia_exp.data.batches import FeatureBatches
 from iciia_exp.data.clients import Clients, Ragged
 from iciia_exp.data.sequences import prefix_sequences, stream_orders
 from iciia_exp.engine.evaluation.history import history_table
+from iciia_exp.engine.evaluation.setup import Setup
 from iciia_exp.methods.adapt.iciia import IciiaMethod
-from iciia_exp.recipe import Recipe
+from iciia_exp.methods.base import Facts
 from iciia_exp.results.summary import ALL
 from iciia_exp.results.tables import history_summary
 
@@ -36,10 +37,10 @@ def test_every_target_by_itself(world, attention, layers):
     batches, clients = world
     torch.manual_seed(0)
     head = nn.Linear(D, K)
-    method = IciiaMethod(head, layers, 2, 2, attention=attention).eval()
-    protocol = Protocol(Recipe(), history_lengths=[0, 2, 5], history_orders=3, history_longest=7)
+    method = IciiaMethod(Facts.of(head), layers, 2, 2, attention=attention).eval()
+    options = Evaluation(history_lengths=[0, 2, 5], history_orders=3, history_longest=7)
     told = []
-    table = history_table(method, head, batches, clients, protocol, 1, progress=told.append)
+    table = history_table(Setup(method, head, batches, clients), options, told.append)
     assert told[-1] == 1.0
     want: dict = {}
 
@@ -63,7 +64,7 @@ def test_every_target_by_itself(world, attention, layers):
         sequences = prefix_sequences(clients.test, n, 7)
         for i, client in enumerate(sequences.client_B):
             add("prefix", n, client, sequences.ragged[i])
-    columns = ["targets", "backbone_hits", "method_hits", "both_hits", "method_loss"]
+    columns = ["targets", "backbone_correct", "method_correct", "both_correct", "method_loss"]
     got = table.set_index(["protocol", "history", "client"])[columns]
     assert set(got.index) == set(want)
     for key, row in want.items():
@@ -78,20 +79,20 @@ def test_every_target_by_itself(world, attention, layers):
 def test_of_many_clients_some_are_drawn(world):
     batches, clients = world
     head = nn.Linear(D, K)
-    method = IciiaMethod(head, 1, 2, 2).eval()
-    every = history_table(method, head, batches, clients, Protocol(Recipe()), 1)
-    some = history_table(method, head, batches, clients, Protocol(Recipe(), history_clients=2), 1)
+    method = IciiaMethod(Facts.of(head), 1, 2, 2).eval()
+    every = history_table(Setup(method, head, batches, clients), Evaluation())
+    some = history_table(Setup(method, head, batches, clients), Evaluation(history_clients=2))
     drawn = set(some["client"])
     assert len(drawn) == 2
     keys = ["protocol", "history", "client"]
     want = every[every["client"].isin(drawn) & (every["protocol"] == "prefix")].set_index(keys)
     got = some[some["protocol"] == "prefix"].set_index(keys)
-    assert got["method_hits"].equals(want["method_hits"])
+    assert got["method_correct"].equals(want["method_correct"])
 
 
 def test_no_length_that_nobody_has(world):
     batches, clients = world
     head = nn.Linear(D, K)
-    method = IciiaMethod(head, 1, 2, 2).eval()
-    table = history_table(method, head, batches, clients, Protocol(Recipe()), 1)
+    method = IciiaMethod(Facts.of(head), 1, 2, 2).eval()
+    table = history_table(Setup(method, head, batches, clients), Evaluation())
     assert sorted(table["history"].unique()) == [-1, 0, 1, 2, 3, 5]

@@ -4,20 +4,29 @@ import pytest
 
 from iciia_exp import Run
 from iciia_exp.data.store import FeatureWriter
-from iciia_exp.engine.stages import execute
+from iciia_exp.engine.execute import execute
 from iciia_exp.engine.training.modules import BackboneModule
 from iciia_exp.errors import UserError
-from tests.making.extraction import BAD, HEAD, ROLES, damage, repair, same_stores, store_of, store_of_finished
+from tests.making.extraction import (
+    BAD,
+    HEAD,
+    ROLES,
+    damage,
+    repair,
+    same_stores,
+    store_of,
+    store_of_finished,
+)
 
 
 @pytest.mark.parametrize("train", ["all", "head"])
 def test_bad_images_are_left_out_and_said(root, folder, train, capsys):
     whole = folder().clients
     damage(root)
-    plan = folder(*(HEAD if train == "head" else ()))
-    row = execute(plan)
-    _, bad, listed = store_of(plan)
-    assert [entry["what"] for entry in listed] == BAD == plan.table["path"][bad].tolist()
+    stages = folder(*(HEAD if train == "head" else ()))
+    row = execute(stages)
+    _, bad, listed = store_of(stages)
+    assert [entry["what"] for entry in listed] == BAD == stages.table["path"][bad].tolist()
     for entry, problem in zip(listed, ("No such file", "runcated", "cannot identify"), strict=True):
         assert problem in entry["problem"]
         assert str(root) not in entry["problem"]
@@ -26,7 +35,7 @@ def test_bad_images_are_left_out_and_said(root, folder, train, capsys):
     assert line.startswith("warning: features: 3 of 81 images could not be read")
     assert BAD[0] in line
     # the clients lose exactly these
-    run = Run.load(plan.run_dir)
+    run = Run.load(stages.run.folder)
     lost = 0
     for role in ROLES:
         for number in range(len(whole)):
@@ -44,7 +53,7 @@ def test_a_client_without_test_images_drops_out(root, folder):
             path.write_bytes(b"")
     row = execute(folder())
     assert (row["test_clients"], row["test_images"]) == (2, 18)
-    assert Run.load(folder().run_dir).clients["client"].tolist() == ["u0", "u1"]
+    assert Run.load(folder().run.folder).clients["client"].tolist() == ["u0", "u1"]
 
 
 def test_a_batch_without_any_image_trains_nothing_and_harms_nothing(root, folder, monkeypatch):
@@ -71,9 +80,9 @@ def test_on_request_a_bad_image_is_an_error(root, folder, workers, stage):
     if stage == "features":
         execute(folder("stage=backbone"))
     damage(root)
-    plan = folder("features.on_bad_image=error", f"features.num_workers={workers}", f"stage={stage}")
+    stages = folder("features.on_bad_image=error", f"features.num_workers={workers}", f"stage={stage}")
     with pytest.raises(UserError) as error:
-        execute(plan)
+        execute(stages)
     (line,) = str(error.value).splitlines()
     assert line.startswith(f"{BAD[0] if stage == 'features' else BAD[1]}: cannot be read (")
     assert "features.on_bad_image=skip" in line
@@ -87,7 +96,7 @@ def test_on_request_an_earlier_bad_image_is_an_error_too(root, folder):
     execute(folder("stage=features"))
     with pytest.raises(UserError, match=rf"^{BAD[0]}: could not be read .*one of 3 such images; .*delete .*features/"):
         execute(folder("features.on_bad_image=error"))
-    assert not folder().run_dir.exists()
+    assert not folder().run.folder.exists()
 
 
 @pytest.mark.parametrize("train", ["all", "head"])
@@ -95,9 +104,9 @@ def test_no_image_at_all_is_one_error_and_repaired_it_works(root, folder, train,
     paths = [str(path.relative_to(root)) for path in root.rglob("*.jpg")]
     for path in paths:
         (root / path).write_bytes(b"")
-    plan = folder(*(HEAD if train == "head" else ()))
+    stages = folder(*(HEAD if train == "head" else ()))
     with pytest.raises(UserError, match=r"^none of the \d+ images tried could be read; the first: \w+/apple/000\.jpg"):
-        execute(plan)
+        execute(stages)
     assert not [path for path in tmp_path.glob("cache/**/*") if path.is_file() and not path.name.endswith(".lock")]
     repair(root, paths)
     assert execute(folder(*(HEAD if train == "head" else ())))["test_images"] == 27
@@ -112,15 +121,15 @@ def test_a_disk_that_goes_away_is_no_bad_image(root, folder, monkeypatch, tmp_pa
         if root.exists():
             root.rename(tmp_path / "elsewhere")
 
-    plan = folder(*HEAD, "stage=features")
-    plan.table  # noqa: B018
+    stages = folder(*HEAD, "stage=features")
+    stages.table  # noqa: B018
     with monkeypatch.context() as patch:
         patch.setattr(FeatureWriter, "write", gone)
         with pytest.raises(UserError, match=r"^test/apple/000\.jpg: could be read before, not any more .*same command"):
-            execute(plan)
+            execute(stages)
     (tmp_path / "elsewhere").rename(root)
-    execute(plan)
-    assert same_stores(store_of(plan), want)
+    execute(stages)
+    assert same_stores(store_of(stages), want)
 
 
 # ---- interrupted
@@ -134,7 +143,7 @@ class Killed(BaseException):
 def test_an_extraction_killed_with_bad_images_ends_as_if_it_had_not_been(root, folder, monkeypatch, tmp_path, workers):
     damage(root)
     want = store_of_finished(folder, f"cache_dir={tmp_path}/whole", f"features.num_workers={workers}")
-    plan = folder(*HEAD, "stage=features", f"features.num_workers={workers}")
+    stages = folder(*HEAD, "stage=features", f"features.num_workers={workers}")
     writes = []
     original = FeatureWriter.write
 
@@ -148,23 +157,23 @@ def test_an_extraction_killed_with_bad_images_ends_as_if_it_had_not_been(root, f
     with monkeypatch.context() as patch:
         patch.setattr(FeatureWriter, "write", die_later)
         with pytest.raises(Killed):
-            execute(plan)
-    partial = plan.features_dir.with_name(plan.features_dir.name + ".partial")
+            execute(stages)
+    partial = stages.features.folder.with_name(stages.features.folder.name + ".partial")
     assert len(FeatureWriter.remaining(partial)) < 81
-    execute(plan)
-    assert same_stores(store_of(plan), want)
+    execute(stages)
+    assert same_stores(store_of(stages), want)
 
 
 def test_an_image_repaired_between_a_kill_and_its_repetition_is_read(root, folder, monkeypatch, tmp_path):
     want = store_of_finished(folder, f"cache_dir={tmp_path}/whole")
     damage(root)
-    plan = folder(*HEAD, "stage=features")
+    stages = folder(*HEAD, "stage=features")
     with monkeypatch.context() as patch:
         patch.setattr(FeatureWriter, "finish", lambda *_: 1 / 0)
         with pytest.raises(ZeroDivisionError):
-            execute(plan)
+            execute(stages)
     repair(root)
-    execute(plan)
-    got = store_of(plan)
+    execute(stages)
+    got = store_of(stages)
     assert got[2] == []
     assert same_stores(got, want)

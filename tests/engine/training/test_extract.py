@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from iciia_exp.data.store import FeatureWriter
-from iciia_exp.engine.stages import execute
+from iciia_exp.engine.execute import execute
 from iciia_exp.engine.training import extract
 from iciia_exp.engine.training.extract import probes
 from iciia_exp.errors import ConfigError, UserError
@@ -118,8 +118,8 @@ def test_more_devices_than_the_machine_has_is_one_line_before_any_work(folder, m
 
 
 def test_the_estimate_leaves_out_the_slow_first_image(folder):
-    plan = folder(*HEAD)
-    backbone = plan.make_backbone().eval()
+    stages = folder(*HEAD)
+    backbone = stages.new_backbone().eval()
     calls = []
 
     def slow_at_first(images):
@@ -128,7 +128,9 @@ def test_the_estimate_leaves_out_the_slow_first_image(folder):
         return torch.zeros(len(images), 16)
 
     backbone.features = slow_at_first
-    assert extract._estimate(plan.dataset, backbone, np.arange(81), 0) < 4.0  # 81 images, an eighth of 0.5 s each: 5 s
+    assert (
+        extract._estimate(stages.experiment.dataset, backbone, np.arange(81), 0) < 4.0
+    )  # 81 images, an eighth of 0.5 s each: 5 s
     assert calls == [1, 8]
 
 
@@ -140,14 +142,21 @@ def test_the_processor_is_not_asked_where_a_gpu_works(folder, monkeypatch, accel
     def raise_it(*_):
         raise Asked
 
-    plan = folder(*HEAD)
+    stages = folder(*HEAD)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(extract, "_estimate", raise_it)
     monkeypatch.setattr(extract, "extraction_trainer", lambda *_: 1 / 0)
-    config = {**plan.config["trainer"], "accelerator": accelerator}
+    config = {**stages.experiment.config["trainer"], "accelerator": accelerator}
     with pytest.raises(Asked if asked else ZeroDivisionError):
         extract.extract(
-            plan.dataset, plan.table, plan.make_backbone(), plan.extraction, tmp_path, config, {}, with_head=False
+            stages.experiment.dataset,
+            stages.table,
+            stages.new_backbone(),
+            stages.experiment.extraction,
+            tmp_path,
+            config,
+            {},
+            with_head=False,
         )
 
 

@@ -15,6 +15,7 @@ from iciia_exp.engine.training.modules import MethodModule
 from iciia_exp.engine.training.trainer import make_trainer
 from iciia_exp.errors import ConfigError, UserError
 from iciia_exp.methods.adapt.iciia import IciiaMethod
+from iciia_exp.methods.base import Facts
 from iciia_exp.models import grouped
 from iciia_exp.recipe import Recipe
 
@@ -29,14 +30,14 @@ def run(tmp_path):
     labels = rng.integers(0, K, 160)
     clients = {
         "train": Ragged.from_rows(np.split(np.arange(80), 8) + [np.empty(0, int)] * 4),
-        "selection": Ragged.from_rows([np.empty(0, int)] * 8 + np.split(np.arange(80, 160), 4)),
+        "val": Ragged.from_rows([np.empty(0, int)] * 8 + np.split(np.arange(80, 160), 4)),
     }
 
     def make(folder, schedule="cosine", patience=0, epochs=6, lr=0.01):
         recipe = Recipe("adamw", lr, epochs, 2, weight_decay=0.01, schedule=schedule, clip_norm=1.0, patience=patience)
         torch.manual_seed(1)
         head = nn.Linear(D, K)
-        module = MethodModule(IciiaMethod(head, 1, 2, 4, dropout=0.3), head, recipe, 12)
+        module = MethodModule(IciiaMethod(Facts.of(head), 1, 2, 4, dropout=0.3), head, recipe, 12)
         data = FeatureBatches(features, labels)
         loaders = [
             DataLoader(
@@ -44,7 +45,7 @@ def run(tmp_path):
                 batch_size=None,
                 sampler=ClientBatchSampler(clients["train"], 4, 2, shuffle=True, shuffle_images=True),
             ),
-            DataLoader(data, batch_size=None, sampler=ClientBatchSampler(clients["selection"], 4, 2)),
+            DataLoader(data, batch_size=None, sampler=ClientBatchSampler(clients["val"], 4, 2)),
         ]
         record = fit(
             module, *loaders, seed=3, folder=tmp_path / folder, trainer_config=TRAINER, loggers=[], title="test"
@@ -85,7 +86,7 @@ def test_resumed_equals_uninterrupted(run, monkeypatch, schedule, epoch):
     assert sorted(set(steps)) == list(range(epoch, 6))  # it went on from the last whole epoch
     for name in want:
         assert torch.equal(got[name], want[name]), name
-    for key in ("epochs", "best_epoch", "selection_accuracy"):
+    for key in ("epochs", "best_epoch", "val_accuracy"):
         assert resumed[key] == record[key]
 
 
@@ -128,19 +129,19 @@ def test_a_run_that_moved_keeps_its_best_epoch(run, monkeypatch, tmp_path):
 def test_the_best_epoch_is_kept(run):
     _, record = run("a", epochs=8)
     assert 1 <= record["best_epoch"] <= 8
-    assert 0 < record["selection_accuracy"] < 1
+    assert 0 < record["val_accuracy"] < 1
 
 
 def test_an_epoch_is_judged_by_its_own_weights(run, monkeypatch):
     monkeypatch.setattr(grouped, "_JOINED_VECTORS", 1)  # a form of the weights that may be kept
     state, record = run("a", epochs=8, lr=0.05)
     assert record["best_epoch"] > 1
-    method = IciiaMethod(nn.Linear(D, K), 1, 2, 4)
+    method = IciiaMethod(Facts.of(nn.Linear(D, K)), 1, 2, 4)
     method.load_state_dict({name: tensor for name, tensor in state.items() if not name.startswith("last.")})
     with torch.no_grad():
         logits_CSK = method.eval()(torch.from_numpy(run.features[80:].reshape(-1, 4, D)))
-    hits_M = logits_CSK.argmax(-1).flatten().numpy() == run.labels[80:]
-    assert hits_M.mean() == pytest.approx(record["selection_accuracy"])
+    correct_M = logits_CSK.argmax(-1).flatten().numpy() == run.labels[80:]
+    assert correct_M.mean() == pytest.approx(record["val_accuracy"])
 
 
 def test_seed_zero_is_a_seed(run):

@@ -8,9 +8,9 @@ import pandas as pd
 import pytest
 
 from iciia_exp.data.store import FeatureStore
-from iciia_exp.engine import stages
-from iciia_exp.engine.stages import execute
+from iciia_exp.engine.execute import execute
 from iciia_exp.engine.training import extract as features
+from iciia_exp.engine.training import train_method
 from iciia_exp.engine.training.train_backbone import out_of_fold
 from iciia_exp.errors import UserError
 from iciia_exp.models import linear_probe
@@ -18,7 +18,7 @@ from tests.making.extraction import HEAD, ROLES
 from tests.making.folder import write_table
 
 
-def test_the_classifier_never_sees_selection_or_test_images(folder, monkeypatch):
+def test_the_classifier_never_sees_val_or_test_images(folder, monkeypatch):
     seen = []
     original = linear_probe.fit_linear_head
 
@@ -27,13 +27,13 @@ def test_the_classifier_never_sees_selection_or_test_images(folder, monkeypatch)
         return original(x_MD, labels, *rest)
 
     monkeypatch.setattr(linear_probe, "fit_linear_head", look)
-    plan = folder(*HEAD)
-    execute(plan)
+    stages = folder(*HEAD)
+    execute(stages)
     (x_MD,) = seen
-    train = (plan.table["split"] == "train").to_numpy()
-    assert np.array_equal(plan.backbone_rows, np.flatnonzero(train))
-    assert np.array_equal(x_MD, FeatureStore.open(plan.features_dir).array()[train])
-    manifest = json.loads((plan.backbone_dir / "manifest.json").read_text())
+    train = (stages.table["split"] == "train").to_numpy()
+    assert np.array_equal(stages.backbone_rows, np.flatnonzero(train))
+    assert np.array_equal(x_MD, FeatureStore.open(stages.features.folder).array()[train])
+    manifest = json.loads((stages.head.folder / "manifest.json").read_text())
     assert manifest["images"] == 27
     assert set(manifest["accuracy"]) == {"fitted", *ROLES}
 
@@ -43,33 +43,33 @@ WITHIN = ("partition.split=within", "partition.seed=${seed}")
 
 def test_partitions_share_features_and_not_classifiers(folder, monkeypatch):
     one, other = folder(*HEAD, *WITHIN), folder(*HEAD, *WITHIN, "seed=1")
-    assert one.features_dir == other.features_dir
-    assert one.backbone_dir != other.backbone_dir
+    assert one.features.folder == other.features.folder
+    assert one.head.folder != other.head.folder
     execute(one)
     monkeypatch.setattr(features, "extract", lambda *_, **__: 1 / 0)
     execute(other)
     assert set(one.backbone_rows) != set(other.backbone_rows)
-    for plan in (one, other):
-        assert not set(plan.backbone_rows) & {*plan.clients.test.values, *plan.clients.selection.values}
+    for stages in (one, other):
+        assert not set(stages.backbone_rows) & {*stages.clients.test.values, *stages.clients.val.values}
 
 
 def test_the_stages_of_a_fitted_classifier(folder, monkeypatch):
     with pytest.raises(UserError, match="stage=evaluate: needs the features stage first"):
         execute(folder(*HEAD, "stage=evaluate"))
     assert execute(folder(*HEAD, "stage=features")) is None
-    assert not folder(*HEAD).backbone_dir.exists()
+    assert not folder(*HEAD).head.folder.exists()
     for stage in ("train", "evaluate"):
         with pytest.raises(UserError, match=f"stage={stage}: needs the backbone stage first .*backbones/"):
             execute(folder(*HEAD, f"stage={stage}"))
-    shutil.rmtree(folder(*HEAD).features_dir)
+    shutil.rmtree(folder(*HEAD).features.folder)
     assert execute(folder(*HEAD, "stage=backbone")) is None  # extracts, and fits
-    assert folder(*HEAD).features_dir.exists()
+    assert folder(*HEAD).features.folder.exists()
     with pytest.raises(UserError, match="stage=evaluate: needs the train stage first"):
         execute(folder(*HEAD, "stage=evaluate"))
     row = execute(folder(*HEAD))
     # without the classifier's folder, it alone is made again
-    shutil.rmtree(folder(*HEAD).backbone_dir)
-    shutil.rmtree(folder(*HEAD).run_dir)
+    shutil.rmtree(folder(*HEAD).head.folder)
+    shutil.rmtree(folder(*HEAD).run.folder)
     monkeypatch.setattr(features, "extract", lambda *_, **__: 1 / 0)
     again = execute(folder(*HEAD))
     assert {k: v for k, v in again.items() if not k.startswith("seconds") and k != "finished"} == {
@@ -82,22 +82,29 @@ def test_reserved_images_are_the_backbones_alone(root, folder, train):
     paths = pd.read_csv(root / "images.csv")["path"]
     write_table(root / "images.csv", path=paths)  # without owners
     options = ("backbone.reserve=0.3", "partition=classes_per_client", "partition.images_per_client=4")
-    plan = folder(*(HEAD if train == "head" else ()), *options)
-    own = set(plan.backbone_rows)
+    stages = folder(*(HEAD if train == "head" else ()), *options)
+    own = set(stages.backbone_rows)
     assert len(own) == 9  # a third of 9 of each class, rounded
-    assert not own & {i for role in ROLES for i in plan.clients[role].values}
-    row = execute(plan)
-    assert json.loads((plan.backbone_dir / "manifest.json").read_text())["images"] == 9
+    assert not own & {i for role in ROLES for i in stages.clients[role].values}
+    row = execute(stages)
+    trained = stages.head or stages.backbone
+    assert json.loads((trained.folder / "manifest.json").read_text())["images"] == 9
     assert row["test_images"] > 0
 
 
-def test_methods_are_trained_on_logits_as_of_new_images(folder):
-    plan = folder(*HEAD, "method=iciia_stream", "client_mix=all_kinds")
-    execute(plan)
-    logits, numbers = out_of_fold(plan)
-    assert set(numbers) == set(plan.clients.train.values)
-    assert logits.shape == (len(numbers), plan.num_classes)
-    (batch, *_) = stages._loader(plan, FeatureStore.open(plan.features_dir), plan.clients, "train", 4)
-    assert batch.backbone_CSK.shape == (*batch.mask_CS.shape, plan.num_classes)
-    (batch, *_) = stages._loader(plan, FeatureStore.open(plan.features_dir), plan.clients, "test", 4)
+def test_methods_are_trained_on_logits_as_of_new_images(folder, monkeypatch):
+    made = []
+    original = train_method._loader
+    monkeypatch.setattr(
+        train_method, "_loader", lambda *rest, **order: made.append(original(*rest, **order)) or made[-1]
+    )
+    stages = folder(*HEAD, "method=iciia_stream", "client_mix=all_types")
+    execute(stages)
+    logits, numbers = out_of_fold(stages)
+    assert set(numbers) == set(stages.clients.train.values)
+    assert logits.shape == (len(numbers), stages.num_classes)
+    train, val = made
+    (batch, *_) = train
+    assert batch.backbone_CSK.shape == (*batch.mask_CS.shape, stages.num_classes)
+    (batch, *_) = val
     assert batch.backbone_CSK is None

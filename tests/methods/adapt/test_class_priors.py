@@ -16,7 +16,8 @@ from iciia_exp.methods.adapt.prior_em import PriorEM
 from iciia_exp.methods.adapt.prior_map import PriorMAP
 from iciia_exp.methods.adapt.smoothed_prior import SmoothedPrior
 from iciia_exp.methods.adapt.training_free import fit_calibrator
-from iciia_exp.tasks import MULTI_LABEL
+from iciia_exp.methods.base import Facts
+from iciia_exp.tasks import MULTI_LABEL, SINGLE_LABEL
 from tests.making.cloud import K, S, studied
 
 
@@ -40,7 +41,7 @@ def test_calibrators_against_scipy(calibrator):
         return -log_p[np.arange(200), y].mean() + (free[1:] ** 2).sum() / 400
 
     want = minimize(loss, np.zeros(1 if calibrator == "temperature" else 1 + K))
-    log_t, bias = fit_calibrator(torch.from_numpy(b), torch.from_numpy(y), calibrator)
+    log_t, bias = fit_calibrator(SINGLE_LABEL, torch.from_numpy(b), torch.from_numpy(y), calibrator)
     got = np.append(log_t.numpy(), bias.numpy() if calibrator == "bcts" else [])
     assert loss(got) == pytest.approx(want.fun, abs=1e-5)
     assert (bias == 0).all() == (calibrator == "temperature")
@@ -58,9 +59,9 @@ def em(p, s, strength, iterations=50):
     return prior
 
 
-@pytest.mark.parametrize(("kind", "settings"), [(PriorEM, {}), (PriorMAP, {"strength": 2.5}), (PriorMAP, {})])
-def test_em_against_a_loop(head, x, kind, settings):
-    method, _ = studied(kind(head, **settings))
+@pytest.mark.parametrize(("client_type", "settings"), [(PriorEM, {}), (PriorMAP, {"strength": 2.5}), (PriorMAP, {})])
+def test_em_against_a_loop(head, x, client_type, settings):
+    method, _ = studied(client_type(Facts.of(head), **settings))
     p, s = posteriors(method, x)
     want = p / s * em(p, s, float(method.strength)).clip(1e-8)
     got = method(x[None])[0].softmax(-1)
@@ -71,7 +72,7 @@ def test_em_recovers_the_prior_of_separable_classes():
     head = nn.Linear(K, K)
     nn.init.eye_(head.weight)
     nn.init.zeros_(head.bias)
-    method = PriorEM(head, "none", iterations=200)
+    method = PriorEM(Facts.of(head), "none", iterations=200)
     true = torch.tensor([0.5, 0.3, 0.2, 0.0, 0.0, 0.0])
     labels = torch.arange(K).repeat_interleave((true * 100).long())
     x = 3 * F.one_hot(labels, K).float() + 0.3 * torch.randn(100, K, generator=torch.Generator().manual_seed(0))
@@ -81,7 +82,7 @@ def test_em_recovers_the_prior_of_separable_classes():
 
 
 def test_em_of_attributes_is_em_of_two_classes(head, x):
-    method, _ = studied(PriorEM(head), task=MULTI_LABEL)
+    method, _ = studied(PriorEM(Facts.of(head, MULTI_LABEL)))
     b = (x @ head.weight.T + head.bias) / method.log_temperature.exp() + method.bias
     s = method.log_source.exp().double().numpy()
     got = method(x[None])[0].sigmoid()
@@ -93,7 +94,7 @@ def test_em_of_attributes_is_em_of_two_classes(head, x):
 
 
 def test_smoothed_prior_by_its_equation(head, x):
-    method = SmoothedPrior(head)
+    method = SmoothedPrior(Facts.of(head))
     p, _ = posteriors(method, x)
     q = p.mean(0)
     gamma = max(1 / S, 1 / K) / q.max()
@@ -102,9 +103,9 @@ def test_smoothed_prior_by_its_equation(head, x):
 
 
 def test_client_types_by_bayes_rule(head, x):
-    method, cloud = studied(ClientTypes(head, smoothing=0.2))
+    method, cloud = studied(ClientTypes(Facts.of(head), smoothing=0.2))
     p, s = posteriors(method, x)
-    counts = cloud.class_counts("train")
+    counts = cloud.view.class_counts("train")
     types = counts / counts.sum(1, keepdims=True)
     types = 0.8 * types + 0.2 * types.mean(0)
 
@@ -131,15 +132,15 @@ def test_types_are_clustered_where_there_are_many():
     assert alone.tolist() == [1.0]
 
 
-@pytest.mark.parametrize(("forget", "caution"), [(0.0, 0.0), (0.2, 0.0), (0.0, 1.5), (0.2, 1.5)])
-def test_client_prior_against_a_loop(head, x, forget, caution):
+@pytest.mark.parametrize(("forget", "iid_bonus"), [(0.0, 0.0), (0.2, 0.0), (0.0, 1.5), (0.2, 1.5)])
+def test_client_prior_against_a_loop(head, x, forget, iid_bonus):
     strengths, new = [1.0, 4.0], 0.4
     settings = {"smoothing": 0.1, "new": new, "all_classes": 0.5, "strengths": strengths, "forget": forget}
-    settings["caution"] = caution
-    method, cloud = studied(ClientPrior(head, **settings))
+    settings["iid_bonus"] = iid_bonus
+    method, cloud = studied(ClientPrior(Facts.of(head), **settings))
     p, s = posteriors(method, x)
     likelihood = p / s
-    counts = cloud.class_counts("train")
+    counts = cloud.view.class_counts("train")
     types = counts / counts.sum(1, keepdims=True)
     types = 0.9 * types + 0.1 * types.mean(0)
     before, keep, n = np.full(len(types), (1 - new) / len(types)), 1 - forget, 0.0
@@ -150,7 +151,7 @@ def test_client_prior_against_a_loop(head, x, forget, caution):
     got = method.stream(x[None])[0].softmax(-1)
     for i in range(S):
         priors = [(c + a * s) / (n + a) for a, c in hypotheses]
-        trusted = [*shares[:-1], shares[-1] * math.exp(caution)]  # the past is at most 6 images
+        trusted = [*shares[:-1], shares[-1] * math.exp(iid_bonus)]  # the past is at most 6 images
         total = weight.sum() + sum(trusted)
         prior = (weight @ types + sum(w * q for w, q in zip(trusted, priors, strict=True))) / total
         want = likelihood[i] * prior
@@ -171,7 +172,7 @@ def test_client_prior_learns_a_client_with_classes_that_no_training_client_has_t
     head = nn.Linear(K, K)
     nn.init.eye_(head.weight)
     nn.init.zeros_(head.bias)
-    method = ClientPrior(head, "none", smoothing=0.01)
+    method = ClientPrior(Facts.of(head), "none", smoothing=0.01, iid_bonus=0.0)
     method.types = torch.tensor([[0.5, 0.5, 0, 0, 0, 0], [0, 0, 0.5, 0.5, 0, 0], [0, 0, 0, 0, 0.5, 0.5]])
     method.log_weight = torch.full((3,), 1 / 3).log()
     images = 6 * F.one_hot(torch.tensor([0, 2] * 6), K).float()
@@ -179,11 +180,11 @@ def test_client_prior_learns_a_client_with_classes_that_no_training_client_has_t
     past = torch.cat([images, doubtful])[None]
     assert method.stream(past)[0, -1].argmax() == 2
     assert head(doubtful)[0].argmax() == 3
-    believer = ClientTypes(head, "none", smoothing=0.01)
+    believer = ClientTypes(Facts.of(head), "none", smoothing=0.01)
     believer.types, believer.log_weight = method.types, method.log_weight
     assert method.stream(past)[0, -1].softmax(-1)[2] > believer.stream(past)[0, -1].softmax(-1)[2]
 
 
 def test_settings_that_are_other_methods(head):
     with pytest.raises(ConfigError, match="client_types"):
-        ClientPrior(head, new=0.0)
+        ClientPrior(Facts.of(head), new=0.0, iid_bonus=0.0)

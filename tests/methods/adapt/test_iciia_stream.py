@@ -10,7 +10,8 @@ from iciia_exp.data.batches import ClientBatch
 from iciia_exp.errors import ConfigError
 from iciia_exp.methods.adapt.iciia_prior import IciiaPrior
 from iciia_exp.methods.adapt.iciia_stream import KNOTS, IciiaStream
-from iciia_exp.tasks import MULTI_LABEL, log_loss
+from iciia_exp.methods.base import Facts
+from iciia_exp.tasks import MULTI_LABEL
 from tests.making.cloud import small_cloud
 
 D, K = 16, 5
@@ -18,14 +19,13 @@ D, K = 16, 5
 
 def make(seed=0, task="single-label", perceptron=0):
     torch.manual_seed(seed)
-    method = IciiaStream(nn.Linear(D, K), num_layers=2, heads=2, groups=4, perceptron=perceptron).eval()
+    method = IciiaStream(Facts.of(nn.Linear(D, K), task), num_layers=2, heads=2, groups=4, perceptron=perceptron).eval()
     if perceptron:
-        method.opinion_weight.copy_(torch.tensor([0.7, 0.4]))
-        method.opinion_known[0] = False
+        method.ensemble_weight.copy_(torch.tensor([0.7, 0.4]))
+        method.known_classes[0] = False
     for name, parameter in method.named_parameters():
         if not name.startswith(("head", "model.layers")):
             nn.init.normal_(parameter, std=0.3)
-    method.prepare(task)
     return method.requires_grad_(False)
 
 
@@ -48,7 +48,7 @@ def by_equation(method, x_D, past_PD, encoded_PD):
             return b
         both = 0.7 * b + 0.4 * method.perceptron(x)
         if (
-            not method.multi_label
+            method.task != MULTI_LABEL
         ):  # among the classes that it knows; those have the odds against the others that b says
             both = both[..., 1:].log_softmax(-1) + b[..., 1:].logsumexp(-1, keepdim=True)
             return torch.cat([b[..., :1], both], -1)
@@ -58,7 +58,7 @@ def by_equation(method, x_D, past_PD, encoded_PD):
     if n == 0:
         return at(method.log_anchor, 0).exp() * b
     logits = classify(past_PD) * method.log_sharpness.exp()
-    p_PK = logits.sigmoid() if method.multi_label else logits.softmax(-1)
+    p_PK = logits.sigmoid() if method.task == MULTI_LABEL else logits.softmax(-1)
     m = encoded_PD.mean(0)
     sure = sum(p @ p for p in p_PK) / n
     pairs = [p @ q for i, p in enumerate(p_PK) for j, q in enumerate(p_PK) if i != j]
@@ -67,7 +67,7 @@ def by_equation(method, x_D, past_PD, encoded_PD):
     likeness = method.likeness(torch.stack([same, sure, same - sure, torch.tensor(math.log1p(n))]))
     trust, weight, more = method.gate(m) + likeness
     even = nn.functional.softplus(method.even_images + more) + 1e-3
-    if method.multi_label:
+    if method.task == MULTI_LABEL:
         pi = (p_PK.sum(0) + even / 2) / (n + even)
         prior = (pi / (1 - pi)).log()
     else:
@@ -94,28 +94,27 @@ def test_the_equations(task, perceptron):
 def test_without_a_past_the_answer_is_the_backbone_s():
     method, x = make(), torch.randn(20, 1, D)
     assert (method.stream(x).argmax(-1) == method.head(x).argmax(-1)).all()
-    fresh = IciiaStream(nn.Linear(D, K), heads=2, groups=4).eval()
+    fresh = IciiaStream(Facts.of(nn.Linear(D, K)), heads=2, groups=4, perceptron=0).eval()
     torch.testing.assert_close(fresh.stream(x), fresh.head(x))
 
 
 def test_the_backbone_s_classifier_is_not_trained():
-    method = IciiaStream(nn.Linear(D, K), num_layers=2, heads=2, groups=4).train()
+    method = IciiaStream(Facts.of(nn.Linear(D, K)), num_layers=2, heads=2, groups=4, perceptron=0).train()
     for _ in range(2):
         x, y, mask = torch.randn(4, 6, D), torch.randint(0, K, (4, 6)), torch.ones(4, 6, dtype=torch.bool)
         method.model.classifier.weight.data.normal_()
         method.gate.weight.data.normal_()
-        method.loss(method.training_logits(ClientBatch(x, y, mask, torch.arange(4))), y, mask).backward()
+        method.training_loss(ClientBatch(x, y, mask, torch.arange(4))).backward()
     for name, parameter in method.named_parameters():
         assert (parameter.grad is None) == name.startswith("head."), name
 
 
-@pytest.mark.parametrize("kind", [IciiaStream, IciiaPrior])
-def test_the_second_opinion_is_of_the_clients_images(kind):
+@pytest.mark.parametrize("client_type", [IciiaStream, IciiaPrior])
+def test_the_per_image_classifier_is_of_the_clients_images(client_type):
     torch.manual_seed(0)
     cloud = small_cloud(D, K)  # the head has seen none of them
-    method = kind(nn.Linear(D, K), heads=2, groups=4, perceptron=32)
-    method.prepare("single-label")
-    method.study(cloud)
+    method = client_type(Facts.of(nn.Linear(D, K)), heads=2, groups=4, perceptron=32)
+    method.read(cloud.view)
     assert method.training  # as it was
     x, y = (torch.cat([b[i][b.mask_CS] for b in cloud.chunks("test")]) for i in (0, 1))
     assert torch.equal(method.classify(x), method.head(x))  # what training sees
@@ -123,8 +122,8 @@ def test_the_second_opinion_is_of_the_clients_images(kind):
     right = [float((logits.argmax(-1) == y).float().mean()) for logits in (method.head(x), method.classify(x))]
     assert right[1] > right[0] + 0.2
     torch.testing.assert_close(method.stream(x[:, None]).argmax(-1)[:, 0], method.classify(x).argmax(-1))
-    added = method.macs(16) - kind(nn.Linear(D, K), heads=2, groups=4).macs(16)
-    if kind is IciiaPrior:  # whose prior has as many types as it has read
+    added = method.macs(16) - client_type(Facts.of(nn.Linear(D, K)), heads=2, groups=4, perceptron=0).macs(16)
+    if client_type is IciiaPrior:  # whose prior has as many types as it has read
         want = method.classify(x) * (-method.inferred.log_temperature).exp() + method.inferred.bias
         torch.testing.assert_close(method.inferred.calibrated(x), want)
     else:
@@ -138,21 +137,21 @@ def test_a_class_without_images_keeps_what_the_backbone_says_of_it():
     assert not torch.allclose(both, b)
     cloud = small_cloud(D, K)
     cloud.batches.labels[cloud.batches.labels == 2] = 3
-    method.study(cloud)
-    assert method.opinion_known.tolist() == [True, True, False, True, True]
+    method.read(cloud.view)
+    assert method.known_classes.tolist() == [True, True, False, True, True]
 
 
-def test_the_second_opinion_is_not_trained_with_the_module():
+def test_the_per_image_classifier_is_not_trained_with_the_module():
     method = make(perceptron=8).train()
     method.requires_grad_(True)
     x, y, mask = torch.randn(4, 6, D), torch.randint(0, K, (4, 6)), torch.ones(4, 6, dtype=torch.bool)
-    method.loss(method.training_logits(ClientBatch(x, y, mask, torch.arange(4))), y, mask).backward()
+    method.training_loss(ClientBatch(x, y, mask, torch.arange(4))).backward()
     assert all(p.grad is None for p in method.perceptron.parameters())
 
 
 def test_a_width_that_is_none_is_named():
     with pytest.raises(ConfigError, match=r"perceptron=-1: must be a whole number of at least 0"):
-        IciiaStream(nn.Linear(D, K), heads=2, groups=4, perceptron=-1)
+        IciiaStream(Facts.of(nn.Linear(D, K)), heads=2, groups=4, perceptron=-1)
 
 
 def batch(seed, y=None, images=7):
@@ -163,8 +162,8 @@ def batch(seed, y=None, images=7):
     return ClientBatch(x, y, mask, torch.arange(32))
 
 
-def selection_loss(method, batches):
-    losses = [log_loss(method.stream(b.x_CSD, b.mask_CS)[b.mask_CS], b.y_CS[b.mask_CS]) for b in batches]
+def val_loss(method, batches):
+    losses = [method.task.log_loss(method.stream(b.x_CSD, b.mask_CS)[b.mask_CS], b.y_CS[b.mask_CS]) for b in batches]
     return float(torch.cat(losses).mean())
 
 
@@ -172,9 +171,9 @@ def test_what_helps_nobody_is_turned_off():
     # labels are the backbone's own answers: its logits should count more, the correction not at all
     method = make()
     batches = [batch(s, lambda x: method.head(x).argmax(-1)) for s in range(8)]
-    before = selection_loss(method, batches)
+    before = val_loss(method, batches)
     record = method.calibrate(iter(batches))
-    after = selection_loss(method, batches)
+    after = val_loss(method, batches)
     assert after < 0.6 * before
     assert record["log_loss"] == pytest.approx(after, abs=1e-3)
     assert record["log_loss_before"] == pytest.approx(before, abs=1e-3)

@@ -1,18 +1,20 @@
-"""A bound: the backbone, told which classes the client has. No method can know, so it is shown apart, never ranked.
+"""Oracle: the backbone, told which classes the client has. No method can know, so it is shown apart and never ranked.
 
 Legend: C clients, S images of a client, K classes.
 """
 
 from __future__ import annotations
 
-import torch
-from torch import Tensor, nn
+from typing import ClassVar
 
-from iciia_exp import tasks
+import torch
+from torch import Tensor
+
 from iciia_exp.data.batches import ClientBatch
-from iciia_exp.data.views import CloudData
-from iciia_exp.errors import UserError
-from iciia_exp.methods.adapt.training_free import TrainingFree
+from iciia_exp.data.views import CloudView
+from iciia_exp.methods.base import Ask, Facts, Fit, Record, copy_of, resize_on_load
+from iciia_exp.methods.tune.base import Personal
+from iciia_exp.tasks import SINGLE_LABEL
 
 __all__ = ["OracleClasses"]
 
@@ -20,40 +22,38 @@ __all__ = ["OracleClasses"]
 FORBIDDEN = -30.0
 
 
-class OracleClasses(TrainingFree):
+class OracleClasses(Personal):
     """The backbone's classifier without the classes that none of the client's test images has.
 
     Args:
-        head: the backbone's classifier.
-        calibrator: ``none``, ``temperature`` or ``bcts``.
+        facts: task, sizes, and the backbone's classifier.
     """
 
     name = "oracle_classes"
-    tasks = (tasks.SINGLE_LABEL,)
-    sized = ("has",)
-    by_client = True
-    bound = True
+    tasks = (SINGLE_LABEL,)
+    asks: ClassVar[frozenset[Ask]] = frozenset({Ask.TEST_LABELS})
+    trainable = False
 
     has: Tensor
 
-    def __init__(self, head: nn.Linear, calibrator: str = "none") -> None:
-        super().__init__(head, calibrator)
+    def __init__(self, facts: Facts) -> None:
+        super().__init__(facts)
+        self.head = copy_of(facts.head, trained=False)
         self.register_buffer("has", torch.zeros(0, self.num_classes, dtype=torch.bool))
+        resize_on_load(self, "has")
 
-    def study(self, data: CloudData) -> None:
+    def learn(self, cloud: CloudView, fit: Fit) -> Record:
         """Read the labels of the test images."""
-        self.has = torch.from_numpy(data.class_counts("test") > 0)
+        self.eval()
+        self.has = torch.from_numpy(cloud.test_class_counts() > 0)
+        return {}
 
-    def answers(self, batch: ClientBatch) -> Tensor:
+    def logits(self, batch: ClientBatch, causal: bool = False) -> Tensor:
         """Return the backbone's logits, other classes than the client's own all but forbidden, [C, S, K]."""
-        b_CSK = self.calibrated(batch.x_CSD)
+        b_CSK = self.head(batch.x_CSD)
         has_CK = self.has.to(b_CSK.device)[batch.client_C]
-        # a client without test images is not told anything
+        # a client without test images is told nothing
         return b_CSK.masked_fill(~(has_CK | ~has_CK.any(1, keepdim=True)).unsqueeze(1), FORBIDDEN)
-
-    def forward(self, x_CSD: Tensor, mask_CS: Tensor | None = None) -> Tensor:
-        """Refuse: nobody knows the classes of a client."""
-        raise UserError(f"{self.name}: is told the classes of the partition's clients; it answers no others")
 
     def macs(self, images: int) -> int:
         """Nothing is added."""

@@ -1,0 +1,69 @@
+"""Check a configuration: keys against signatures, stable names of targets, and what counts in digests."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+from hydra.utils import get_object
+
+from iciia_exp.errors import ConfigError, UserError, nearest
+
+__all__ = ["check_keys", "identity", "parameters_of", "science", "target_of"]
+
+_HYDRA_KEYS = ("_target_", "_partial_", "_recursive_", "_convert_")
+
+
+def target_of(node: dict[str, Any], path: str) -> Callable[..., Any]:
+    """Import the target of a configuration node."""
+    if "_target_" not in node:
+        raise ConfigError(path, node, "has no _target_; choose one of the group's options")
+    try:
+        return get_object(node["_target_"])
+    except Exception as error:
+        raise ConfigError(f"{path}._target_", node["_target_"], f"cannot be imported ({error})") from error
+
+
+def parameters_of(target: Callable[..., Any]) -> dict[str, inspect.Parameter]:
+    """Return the named parameters of a target, ``self`` left out."""
+    named = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+    return {n: p for n, p in inspect.signature(target).parameters.items() if p.kind in named}
+
+
+def check_keys(node: dict[str, Any], path: str) -> None:
+    """Refuse keys that the target's signature does not have, here and in nested targets."""
+    parameters = parameters_of(target_of(node, path))
+    for key, value in node.items():
+        if key not in parameters and key not in _HYDRA_KEYS:
+            near = nearest(str(key), parameters)
+            hint = f"did you mean {path}.{near}?" if near else f"valid: {', '.join(parameters)}"
+            raise UserError(f"{path}.{key}: no such key; {hint}")
+        if isinstance(value, dict) and "_target_" in value:
+            check_keys(value, f"{path}.{key}")
+
+
+def identity(target: Any) -> str:
+    """Return the stable name of a target: its ``name`` where it has one, else its own; never its module's.
+
+    So a class can move to another module without renaming what it made.
+    """
+    name = getattr(target, "name", None)
+    return name if isinstance(name, str) else target.__name__
+
+
+def science(node: Any) -> Any:
+    """Return a configuration without the keys that change no number (``cosmetic`` of its target).
+
+    A target counts by its `identity`.
+    """
+    if isinstance(node, list):
+        return [science(v) for v in node]
+    if not isinstance(node, dict):
+        return node
+    if "_target_" not in node:
+        return {k: science(v) for k, v in node.items()}
+    target = get_object(node["_target_"])
+    cosmetic: frozenset[str] = getattr(target, "cosmetic", frozenset())
+    values = {k: science(v) for k, v in node.items() if k not in cosmetic and not k.startswith("_")}
+    return {"_target_": identity(target), **values}

@@ -1,0 +1,155 @@
+"""Experiment: a checked configuration as typed objects. Making one computes nothing and writes nothing."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from iciia_exp.artifacts import resolve_cache_dir
+from iciia_exp.config.build import build, with_path
+from iciia_exp.config.check import check_keys, target_of
+from iciia_exp.config.hydra_errors import dotted_keys
+from iciia_exp.config.settings import Evaluation, Extraction, Training
+from iciia_exp.data.client_mix import ClientMix
+from iciia_exp.data.dataset import ImageDataset, MissingFiles
+from iciia_exp.data.partitions import Partition
+from iciia_exp.errors import ConfigError, UserError, check_choice, check_int, first_line, nearest
+from iciia_exp.methods.base import Method
+from iciia_exp.models.backbones.base import BackboneSpec
+
+__all__ = ["GROUPS", "STAGES", "TOP_LEVEL", "Experiment"]
+
+STAGES = ("all", "backbone", "features", "train", "evaluate")
+
+GROUPS = (
+    *("dataset", "backbone", "features", "partition", "method", "client_mix", "training", "evaluation", "trainer"),
+    "logger",
+)
+TOP_LEVEL = (*GROUPS, "name", "seed", "num_layers", "heads", "groups", "data_dir", "stage", "output_dir", "cache_dir")
+
+_Made = TypeVar("_Made")
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """The objects that a configuration describes; every wrong key or value is an error when it is made.
+
+    Not the trainer: importing Lightning takes seconds, and a finished run does not need it
+    (`iciia_exp.engine.training.trainer.make_trainer` checks it).
+    """
+
+    #: The whole configuration, resolved.
+    config: dict[str, Any]
+    name: str
+    seed: int
+    stage: str
+    output_dir: Path
+    cache_dir: Path
+    #: The dataset, or the error that says why its files are not there: later stages run without them.
+    dataset_or_missing: ImageDataset | MissingFiles
+    dataset_class: type[ImageDataset]
+    backbone: BackboneSpec
+    extraction: Extraction
+    partition: Partition
+    client_mix: ClientMix
+    training: Training
+    evaluation: Evaluation
+    tracking: Any
+    method_class: type[Method]
+    #: Keys of groups that only repeat a top-level key (``dataset.root`` for ``data_dir``), which errors name instead.
+    aliases: dict[str, str]
+
+    @classmethod
+    def from_config(cls, config: DictConfig) -> Experiment:
+        """Check a composed configuration and build its objects; a `UserError` says what is wrong with it."""
+        _check_top_level(config)
+        try:
+            plain: dict[str, Any] = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)  # type: ignore[assignment]
+        except OmegaConfBaseException as error:
+            raise UserError(first_line(error)) from error
+        aliases = {
+            f"{group}.{key}": match.group(1)
+            for group in GROUPS
+            for key, value in dict(OmegaConf.to_container(config[group], resolve=False)).items()  # type: ignore[arg-type]
+            if isinstance(value, str) and (match := re.fullmatch(r"\$\{(\w+)\}", value))
+        }
+
+        def built(group: str) -> Any:
+            return _named(aliases, lambda: build(plain[group], group))
+
+        def dataset() -> ImageDataset | MissingFiles:
+            try:
+                return built("dataset")
+            except MissingFiles as error:
+                return error
+
+        name = str(plain["name"])
+        if not re.fullmatch(r"[\w.\-]+", name) or not name.strip("."):
+            raise ConfigError("name", name, "is a folder's name: letters, digits, '.', '_' and '-' only")
+        check_keys(plain["method"], "method")
+        return cls(
+            config=plain,
+            name=name,
+            seed=check_int("seed", plain["seed"], 0),
+            stage=check_choice("stage", plain["stage"], STAGES),
+            output_dir=Path(plain["output_dir"]).expanduser().resolve(),
+            cache_dir=resolve_cache_dir(plain["cache_dir"]),
+            dataset_or_missing=dataset(),
+            dataset_class=target_of(plain["dataset"], "dataset"),  # type: ignore[arg-type]
+            backbone=built("backbone"),
+            extraction=built("features"),
+            partition=built("partition"),
+            client_mix=built("client_mix"),
+            training=built("training"),
+            evaluation=built("evaluation"),
+            tracking=built("logger"),
+            method_class=target_of(plain["method"], "method"),  # type: ignore[arg-type]
+            aliases=aliases,
+        )
+
+    @property
+    def dataset(self) -> ImageDataset:
+        """The dataset; raises where its files are not there."""
+        if isinstance(self.dataset_or_missing, MissingFiles):
+            raise self.dataset_or_missing
+        return self.dataset_or_missing
+
+    def named(self, function: Callable[[], _Made], group: str) -> _Made:
+        """Call ``function``; errors name the key that the user types (``data_dir`` for ``dataset.root``)."""
+        return _named(self.aliases, lambda: with_path(group, function))
+
+    @property
+    def images(self) -> int:
+        """S, images of a chunk in evaluation."""
+        return self.evaluation.images or self.training.images
+
+    @property
+    def cost_images(self) -> int:
+        """Length of the sequence whose cost is reported."""
+        return self.evaluation.cost_images or self.images
+
+
+def _named(aliases: dict[str, str], function: Callable[[], _Made]) -> _Made:
+    try:
+        return function()
+    except ConfigError as error:
+        if error.key in aliases:
+            raise error.at(aliases[error.key]) from error
+        raise
+
+
+def _check_top_level(config: DictConfig) -> None:
+    for key in map(str, config):
+        if key not in TOP_LEVEL:
+            near = nearest(key, [k for k in dotted_keys(config) if k != key])
+            hint = f"did you mean {near}?" if near else f"valid: {', '.join(TOP_LEVEL)}"
+            raise UserError(f"{key}: no such key; {hint}")
+    for key in TOP_LEVEL:
+        if key not in config or (key in GROUPS and config[key] is None):
+            raise UserError(f"{key}: is missing; choose one of its options, or give it a value")

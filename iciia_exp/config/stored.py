@@ -1,0 +1,120 @@
+"""Stored objects: a class by its stable name and plain arguments, so that loading runs no code of a file's choosing.
+
+A name is looked up among this package's own classes, the plug-ins that are installed (entry points), and those that
+the caller names; never imported because a file says so.
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import math
+import pkgutil
+from collections.abc import Iterable, Iterator
+from importlib.metadata import entry_points
+from types import ModuleType
+from typing import Any, TypeVar
+
+from hydra.utils import get_object
+
+from iciia_exp.config.check import identity, parameters_of
+from iciia_exp.errors import ConfigError, UserError, first_line, nearest
+
+__all__ = ["Plugins", "restore", "store"]
+
+#: Classes, modules, or names of modules, whose classes may be loaded too.
+Plugins = Iterable[type | ModuleType | str]
+
+_Base = TypeVar("_Base")
+
+#: Where the package's own classes of a base lie, and the entry-point group of plug-ins.
+_HOMES = {"methods": "iciia_exp.methods", "models": "iciia_exp.backbones"}
+
+
+def store(node: Any) -> Any:
+    """Return a configuration as plain values: a node with a target becomes ``{"name": ..., "arguments": {...}}``."""
+    if isinstance(node, list):
+        return [store(v) for v in node]
+    if not isinstance(node, dict):
+        return node
+    values = {k: store(v) for k, v in node.items() if not k.startswith("_")}
+    return {"name": identity(get_object(node["_target_"])), "arguments": values} if "_target_" in node else values
+
+
+def restore(stored: Any, base: type[_Base], plugins: Plugins = (), **runtime: Any) -> _Base:
+    """Build the object that `store` described; a `UserError` says what is wrong with the description.
+
+    Args:
+        stored: its name and arguments.
+        base: the class that it must be a subclass of. Arguments named in its class's ``parts`` are stored objects too,
+            subclasses of what stands there.
+        plugins: classes, modules or names of modules to look for it in, beside the package and installed plug-ins.
+        runtime: arguments that are not stored.
+    """
+    found = _class_of(stored, base, plugins)
+    parts: dict[str, type] = getattr(found, "parts", {})
+    arguments = {
+        key: restore(value, parts[key], plugins) if key in parts and value is not None else _plain(value, key)
+        for key, value in stored["arguments"].items()
+    }
+    parameters = parameters_of(found)
+    if unknown := [key for key in arguments if key not in parameters or key in runtime]:
+        raise UserError(f"{stored['name']}: has no argument {unknown[0]}; valid: {', '.join(parameters)}")
+    try:
+        return found(**arguments, **runtime)
+    except ConfigError as error:
+        raise UserError(f"{stored['name']}: {error}") from error
+    except (TypeError, ValueError, AttributeError, LookupError, ArithmeticError, RuntimeError, MemoryError) as error:
+        raise UserError(f"{stored['name']}: its arguments do not fit ({first_line(error)})") from error
+
+
+def _class_of(stored: Any, base: type[_Base], plugins: Plugins) -> type[_Base]:
+    if not (isinstance(stored, dict) and set(stored) == {"name", "arguments"} and isinstance(stored["name"], str)):
+        raise UserError(f"expected an object with name and arguments for a {base.__name__}")
+    if not isinstance(stored["arguments"], dict):
+        raise UserError(f"{stored['name']}: expected an object with its arguments")
+    classes = {identity(c): c for c in (*_own(base), *_installed(base), *_named(base, plugins))}
+    if stored["name"] not in classes:
+        near = nearest(stored["name"], classes)
+        hint = f"did you mean {near}?" if near else "name the plug-in that it comes from: plugins=[...]"
+        raise UserError(f"{stored['name']!r}: no such {base.__name__} in this package or its plug-ins; {hint}")
+    return classes[stored["name"]]
+
+
+def _classes(module: ModuleType, base: type[_Base]) -> Iterator[type[_Base]]:
+    for value in vars(module).values():
+        if inspect.isclass(value) and issubclass(value, base) and not inspect.isabstract(value):
+            yield value
+
+
+def _own(base: type[_Base]) -> Iterator[type[_Base]]:
+    """Yield the package's own classes of a base: those of the modules beside and below it."""
+    package = importlib.import_module(".".join(base.__module__.split(".")[:2]))
+    for info in pkgutil.walk_packages(package.__path__, f"{package.__name__}."):
+        yield from _classes(importlib.import_module(info.name), base)
+
+
+def _installed(base: type[_Base]) -> Iterator[type[_Base]]:
+    group = _HOMES.get(base.__module__.split(".")[1])
+    for entry in entry_points(group=group) if group else ():
+        yield from _named(base, [entry.load()])
+
+
+def _named(base: type[_Base], plugins: Plugins) -> Iterator[type[_Base]]:
+    for plugin in plugins:
+        if isinstance(plugin, type):
+            if issubclass(plugin, base):
+                yield plugin
+        else:
+            yield from _classes(importlib.import_module(plugin) if isinstance(plugin, str) else plugin, base)
+
+
+def _plain(value: Any, key: str) -> Any:
+    """Return a plain value, or raise: numbers, text, and lists of them, and nothing that names code."""
+    if isinstance(value, list) and all(not isinstance(v, list | dict) for v in value):
+        return [_plain(v, key) for v in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        raise UserError(f"{key}: must be finite")
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    raise UserError(f"{key}: expected a plain value, not {type(value).__name__}")

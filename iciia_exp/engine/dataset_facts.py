@@ -1,0 +1,88 @@
+"""Facts of a dataset, remembered in the cache: with them later stages run without the dataset's files."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Callable
+from functools import cached_property
+from typing import Any
+
+from iciia_exp.artifacts import read_json, write_json
+from iciia_exp.config.experiment import Experiment
+from iciia_exp.data.dataset import ImageDataset, MissingFiles
+from iciia_exp.digest import digest
+from iciia_exp.errors import UserError
+
+__all__ = ["DatasetFacts"]
+
+log = logging.getLogger(__name__)
+
+
+class DatasetFacts:
+    """What a dataset's files say beside images and table: read from them, or as they were read last.
+
+    Args:
+        experiment: its dataset, and the cache. The facts are kept by the dataset's settings, its folder among them.
+    """
+
+    def __init__(self, experiment: Experiment) -> None:
+        self._experiment = experiment
+        name = f"{experiment.dataset_class.name}-{digest(experiment.config['dataset'])}.json"
+        self._file = experiment.cache_dir / "datasets" / name
+
+    @cached_property
+    def _kept(self) -> dict[str, Any]:
+        try:
+            return read_json(self._file) if self._file.is_file() else {}
+        except UserError:  # damaged: it is read again where the files are there
+            return {}
+
+    @cached_property
+    def _missing(self) -> MissingFiles | None:
+        missing = self._experiment.dataset_or_missing
+        if not isinstance(missing, MissingFiles):
+            return None
+        if not self._kept:
+            raise missing
+        log.warning("%s=%s: not there; going on with stored features, without its images", missing.key, missing.value)
+        return missing
+
+    def _fact(self, name: str, read: Callable[[ImageDataset], Any]) -> Any:
+        if self._missing is not None:
+            if name not in self._kept:
+                raise self._missing
+            return self._kept[name]
+        dataset = self._experiment.dataset
+        return json.loads(json.dumps(self._experiment.named(lambda: read(dataset), "dataset")))  # as it would be kept
+
+    def remember(self) -> None:
+        """Keep the facts of the dataset as it is now, for when its files are not there."""
+        if self._missing is None and self._kept.get("fingerprint", ...) != self.fingerprint:
+            names = ("fingerprint", "class_names", "shown_names", "backbone_arguments", "has_backbone_images")
+            write_json(self._file, {name: getattr(self, name) for name in names})
+
+    @cached_property
+    def fingerprint(self) -> Any:
+        """Plain values that change when the files do."""
+        return self._fact("fingerprint", lambda dataset: dataset.fingerprint())
+
+    @cached_property
+    def class_names(self) -> list[str]:
+        """Names of the K classes."""
+        return self._fact("class_names", lambda dataset: list(dataset.class_names))
+
+    @cached_property
+    def shown_names(self) -> list[str]:
+        """Names of the classes as a person would call them."""
+        return self._fact("shown_names", lambda dataset: list(dataset.shown_names()))
+
+    @cached_property
+    def backbone_arguments(self) -> dict[str, Any]:
+        """Arguments that only the dataset knows and that a network of its own kind needs."""
+        return self._fact("backbone_arguments", lambda dataset: dataset.backbone_arguments())
+
+    @cached_property
+    def has_backbone_images(self) -> bool:
+        """Whether the dataset itself sets images aside for the backbone's training."""
+        return self._fact("has_backbone_images", lambda dataset: dataset.has_backbone_images)

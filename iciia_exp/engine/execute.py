@@ -1,0 +1,139 @@
+"""Execute an experiment: make what its stage asks for and is missing, and show the results."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any
+
+from iciia_exp.artifacts import partial_folder, read_json
+from iciia_exp.engine.graph import NotMade, ensure
+from iciia_exp.engine.stages import Stages
+from iciia_exp.engine.terminal import console, partition_table, result_table
+from iciia_exp.errors import UserError
+from iciia_exp.machine import process_rank
+
+__all__ = ["execute"]
+
+log = logging.getLogger(__name__)
+
+#: The kinds of artifacts that a stage makes.
+KINDS = {
+    "backbone": ("backbone", "head"),
+    "features": ("features",),
+    "train": ("run",),
+    "evaluate": ("evaluation",),
+    "all": ("backbone", "features", "head", "run", "evaluation"),
+}
+
+_STAGE_OF = {"head": "backbone", "run": "train", "evaluation": "evaluate"}
+
+
+def execute(stages: Stages, brief: bool = False) -> dict[str, Any] | None:
+    """Make what the experiment's stage asks for and is missing; return the results row once there is one.
+
+    Prints the partition and the result table; ``brief``, as in a sweep, prints neither.
+    """
+    stage, run = stages.experiment.stage, stages.run
+    if "evaluation" in KINDS[stage] and stages.evaluation.finished:
+        log.info("%s: finished before", _shown(run.folder))
+        _log_in_wandb_sweep(stages)
+        return _results(stages, brief)
+    if process_rank() > 0:  # one of several processes that torchrun or srun started: they share extraction alone
+        logging.getLogger("iciia_exp").setLevel(logging.ERROR)  # the first process speaks
+        if "features" in KINDS[stage] and not stages.features.finished:
+            _share_features(stages)
+        return None
+    _check(stages)
+    log.info("%s", _shown(run.folder))
+    if not brief:
+        console().print(partition_table(stages.clients.statistics(stages.labels)))
+    failed = True
+    try:
+        for goal in _goals(stages):
+            try:
+                ensure(goal, _kinds(stages))
+            except NotMade as error:
+                needed = _STAGE_OF.get(error.artifact.kind, error.artifact.kind)
+                raise UserError(
+                    f"stage={stage}: needs the {needed} stage first ({error.artifact.folder} is not there); "
+                    f"repeat the command with stage={needed}, or without stage for all that is missing"
+                ) from error
+        failed = False
+    finally:
+        stages.tracker.close(failed)
+    return _results(stages, brief) if "evaluation" in KINDS[stage] else None
+
+
+def _kinds(stages: Stages) -> tuple[str, ...]:
+    """Return the kinds of artifacts that may be made; a classifier is fitted on features, which come with it."""
+    stage = stages.experiment.stage
+    return (*KINDS[stage], "features") if stage == "backbone" and stages.head is not None else KINDS[stage]
+
+
+def _goals(stages: Stages) -> list[Any]:
+    """Return the artifacts to ensure, in order; those before the last are asked for to be reported."""
+    stage, spec = stages.experiment.stage, stages.experiment.backbone
+    if stage in ("all", "backbone") and spec.train == "none":
+        log.info("backbone: %s, nothing to train", spec.name)
+    network = stages.backbone if stage == "backbone" or not stages.features.finished else None
+    goals: dict[str, list[Any]] = {
+        "backbone": [network, stages.features if stages.head else None, stages.head],
+        "features": [stages.features],
+        "train": [stages.run],
+        "evaluate": [stages.evaluation],
+        "all": [network, stages.features, stages.head, stages.run, stages.evaluation],
+    }
+    return [goal for goal in goals[stage] if goal is not None]
+
+
+def _check(stages: Stages) -> None:
+    """Raise errors in the partition or in the trainer before the first long computation."""
+    from iciia_exp.engine.training.extract import extraction_trainer
+    from iciia_exp.engine.training.train_method import draw_clients
+    from iciia_exp.engine.training.trainer import make_trainer, quiet_lightning
+
+    e = stages.experiment
+    if e.method_class.trainable:
+        draw_clients(stages, stages.clients, "train")
+    with quiet_lightning():
+        make_trainer(e.config["trainer"])
+        if not stages.features.finished:
+            extraction_trainer(e.config["trainer"], e.extraction)
+
+
+def _share_features(stages: Stages) -> None:
+    """Take part in an extraction whose first process holds the lock."""
+    from iciia_exp.engine.training.train_backbone import make_features
+
+    if stages.backbone is not None and not stages.backbone.finished:
+        raise UserError("features.devices: train the backbone first, with stage=backbone in one process")
+    make_features(stages, partial_folder(stages.features.folder))
+
+
+def _shown(path: Path) -> Path:
+    """Return ``path`` as the user would type it from here."""
+    return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
+
+
+def _log_in_wandb_sweep(stages: Stages) -> None:
+    """Log the results of a finished run where an agent of ``wandb sweep`` asks for them: it waits for a run."""
+    from iciia_exp.engine.tracking import in_wandb_sweep
+
+    if stages.experiment.tracking.wandb and in_wandb_sweep():
+        folder = stages.evaluation.folder
+        stages.tracker.results(read_json(folder / "results.json"), folder)
+        stages.tracker.close()
+
+
+def _results(stages: Stages, brief: bool) -> dict[str, Any]:
+    row = read_json(stages.evaluation.folder / "results.json")
+    if brief:
+        log.info("accuracy %.1f %%, gain %+.1f points", 100 * row["accuracy"], 100 * row["gain"])
+        return row
+    out, folder = console(), _shown(stages.evaluation.folder)
+    out.print()
+    out.print(result_table([row]))
+    tested = f"{row['test_clients']:,} test clients, {row['test_images']:,} test images, chunks of {row['images']}"
+    out.print(f"[dim]{tested}; results and plots in {folder}[/dim]", soft_wrap=True)
+    return row

@@ -1,0 +1,166 @@
+"""The run of an experiment: training a method on the clients' stored features."""
+
+from __future__ import annotations
+
+import logging
+import shutil
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+import yaml
+from torch import nn
+from torch.utils.data import DataLoader
+
+from iciia_exp.artifacts import atomic_write, read_json, write_json
+from iciia_exp.config.build import build
+from iciia_exp.config.stored import store as store_config
+from iciia_exp.data.batches import ClientBatch, ClientBatchSampler, ClientIndex, FeatureBatches
+from iciia_exp.data.clients import Clients
+from iciia_exp.data.store import FeatureStore
+from iciia_exp.data.views import CloudView
+from iciia_exp.engine.training.train_backbone import backbone_head, in_epochs, out_of_fold
+from iciia_exp.errors import ConfigError
+from iciia_exp.methods.base import Ask, Facts, Method, Record
+from iciia_exp.models.backbones.weights import known_classes
+from iciia_exp.seeding import derive_seed, generator
+from iciia_exp.serving.run import save_method
+
+if TYPE_CHECKING:
+    from iciia_exp.engine.stages import Stages
+
+__all__ = ["draw_clients", "report_run", "train_method"]
+
+log = logging.getLogger(__name__)
+
+
+def train_method(stages: Stages, folder: Path) -> None:
+    """Let the method learn and write the run; ``weights.safetensors`` comes last."""
+    e, training = stages.experiment, stages.experiment.training
+    store = stages.open_store()
+    clients = stages.readable_clients(store)
+    with atomic_write(folder / "config.yaml") as file:
+        yaml.safe_dump(e.config, file, sort_keys=False)
+    clients.save(folder / "partition.parquet")
+    statistics = clients.statistics(stages.labels)
+    write_json(folder / "partition.json", {row["role"]: row for row in statistics.to_dict("records")})
+    head, task = backbone_head(stages, store), e.dataset_class.task
+    torch.manual_seed(derive_seed("method", e.seed))
+    facts = Facts(task, head, tuple(stages.facts.class_names))
+    method: Method = build(stages.method_config, "method", facts=facts)
+    known = e.client_mix.known(clients)
+    batches = FeatureBatches(store.array(), stages.labels)
+    asks = e.method_class.asks
+    draw_val = partial(_drawn_val, stages, clients, batches)
+    cloud = CloudView(known, batches, stages.num_classes, training.images, draw_val, Ask.TEST_LABELS in asks)
+    if Ask.CLIENT_LABELS in asks:
+        cloud.devices.require_own_labels(method.name)
+    fit = partial(_fit, stages, store, clients, batches, head, folder)
+    record: Record = {"epochs": 0, "seconds": 0.0, **method.learn(cloud, fit)}
+    write_json(folder / "training.json", record)
+    stored = {
+        "task": task,
+        "class_names": stages.facts.class_names,
+        "images": training.images,
+        "features": store.path.name,
+        "backbone": None if stages.facts.backbone_arguments else _backbone_facts(stages),
+    }
+    save_method(folder, method, head, stages.method_config, stored)
+    shutil.rmtree(folder / "checkpoints", ignore_errors=True)
+
+
+def _fit(
+    stages: Stages,
+    store: FeatureStore,
+    clients: Clients,
+    batches: FeatureBatches,
+    head: nn.Linear,
+    folder: Path,
+    method: Method,
+) -> Record:
+    """Train a method with Lightning on the clients that the configuration says; leave it for evaluation."""
+    from iciia_exp.engine.training.fit import fit
+    from iciia_exp.engine.training.modules import MethodModule
+
+    e, training = stages.experiment, stages.experiment.training
+    order: dict[str, Any] = {"shuffle": True, "shuffle_images": training.shuffle_images, "seed": e.seed}
+    if not e.client_mix.plain:
+        order["draw"] = draw_clients(stages, clients, "train")
+    own = FeatureBatches(store.array(), stages.labels, out_of_fold(stages))
+    record = fit(
+        MethodModule(method, head, training.recipe, len(clients)),
+        _loader(own, clients, "train", training.train_images, training.recipe.batch_size, **order),
+        _loader(batches, clients, "val", training.images),
+        seed=e.seed,
+        folder=folder / "checkpoints",
+        trainer_config=e.config["trainer"],
+        loggers=stages.tracker.loggers(),
+        title=method.name,
+    )
+    method.to("cpu").eval().requires_grad_(False)
+    return record
+
+
+def _backbone_facts(stages: Stages) -> dict[str, Any]:
+    """Return what `Run.load_backbone` builds the backbone from."""
+    e, spec = stages.experiment, stages.experiment.backbone
+    classes, weights = spec.classes, spec.weights
+    if classes is not None and Path(str(classes)).expanduser().is_file():
+        classes = known_classes(classes)
+    return {
+        "name": spec.name,
+        "train": spec.train,
+        "model": store_config(e.config["backbone"]["model"]),
+        "pretrained": spec.pretrained,
+        "classes": classes,
+        "folder": None if stages.backbone is None else stages.backbone.folder.name,
+        "weights": None if weights is None else {"file": Path(weights).name, "digest": stages.weights_digest},
+    }
+
+
+def report_run(folder: Path, made: bool) -> None:
+    """Log how the training went, or that it was done before."""
+    if not made:
+        log.info("train: %s, made before", folder.name)
+        return
+    record = read_json(folder / "training.json")
+    if not record["epochs"]:
+        return
+    note = f"train: {in_epochs(record['epochs'])} in {record['seconds']:.1f} s"
+    if record["best_epoch"]:
+        best, when = 100 * record["val_accuracy"], in_epochs(record["best_epoch"])
+        note += f", best val accuracy {best:.1f} % after {when}"
+    log.info(note)
+
+
+def _loader(
+    batches: FeatureBatches, clients: Clients, role: str, images: int, batch_size: int = 64, **order: Any
+) -> DataLoader[Any]:
+    sampler = ClientBatchSampler(clients[role], images, batch_size, **order)
+    return DataLoader(batches, batch_size=None, sampler=sampler)
+
+
+def draw_clients(
+    stages: Stages, clients: Clients, role: str
+) -> tuple[Callable[[np.random.Generator], ClientIndex], int]:
+    """Return what draws an epoch's clients from the images of a role, and how many sequences it gives."""
+    mix, images = stages.experiment.client_mix, stages.experiment.training.train_images
+    try:
+        mix.check(stages.labels)
+    except ConfigError as error:
+        raise error.at(f"client_mix.{error.key}") from error
+    draw = partial(mix.draw, clients[role], clients.types, stages.labels, images)
+    return draw, mix.count(clients[role], images)
+
+
+def _drawn_val(stages: Stages, clients: Clients, batches: FeatureBatches, orders: int = 4) -> Iterator[ClientBatch]:
+    """Yield batches of val clients, drawn like the training clients, in several orders."""
+    draw, _ = draw_clients(stages, clients, "val")
+    for order in range(orders):
+        rng = generator("calibration", stages.experiment.seed, order)
+        index_CS, client_C = draw(rng)
+        for rows in np.array_split(rng.permutation(len(client_C)), -(-len(client_C) // 64)):
+            yield batches[ClientIndex(index_CS[rows], client_C[rows])]

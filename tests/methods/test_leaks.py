@@ -1,0 +1,38 @@
+"""No weight of any method depends on the label of a test image, but for oracles by name."""
+
+import numpy as np
+import pytest
+from safetensors.torch import load_file
+
+from iciia_exp.config.paths import CONF_DIR
+from iciia_exp.engine.execute import execute
+
+METHODS = sorted(path.stem for path in (CONF_DIR / "method").glob("*.yaml"))
+ORACLES = {"oracle_classes"}
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory):
+    return tmp_path_factory.mktemp("cache")
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_labels_of_test_images_change_no_weight(stages, method, cache, monkeypatch, tmp_path):
+    monkeypatch.setenv("ICIIA_EXP_CACHE", str(cache))  # one backbone for all of them
+    options = (f"method={method}", "training.recipe.epochs=1", "partition.split=within", "stage=train")
+    one = stages(*options)
+    for stage in ("backbone", "features"):
+        execute(stages(*options[:-1], f"stage={stage}"))
+    execute(one)
+    other = stages(*options, f"output_dir={tmp_path}/permuted")
+    # the same clients with the same images; behind them, other labels of the test images
+    assert other.clients.test.values.tolist() == one.clients.test.values.tolist()
+    labels = other.labels.copy()
+    test = np.flatnonzero((other.table["split"] == "test").to_numpy())
+    labels[test] = np.random.default_rng(0).permutation(labels[test])
+    assert (labels != one.labels).mean() > 0.1
+    other.__dict__["labels"] = labels
+    execute(other)
+    weights = [load_file(made.run.folder / "weights.safetensors") for made in (one, other)]
+    same = [name for name in weights[0] if weights[0][name].numpy().tobytes() == weights[1][name].numpy().tobytes()]
+    assert (set(same) == set(weights[0])) == (method not in ORACLES)
