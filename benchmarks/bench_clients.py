@@ -40,11 +40,12 @@ import numpy as np
 from torch import nn
 from torch.utils.data import DataLoader
 
+from iciia_exp.config.settings import Tracking
 from iciia_exp.data.batches import ClientBatchSampler, FeatureBatches
 from iciia_exp.data.clients import Clients
 from iciia_exp.engine.evaluation.row import client_table
 from iciia_exp.engine.terminal import console, partition_table, result_table
-from iciia_exp.engine.tracking import Tracker, Tracking
+from iciia_exp.engine.tracking import Tracker
 from iciia_exp.engine.training.modules import MethodModule
 from iciia_exp.engine.training.trainer import make_trainer, quiet_lightning
 from iciia_exp.machine import keep_freed_memory

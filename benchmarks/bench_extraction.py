@@ -99,7 +99,7 @@ def rate(step: Callable[[torch.Tensor], Any], batches: list[torch.Tensor]) -> fl
     return sum(map(len, batches)) / (time.perf_counter() - start)
 
 
-class _Timed(features._Write):
+class _Timed(features.WriteFeatures):
     """The project's callback, which also remembers when batches ended."""
 
     ended: list[tuple[float, int]] = []
@@ -137,7 +137,7 @@ def main() -> None:
     args = parser.parse_args()
     keep_freed_memory()
     logging.getLogger("iciia_exp").setLevel(logging.WARNING)
-    features._Write = _Timed  # type: ignore[misc]
+    features.WriteFeatures = _Timed  # type: ignore[misc]
     features.progress_bar = lambda visible: progress_bar(visible=False)  # type: ignore[assignment]
     torch.manual_seed(0)
     with tempfile.TemporaryDirectory() as name:

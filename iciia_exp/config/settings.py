@@ -1,15 +1,20 @@
-"""Settings: the values of the groups `features`, `training` and `evaluation`."""
+"""Settings: the values of the groups `features`, `training`, `evaluation` and `logger`."""
 
 from __future__ import annotations
 
+import logging
+import netrc
 import os
 from collections.abc import Sequence
-from typing import ClassVar
+from typing import ClassVar, Literal
+from urllib.parse import urlparse
 
 from iciia_exp.errors import check_bool, check_choice, check_int
 from iciia_exp.recipe import Recipe
 
-__all__ = ["HISTORY_LENGTHS", "Evaluation", "Extraction", "Training"]
+__all__ = ["HISTORY_LENGTHS", "MODES", "Evaluation", "Extraction", "Tracking", "Training", "wandb_logged_in"]
+
+log = logging.getLogger(__name__)
 
 HISTORY_LENGTHS = (0, 1, 2, 3, 5, 10, 15, 30)
 
@@ -120,3 +125,59 @@ class Evaluation:
         self.examples = check_int("examples", examples, 0)
         self.neighbours = check_int("neighbours", neighbours, 1)
         self.pixels = check_int("pixels", pixels, 8)
+
+
+MODES = ("auto", "online", "offline", "disabled")
+
+
+def wandb_logged_in() -> bool:
+    """Whether wandb would find an API key (environment or netrc) without asking for one."""
+    if os.environ.get("WANDB_API_KEY"):
+        return True
+    host = urlparse(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).hostname or "api.wandb.ai"
+    files = [os.environ["NETRC"]] if os.environ.get("NETRC") else ["~/.netrc", "~/_netrc"]
+    for file in files:
+        try:
+            if netrc.netrc(os.path.expanduser(file)).authenticators(host):
+                return True
+        except (OSError, netrc.NetrcParseError):
+            continue
+    return False
+
+
+class Tracking:
+    """Which loggers a run has.
+
+    Args:
+        wandb: log to wandb too.
+        project, entity: where in wandb.
+        mode: ``auto``: online if this machine is logged in, else offline; ``online``, ``offline`` or ``disabled``.
+            The environment variable WANDB_MODE goes before ``auto``.
+        tags: for wandb; backbone, dataset and method are always among them.
+    """
+
+    def __init__(
+        self,
+        wandb: bool = False,
+        project: str = "iciia_exp",
+        entity: str | None = None,
+        mode: str = "auto",
+        tags: list[str] | None = None,
+    ) -> None:
+        self.wandb = check_bool("wandb", wandb)
+        self.project, self.entity, self.tags = project, entity, list(tags or [])
+        self.mode = check_choice("mode", mode, MODES)
+
+    def resolved_mode(self) -> Literal["online", "offline", "disabled"]:
+        """Return ``online``, ``offline`` or ``disabled``; never a mode that would ask the user something."""
+        mode = self.mode
+        if mode == "auto":
+            mode = {"dryrun": "offline", "run": "online"}.get(m := os.environ.get("WANDB_MODE", ""), m)
+            if mode not in MODES[1:]:
+                mode = "online" if wandb_logged_in() else "offline"
+        if mode == "online" and not wandb_logged_in():
+            log.warning(
+                "wandb: no API key on this machine, logging offline (`wandb login`, then `wandb sync` uploads it)"
+            )
+            mode = "offline"
+        return mode

@@ -9,7 +9,7 @@ read the feature store: image folders and dataset files are needed until the fea
 from __future__ import annotations
 
 import logging
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +18,11 @@ import pandas as pd
 
 from iciia_exp.config.check import science, target_of
 from iciia_exp.config.experiment import Experiment
+from iciia_exp.config.science import trainer_science, weights_classes, weights_digest
 from iciia_exp.data.backbone_split import reserve_for_backbone
 from iciia_exp.data.clients import Clients
 from iciia_exp.data.dataset import MissingFiles, dense_labels
 from iciia_exp.data.store import FeatureStore
-from iciia_exp.digest import file_digest
 from iciia_exp.engine.dataset_facts import DatasetFacts
 from iciia_exp.engine.graph import Artifact
 from iciia_exp.errors import ConfigError, UserError
@@ -32,16 +32,6 @@ from iciia_exp.serving.run import Run
 __all__ = ["Stages"]
 
 log = logging.getLogger(__name__)
-
-#: Arguments of Lightning's Trainer that change no number; all others count.
-_TRAINER_COSMETIC = frozenset(
-    {
-        *("accelerator", "devices", "num_nodes", "strategy"),
-        *("logger", "callbacks", "default_root_dir", "profiler", "log_every_n_steps", "enable_autolog_hparams"),
-        *("enable_checkpointing", "enable_progress_bar", "enable_model_summary", "barebones"),
-        *("detect_anomaly", "deterministic", "benchmark", "num_sanity_val_steps", "use_distributed_sampler"),
-    }
-)
 
 
 class Stages:
@@ -163,9 +153,8 @@ class Stages:
             return None
         from iciia_exp.engine.training.train_backbone import report_backbone, train_backbone
 
-        return self._shared(
-            "backbone", self._network, lambda folder: train_backbone(self, folder), report=report_backbone
-        )
+        make = partial(train_backbone, self)
+        return self._shared("backbone", self._network, make, report=report_backbone)
 
     @cached_property
     def features(self) -> Artifact:
@@ -179,17 +168,12 @@ class Stages:
             "extraction": extraction,
             "precision": extraction.pop("precision", None) or self.trainer_science.get("precision"),
             # which rows of the weights' classifier the dataset keeps
-            "classes": self._weights_classes if spec.train == "none" else None,
+            "classes": weights_classes(spec) if spec.train == "none" else None,
             "fitted head": spec.train == "head",
         }
         needs = () if self.backbone is None else (self.backbone,)
-        return self._shared(
-            "features",
-            parts,
-            lambda folder: make_features(self, folder),
-            needs,
-            lambda folder, made: report_features(self, folder, made),
-        )
+        make, report = partial(make_features, self), partial(report_features, self)
+        return self._shared("features", parts, make, needs, report)
 
     @cached_property
     def head(self) -> Artifact | None:
@@ -199,13 +183,8 @@ class Stages:
         from iciia_exp.engine.training.train_backbone import fit_head, report_head
 
         parts = [self._teacher, self.experiment.backbone.seed, "out of fold"]
-        return self._shared(
-            "head",
-            parts,
-            lambda folder: fit_head(self, folder),
-            (self.features,),
-            lambda folder, made: report_head(self, folder, made),
-        )
+        make, report = partial(fit_head, self), partial(report_head, self)
+        return self._shared("head", parts, make, (self.features,), report)
 
     @property
     def base(self) -> Artifact:
@@ -239,7 +218,7 @@ class Stages:
             "run",
             e.method_class.name,
             parts,
-            lambda folder: train_method(self, folder),
+            partial(train_method, self),
             e.output_dir / e.name,
             (self.base,),
             last="weights.safetensors",
@@ -269,13 +248,10 @@ class Stages:
             in_place=True,
         )
 
-    # ---- what counts in digests
-
     @cached_property
     def trainer_science(self) -> dict[str, Any]:
         """Arguments of the trainer that change a number."""
-        config = self.experiment.config["trainer"]
-        return {k: v for k, v in config.items() if k not in _TRAINER_COSMETIC and not k.startswith("_")}
+        return trainer_science(self.experiment.config["trainer"])
 
     @cached_property
     def _dataset(self) -> Any:
@@ -289,35 +265,15 @@ class Stages:
         own = reserve or self.facts.has_backbone_images
         return [self._dataset, reserve, None if own else science(self.experiment.config["partition"])]
 
-    @property
-    def _weights_classes(self) -> str | list[str] | None:
-        """The classes that the starting weights know: the name of a list, or the digest of a file of names."""
-        classes = self.experiment.backbone.classes
-        if not isinstance(classes, str):
-            return None if classes is None else list(classes)
-        if not (path := Path(classes).expanduser()).is_file():
-            return classes
-        return file_digest(path)
-
-    @cached_property
-    def weights_digest(self) -> str | None:
-        """Digest of the file of weights that the backbone starts from, if it starts from one."""
-        if (weights := self.experiment.backbone.weights) is None:
-            return None
-        path = Path(weights).expanduser()
-        if not path.is_file():
-            raise ConfigError("backbone.weights", path, "no such file; give a .safetensors, .pt or .pth file")
-        return file_digest(path)
-
     @cached_property
     def _network(self) -> dict[str, Any]:
         """The network that gives the features: its weights, and how they are trained here if they are."""
         spec, config = self.experiment.backbone, science(self.experiment.config["backbone"])
-        parts = {"model": config["model"], "pretrained": spec.pretrained, "weights": self.weights_digest}
+        parts = {"model": config["model"], "pretrained": spec.pretrained, "weights": weights_digest(spec)}
         if spec.train == "all":
             parts |= {"teacher": self._teacher, "trainer": self.trainer_science, "seed": spec.seed}
             # rows of the classifier that training starts from
-            parts |= {"recipe": config["recipe"], "classes": self._weights_classes if spec.started else None}
+            parts |= {"recipe": config["recipe"], "classes": weights_classes(spec) if spec.started else None}
         return parts
 
     def _shared(

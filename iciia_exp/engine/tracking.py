@@ -17,26 +17,24 @@ from __future__ import annotations
 import io
 import json
 import logging
-import netrc
 import os
 from collections.abc import Callable, Hashable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, Literal
-from urllib.parse import urlparse
+from typing import Any
 
 import numpy as np
 import pandas as pd
 
-from iciia_exp.errors import check_bool, check_choice, first_line
+from iciia_exp.config.settings import Tracking
+from iciia_exp.errors import first_line
 from iciia_exp.results.labels import label_of
 from iciia_exp.results.summary import ALL
 from iciia_exp.results.tables import averages_by_history, read_table
 
-__all__ = ["METRICS", "SUMMARY", "Tracker", "Tracking", "in_wandb_sweep", "wandb_logged_in"]
+__all__ = ["METRICS", "SUMMARY", "Tracker", "in_wandb_sweep"]
 
 log = logging.getLogger(__name__)
 
-MODES = ("auto", "online", "offline", "disabled")
 
 #: Rows of a table that wandb shows; of more clients it gets evenly spaced ones.
 TABLE_ROWS = 10_000
@@ -72,59 +70,6 @@ METRICS: dict[str, dict[str, str]] = {
 def in_wandb_sweep() -> bool:
     """Whether an agent of ``wandb sweep`` started this process."""
     return bool(os.environ.get("WANDB_SWEEP_ID"))
-
-
-def wandb_logged_in() -> bool:
-    """Whether wandb would find an API key (environment or netrc) without asking for one."""
-    if os.environ.get("WANDB_API_KEY"):
-        return True
-    host = urlparse(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).hostname or "api.wandb.ai"
-    files = [os.environ["NETRC"]] if os.environ.get("NETRC") else ["~/.netrc", "~/_netrc"]
-    for file in files:
-        try:
-            if netrc.netrc(os.path.expanduser(file)).authenticators(host):
-                return True
-        except (OSError, netrc.NetrcParseError):
-            continue
-    return False
-
-
-class Tracking:
-    """Which loggers a run has.
-
-    Args:
-        wandb: log to wandb too.
-        project, entity: where in wandb.
-        mode: ``auto``: online if this machine is logged in, else offline; ``online``, ``offline`` or ``disabled``.
-            The environment variable WANDB_MODE goes before ``auto``.
-        tags: for wandb; backbone, dataset and method are always among them.
-    """
-
-    def __init__(
-        self,
-        wandb: bool = False,
-        project: str = "iciia_exp",
-        entity: str | None = None,
-        mode: str = "auto",
-        tags: list[str] | None = None,
-    ) -> None:
-        self.wandb = check_bool("wandb", wandb)
-        self.project, self.entity, self.tags = project, entity, list(tags or [])
-        self.mode = check_choice("mode", mode, MODES)
-
-    def resolved_mode(self) -> Literal["online", "offline", "disabled"]:
-        """Return ``online``, ``offline`` or ``disabled``; never a mode that would ask the user something."""
-        mode = self.mode
-        if mode == "auto":
-            mode = {"dryrun": "offline", "run": "online"}.get(m := os.environ.get("WANDB_MODE", ""), m)
-            if mode not in MODES[1:]:
-                mode = "online" if wandb_logged_in() else "offline"
-        if mode == "online" and not wandb_logged_in():
-            log.warning(
-                "wandb: no API key on this machine, logging offline (`wandb login`, then `wandb sync` uploads it)"
-            )
-            mode = "offline"
-        return mode
 
 
 class Tracker:

@@ -239,10 +239,8 @@ class Run:
         ``mask`` [C, S] is True where an image is real.
         """
         if features.ndim not in (2, 3) or features.shape[-1] != self.head.in_features or not features.numel():
-            raise ValueError(
-                f"features are [S, {self.head.in_features}] or [C, S, {self.head.in_features}], "
-                f"got {list(features.shape)}"
-            )
+            dim, got = self.head.in_features, list(features.shape)
+            raise ValueError(f"features are [S, {dim}] or [C, S, {dim}], got {got}")
         if not isinstance(self.method, Adaptive):
             raise UserError(f"{self.method.name}: serves the clients of its partition alone, not features of others")
         x_CSD = features.float() if features.ndim == 3 else features.float()[None]
@@ -271,29 +269,30 @@ def _checked(info: dict[str, Any], path: Path) -> dict[str, Any]:
     def whole(value: Any) -> bool:
         return isinstance(value, int) and not isinstance(value, bool) and 0 < value <= _LARGEST
 
-    def text(value: Any) -> bool:
-        return isinstance(value, str)
-
     for key in ("dim", "num_classes", "images"):
         require(key, whole(info.get(key)), f"a whole number of 1 to {_LARGEST:,}")
     require("task", isinstance(info.get("task"), str) and info["task"] in TASKS, f"one of {', '.join(TASKS)}")
     names = info.get("class_names")
-    right = isinstance(names, list) and len(names) == info["num_classes"] and all(map(text, names))
+    right = isinstance(names, list) and len(names) == info["num_classes"] and all(map(_text, names))
     require("class_names", right, f"a list of {info['num_classes']} names")
     require("features", _folder_name(info.get("features")), "the name of a folder")
     if (backbone := info.get("backbone")) is not None:
         keys = {"name", "train", "model", "pretrained", "classes", "folder", "weights"}
         require("backbone", isinstance(backbone, dict) and set(backbone) == keys, f"an object with {', '.join(keys)}")
-        require("backbone.name", text(backbone["name"]), "text")
+        require("backbone.name", _text(backbone["name"]), "text")
         require("backbone.train", backbone["train"] in ("all", "head", "none"), "all, head or none")
         require("backbone.pretrained", isinstance(backbone["pretrained"], bool), "true or false")
         folder, file, classes = backbone["folder"], backbone["weights"], backbone["classes"]
         require("backbone.folder", folder is None or _folder_name(folder), "the name of a folder")
-        right = isinstance(file, dict) and set(file) == {"file", "digest"} and all(map(text, file.values()))
+        right = isinstance(file, dict) and set(file) == {"file", "digest"} and all(map(_text, file.values()))
         require("backbone.weights", file is None or right, "a file's name and digest")
-        right = _folder_name(classes) or (isinstance(classes, list) and all(map(text, classes)))
+        right = _folder_name(classes) or (isinstance(classes, list) and all(map(_text, classes)))
         require("backbone.classes", classes is None or right, "the name of a list of classes, or a list of names")
     return info
+
+
+def _text(value: Any) -> bool:
+    return isinstance(value, str)
 
 
 def _folder_name(value: Any) -> bool:

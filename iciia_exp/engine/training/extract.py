@@ -9,7 +9,6 @@ import logging
 import os
 import time
 import warnings
-from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -18,15 +17,12 @@ import numpy as np
 import pandas as pd
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader
 
 from iciia_exp.config.settings import Extraction
 from iciia_exp.data.dataset import ImageDataset, dense_labels
-from iciia_exp.data.images import ImageBatch, ImageBlocks, TransformedImages, readable
+from iciia_exp.data.images import TransformedImages, readable
 from iciia_exp.data.store import FeatureWriter
-from iciia_exp.engine.terminal import setup_logging
-from iciia_exp.engine.training.image_loading import ThreadedFeatures, image_loader, images_per_step
-from iciia_exp.engine.training.progress import progress_bar
+from iciia_exp.engine.training.extractor import Extractor, WriteFeatures, in_time
 from iciia_exp.engine.training.trainer import interruptible, make_trainer, quiet_lightning
 from iciia_exp.errors import ConfigError, UserError
 from iciia_exp.machine import plain_errors, process_count, process_rank
@@ -36,117 +32,6 @@ from iciia_exp.tasks import Task
 __all__ = ["extract", "extraction_trainer", "head_accuracy", "probes"]
 
 log = logging.getLogger(__name__)
-
-
-class _Extractor(pl.LightningModule):
-    """Gives features of the images that nobody has done yet; every process takes its part of them.
-
-    Args:
-        backbone: the frozen network.
-        images: all images of the dataset.
-        extraction: how.
-        folder: the store that is being made.
-        known: number of an image that can be read.
-        numbers: in one image.
-    """
-
-    def __init__(
-        self,
-        backbone: Backbone,
-        images: TransformedImages,
-        extraction: Extraction,
-        folder: Path,
-        known: int,
-        numbers: int,
-    ) -> None:
-        super().__init__()
-        self.backbone, self.images, self.extraction, self.folder = backbone, images, extraction, folder
-        self.known, self.numbers = known, numbers
-        self.allow_zero_length_dataloader_with_multiple_devices = True  # fewer images left than processes
-
-    def predict_dataloader(self) -> DataLoader[Any] | ThreadedFeatures:
-        """Return this process's images: a run of consecutive ones, so that two processes seldom share a page."""
-        self.trainer.strategy.barrier()  # the first process has made room by now
-        left = FeatureWriter.remaining(self.folder)
-        self.trainer.strategy.barrier()  # nobody has marked anything as done yet
-        device = self.trainer.strategy.root_device.type
-        size = self.extraction.batch_size or images_per_step(self.numbers, device)
-        mine = np.array_split(np.unique(left // size), self.trainer.world_size)[self.trainer.global_rank]
-        blocks = ImageBlocks(self.images, mine, size)
-        workers = self.extraction.workers(blocks.num_images, device == "cpu")
-        if device == "cpu" and not workers and self.trainer.precision == "32-true":  # autocast is this thread's alone
-            return ThreadedFeatures(blocks, self._features)
-        return image_loader(blocks, None, workers)
-
-    def predict_step(self, batch: Any, batch_idx: int) -> tuple[ImageBatch, Tensor]:
-        return (batch, self._features(batch)) if isinstance(batch, ImageBatch) else batch
-
-    def _features(self, batch: ImageBatch) -> Tensor:
-        return self.backbone.features(batch.images).float() if len(batch.images) else torch.empty(0, self.backbone.dim)
-
-    def check_disk(self, problem: str) -> None:
-        """Raise where an image that could be read before cannot be read any more: not the images are at fault."""
-        dataset, transform = self.images.dataset, self.images.transform
-        try:
-            readable(dataset, transform, [self.known])
-        except UserError as error:
-            what = f"{dataset.describe(self.known)}: could be read before, not any more ({problem})"
-            raise UserError(f"{what}; is its disk still there? The same command goes on from here") from error
-
-
-class _Write(pl.Callback):
-    """Hands every batch to the writer, shows throughput, and says early how long it will take."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder, self.done = folder, 0
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        """Arrive in a process that Lightning started: it says what this one would, and nothing else."""
-        self.__dict__ = state
-        setup_logging()
-        self._quiet = ExitStack()
-        self._quiet.enter_context(quiet_lightning())
-
-    def on_predict_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self.writer = FeatureWriter(self.folder, trainer.global_rank)
-        self.images = trainer.predict_dataloaders.dataset.num_images  # type: ignore[union-attr]
-        self._start: tuple[float, int] | None = None
-        self._estimated = trainer.global_rank > 0
-        self._bar = progress_bar(visible=trainer.global_rank == 0)
-        self._bar.start()
-        self._task = self._bar.add_task("features", total=self.images, note="")
-
-    def on_predict_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, *_: Any) -> None:
-        batch, features = outputs
-        if not len(features):
-            pl_module.check_disk(batch.bad[-1][1])  # type: ignore[operator]
-        self.writer.write(batch.rows.cpu().numpy(), features.cpu().numpy())
-        if batch.bad:
-            self.writer.write_bad(batch.bad)
-        self.done += len(batch.rows) + len(batch.bad)
-        if self._start is None:  # the first batch waits for the processes that load it
-            self._start = time.monotonic(), self.done
-            return
-        seconds = time.monotonic() - self._start[0]
-        rate = (self.done - self._start[1]) / seconds
-        self._bar.update(self._task, completed=self.done, note=f"{rate:,.0f} images/s")
-        if not self._estimated and seconds > 5.0:
-            self._estimated = True
-            left = (self.images - self.done) / rate
-            each = f" on each of {trainer.world_size} devices" if trainer.world_size > 1 else ""
-            log.info("features: %s images/s%s, about %s left", f"{rate:,.0f}", each, _duration(left))
-
-    def on_predict_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._bar.stop()
-        self.writer.flush()
-
-    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        trainer.strategy.barrier()  # all images are done; not in `on_predict_end`: who has no image never gets there
-
-    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
-        if hasattr(self, "writer"):
-            self._bar.stop()
-            self.writer.flush()
 
 
 def _estimate(dataset: ImageDataset, backbone: Backbone, rows: np.ndarray, workers: int, probes: int = 8) -> float:
@@ -166,12 +51,6 @@ def _estimate(dataset: ImageDataset, backbone: Backbone, rows: np.ndarray, worke
         start = time.monotonic()
         backbone.features(torch.stack(images))
     return (loading + time.monotonic() - start) / len(images) * len(rows)
-
-
-def _duration(seconds: float) -> str:
-    if seconds < 90:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
 
 
 def probes(rows: np.ndarray, first: int = 8, spread: int = 64) -> np.ndarray:
@@ -213,13 +92,13 @@ def extract(
         on_gpu = torch.cuda.is_available() and trainer_config.get("accelerator") != "cpu"
         some = 8 if (macs or 0) < 5e9 else 2
         if not on_gpu and (seconds := _estimate(dataset, backbone, rows, os.cpu_count() or 1, some)) > 60:
-            log.info("features: about %s on this machine's processor, if nothing speeds it up", _duration(seconds))
+            log.info("features: about %s on this machine's processor, if nothing speeds it up", in_time(seconds))
     if not first or len(rows) or process_count() > 1:  # several work together or not at all
         wanted = TransformedImages(dataset, backbone.transform, np.arange(images), labels, extraction.on_bad_image)
-        module = _Extractor(backbone, wanted, extraction, folder, known, example.numel())
+        module = Extractor(backbone, wanted, extraction, folder, known, example.numel())
         with quiet_lightning():
             warnings.filterwarnings("ignore", message=".*across ranks is zero.*")
-            trainer = extraction_trainer(trainer_config, extraction, _Write(folder))
+            trainer = extraction_trainer(trainer_config, extraction, WriteFeatures(folder))
             logging.getLogger("torch.multiprocessing.spawn").setLevel(logging.ERROR)  # names each process that it ends
             with plain_errors(f"features.devices={extraction.devices}"), interruptible(trainer):
                 trainer.predict(module, return_predictions=False)

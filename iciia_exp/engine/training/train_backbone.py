@@ -14,6 +14,7 @@ from torch import nn
 from torch.utils.data.distributed import DistributedSampler
 
 from iciia_exp.artifacts import atomic_write, read_json, write_json
+from iciia_exp.config.science import weights_digest
 from iciia_exp.data.clients import ROLES
 from iciia_exp.data.store import FeatureStore
 from iciia_exp.digest import file_digest
@@ -124,7 +125,7 @@ def make_features(stages: Stages, folder: Path) -> None:
     manifest = {
         "dataset": e.dataset_class.name,
         "backbone": e.backbone.name,
-        "weights_digest": trained.get("weights_digest", stages.weights_digest),
+        "weights_digest": trained.get("weights_digest", weights_digest(e.backbone)),
         "backbone_seconds": trained.get("seconds"),
     }
     with_head = e.backbone.train != "head"

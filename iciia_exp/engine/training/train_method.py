@@ -17,6 +17,7 @@ from torch.utils.data import DataLoader
 
 from iciia_exp.artifacts import atomic_write, read_json, write_json
 from iciia_exp.config.build import build
+from iciia_exp.config.science import weights_digest
 from iciia_exp.config.stored import store as store_config
 from iciia_exp.data.batches import ClientBatch, ClientBatchSampler, ClientIndex, FeatureBatches
 from iciia_exp.data.clients import Clients
@@ -117,7 +118,7 @@ def _backbone_facts(stages: Stages) -> dict[str, Any]:
         "pretrained": spec.pretrained,
         "classes": classes,
         "folder": None if stages.backbone is None else stages.backbone.folder.name,
-        "weights": None if weights is None else {"file": Path(weights).name, "digest": stages.weights_digest},
+        "weights": None if weights is None else {"file": Path(weights).name, "digest": weights_digest(e.backbone)},
     }
 
 
