@@ -9,8 +9,9 @@ import yaml
 
 from iciia_exp.config.paths import CONF_DIR
 from iciia_exp.dashboard import main, workspace
-from iciia_exp.engine.tracking import METRICS, SUMMARY
+from iciia_exp.engine.tracking import METRICS
 from iciia_exp.errors import UserError
+from iciia_exp.results.columns import SUMMARY
 
 # wandb-workspaces itself uses what a later pydantic will not have
 pytestmark = pytest.mark.filterwarnings("ignore:Pydantic:DeprecationWarning")

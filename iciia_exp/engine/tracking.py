@@ -27,33 +27,18 @@ import pandas as pd
 
 from iciia_exp.config.settings import Tracking
 from iciia_exp.errors import first_line
+from iciia_exp.results.columns import SUMMARY
 from iciia_exp.results.labels import label_of
 from iciia_exp.results.summary import ALL
 from iciia_exp.results.tables import averages_by_history, read_table
 
-__all__ = ["METRICS", "SUMMARY", "Tracker", "in_wandb_sweep"]
+__all__ = ["METRICS", "Tracker", "in_wandb_sweep"]
 
 log = logging.getLogger(__name__)
 
 
 #: Rows of a table that wandb shows; of more clients it gets evenly spaced ones.
 TABLE_ROWS = 10_000
-
-SUMMARY = {
-    "test/accuracy": "accuracy",
-    "test/client_accuracy": "client_accuracy",
-    "test/gain": "gain",
-    "test/client_gain": "client_gain",
-    "test/worst_decile": "worst_decile",
-    "test/log_loss": "log_loss",
-    "test/harmed_share": "harmed_share",
-    "backbone/accuracy": "backbone_accuracy",
-    "backbone/client_accuracy": "backbone_client_accuracy",
-    "cost/overhead_percent": "overhead_percent",
-    "cost/per_image_overhead_percent": "per_image_overhead_percent",
-    "cost/streaming_overhead_percent": "streaming_overhead_percent",
-    "cost/parameters": "parameters",
-}
 
 
 #: What a metric is drawn over, and what of it stands in the summary.

@@ -47,8 +47,9 @@ def _report(options: argparse.Namespace) -> int:
     from iciia_exp.artifacts import atomic_write
     from iciia_exp.report import text as text_tables
     from iciia_exp.report.heterogeneity import draw_heterogeneity, partition_sweeps, sweep_table
+    from iciia_exp.results.columns import DRAWN_TYPES
     from iciia_exp.results.plots import save
-    from iciia_exp.results.tables import DRAWN_TYPES, comparisons, load_runs, select, settings
+    from iciia_exp.results.tables import comparisons, load_runs, select, settings
 
     rows = select(load_runs(options.folders), options.where)
     shown = []

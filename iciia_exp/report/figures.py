@@ -10,9 +10,10 @@ import numpy as np
 import pandas as pd
 
 from iciia_exp.artifacts import read_json
+from iciia_exp.results.columns import DRAWN_TYPES
 from iciia_exp.results.plots import COLOURS, MARKERS, accuracy_vs_overhead, hover, new_figure, save
 from iciia_exp.results.summary import ALL
-from iciia_exp.results.tables import DRAWN_TYPES, history_of, read_table
+from iciia_exp.results.tables import history_of, read_table
 
 __all__ = ["by_groups", "by_history", "gain_distribution", "write_all"]
 

@@ -15,12 +15,12 @@ import numpy as np
 import pandas as pd
 
 from iciia_exp.errors import UserError, first_line, nearest
+from iciia_exp.results.columns import AVERAGED, SHARED
 from iciia_exp.results.labels import base_of, label_of, unique_rows, varying
 from iciia_exp.results.published import published_number
 from iciia_exp.results.summary import ClientCounts, averages, summarise
 
 __all__ = [
-    "DRAWN_TYPES",
     "averages_by_history",
     "comparisons",
     "history_of",
@@ -30,23 +30,6 @@ __all__ = [
     "select",
     "settings",
 ]
-
-#: Kinds of clients that are drawn for ``drawn_clients.parquet`` (`iciia_exp.engine.evaluation.drawn_clients`).
-DRAWN_TYPES = ("random_classes", "homogeneous", "drifting")
-
-#: What is averaged over runs that differ in seeds alone.
-AVERAGED = (
-    *("accuracy", "gain", "client_accuracy", "worst_decile", "gain_where_backbone_is_worst", "harmed_share"),
-    *("harmed_share_by_chance", "log_loss", "ece", "seconds_train"),
-    *("backbone_accuracy", "backbone_client_accuracy", "backbone_worst_decile", "backbone_log_loss", "backbone_ece"),
-)
-
-#: What is the same in all of them.
-SHARED = (
-    *("name", "dataset", "task", "backbone", "method", "oracle", "groups", "heads", "num_layers", "setting_digest"),
-    *("overhead_percent", "per_image_overhead_percent", "streaming_overhead_percent", "sequence_macs"),
-    *("backbone_macs", "cost_images", "parameters", "state_bytes", "test_clients", "test_images"),
-)
 
 
 def load_runs(folders: Iterable[Path]) -> list[dict[str, Any]]:

@@ -13,8 +13,9 @@ from iciia_exp import Run
 from iciia_exp.config.settings import Tracking, wandb_logged_in
 from iciia_exp.engine.execute import execute
 from iciia_exp.engine.terminal import setup_logging
-from iciia_exp.engine.tracking import METRICS, SUMMARY
+from iciia_exp.engine.tracking import METRICS
 from iciia_exp.errors import ConfigError
+from iciia_exp.results.columns import SUMMARY
 from iciia_exp.results.labels import label_of
 from iciia_exp.results.tables import averages_by_history
 

@@ -24,7 +24,7 @@ from iciia_exp.config.settings import Evaluation
 from iciia_exp.data.drawn_clients import drawn_clients
 from iciia_exp.engine.evaluation.history import history_table
 from iciia_exp.engine.evaluation.setup import Setup
-from iciia_exp.results.tables import DRAWN_TYPES
+from iciia_exp.results.columns import DRAWN_TYPES
 
 __all__ = ["DRAWN_TYPES", "drawn_clients_table"]
 

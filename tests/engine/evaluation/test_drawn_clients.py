@@ -16,7 +16,7 @@ from iciia_exp.engine.execute import execute
 from iciia_exp.errors import ConfigError, UserError
 from iciia_exp.methods.adapt.backbone import BackboneOnly
 from iciia_exp.methods.base import Facts
-from iciia_exp.results.tables import DRAWN_TYPES
+from iciia_exp.results.columns import DRAWN_TYPES
 from tests.making.cloud import small_cloud
 
 METHODS = sorted(p.stem for p in (CONF_DIR / "method").glob("*.yaml"))
