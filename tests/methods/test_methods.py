@@ -3,7 +3,7 @@
 import pytest
 import torch
 import yaml
-from hydra.utils import instantiate
+from hydra.utils import get_object, instantiate
 from torch import nn
 
 from iciia_exp.config.paths import CONF_DIR
@@ -12,8 +12,8 @@ from iciia_exp.data.batches import ClientBatch
 from iciia_exp.errors import ConfigError
 from iciia_exp.methods.adapt.backbone import BackboneOnly
 from iciia_exp.methods.adapt.iciia import IciiaMethod
-from iciia_exp.methods.adapt.iciia_stream import IciiaStream
 from iciia_exp.methods.adapt.linear_head import LinearHead
+from iciia_exp.methods.adapt.stream_base import StreamMethod
 from iciia_exp.methods.base import Facts, Method
 from tests.making.cloud import no_fit, small_cloud
 
@@ -28,11 +28,11 @@ def make(path):
     node = {k: {"${num_layers}": 2, "${groups}": 4, "${heads}": 2}.get(str(v), v) for k, v in node.items()}
     method = instantiate(node, facts=Facts.of(nn.Linear(D, K)), _convert_="all").eval()
     cloud = small_cloud(D, K)
-    if isinstance(method, IciiaStream):
+    if isinstance(method, StreamMethod):
         method.read(cloud.view)
     else:
         method.learn(cloud.view, no_fit)
-    if isinstance(method, IciiaStream):  # as after training: a correction of nothing would hide errors
+    if isinstance(method, StreamMethod):  # as after training: a correction of nothing would hide errors
         nn.init.normal_(method.model.classifier.weight)
         nn.init.normal_(method.gate.weight)
         nn.init.normal_(method.log_anchor, std=0.1)
@@ -114,7 +114,7 @@ def test_loss_ignores_padding(method):
     batch = ClientBatch(x, y, mask, torch.arange(2))
     other = batch._replace(x_CSD=torch.where(mask[..., None], x, 1e3), y_CS=torch.where(mask, y, 0))
     torch.testing.assert_close(method.training_loss(batch), method.training_loss(other))
-    logits = (method.stream if isinstance(method, IciiaStream) else method)(x, mask)
+    logits = (method.stream if isinstance(method, StreamMethod) else method)(x, mask)
     torch.testing.assert_close(method.training_loss(batch), nn.functional.cross_entropy(logits[mask], y[mask]))
 
 
@@ -194,3 +194,26 @@ def test_streaming_needs_one_layer_or_causal_attention():
         IciiaMethod(Facts.of(head), num_layers=1, heads=2, groups=4).streaming_macs(16) == 6 * D * D // 4 + 2 * 16 * D
     )
     assert IciiaMethod(Facts.of(head), num_layers=2, heads=2, groups=4).streaming_macs(16) is None
+
+
+def classes_of(base):
+    """Yield all classes of the package below a base."""
+    for kind in base.__subclasses__():
+        if kind.__module__.startswith("iciia_exp."):
+            yield kind
+            yield from classes_of(kind)
+
+
+def test_a_class_is_an_interface_or_a_leaf():
+    for path in FILES:
+        get_object(yaml.safe_load(path.read_text())["_target_"])
+    named = {kind for kind in classes_of(Method) if "name" in vars(kind)}
+    assert {kind.name for kind in named} == {path.stem for path in FILES}
+    for kind in named:
+        assert not list(classes_of(kind)), kind
+
+
+def test_the_interface_stays_small():
+    members = [name for name in vars(Method) if not name.startswith("_")]
+    members += [name for name in Method.__annotations__ if name not in members]
+    assert len(members) <= 12, members

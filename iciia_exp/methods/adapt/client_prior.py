@@ -20,14 +20,14 @@ clients.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from iciia_exp.data.batches import ClientBatch
 from iciia_exp.errors import ConfigError, check_float
-from iciia_exp.methods.adapt.client_types import ClientTypes
+from iciia_exp.methods.adapt.histograms import HistogramMethod
 from iciia_exp.methods.adapt.iid_bonus import LENGTHS, choose_iid_bonus, iid_bonus_after
 from iciia_exp.methods.adapt.training_free import VAL_IMAGES, first_images, real_images
 from iciia_exp.methods.base import Facts
@@ -44,7 +44,7 @@ class _Past(NamedTuple):
     images_C1: Tensor  # their number
 
 
-class ClientPrior(ClientTypes):
+class ClientPrior(HistogramMethod):
     """The prior of the next image's class, by Bayes over client types.
 
     Args:
@@ -64,7 +64,6 @@ class ClientPrior(ClientTypes):
     iid_bonus: Tensor
     log_hypotheses: Tensor
     strengths_J: Tensor
-    grids: ClassVar[dict[str, Sequence[float]]] = ClientTypes.grids
 
     def __init__(
         self,

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from iciia_exp.data.batches import ClientBatch
 from iciia_exp.data.views import CloudView
 from iciia_exp.methods.adapt.client_prior import ClientPrior
-from iciia_exp.methods.adapt.iciia_stream import IciiaStream
+from iciia_exp.methods.adapt.stream_base import StreamMethod
 from iciia_exp.methods.adapt.training_free import TrainingFree, first_images, real_images
 from iciia_exp.methods.base import Facts
 from iciia_exp.tasks import SINGLE_LABEL
@@ -32,7 +32,7 @@ from iciia_exp.tasks import SINGLE_LABEL
 __all__ = ["IciiaPrior"]
 
 
-class IciiaPrior(IciiaStream):
+class IciiaPrior(StreamMethod):
     """The published encoder, causal, and an inferred class prior behind a bias on the backbone's logits.
 
     Args:

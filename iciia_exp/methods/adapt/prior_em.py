@@ -22,7 +22,7 @@ from iciia_exp.methods.adapt.training_free import TrainingFree, in_parts, real_i
 from iciia_exp.methods.base import Facts
 from iciia_exp.tasks import MULTI_LABEL
 
-__all__ = ["PriorEM", "estimate_prior"]
+__all__ = ["EMMethod", "PriorEM", "estimate_prior"]
 
 # No class becomes impossible: log-loss would be infinite where it comes after all.
 _LEAST = 1e-8
@@ -51,8 +51,8 @@ def estimate_prior(
     return prior_CK
 
 
-class PriorEM(TrainingFree):
-    """Posteriors under the prior that EM finds in the images of each client.
+class EMMethod(TrainingFree):
+    """Posteriors under a prior that EM finds in the images of each client; 0 is the strength of maximum likelihood.
 
     Args:
         facts: task, sizes, and the backbone's classifier.
@@ -60,7 +60,6 @@ class PriorEM(TrainingFree):
         iterations: I.
     """
 
-    name = "prior_em"
     strength: Tensor
 
     def __init__(self, facts: Facts, calibrator: str = "bcts", iterations: int = 50) -> None:
@@ -114,3 +113,15 @@ class PriorEM(TrainingFree):
     def streaming_macs(self, images: int) -> int | None:
         """The same: EM starts again with every image, on posteriors that were kept."""
         return self.macs(images)
+
+
+class PriorEM(EMMethod):
+    """Posteriors under the prior of maximum likelihood.
+
+    Args:
+        facts: task, sizes, and the backbone's classifier.
+        calibrator: ``none``, ``temperature`` or ``bcts``; the likelihoods must mean what they say.
+        iterations: I.
+    """
+
+    name = "prior_em"

@@ -11,13 +11,13 @@ from collections.abc import Sequence
 from typing import ClassVar
 
 from iciia_exp.errors import check_float
-from iciia_exp.methods.adapt.prior_em import PriorEM
+from iciia_exp.methods.adapt.prior_em import EMMethod
 from iciia_exp.methods.base import Facts
 
 __all__ = ["PriorMAP"]
 
 
-class PriorMAP(PriorEM):
+class PriorMAP(EMMethod):
     """Posteriors under the most probable prior of each client.
 
     Args:

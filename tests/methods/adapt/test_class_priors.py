@@ -11,7 +11,8 @@ from torch.nn import functional as F
 
 from iciia_exp.errors import ConfigError
 from iciia_exp.methods.adapt.client_prior import ClientPrior
-from iciia_exp.methods.adapt.client_types import ClientTypes, cluster_histograms
+from iciia_exp.methods.adapt.client_types import ClientTypes
+from iciia_exp.methods.adapt.histograms import cluster_histograms
 from iciia_exp.methods.adapt.prior_em import PriorEM
 from iciia_exp.methods.adapt.prior_map import PriorMAP
 from iciia_exp.methods.adapt.smoothed_prior import SmoothedPrior

@@ -9,7 +9,8 @@ from torch import nn
 from iciia_exp.data.batches import ClientBatch
 from iciia_exp.errors import ConfigError
 from iciia_exp.methods.adapt.iciia_prior import IciiaPrior
-from iciia_exp.methods.adapt.iciia_stream import KNOTS, IciiaStream
+from iciia_exp.methods.adapt.iciia_stream import IciiaStream
+from iciia_exp.methods.adapt.stream_base import KNOTS
 from iciia_exp.methods.base import Facts
 from iciia_exp.tasks import MULTI_LABEL
 from tests.making.cloud import small_cloud
