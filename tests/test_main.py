@@ -107,6 +107,7 @@ def call(monkeypatch, *arguments):
         ),
         (["+partition.clases=3"], "partition.clases: no such key"),
         (["lr=3"], "lr: no such key; did you mean"),
+        (["protocol=published"], "protocol: no such key; protocol is now training"),
         (["trainng=published"], "trainng: no such key; did you mean training?"),
         (["method=icia"], "method=icia: no such option; did you mean iciia?"),
         (["partition=qqq"], "partition=qqq: no such option; valid: classes_per_client"),

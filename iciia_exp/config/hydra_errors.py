@@ -15,6 +15,13 @@ from iciia_exp.errors import UserError, first_line, nearest
 __all__ = ["dotted_keys", "explain", "option_names"]
 
 
+#: Groups of the first release, and what became of them.
+_RENAMED = {
+    "protocol": "training (recipe, images, shuffle_images) and evaluation (history_..., drawn_clients, cost_images)",
+    "retrieval": "part of evaluation (examples, neighbours, pixels)",
+}
+
+
 def option_names(group: str) -> list[str]:
     """Return the options of a configuration group."""
     return sorted(path.stem for path in (CONF_DIR / group).glob("*.yaml"))
@@ -71,6 +78,8 @@ def explain(error: Exception) -> str:
         return f"{group}: no such group; {_did_you_mean(group, _groups(), 'valid')}"
     if match := re.search(r"Could not override '([^']+)'", text):
         key = match.group(1)
+        if (group := key.split(".")[0]) in _RENAMED:
+            return f"{key}: no such key; {group} is now {_RENAMED[group]}"
         if key in _groups():  # a group that is not in the defaults list
             return f"{key}: add a plus sign, +{key}=NAME; valid: {', '.join(option_names(key))}"
         if re.search(r"No match in the defaults list", text):
