@@ -13,23 +13,28 @@ import math
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, TYPE_CHECKING, Any
 
 import platformdirs
 from filelock import FileLock, Timeout
 
-from iciia_exp.errors import UserError
+from iciia_exp.errors import UserError, first_line
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 __all__ = [
     "atomic_write",
     "finished_folder",
+    "load_tensors",
     "locked",
     "make_folder",
     "partial_folder",
     "read_json",
     "resolve_cache_dir",
+    "save_tensors",
     "write_json",
 ]
 
@@ -111,24 +116,33 @@ def partial_folder(path: Path) -> Path:
     return partial
 
 
-def make_folder(path: Path, what: str, build: Callable[[Path], None]) -> bool:
-    """Make the folder ``path`` through ``build(partial)`` unless it is there; return whether it was made here.
+def make_folder(
+    path: Path, what: str, build: Callable[[Path], None], last: str = "manifest.json", in_place: bool = False
+) -> bool:
+    """Make the folder ``path`` through ``build(folder)`` unless it is there; return whether it was made here.
 
-    ``build`` gets ``<path>.partial``, which may hold what an earlier, killed build left, and must write
-    ``manifest.json`` into it as its last file.
+    Args:
+        path: where the folder lies when it is whole.
+        what: what it is, in words, for a line that says who is waited for.
+        build: gets ``<path>.partial``, or ``path`` itself with ``in_place``, with what an earlier, killed build left in
+            it, and must write ``last`` as its last file.
+        last: the file without which the folder is unfinished.
+        in_place: its parts have their own marks of being whole, or loggers keep files open there.
     """
-    if finished_folder(path):
+    if (path / last).is_file():
         return False
     with locked(path, what):
-        if finished_folder(path):  # another process made it while this one waited
+        if (path / last).is_file():  # another process made it while this one waited
             return False
-        partial = partial_folder(path)
-        build(partial)
-        if not finished_folder(partial):
-            raise RuntimeError(f"{what}: its maker wrote no manifest.json into {partial}")
-        if path.exists():  # a folder without its manifest: not ours to read, in the way of the rename
-            shutil.rmtree(path)
-        os.replace(partial, path)
+        folder = path if in_place else partial_folder(path)
+        folder.mkdir(parents=True, exist_ok=True)
+        build(folder)
+        if not (folder / last).is_file():
+            raise RuntimeError(f"{what}: its maker wrote no {last} into {folder}")
+        if not in_place:
+            if path.exists():  # a folder without its last file: not ours to read, in the way of the rename
+                shutil.rmtree(path)
+            os.replace(folder, path)
     return True
 
 
@@ -137,3 +151,21 @@ def resolve_cache_dir(cache_dir: str | None) -> Path:
     if cache_dir is None:
         return Path(platformdirs.user_cache_dir("iciia_exp", appauthor=False))
     return Path(cache_dir).expanduser().resolve()
+
+
+def save_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Write tensors as safetensors, whole or not at all."""
+    from safetensors.torch import save
+
+    with atomic_write(path, "wb") as file:
+        file.write(save({name: t.detach().cpu().contiguous() for name, t in tensors.items()}))
+
+
+def load_tensors(path: Path) -> dict[str, Tensor]:
+    """Read the tensors of a safetensors file; a `UserError` names one that cannot be read."""
+    from safetensors.torch import load_file
+
+    try:
+        return load_file(path)
+    except Exception as error:  # safetensors raises several kinds
+        raise UserError(f"{path}: cannot be read ({first_line(error)})") from error

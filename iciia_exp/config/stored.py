@@ -11,6 +11,7 @@ import inspect
 import math
 import pkgutil
 from collections.abc import Iterable, Iterator
+from functools import cache
 from importlib.metadata import entry_points
 from types import ModuleType
 from typing import Any, TypeVar
@@ -27,8 +28,8 @@ Plugins = Iterable[type | ModuleType | str]
 
 _Base = TypeVar("_Base")
 
-#: Where the package's own classes of a base lie, and the entry-point group of plug-ins.
-_HOMES = {"methods": "iciia_exp.methods", "models": "iciia_exp.backbones"}
+#: The entry-point group of plug-ins, by the package that a base lies in.
+_ENTRY_POINTS = {"methods": "iciia_exp.methods", "models": "iciia_exp.backbones"}
 
 
 def store(node: Any) -> Any:
@@ -73,7 +74,7 @@ def _class_of(stored: Any, base: type[_Base], plugins: Plugins) -> type[_Base]:
         raise UserError(f"expected an object with name and arguments for a {base.__name__}")
     if not isinstance(stored["arguments"], dict):
         raise UserError(f"{stored['name']}: expected an object with its arguments")
-    classes = {identity(c): c for c in (*_own(base), *_installed(base), *_named(base, plugins))}
+    classes = {identity(c): c for c in (*_own(base), *_installed(base), *_named(base, plugins))}  # type: ignore[arg-type]
     if stored["name"] not in classes:
         near = nearest(stored["name"], classes)
         hint = f"did you mean {near}?" if near else "name the plug-in that it comes from: plugins=[...]"
@@ -87,15 +88,16 @@ def _classes(module: ModuleType, base: type[_Base]) -> Iterator[type[_Base]]:
             yield value
 
 
-def _own(base: type[_Base]) -> Iterator[type[_Base]]:
-    """Yield the package's own classes of a base: those of the modules beside and below it."""
+@cache
+def _own(base: type[_Base]) -> tuple[type[_Base], ...]:
+    """Return the package's own classes of a base: those of the modules beside and below it."""
     package = importlib.import_module(".".join(base.__module__.split(".")[:2]))
-    for info in pkgutil.walk_packages(package.__path__, f"{package.__name__}."):
-        yield from _classes(importlib.import_module(info.name), base)
+    modules = [i.name for i in pkgutil.walk_packages(package.__path__, f"{package.__name__}.")]
+    return tuple(found for name in modules for found in _classes(importlib.import_module(name), base))
 
 
 def _installed(base: type[_Base]) -> Iterator[type[_Base]]:
-    group = _HOMES.get(base.__module__.split(".")[1])
+    group = _ENTRY_POINTS.get(base.__module__.split(".")[1])
     for entry in entry_points(group=group) if group else ():
         yield from _named(base, [entry.load()])
 

@@ -27,7 +27,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from iciia_exp.artifacts import atomic_write, finished_folder, read_json, write_json
+from iciia_exp.artifacts import atomic_write, finished_folder, read_json, save_tensors, write_json
 from iciia_exp.errors import UserError, first_line
 
 __all__ = ["FORMAT", "FeatureStore", "FeatureWriter"]
@@ -211,8 +211,6 @@ class FeatureWriter:
     @staticmethod
     def finish(folder: Path, table: pd.DataFrame, head: dict[str, Any] | None, manifest: dict[str, Any]) -> None:
         """Write the table, the classifier and, last, the manifest."""
-        from safetensors.torch import save
-
         features = np.load(folder / _FEATURES, mmap_mode="r")
         if len(left := FeatureWriter.remaining(folder)):
             raise RuntimeError(f"{len(left)} of {len(features)} images have no features yet")
@@ -221,8 +219,7 @@ class FeatureWriter:
         with atomic_write(folder / "images.parquet", "wb") as file:
             table.assign(bad=bad).to_parquet(file, index=False)
         if head is not None:
-            with atomic_write(folder / "head.safetensors", "wb") as file:
-                file.write(save({"weight": head["weight"].contiguous(), "bias": head["bias"].contiguous()}))
+            save_tensors(folder / "head.safetensors", {name: head[name] for name in ("weight", "bias")})
         entry = {"shape": list(features.shape), "dtype": str(features.dtype)}
         for path in (*folder.glob("done.*.npy"), *folder.glob("bad.*.jsonl")):
             path.unlink()

@@ -49,17 +49,12 @@ class CloudView:
         #: The partition without its test images.
         self.clients = replace(clients, test=nobody)
         self.num_classes, self.images = num_classes, images
-        self.devices = Devices(clients, batches, num_classes)
+        self.devices = Devices(clients, batches)
         self._batches, self._draw_val = batches, draw_val
         self._test = clients.test if test_labels else None
         self._readable = np.zeros(len(batches.labels), dtype=bool)
         for role in ("train", "val"):
             self._readable[clients[role].values] = True
-
-    @property
-    def dim(self) -> int:
-        """D."""
-        return self._batches.features.shape[1]
 
     def gather(self, index: ClientIndex) -> ClientBatch:
         """Return features and labels of train and val images; others are refused."""
@@ -99,11 +94,10 @@ class Devices:
     Args:
         clients: the partition.
         batches: features and labels of all images.
-        num_classes: K.
     """
 
-    def __init__(self, clients: Clients, batches: FeatureBatches, num_classes: int) -> None:
-        self._clients, self._batches, self.num_classes = clients, batches, num_classes
+    def __init__(self, clients: Clients, batches: FeatureBatches) -> None:
+        self._clients, self._batches = clients, batches
 
     def __len__(self) -> int:
         return len(self._clients)

@@ -6,6 +6,7 @@ import json
 import logging
 from collections.abc import Callable
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 from iciia_exp.artifacts import read_json, write_json
@@ -23,12 +24,14 @@ class DatasetFacts:
     """What a dataset's files say beside images and table: read from them, or as they were read last.
 
     Args:
-        experiment: its dataset, and the cache. The facts are kept by the dataset's settings, its folder among them.
+        experiment: its dataset, and the cache. The facts are kept by the dataset's settings and its absolute folder.
     """
 
     def __init__(self, experiment: Experiment) -> None:
         self._experiment = experiment
-        name = f"{experiment.dataset_class.name}-{digest(experiment.config['dataset'])}.json"
+        folder = experiment.config["data_dir"]
+        place = None if folder is None else str(Path(folder).expanduser().absolute())  # not what "data" is elsewhere
+        name = f"{experiment.dataset_class.name}-{digest([experiment.config['dataset'], place])}.json"
         self._file = experiment.cache_dir / "datasets" / name
 
     @cached_property

@@ -9,7 +9,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from iciia_exp.artifacts import locked, make_folder
+from iciia_exp.artifacts import make_folder
 from iciia_exp.digest import digest
 from iciia_exp.errors import UserError
 
@@ -89,7 +89,8 @@ def ensure(goal: Artifact, kinds: Collection[str]) -> Path:
     for need in goal.needs:
         if not need.finished:
             ensure(need, kinds)
-    _report(goal, _make(goal))
+    what = f"{goal.kind} {goal.label}"
+    _report(goal, make_folder(goal.folder, what, goal.make, goal.last, goal.in_place))
     return goal.folder
 
 
@@ -101,17 +102,3 @@ def _report(goal: Artifact, made: bool) -> None:
 def _first_missing(goal: Artifact) -> Artifact:
     missing = [need for need in goal.needs if not need.finished]
     return _first_missing(missing[0]) if missing else goal
-
-
-def _make(goal: Artifact) -> bool:
-    what = f"{goal.kind} {goal.label}"
-    if not goal.in_place:
-        return make_folder(goal.folder, what, goal.make)
-    with locked(goal.folder, what):
-        if goal.finished:  # another process made it while this one waited
-            return False
-        goal.folder.mkdir(parents=True, exist_ok=True)
-        goal.make(goal.folder)
-        if not goal.finished:
-            raise RuntimeError(f"{what}: its maker wrote no {goal.last} into {goal.folder}")
-    return True

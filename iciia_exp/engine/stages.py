@@ -266,10 +266,15 @@ class Stages:
         return [self._dataset, reserve, None if own else science(self.experiment.config["partition"])]
 
     @cached_property
+    def weights_digest(self) -> str | None:
+        """Digest of the file of weights that the backbone starts from; a large file is read once."""
+        return weights_digest(self.experiment.backbone)
+
+    @cached_property
     def _network(self) -> dict[str, Any]:
         """The network that gives the features: its weights, and how they are trained here if they are."""
         spec, config = self.experiment.backbone, science(self.experiment.config["backbone"])
-        parts = {"model": config["model"], "pretrained": spec.pretrained, "weights": weights_digest(spec)}
+        parts = {"model": config["model"], "pretrained": spec.pretrained, "weights": self.weights_digest}
         if spec.train == "all":
             parts |= {"teacher": self._teacher, "trainer": self.trainer_science, "seed": spec.seed}
             # rows of the classifier that training starts from

@@ -32,7 +32,7 @@ import pandas as pd
 import torch
 from torch import Tensor, nn
 
-from iciia_exp.artifacts import read_json, resolve_cache_dir, write_json
+from iciia_exp.artifacts import load_tensors, read_json, resolve_cache_dir, save_tensors, write_json
 from iciia_exp.config.stored import Plugins, restore, store
 from iciia_exp.data.clients import Clients
 from iciia_exp.data.store import FeatureStore
@@ -41,7 +41,7 @@ from iciia_exp.errors import UserError, first_line
 from iciia_exp.methods.adapt.base import Adaptive
 from iciia_exp.methods.base import Facts, Method
 from iciia_exp.models.backbones.base import Backbone, BackboneSpec
-from iciia_exp.models.backbones.weights import listed_classes, load_tensors, save_tensors
+from iciia_exp.models.backbones.weights import listed_classes
 from iciia_exp.results.tables import read_table
 from iciia_exp.seeding import derive_seed
 from iciia_exp.tasks import TASKS

@@ -10,11 +10,13 @@ import pandas as pd
 import pytest
 
 from iciia_exp import Run
+from iciia_exp.config.experiment import Experiment
 from iciia_exp.data.store import FeatureStore
 from iciia_exp.engine.execute import execute
+from iciia_exp.engine.stages import Stages
 from iciia_exp.errors import UserError
 from iciia_exp.report.__main__ import main as report
-from tests.making.extraction import HEAD
+from tests.making.extraction import HEAD, SMALL
 
 
 def numbers(row):
@@ -45,6 +47,19 @@ def test_a_dataset_that_was_never_read_is_not_known(folder, root):
     root.rename(root.with_name("elsewhere"))
     with pytest.raises(UserError, match=r"^data_dir=.*: there is no such folder"):
         execute(folder("stage=train"))
+
+
+def test_a_relative_folder_is_another_one_elsewhere(compose, root, tmp_path, monkeypatch):
+    def made(*overrides):
+        return Stages(Experiment.from_config(compose(*SMALL, f"data_dir='{root.name}'", *overrides)))
+
+    monkeypatch.chdir(root.parent)
+    execute(made("stage=backbone"))
+    execute(made("stage=features"))
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    with pytest.raises(UserError, match=r"^data_dir=.*: there is no such folder"):
+        execute(made("stage=train"))
 
 
 def test_the_stores_table_is_the_datasets(folder):

@@ -75,7 +75,7 @@ def test_repeating_computes_nothing(stages, monkeypatch, capsys):
     def compute(*_, **__):
         raise AssertionError("computed again")
 
-    monkeypatch.setattr(graph, "_make", compute)
+    monkeypatch.setattr(graph, "make_folder", compute)
     monkeypatch.setattr(type(stages().experiment.dataset), "load_table", compute)
     capsys.readouterr()
     assert execute(stages()) == row

@@ -13,15 +13,13 @@ import torch
 from torch import nn
 from torch.utils.data.distributed import DistributedSampler
 
-from iciia_exp.artifacts import atomic_write, read_json, write_json
-from iciia_exp.config.science import weights_digest
+from iciia_exp.artifacts import atomic_write, load_tensors, read_json, save_tensors, write_json
 from iciia_exp.data.clients import ROLES
 from iciia_exp.data.store import FeatureStore
 from iciia_exp.digest import file_digest
 from iciia_exp.errors import UserError, first_line
 from iciia_exp.machine import plain_errors
 from iciia_exp.models.backbones.base import Backbone
-from iciia_exp.models.backbones.weights import load_tensors, save_tensors
 from iciia_exp.seeding import derive_seed
 
 if TYPE_CHECKING:
@@ -125,7 +123,7 @@ def make_features(stages: Stages, folder: Path) -> None:
     manifest = {
         "dataset": e.dataset_class.name,
         "backbone": e.backbone.name,
-        "weights_digest": trained.get("weights_digest", weights_digest(e.backbone)),
+        "weights_digest": trained.get("weights_digest", stages.weights_digest),
         "backbone_seconds": trained.get("seconds"),
     }
     with_head = e.backbone.train != "head"

@@ -17,14 +17,12 @@ from torch.utils.data import DataLoader
 
 from iciia_exp.artifacts import atomic_write, read_json, write_json
 from iciia_exp.config.build import build
-from iciia_exp.config.science import weights_digest
 from iciia_exp.config.stored import store as store_config
 from iciia_exp.data.batches import ClientBatch, ClientBatchSampler, ClientIndex, FeatureBatches
 from iciia_exp.data.clients import Clients
 from iciia_exp.data.store import FeatureStore
 from iciia_exp.data.views import CloudView
 from iciia_exp.engine.training.train_backbone import backbone_head, in_epochs, out_of_fold
-from iciia_exp.errors import ConfigError
 from iciia_exp.methods.base import Ask, Facts, Method, Record
 from iciia_exp.models.backbones.weights import known_classes
 from iciia_exp.seeding import derive_seed, generator
@@ -109,7 +107,7 @@ def _backbone_facts(stages: Stages) -> dict[str, Any]:
     """Return what `Run.load_backbone` builds the backbone from."""
     e, spec = stages.experiment, stages.experiment.backbone
     classes, weights = spec.classes, spec.weights
-    if classes is not None and Path(str(classes)).expanduser().is_file():
+    if isinstance(classes, str) and Path(classes).expanduser().is_file():
         classes = known_classes(classes)
     return {
         "name": spec.name,
@@ -118,7 +116,7 @@ def _backbone_facts(stages: Stages) -> dict[str, Any]:
         "pretrained": spec.pretrained,
         "classes": classes,
         "folder": None if stages.backbone is None else stages.backbone.folder.name,
-        "weights": None if weights is None else {"file": Path(weights).name, "digest": weights_digest(e.backbone)},
+        "weights": None if weights is None else {"file": Path(weights).name, "digest": stages.weights_digest},
     }
 
 
@@ -149,11 +147,9 @@ def draw_clients(
 ) -> tuple[Callable[[np.random.Generator], ClientIndex], int]:
     """Return what draws an epoch's clients from the images of a role, and how many sequences it gives."""
     mix, images = stages.experiment.client_mix, stages.experiment.training.train_images
-    try:
-        mix.check(stages.labels)
-    except ConfigError as error:
-        raise error.at(f"client_mix.{error.key}") from error
-    draw = partial(mix.draw, clients[role], clients.types, stages.labels, images)
+    labels = stages.labels
+    stages.experiment.named(lambda: mix.check(labels), "client_mix")
+    draw = partial(mix.draw, clients[role], clients.types, labels, images)
     return draw, mix.count(clients[role], images)
 
 

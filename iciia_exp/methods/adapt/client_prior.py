@@ -48,10 +48,7 @@ class ClientPrior(HistogramMethod):
     """The prior of the next image's class, by Bayes over client types.
 
     Args:
-        facts: task, sizes, and the backbone's classifier.
-        calibrator: ``none``, ``temperature`` or ``bcts``.
-        most_types: more training clients than this are clustered.
-        smoothing: share of the pooled histogram in every type's; null is chosen on val clients.
+        facts, calibrator, most_types, smoothing: as of `HistogramMethod`.
         new: probability beforehand that a client is not like a training client.
         all_classes: share of it that is for clients with all classes; the rest is for new clients with some.
         strengths: a of the new clients with some classes, in images, equally probable.

@@ -24,10 +24,7 @@ class ClientTypes(HistogramMethod):
     """The prior of the training clients that the past looks like.
 
     Args:
-        facts: task, sizes, and the backbone's classifier.
-        calibrator: ``none``, ``temperature`` or ``bcts``.
-        most_types: more training clients than this are clustered.
-        smoothing: share of the pooled histogram in every type's; null is chosen on val clients.
+        facts, calibrator, most_types, smoothing: as of `HistogramMethod`.
     """
 
     name = "client_types"

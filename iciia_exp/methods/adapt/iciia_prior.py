@@ -98,25 +98,11 @@ class IciiaPrior(StreamMethod):
         """Return log pi / s, [..., K], and what the gates see of how probable a training client is, [..., 2]."""
         return log_prior - self.inferred.log_source, torch.stack([known, known.logit(1e-3)], -1)
 
-    def _parts(
-        self, x_CSD: Tensor, mask_CS: Tensor | None, b_CSK: Tensor | None = None
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Return backbone's logits and correction, [C, S, K], and length of the past, [C, S], of every image."""
-        b_CSK, summed = self._read(x_CSD, mask_CS, b_CSK)
-        before = [part.cumsum(1) - part for part in summed]
-        return b_CSK, self._corrected(b_CSK, summed[-1], before, True), before[-1]
-
     def _corrected(self, b_CSK: Tensor, real_CS: Tensor, past: list[Tensor], causal: bool) -> Tensor:
         prior_CSK, known_CS2 = self._infer(b_CSK, real_CS, causal)
         encoded_CSD, classes_CSK, squares_CS, n_CS = past
         mean_CSD, (trust, weight, _) = self._gates(encoded_CSD, classes_CSK, squares_CS, n_CS, known_CS2)
         return self._bias(mean_CSD, trust, weight, prior_CSK, past[-1])
-
-    def forward(self, x_CSD: Tensor, mask_CS: Tensor | None = None) -> Tensor:
-        """Return every image's logits with all others of its chunk as its past, [C, S, K]."""
-        b_CSK, summed = self._read(x_CSD, mask_CS)
-        others = [part.sum(1, keepdim=True) - part for part in summed]
-        return self._combine(b_CSK, self._corrected(b_CSK, summed[-1], others, False), others[-1])
 
     def step(self, x_CD: Tensor, past_CPE: Tensor, mask_CP: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Return the logits of one more image of each client, [C, K], and what to keep of it, [C, E].

@@ -43,14 +43,7 @@ class IciiaStream(StreamMethod):
     """The encoder behind the backbone, with the plain prior that anybody would estimate.
 
     Args:
-        facts: task, sizes, and the backbone's classifier; it stays as it is.
-        num_layers: N.
-        heads: H, a divisor of D.
-        groups: G, a divisor of D, or ``max`` for D.
-        dropout: inside the encoder, while training.
-        feature_dropout: on the features of image and past, while training.
-        shuffle: interleave the groups after every projection.
-        perceptron: W, width of a second classifier of single images; 0 for none.
+        facts, num_layers, heads, groups, dropout, feature_dropout, shuffle, perceptron: as of `StreamMethod`.
     """
 
     name = "iciia_stream"
@@ -72,19 +65,8 @@ class IciiaStream(StreamMethod):
             prior = ((classes + even / self.num_classes) / (n.unsqueeze(-1) + even)).log()
         return self._bias(mean, trust, weight, prior, n)
 
-    def _parts(
-        self, x_CSD: Tensor, mask_CS: Tensor | None, b_CSK: Tensor | None = None
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Return backbone's logits and correction, [C, S, K], and length of the past, [C, S], of every image."""
-        b_CSK, summed = self._read(x_CSD, mask_CS, b_CSK)
-        before = [part.cumsum(1) - part for part in summed]
-        return b_CSK, self._correction(*before), before[-1]
-
-    def forward(self, x_CSD: Tensor, mask_CS: Tensor | None = None) -> Tensor:
-        """Return every image's logits with all others of its chunk as its past, [C, S, K]."""
-        b_CSK, summed = self._read(x_CSD, mask_CS)
-        others = [part.sum(1, keepdim=True) - part for part in summed]
-        return self._combine(b_CSK, self._correction(*others), others[-1])
+    def _corrected(self, b_CSK: Tensor, real_CS: Tensor, past: list[Tensor], causal: bool) -> Tensor:
+        return self._correction(*past)
 
     def step(self, x_CD: Tensor, past_CPE: Tensor, mask_CP: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Return the logits of one more image of each client, [C, K], and what to keep of it, [C, E]."""

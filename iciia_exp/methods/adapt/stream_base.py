@@ -200,10 +200,30 @@ class StreamMethod(Adaptive):
         return b_CSK, [encoded_CSD, classes_CSK, classes_CSK.square().sum(-1), real_CS]
 
     @abstractmethod
+    def _corrected(self, b_CSK: Tensor, real_CS: Tensor, past: list[Tensor], causal: bool) -> Tensor:
+        """Return every image's correction, [C, S, K].
+
+        Args:
+            b_CSK: the backbone's logits.
+            real_CS: 1 for a real image, 0 for padding.
+            past: sums over each image's past: encoder's outputs [C, S, D], probabilities [C, S, K], their squares over
+                images and classes [C, S], and its length [C, S].
+            causal: the past are the images before, else all others.
+        """
+
     def _parts(
         self, x_CSD: Tensor, mask_CS: Tensor | None, b_CSK: Tensor | None = None
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Return backbone's logits and correction, [C, S, K], and length of the past, [C, S], of every image."""
+        b_CSK, summed = self._read(x_CSD, mask_CS, b_CSK)
+        before = [part.cumsum(1) - part for part in summed]
+        return b_CSK, self._corrected(b_CSK, summed[-1], before, True), before[-1]
+
+    def forward(self, x_CSD: Tensor, mask_CS: Tensor | None = None) -> Tensor:
+        """Return every image's logits with all others of its chunk as its past, [C, S, K]."""
+        b_CSK, summed = self._read(x_CSD, mask_CS)
+        others = [part.sum(1, keepdim=True) - part for part in summed]
+        return self._combine(b_CSK, self._corrected(b_CSK, summed[-1], others, False), others[-1])
 
     # ---- the method
 

@@ -224,7 +224,7 @@ class BackboneSpec:
         try:
             backbone = self.model(num_classes=num_classes, **arguments)
         except ConfigError as error:
-            raise ConfigError(f"model.{error.key}", error.value, error.problem) from error
+            raise error.at(f"model.{error.key}") from error
         if self.dim is not None and self.dim != backbone.dim:
             raise ConfigError("dim", self.dim, f"the network has D={backbone.dim}")
         return backbone

@@ -11,7 +11,6 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from iciia_exp.artifacts import atomic_write
 from iciia_exp.errors import ConfigError, UserError, first_line
 
 __all__ = ["class_rows", "fetched", "read_weights"]
@@ -41,24 +40,6 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
     if not state:
         raise UserError(f"{path}: holds no tensors by name")
     return state
-
-
-def save_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Write tensors as safetensors, whole or not at all."""
-    from safetensors.torch import save
-
-    with atomic_write(path, "wb") as file:
-        file.write(save({name: t.detach().cpu().contiguous() for name, t in tensors.items()}))
-
-
-def load_tensors(path: Path) -> dict[str, Tensor]:
-    """Read the tensors of a safetensors file; a `UserError` names one that cannot be read."""
-    from safetensors.torch import load_file
-
-    try:
-        return load_file(path)
-    except Exception as error:  # safetensors raises several kinds
-        raise UserError(f"{path}: cannot be read ({first_line(error)})") from error
 
 
 def known_classes(classes: str | Sequence[str]) -> list[str]:
