@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import difflib
 import math
-from collections.abc import Iterable, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, TypeVar
 
 __all__ = [
     "ConfigError",
@@ -16,7 +16,10 @@ __all__ = [
     "check_int",
     "first_line",
     "nearest",
+    "within",
 ]
+
+_Made = TypeVar("_Made")
 
 
 class UserError(Exception):
@@ -26,7 +29,7 @@ class UserError(Exception):
 class ConfigError(UserError):
     """A configuration value that cannot be used.
 
-    Constructors name their own argument (``key="groups"``); `iciia_exp.config.build` adds the group in front of it.
+    Constructors name their own argument (``key="groups"``); `within` adds what it is a part of in front.
     """
 
     def __init__(self, key: str, value: Any, problem: str) -> None:
@@ -39,6 +42,14 @@ class ConfigError(UserError):
     def at(self, key: str) -> ConfigError:
         """Return the same error with another key."""
         return type(self)(key, self.value, self.problem)
+
+
+def within(path: str, function: Callable[[], _Made]) -> _Made:
+    """Call ``function``; its `ConfigError` gets ``path`` in front of the key."""
+    try:
+        return function()
+    except ConfigError as error:
+        raise error.at(f"{path}.{error.key}") from error
 
 
 def first_line(text: object) -> str:

@@ -10,7 +10,7 @@ from hydra.errors import InstantiationException
 from hydra.utils import instantiate
 
 from iciia_exp.config.check import check_keys
-from iciia_exp.errors import ConfigError, UserError, first_line
+from iciia_exp.errors import ConfigError, UserError, first_line, within
 
 __all__ = ["build", "with_path"]
 
@@ -20,9 +20,7 @@ _Made = TypeVar("_Made")
 def with_path(path: str, function: Callable[[], _Made]) -> _Made:
     """Call a constructor; its `ConfigError` gets the path of its configuration in front of the key."""
     try:
-        return function()
-    except ConfigError as error:
-        raise error.at(f"{path}.{error.key}") from error
+        return within(path, function)
     except InstantiationException as error:
         cause = error.__cause__
         inner = re.search(r"full_key: (\S+)", str(error))

@@ -10,7 +10,7 @@ from hydra.utils import get_object
 
 from iciia_exp.errors import ConfigError, UserError, nearest
 
-__all__ = ["check_keys", "identity", "parameters_of", "science", "target_of"]
+__all__ = ["check_keys", "flatten", "identity", "parameters_of", "science", "target_of"]
 
 _HYDRA_KEYS = ("_target_", "_partial_", "_recursive_", "_convert_")
 
@@ -67,3 +67,18 @@ def science(node: Any) -> Any:
     cosmetic: frozenset[str] = getattr(target, "cosmetic", frozenset())
     values = {k: science(v) for k, v in node.items() if k not in cosmetic and not k.startswith("_")}
     return {"_target_": identity(target), **values}
+
+
+def flatten(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Return nested settings as one level with dotted names; lists become text.
+
+    >>> flatten({"a": {"b": 1}, "c": [1, 2]})
+    {'a.b': 1, 'c': '1,2'}
+    """
+    flat: dict[str, Any] = {}
+    for key, value in config.items():
+        if isinstance(value, dict):
+            flat |= flatten(value, f"{prefix}{key}.")
+        else:
+            flat[prefix + str(key)] = ",".join(map(str, value)) if isinstance(value, list) else value
+    return flat

@@ -13,7 +13,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from iciia_exp.artifacts import resolve_cache_dir
 from iciia_exp.config.build import build, with_path
-from iciia_exp.config.check import check_keys, target_of
+from iciia_exp.config.check import check_keys, flatten, target_of
 from iciia_exp.config.hydra_errors import dotted_keys
 from iciia_exp.config.settings import Evaluation, Extraction, Training
 from iciia_exp.data.client_mix import ClientMix
@@ -74,9 +74,8 @@ class Experiment:
         except OmegaConfBaseException as error:
             raise UserError(first_line(error)) from error
         aliases = {
-            f"{group}.{key}": match.group(1)
-            for group in GROUPS
-            for key, value in dict(OmegaConf.to_container(config[group], resolve=False)).items()  # type: ignore[arg-type]
+            key: match.group(1)
+            for key, value in flatten(OmegaConf.to_container(config, resolve=False)).items()  # type: ignore[arg-type]
             if isinstance(value, str) and (match := re.fullmatch(r"\$\{(\w+)\}", value))
         }
 

@@ -11,7 +11,7 @@ import inspect
 import math
 import pkgutil
 from collections.abc import Iterable, Iterator
-from functools import cache
+from functools import cache, partial
 from importlib.metadata import entry_points
 from types import ModuleType
 from typing import Any, TypeVar
@@ -48,25 +48,30 @@ def restore(stored: Any, base: type[_Base], plugins: Plugins = (), **runtime: An
     Args:
         stored: its name and arguments.
         base: the class that it must be a subclass of. Arguments named in its class's ``parts`` are stored objects too,
-            subclasses of what stands there.
+            subclasses of what stands there; they are given as ``functools.partial``.
         plugins: classes, modules or names of modules to look for it in, beside the package and installed plug-ins.
         runtime: arguments that are not stored.
     """
+    try:
+        return _partial(stored, base, plugins, runtime)()
+    except ConfigError as error:
+        raise UserError(f"{stored['name']}: {error}") from error
+    except (TypeError, ValueError, AttributeError, LookupError, ArithmeticError, RuntimeError, MemoryError) as error:
+        raise UserError(f"{stored['name']}: its arguments do not fit ({first_line(error)})") from error
+
+
+def _partial(stored: Any, base: type[_Base], plugins: Plugins, runtime: dict[str, Any]) -> partial[_Base]:
+    """Return the constructor of a stored object with its arguments, its parts likewise."""
     found = _class_of(stored, base, plugins)
     parts: dict[str, type] = getattr(found, "parts", {})
     arguments = {
-        key: restore(value, parts[key], plugins) if key in parts and value is not None else _plain(value, key)
+        key: _partial(value, parts[key], plugins, {}) if key in parts and value is not None else _plain(value, key)
         for key, value in stored["arguments"].items()
     }
     parameters = parameters_of(found)
     if unknown := [key for key in arguments if key not in parameters or key in runtime]:
         raise UserError(f"{stored['name']}: has no argument {unknown[0]}; valid: {', '.join(parameters)}")
-    try:
-        return found(**arguments, **runtime)
-    except ConfigError as error:
-        raise UserError(f"{stored['name']}: {error}") from error
-    except (TypeError, ValueError, AttributeError, LookupError, ArithmeticError, RuntimeError, MemoryError) as error:
-        raise UserError(f"{stored['name']}: its arguments do not fit ({first_line(error)})") from error
+    return partial(found, **arguments, **runtime)
 
 
 def _class_of(stored: Any, base: type[_Base], plugins: Plugins) -> type[_Base]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from enum import Enum
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +17,9 @@ from iciia_exp.data.batches import ClientBatch
 from iciia_exp.data.views import CloudView
 from iciia_exp.tasks import SINGLE_LABEL, TASKS, Task
 
-__all__ = ["Ask", "Facts", "Fit", "Method", "Record", "copy_of", "resize_on_load"]
+__all__ = ["Ask", "Facts", "Fit", "Method", "Part", "Record", "copy_of", "resize_on_load"]
+
+_Made = TypeVar("_Made")
 
 #: What learning leaves in ``training.json``.
 Record = dict[str, Any]
@@ -57,6 +59,11 @@ def copy_of(head: nn.Linear, trained: bool) -> nn.Linear:
     own = nn.Linear(head.in_features, head.out_features)
     own.load_state_dict(head.state_dict())
     return own.requires_grad_(trained)
+
+
+#: A part of a method before it is told the facts: a class, or ``functools.partial`` of one with its settings. A method
+#: names the classes of its parts in ``parts``, by argument, so that a run can be loaded.
+Part = Callable[[Facts], _Made]
 
 
 def resize_on_load(module: nn.Module, *names: str) -> None:

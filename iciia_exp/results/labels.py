@@ -34,8 +34,8 @@ def varying(rows: Sequence[dict[str, Any]]) -> dict[str, list[str]]:
 
     Left out are seeds, what a label says anyhow, and what only decides which numbers are reported.
     """
-    left_out = {f"config.method.{key}" for key in ("num_layers", "heads", "groups")}
-    left_out |= {f"config.{key}" for key in REPORTED}
+    of_method = (f"config.method.{part}{key}" for part in ("", "encoder.") for key in ("num_layers", "heads", "groups"))
+    left_out = {*of_method, *(f"config.{key}" for key in REPORTED)}
     found: dict[str, list[str]] = {}
     for method in dict.fromkeys(row["method"] for row in rows):
         group = [row for row in rows if row["method"] == method]

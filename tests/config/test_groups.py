@@ -67,12 +67,15 @@ def is_default(path):
 def test_the_values_of_a_default_are_the_constructors(path, compose):
     """So that a method built in a notebook is the method of the tables."""
     node = OmegaConf.to_container(compose(f"{path.parent.name}={path.stem}")[path.parent.name], resolve=False)
-    for key, parameter in parameters_of(get_object(node["_target_"])).items():
-        value, default = node.get(key, parameter.default), parameter.default
-        interpolated = isinstance(value, str) and value.startswith("${")
-        if default is inspect.Parameter.empty or interpolated or isinstance(value, dict):
-            continue
-        assert value == (list(default) if isinstance(default, tuple) else default), key
+    for part in targets(node):
+        for key, parameter in parameters_of(get_object(part["_target_"])).items():
+            value, default = part.get(key, parameter.default), parameter.default
+            interpolated = isinstance(value, str) and value.startswith("${")
+            if isinstance(value, dict) and "_partial_" in value:
+                value = get_object(value["_target_"])
+            if default is inspect.Parameter.empty or interpolated or isinstance(value, dict):
+                continue
+            assert value == (list(default) if isinstance(default, tuple) else default), key
 
 
 @named(GROUP_FILES)

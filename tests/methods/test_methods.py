@@ -13,7 +13,7 @@ from iciia_exp.errors import ConfigError
 from iciia_exp.methods.adapt.backbone import BackboneOnly
 from iciia_exp.methods.adapt.iciia import IciiaMethod
 from iciia_exp.methods.adapt.linear_head import LinearHead
-from iciia_exp.methods.adapt.stream_base import StreamMethod
+from iciia_exp.methods.adapt.stream import StreamMethod
 from iciia_exp.methods.base import Facts, Method
 from tests.making.cloud import no_fit, small_cloud
 
@@ -24,8 +24,8 @@ BY_CLIENT = {"oracle_classes", "finetune", "prompt_tuning"}
 
 
 def make(path):
-    node = yaml.safe_load(path.read_text())
-    node = {k: {"${num_layers}": 2, "${groups}": 4, "${heads}": 2}.get(str(v), v) for k, v in node.items()}
+    text = path.read_text().replace("${num_layers}", "2").replace("${groups}", "4").replace("${heads}", "2")
+    node = yaml.safe_load(text)
     method = instantiate(node, facts=Facts.of(nn.Linear(D, K)), _convert_="all").eval()
     cloud = small_cloud(D, K)
     if isinstance(method, StreamMethod):
@@ -33,7 +33,7 @@ def make(path):
     else:
         method.learn(cloud.view, no_fit)
     if isinstance(method, StreamMethod):  # as after training: a correction of nothing would hide errors
-        nn.init.normal_(method.model.classifier.weight)
+        nn.init.normal_(method.encoder.model.classifier.weight)
         nn.init.normal_(method.gate.weight)
         nn.init.normal_(method.log_anchor, std=0.1)
     return method

@@ -10,7 +10,7 @@ from iciia_exp.data.batches import ClientBatch
 from iciia_exp.data.views import Devices
 from iciia_exp.errors import UserError
 from iciia_exp.methods.adapt.arm_cml import ArmCml
-from iciia_exp.methods.adapt.client_types import ClientTypes
+from iciia_exp.methods.adapt.client_types import ClientTypesMethod
 from iciia_exp.methods.adapt.context_token import ContextToken
 from iciia_exp.methods.adapt.conv_across_images import ConvAcrossImages
 from iciia_exp.methods.adapt.feedforward import FeedForward
@@ -164,7 +164,7 @@ def test_arm_s_context_is_the_mean(head, x):
 
 
 @pytest.mark.parametrize(
-    "kind", [PriorEM, PriorMAP, SmoothedPrior, ClientTypes, Lame, T3A, StatA, FeedForward, ContextToken, ArmCml]
+    "kind", [PriorEM, PriorMAP, SmoothedPrior, ClientTypesMethod, Lame, T3A, StatA, FeedForward, ContextToken, ArmCml]
 )
 def test_the_order_of_a_client_s_images_means_nothing(head, x, kind):
     method, _ = studied(kind(Facts.of(head)))

@@ -1,6 +1,7 @@
 """ICIIA for streams as a job: training clients of all types, calibration, histories, and a session on the run."""
 
 import json
+from functools import partial
 
 import numpy as np
 import pandas as pd
@@ -11,6 +12,8 @@ from iciia_exp import ClientSession, Run
 from iciia_exp.engine.evaluation import evaluate as evaluation
 from iciia_exp.engine.execute import execute
 from iciia_exp.errors import ConfigError, UserError
+from iciia_exp.methods.adapt.image_classifier import ImageClassifier
+from iciia_exp.methods.adapt.stream_encoder import StreamEncoder
 from iciia_exp.methods.base import Facts
 from iciia_exp.results.summary import ClientCounts
 
@@ -18,7 +21,7 @@ STREAM = ("method=iciia_stream", "training=streaming", "training.recipe.epochs=3
 
 
 def test_the_job_and_a_session_on_it(stages):
-    made = stages(*STREAM, "client_mix=all_types", "evaluation.history_orders=2", "method.perceptron=0")
+    made = stages(*STREAM, "client_mix=all_types", "evaluation.history_orders=2", "method.image.perceptron=0")
     row = execute(made)
     record = json.loads((made.run.folder / "training.json").read_text())
     assert record["calibration"]["log_loss"] <= record["calibration"]["log_loss_before"]
@@ -46,13 +49,15 @@ def test_the_job_and_a_session_on_it(stages):
 
 
 def test_a_second_classifier_of_single_images(stages):
-    made = stages(*STREAM, "method.perceptron=16")
+    made = stages(*STREAM, "method.image.perceptron=16")
     row = execute(made)
     record = json.loads((made.run.folder / "training.json").read_text())
     assert len(record["calibration"]["backbone_and_perceptron"]) == 2
     assert record["calibration"]["backbone_and_perceptron"] != [1.0, 0.0]
-    plain = stages(*STREAM, "method.perceptron=0").experiment.method_class(
-        Facts.of(nn.Linear(32, 10)), 2, 4, 4, perceptron=0
+    plain = stages(*STREAM, "method.image.perceptron=0").experiment.method_class(
+        Facts.of(nn.Linear(32, 10)),
+        partial(StreamEncoder, num_layers=2, heads=4, groups=4),
+        image=partial(ImageClassifier, perceptron=0),
     )
     assert row["sequence_macs"] - plain.macs(16) == 16 * 16 * (32 + 10)
 

@@ -13,7 +13,7 @@ import numpy as np
 import pandas as pd
 
 from iciia_exp import __version__
-from iciia_exp.config.check import science
+from iciia_exp.config.check import flatten, science
 from iciia_exp.cost import overheads
 from iciia_exp.data.clients import Clients
 from iciia_exp.data.store import FeatureStore
@@ -23,22 +23,7 @@ from iciia_exp.methods.base import Ask, Method
 from iciia_exp.results.labels import REPORTED
 from iciia_exp.results.summary import ClientCounts, summarise
 
-__all__ = ["client_table", "flatten", "git_revision", "result_row"]
-
-
-def flatten(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Return nested settings as one level with dotted names; lists become text.
-
-    >>> flatten({"a": {"b": 1}, "c": [1, 2]})
-    {'a.b': 1, 'c': '1,2'}
-    """
-    flat: dict[str, Any] = {}
-    for key, value in config.items():
-        if isinstance(value, dict):
-            flat |= flatten(value, f"{prefix}{key}.")
-        else:
-            flat[prefix + str(key)] = ",".join(map(str, value)) if isinstance(value, list) else value
-    return flat
+__all__ = ["client_table", "git_revision", "result_row"]
 
 
 def git_revision() -> str | None:
@@ -105,6 +90,8 @@ def result_row(
     sequence, streaming = method.macs(images), method.streaming_macs(images)
     cost = overheads(sequence, streaming, images, store.macs)
     settings = _settings(stages)
+    # of the method, or of its encoder
+    attention = {key.rsplit(".", 1)[-1]: value for key, value in settings.items() if key.startswith("method.")}
     seeds = {
         "seed": e.seed if e.method_class.trainable else None,
         "partition_seed": settings.get("partition.seed"),
@@ -118,9 +105,7 @@ def result_row(
         "backbone": e.backbone.name,
         "method": e.method_class.name,
         "oracle": Ask.TEST_LABELS in e.method_class.asks,
-        "groups": stages.method_config.get("groups"),
-        "heads": stages.method_config.get("heads"),
-        "num_layers": stages.method_config.get("num_layers"),
+        **{key: attention.get(key) for key in ("groups", "heads", "num_layers")},
         "digest": stages.run.digest,
         "evaluation_digest": stages.evaluation.digest,
         # the same for runs that differ in seeds only

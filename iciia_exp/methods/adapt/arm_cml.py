@@ -14,8 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from iciia_exp.errors import check_float, check_int
-from iciia_exp.methods.adapt.base import Adaptive
-from iciia_exp.methods.adapt.training_free import real_images
+from iciia_exp.methods.adapt.base import Adaptive, real_images
 from iciia_exp.methods.base import Facts
 
 __all__ = ["ArmCml"]

@@ -6,6 +6,7 @@ Legend: C clients, S images of a client, P images of its past, E numbers kept of
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +14,19 @@ from torch import Tensor, nn
 from iciia_exp.data.batches import ClientBatch
 from iciia_exp.methods.base import Facts, Method, copy_of
 
-__all__ = ["Adaptive", "HeadMethod", "PerImage"]
+__all__ = ["Adaptive", "HeadMethod", "PerImage", "in_parts", "real_images"]
+
+
+def real_images(x_CSD: Tensor, mask_CS: Tensor | None) -> Tensor:
+    """Return 1 where an image is real and 0 where it is padding, float [C, S]."""
+    return x_CSD.new_ones(x_CSD.shape[:2]) if mask_CS is None else mask_CS.to(x_CSD.dtype)
+
+
+def in_parts(function: Callable[..., Tensor], clients: int, *tensors: Tensor) -> Tensor:
+    """Return ``function`` of ``clients`` clients at a time, concatenated: what is read many times stays in the cache."""
+    if len(tensors[0]) <= clients:
+        return function(*tensors)
+    return torch.cat([function(*part) for part in zip(*(t.split(clients) for t in tensors), strict=True)])
 
 
 class Adaptive(Method):

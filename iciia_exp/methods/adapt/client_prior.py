@@ -1,17 +1,17 @@
 """Client prior: Bayes over training clients, new clients with some classes, and clients with all of them.
 
-Ours. `client_types` believes that every client is like a training client, and is wrong about all others. Here that is
-one hypothesis among several about where a client's classes come from:
+Ours. `client_types` assumes that every client is like a training client. Here that is one hypothesis among several
+about a client's classes:
 
-- a training client's class histogram, as in `client_types`, with the weight 1 - ``new`` together;
-- a new client, whose classes nobody knows beforehand: a Dirichlet prior around the histogram s of all images, of
-  strength a, for some a from few classes to nearly all. After n images with expected class counts c the next one has
-  the classes (c_k + a s_k) / (n + a); the counts follow the images one by one (quasi-Bayes, Smith and Makov 1978);
-- a client with all classes: s itself. Its probability beforehand is raised for each length of the past, so far that
-  such clients are no worse off than with the backbone (`iid_bonus`, chosen on val images).
+- a training client's class histogram, as in `client_types`, of prior probability 1 - ``new`` together;
+- a new client of unknown classes: a Dirichlet prior around the histogram s of all images, of strength a, for several a
+  from few classes to nearly all. After n images with expected class counts c the next one has the classes
+  (c_k + a s_k) / (n + a); the counts follow the images one by one (quasi-Bayes, Smith and Makov 1978);
+- a client with all classes: s itself. Its prior probability is raised for each length of the past, so far that such
+  clients are no worse off than with the backbone (`iid_bonus`, chosen on val images).
 
-Each says how likely the past was, image by image; that weighs what each says of the next image. After an image or two
-nobody can tell one kind from another, later the evidence decides.
+The likelihood of the past under each hypothesis weighs what it predicts for the next image. After one or two images the
+hypotheses are hard to tell apart; later the evidence decides.
 
 Legend: C clients, S images of a client, P images of its past, E numbers kept of one, K classes, T types, J types of new
 clients.
@@ -19,36 +19,35 @@ clients.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from iciia_exp.data.batches import ClientBatch
 from iciia_exp.errors import ConfigError, check_float
-from iciia_exp.methods.adapt.histograms import HistogramMethod
+from iciia_exp.methods.adapt.class_prior import ClassPrior, PriorMethod
 from iciia_exp.methods.adapt.iid_bonus import LENGTHS, choose_iid_bonus, iid_bonus_after
-from iciia_exp.methods.adapt.training_free import VAL_IMAGES, first_images, real_images
-from iciia_exp.methods.base import Facts
+from iciia_exp.methods.base import Facts, Part, Record
 
-__all__ = ["ClientPrior"]
+__all__ = ["ClientPrior", "ClientPriorMethod"]
 
 
 class _Past(NamedTuple):
-    """What a past says, in sums over its images."""
+    """Statistics of a past, sums over its images."""
 
-    counts_CJK: Tensor  # expected class counts, under each kind of new clients
-    evidence_CJ: Tensor  # log-likelihood of those types
+    counts_CJK: Tensor  # expected class counts, under each hypothesis about new clients
+    evidence_CJ: Tensor  # log-likelihood of those hypotheses
     types_CT: Tensor  # log-likelihood of the types
     images_C1: Tensor  # their number
 
 
-class ClientPrior(HistogramMethod):
+class ClientPrior(ClassPrior):
     """The prior of the next image's class, by Bayes over client types.
 
     Args:
-        facts, calibrator, most_types, smoothing: as of `HistogramMethod`.
+        facts, calibrator, most_types, smoothing: as of `ClassPrior`.
         new: probability beforehand that a client is not like a training client.
         all_classes: share of it that is for clients with all classes; the rest is for new clients with some.
         strengths: a of the new clients with some classes, in images, equally probable.
@@ -58,6 +57,8 @@ class ClientPrior(HistogramMethod):
     """
 
     name = "client_prior"
+    reads_logits = True
+
     iid_bonus: Tensor
     log_hypotheses: Tensor
     strengths_J: Tensor
@@ -90,31 +91,20 @@ class ClientPrior(HistogramMethod):
         given = 0.0 if iid_bonus is None else check_float("iid_bonus", iid_bonus, 0.0)
         self.register_buffer("iid_bonus", torch.full((len(LENGTHS),), given), persistent=self.chooses_iid_bonus)
 
-    def calibrate(self, batches: Iterable[ClientBatch]) -> dict[str, Any]:
-        """Fit the calibrator, choose `grids`, then the iid_bonus, all on val clients."""
-        some = list(first_images(batches, VAL_IMAGES))
-        record = super().calibrate(some)
-        return record | self.choose_iid_bonus(self.stream, some) if record else record
-
-    def choose_iid_bonus(self, stream: Callable[[Tensor], Tensor], batches: Sequence[ClientBatch]) -> dict[str, Any]:
-        """Choose the iid_bonus, where it is not given, for a method's answers to streams of images."""
-        return choose_iid_bonus(self.iid_bonus, stream, self.head, batches) if self.chooses_iid_bonus else {}
-
-    def _sequence(self, b_CSK: Tensor, real_CS: Tensor, causal: bool) -> Tensor:
-        log_prior_CSK, _ = self.log_prior(b_CSK, real_CS, causal)
-        return self._log_likelihood(b_CSK) + log_prior_CSK
+    def choose_iid_bonus(
+        self, stream: Callable[[Tensor], Tensor], head: Callable[[Tensor], Tensor], batches: Sequence[ClientBatch]
+    ) -> Record:
+        """Choose the iid_bonus for a method's ``stream`` on val clients, where it is not given."""
+        return choose_iid_bonus(self.iid_bonus, stream, head, batches) if self.chooses_iid_bonus else {}
 
     def log_prior(self, b_CSK: Tensor, real_CS: Tensor, causal: bool) -> tuple[Tensor, Tensor]:
-        """Return the log-prior of every image, [C, S, K], and how probable a training client is there, [C, S].
+        """Return the log-prior of every image, [C, S, K], and the probability of a training client, [C, S].
 
-        Args:
-            b_CSK: calibrated logits.
-            real_CS: 1 for a real image, 0 for padding.
-            causal: the past is the images before; else all others, each one's own share taken out of the whole.
+        With all other images as the past, each one's own part is taken out of the sums over all.
         """
         keep = 1 - self.forget if causal else 1.0  # without an order nothing is older
         answers, added = [], []
-        for past, prior_CJK, own in self._follow(*self._read(b_CSK), real_CS, keep):
+        for past, prior_CJK, own in self._follow(*self.likelihoods(b_CSK), real_CS, keep):
             if own is None:
                 break
             if causal:
@@ -128,21 +118,11 @@ class ClientPrior(HistogramMethod):
         return torch.stack(priors, 1), torch.stack(known, 1)
 
     def next_log_prior(self, b_CPK: Tensor, types_CPT: Tensor, real_CP: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the log-prior of the image after a past, [C, K], and how probable a training client is, [C].
-
-        Args:
-            b_CPK: calibrated logits of the past's images.
-            types_CPT: their log-likelihoods of the types, from `types_of`.
-            real_CP: 1 for a real image, 0 for padding.
-        """
-        log_likelihood_CPK, keep = self._log_likelihood(b_CPK), 1 - self.forget
+        """Return the log-prior of the image after a past, [C, K], and the probability of a training client, [C]."""
+        log_likelihood_CPK, keep = self.calibrator.log_likelihood(b_CPK), 1 - self.forget
         for past, prior_CJK, _ in self._follow(log_likelihood_CPK, types_CPT, real_CP, keep):  # noqa: B007
             pass
         return self._mix(past, prior_CJK)
-
-    def types_of(self, b_CK: Tensor) -> Tensor:
-        """Return the types' log-likelihoods of an image of each client, [C, T], from its calibrated logits."""
-        return self._read(b_CK)[1]
 
     def _follow(
         self, log_likelihood_CSK: Tensor, types_CST: Tensor, real_CS: Tensor, keep: float
@@ -175,7 +155,7 @@ class ClientPrior(HistogramMethod):
 
     def _new_prior(self, past: _Past) -> Tensor:
         """Return what each hypothesis about new clients says of the next image, [C, J, K]."""
-        strengths_J1, source_K = self.strengths_J.unsqueeze(1), self.log_source.exp()
+        strengths_J1, source_K = self.strengths_J.unsqueeze(1), self.calibrator.log_source.exp()
         images_C11 = past.images_C1.clamp(min=0).unsqueeze(2)
         return (past.counts_CJK.clamp(min=0) + strengths_J1 * source_K) / (images_C11 + strengths_J1)
 
@@ -185,26 +165,28 @@ class ClientPrior(HistogramMethod):
         every_C1 = past.evidence_CJ[:, -1:] + iid_bonus_after(self.iid_bonus, past.images_C1)
         new_CJ = torch.cat([past.evidence_CJ[:, :-1], every_C1], 1) + self.log_hypotheses
         weight_CH = torch.cat([known_CT, new_CJ], 1).softmax(1)
-        known_CK = self._histogram(weight_CH[:, : known_CT.shape[1]])
+        known_CK = self.histogram(weight_CH[:, : known_CT.shape[1]])
         new_CK = torch.bmm(weight_CH[:, None, known_CT.shape[1] :], prior_CJK).squeeze(1)
         return (known_CK + new_CK).clamp(min=1e-30).log(), weight_CH[:, : known_CT.shape[1]].sum(1)
-
-    @property
-    def state_width(self) -> int:
-        """The calibrated logits, and the types' log-likelihoods: K + T."""
-        return self.num_classes + len(self.types)
-
-    def step(self, x_CD: Tensor, past_CPE: Tensor, mask_CP: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Return the logits of one more image, [C, K], and its calibrated logits and types' log-likelihoods, [C, E]."""
-        b_CPK, types_CPT = past_CPE.split([self.num_classes, len(self.types)], dim=2)
-        log_prior_CK, _ = self.next_log_prior(b_CPK, types_CPT, real_images(b_CPK, mask_CP))
-        b_CK = self.calibrated(x_CD)
-        return self._log_likelihood(b_CK) + log_prior_CK, torch.cat([b_CK, self.types_of(b_CK)], 1)
 
     def macs(self, images: int) -> int:
         """2 S K (T + J): likelihood of every hypothesis, and the mixed prior."""
         return 2 * images * self.num_classes * (len(self.types) + len(self.strengths_J))
 
-    def streaming_macs(self, images: int) -> int | None:
+    def streaming_macs(self, images: int) -> int:
         """2 K T + S K J: what new clients are like is found from the kept images again."""
         return self.num_classes * (2 * len(self.types) + images * len(self.strengths_J))
+
+
+class ClientPriorMethod(PriorMethod):
+    """The backbone's posteriors under the client prior.
+
+    Args:
+        facts: task, sizes, and the backbone's classifier.
+        prior: the class prior.
+    """
+
+    name = "client_prior"
+
+    def __init__(self, facts: Facts, prior: Part[ClassPrior] = ClientPrior) -> None:
+        super().__init__(facts, prior)

@@ -1,61 +1,75 @@
 """Client types: a posterior over the training clients' class histograms gives the prior of the next image.
 
-With class histograms h_t of T training clients (or of clusters of them, weighing w_t), smoothed, and the likelihoods
-p_ik / s_k of the backbone's posteriors, the past says
+With class histograms h_t of T training clients (or of clusters of them) of weight w_t, smoothed, and the likelihoods
+p_ik / s_k of the backbone's posteriors, the past gives the posterior weights
 
     w_t  ~  w_t  prod over past images i of  sum over k of h_tk p_ik / s_k
 
-and the next image's answer is proportional to p_k / s_k sum over t of w_t h_tk: Bayes' rule, where the client is one
-of the types and draws its images independently. It memorises the training clients' types and knows no others.
+and the logits of the next image are log(p_k / s_k sum over t of w_t h_tk): Bayes' rule for a client that is one of the
+types and draws its images independently. Types beyond the training clients' are not considered.
 
-Legend: C clients, S images of a client, K classes, T types.
+Legend: C clients, S images of a client, P images of its past, K classes, T types.
 """
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
-from iciia_exp.methods.adapt.histograms import HistogramMethod
+from iciia_exp.methods.adapt.class_prior import ClassPrior, PriorMethod
+from iciia_exp.methods.base import Facts, Part
 
-__all__ = ["ClientTypes"]
+__all__ = ["ClientTypes", "ClientTypesMethod"]
 
 
-class ClientTypes(HistogramMethod):
-    """The prior of the training clients that the past looks like.
+class ClientTypes(ClassPrior):
+    """The mixture of the training clients' histograms, weighted by how likely each makes the past.
 
     Args:
-        facts, calibrator, most_types, smoothing: as of `HistogramMethod`.
+        facts, calibrator, most_types, smoothing: as of `ClassPrior`.
     """
 
     name = "client_types"
+    reads_logits = False
 
-    def _answer(self, log_likelihood: Tensor, past_T: Tensor) -> Tensor:
-        """Return the answers [..., K] from the past's sum of the types' log-likelihoods [..., T]."""
-        prior = self._histogram((self.log_weight + past_T).softmax(-1))
-        return log_likelihood + prior.clamp(min=1e-30).log()
+    def __init__(
+        self, facts: Facts, calibrator: str = "bcts", most_types: int = 1024, smoothing: float | None = None
+    ) -> None:
+        super().__init__(facts, calibrator, most_types, smoothing)
 
-    def _sequence(self, b_CSK: Tensor, real_CS: Tensor, causal: bool) -> Tensor:
-        log_likelihood_CSK, types_CST = self._read(b_CSK)
-        types_CST = types_CST * real_CS.unsqueeze(2)
+    def _mix(self, past: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the log-prior [..., K] from the past's sum of the types' log-likelihoods [..., T], and 1."""
+        prior = self.histogram((self.log_weight + past).softmax(-1))
+        return prior.clamp(min=1e-30).log(), torch.ones_like(past[..., 0])
+
+    def log_prior(self, b_CSK: Tensor, real_CS: Tensor, causal: bool) -> tuple[Tensor, Tensor]:
+        """Return the log-prior of every image, [C, S, K], and 1: every client is like a training client."""
+        types_CST = self.likelihoods(b_CSK)[1] * real_CS.unsqueeze(2)
         whole_CST = types_CST.cumsum(1) if causal else types_CST.sum(1, keepdim=True)
-        return self._answer(log_likelihood_CSK, whole_CST - types_CST)
+        return self._mix(whole_CST - types_CST)
 
-    @property
-    def state_width(self) -> int:
-        """Log-likelihoods of the types: T."""
-        return len(self.types)
-
-    def step(self, x_CD: Tensor, past_CPE: Tensor, mask_CP: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Return the logits of one more image, [C, K], and the types' log-likelihoods of it, [C, T]."""
-        log_likelihood_C1K, types_C1T = self._read(self.calibrated(x_CD.unsqueeze(1)))
-        if mask_CP is not None:
-            past_CPE = past_CPE * mask_CP.unsqueeze(2)
-        return self._answer(log_likelihood_C1K[:, 0], past_CPE.sum(1)), types_C1T[:, 0]
+    def next_log_prior(self, b_CPK: Tensor, types_CPT: Tensor, real_CP: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the log-prior of the image after a past, [C, K], and 1."""
+        return self._mix((types_CPT * real_CP.unsqueeze(2)).sum(1))
 
     def macs(self, images: int) -> int:
         """2 S K T: likelihood of every type, and the mixed prior; without the S K of smoothing."""
         return 2 * images * self.num_classes * len(self.types)
 
-    def streaming_macs(self, images: int) -> int | None:
+    def streaming_macs(self, images: int) -> int:
         """2 K T."""
         return self.macs(1)
+
+
+class ClientTypesMethod(PriorMethod):
+    """The backbone's posteriors under the prior of client types.
+
+    Args:
+        facts: task, sizes, and the backbone's classifier.
+        prior: the class prior.
+    """
+
+    name = "client_types"
+
+    def __init__(self, facts: Facts, prior: Part[ClassPrior] = ClientTypes) -> None:
+        super().__init__(facts, prior)

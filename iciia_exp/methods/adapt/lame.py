@@ -14,9 +14,10 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from iciia_exp.errors import check_float, check_int
-from iciia_exp.methods.adapt.training_free import WholeChunks, normalised
+from iciia_exp.methods.adapt.training_free import WholeChunks
 from iciia_exp.methods.base import Facts
 from iciia_exp.tasks import SINGLE_LABEL
 
@@ -28,7 +29,7 @@ def nearest_neighbours(x_CSD: Tensor, real_CS: Tensor, neighbours: int) -> Tenso
     C, S, _ = x_CSD.shape
     if neighbours == 0 or S == 1:
         return x_CSD.new_zeros(C, S, S)
-    f_CSD = normalised(x_CSD * real_CS.unsqueeze(2))  # padding may hold anything
+    f_CSD = F.normalize(x_CSD * real_CS.unsqueeze(2), dim=-1)  # padding may hold anything
     similar_CSS = torch.bmm(f_CSD, f_CSD.transpose(1, 2))
     itself_SS = torch.eye(S, dtype=torch.bool, device=x_CSD.device)
     similar_CSS = similar_CSS.masked_fill(itself_SS | (real_CS == 0).unsqueeze(1), -torch.inf)

@@ -18,7 +18,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from iciia_exp.errors import check_int
-from iciia_exp.methods.adapt.training_free import TrainingFree, in_parts, real_images
+from iciia_exp.methods.adapt.base import in_parts, real_images
+from iciia_exp.methods.adapt.training_free import TrainingFree
 from iciia_exp.methods.base import Facts
 from iciia_exp.tasks import MULTI_LABEL
 
@@ -75,13 +76,13 @@ class EMMethod(TrainingFree):
         return in_parts(self._classes, 16, b_CSK, real_CS)
 
     def _classes(self, b_CSK: Tensor, real_CS: Tensor) -> Tensor:
-        log_likelihood_CSK = self._log_likelihood(b_CSK)
-        prior_CK = self._prior(log_likelihood_CSK, real_CS, self.log_source.exp())
+        log_likelihood_CSK = self.calibrator.log_likelihood(b_CSK)
+        prior_CK = self._prior(log_likelihood_CSK, real_CS, self.calibrator.log_source.exp())
         return log_likelihood_CSK + prior_CK.clamp(min=_LEAST).log().unsqueeze(1)
 
     def _attributes(self, b_CSK: Tensor, real_CS: Tensor) -> Tensor:
         """Every attribute of a client is a problem with two classes."""
-        source_K = self.log_source.exp()
+        source_K = self.calibrator.log_source.exp()
         log_odds_CSK = b_CSK - source_K.logit()  # of the likelihoods of presence and absence
         two_CKS2 = torch.stack([F.logsigmoid(-log_odds_CSK), F.logsigmoid(log_odds_CSK)], -1).transpose(1, 2)
         priors = []

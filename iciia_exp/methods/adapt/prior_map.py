@@ -7,9 +7,6 @@ is drawn is chosen on val clients.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import ClassVar
-
 from iciia_exp.errors import check_float
 from iciia_exp.methods.adapt.prior_em import EMMethod
 from iciia_exp.methods.base import Facts
@@ -28,12 +25,11 @@ class PriorMAP(EMMethod):
     """
 
     name = "prior_map"
-    grids: ClassVar[dict[str, Sequence[float]]] = {"strength": (0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0)}
 
     def __init__(
         self, facts: Facts, calibrator: str = "bcts", iterations: int = 50, strength: float | None = None
     ) -> None:
         super().__init__(facts, calibrator, iterations)
         self.strength.fill_(1.0 if strength is None else check_float("strength", strength, 0.0))
-        if strength is not None:
-            self.grids = {}  # type: ignore[misc]
+        if strength is None:
+            self.grids = {"strength": (0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0)}

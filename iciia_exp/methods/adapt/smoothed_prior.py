@@ -14,7 +14,8 @@ from __future__ import annotations
 from torch import Tensor
 from torch.nn import functional as F
 
-from iciia_exp.methods.adapt.training_free import TrainingFree, real_images
+from iciia_exp.methods.adapt.base import real_images
+from iciia_exp.methods.adapt.training_free import TrainingFree
 from iciia_exp.methods.base import Facts
 from iciia_exp.tasks import SINGLE_LABEL
 

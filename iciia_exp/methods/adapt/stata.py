@@ -16,16 +16,14 @@ Legend: C clients, S images of a client, D features, K classes, I iterations, J 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import ClassVar
-
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from iciia_exp.data.views import CloudView
 from iciia_exp.errors import check_float, check_int
 from iciia_exp.methods.adapt.lame import nearest_neighbours
-from iciia_exp.methods.adapt.training_free import WholeChunks, normalised
+from iciia_exp.methods.adapt.training_free import WholeChunks
 from iciia_exp.methods.base import Facts
 from iciia_exp.tasks import SINGLE_LABEL
 
@@ -52,7 +50,6 @@ class StatA(WholeChunks):
     name = "stata"
     clients_at_once = 32
     tasks = (SINGLE_LABEL,)
-    grids: ClassVar[dict[str, Sequence[float]]] = {"sharpness": (1.0, 0.3, 0.1, 0.03, 0.01, 0.003, 0.001, 0.0003)}
 
     means: Tensor
     variance: Tensor
@@ -74,10 +71,10 @@ class StatA(WholeChunks):
         self.iterations, self.steps = check_int("iterations", iterations, 1), check_int("steps", steps, 1)
         given = 1.0 if sharpness is None else check_float("sharpness", sharpness, 0.0)
         self.register_buffer("sharpness", torch.tensor(given))
-        if sharpness is not None:
-            self.grids = {}  # type: ignore[misc]
+        if sharpness is None:
+            self.grids = {"sharpness": (1.0, 0.3, 0.1, 0.03, 0.01, 0.003, 0.001, 0.0003)}
         # without training images: the weights, and even features
-        self.register_buffer("means", normalised(self.head.weight).detach().clone())
+        self.register_buffer("means", F.normalize(self.head.weight, dim=-1).detach().clone())
         self.register_buffer("variance", torch.full((self.dim,), 1 / self.dim))
 
     def read(self, cloud: CloudView) -> None:
@@ -86,7 +83,7 @@ class StatA(WholeChunks):
         sum_KD = torch.zeros(self.num_classes, self.dim, dtype=torch.float64)
         square_D = torch.zeros(self.dim, dtype=torch.float64)
         for batch in cloud.chunks("train", most_images=_ANCHOR_IMAGES):
-            f_TD, y_T = normalised(batch.x_CSD[batch.mask_CS]).double(), batch.y_CS[batch.mask_CS]
+            f_TD, y_T = F.normalize(batch.x_CSD[batch.mask_CS], dim=-1).double(), batch.y_CS[batch.mask_CS]
             count_K.index_add_(0, y_T, torch.ones(len(y_T), dtype=torch.float64))
             sum_KD.index_add_(0, y_T, f_TD)
             square_D += f_TD.square().sum(0)
@@ -102,7 +99,7 @@ class StatA(WholeChunks):
     def together(self, x_CSD: Tensor, real_CS: Tensor, b_CSK: Tensor) -> Tensor:
         """Return the logarithms of the assignments, [C, S, K]."""
         log_p_CSK = b_CSK.log_softmax(-1)
-        f_CSD = normalised(x_CSD * real_CS.unsqueeze(2))
+        f_CSD = F.normalize(x_CSD * real_CS.unsqueeze(2), dim=-1)
         edges_CSS = nearest_neighbours(x_CSD, real_CS, self.neighbours)
         if self.neighbours and x_CSD.shape[1] > 1:
             edges_CSS = edges_CSS * torch.bmm(f_CSD, f_CSD.transpose(1, 2)).clamp(min=0)

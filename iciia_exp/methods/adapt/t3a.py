@@ -13,8 +13,7 @@ Legend: C clients, S images of a client, D features, K classes, M supports.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import Any
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -22,8 +21,9 @@ from torch.nn import functional as F
 
 from iciia_exp.data.batches import ClientBatch
 from iciia_exp.errors import check_int
-from iciia_exp.methods.adapt.training_free import VAL_IMAGES, WholeChunks, fit_calibrator
-from iciia_exp.methods.base import Facts
+from iciia_exp.methods.adapt.calibration import fit_calibrator
+from iciia_exp.methods.adapt.training_free import WholeChunks
+from iciia_exp.methods.base import Facts, Record
 from iciia_exp.tasks import SINGLE_LABEL
 
 __all__ = ["T3A"]
@@ -94,21 +94,16 @@ class T3A(WholeChunks):
         return keep_CS, (before_CK < self.supports).to(real_CS.dtype)
 
     @torch.inference_mode()
-    def calibrate(self, batches: Iterable[ClientBatch]) -> dict[str, Any]:
-        """Fit the scale of the answers on val clients."""
-        logits, labels, images = [], [], 0
+    def calibrate(self, batches: Sequence[ClientBatch]) -> Record:
+        """Fit the scale of the logits on val clients."""
         self.log_scale.zero_()
-        for batch in batches:
-            logits.append(self.logits(batch)[batch.mask_CS])
-            labels.append(batch.y_CS[batch.mask_CS])
-            images += len(labels[-1])
-            if images >= VAL_IMAGES:
-                break
-        if not images:
+        if not batches:
             return {}
-        log_temperature, _ = fit_calibrator(self.task, torch.cat(logits), torch.cat(labels), "temperature")
+        logits_TK = torch.cat([self.logits(batch)[batch.mask_CS] for batch in batches])
+        y_T = torch.cat([batch.y_CS[batch.mask_CS] for batch in batches])
+        log_temperature, _ = fit_calibrator(self.task, logits_TK, y_T, "temperature")
         self.log_scale.copy_(-log_temperature)
-        return {"images": images, "scale": round(float(self.log_scale.exp()), 4)}
+        return {"images": len(y_T), "scale": round(float(self.log_scale.exp()), 4)}
 
     def num_parameters(self) -> int:
         """The scale."""

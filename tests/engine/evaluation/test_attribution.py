@@ -13,7 +13,7 @@ from iciia_exp.config.settings import Evaluation
 from iciia_exp.data.clients import Clients, Ragged
 from iciia_exp.engine.evaluation.attribution import CASES, attribution_table, thumbnail
 from iciia_exp.engine.evaluation.setup import Setup
-from iciia_exp.methods.adapt.client_types import ClientTypes
+from iciia_exp.methods.adapt.client_types import ClientTypesMethod
 from iciia_exp.methods.adapt.iciia import IciiaMethod
 from iciia_exp.methods.adapt.linear_head import LinearHead
 from iciia_exp.methods.adapt.prior_em import PriorEM
@@ -75,7 +75,7 @@ def test_weights_are_shares_of_real_images_and_of_the_past_alone(causal, layers)
         torch.testing.assert_close(weights, 0.5 * maps + 0.5 * torch.eye(6))
 
 
-@pytest.mark.parametrize("method_class", [IciiaMethod, PriorEM, ClientTypes])
+@pytest.mark.parametrize("method_class", [IciiaMethod, PriorEM, ClientTypesMethod])
 def test_influence_is_that_of_leaving_the_image_out(method_class):
     table, method, _, cloud = made(method_class, options=Evaluation(examples=6, neighbours=20))
     assert len(table[table["rank"] == 0]) == 6

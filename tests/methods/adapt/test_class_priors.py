@@ -1,6 +1,7 @@
 """Calibrators and inferred class priors against plain loops of their equations, SciPy, or a case known by hand."""
 
 import math
+from functools import partial
 
 import numpy as np
 import pytest
@@ -10,13 +11,13 @@ from torch import nn
 from torch.nn import functional as F
 
 from iciia_exp.errors import ConfigError
-from iciia_exp.methods.adapt.client_prior import ClientPrior
-from iciia_exp.methods.adapt.client_types import ClientTypes
-from iciia_exp.methods.adapt.histograms import cluster_histograms
+from iciia_exp.methods.adapt.calibration import fit_calibrator
+from iciia_exp.methods.adapt.class_prior import cluster_histograms
+from iciia_exp.methods.adapt.client_prior import ClientPrior, ClientPriorMethod
+from iciia_exp.methods.adapt.client_types import ClientTypes, ClientTypesMethod
 from iciia_exp.methods.adapt.prior_em import PriorEM
 from iciia_exp.methods.adapt.prior_map import PriorMAP
 from iciia_exp.methods.adapt.smoothed_prior import SmoothedPrior
-from iciia_exp.methods.adapt.training_free import fit_calibrator
 from iciia_exp.methods.base import Facts
 from iciia_exp.tasks import MULTI_LABEL, SINGLE_LABEL
 from tests.making.cloud import K, S, studied
@@ -24,8 +25,9 @@ from tests.making.cloud import K, S, studied
 
 def posteriors(method, x):
     """Return calibrated posteriors and the source prior as lists of floats."""
-    logits = (x @ method.head.weight.T + method.head.bias) / method.log_temperature.exp() + method.bias
-    return logits.softmax(-1).double().numpy(), method.log_source.exp().double().numpy()
+    calibrator = (method.prior if hasattr(method, "prior") else method).calibrator
+    logits = (x @ method.head.weight.T + method.head.bias) / calibrator.log_temperature.exp() + calibrator.bias
+    return logits.softmax(-1).double().numpy(), calibrator.log_source.exp().double().numpy()
 
 
 # ---- calibration
@@ -78,14 +80,15 @@ def test_em_recovers_the_prior_of_separable_classes():
     labels = torch.arange(K).repeat_interleave((true * 100).long())
     x = 3 * F.one_hot(labels, K).float() + 0.3 * torch.randn(100, K, generator=torch.Generator().manual_seed(0))
     logits = method(x[None])[0]
-    prior = (logits - method.head(x).log_softmax(-1) + method.log_source).softmax(-1)[0]
+    prior = (logits - method.head(x).log_softmax(-1) + method.calibrator.log_source).softmax(-1)[0]
     torch.testing.assert_close(prior, true, atol=0.05, rtol=0)
 
 
 def test_em_of_attributes_is_em_of_two_classes(head, x):
     method, _ = studied(PriorEM(Facts.of(head, MULTI_LABEL)))
-    b = (x @ head.weight.T + head.bias) / method.log_temperature.exp() + method.bias
-    s = method.log_source.exp().double().numpy()
+    calibrator = method.calibrator
+    b = (x @ head.weight.T + head.bias) / calibrator.log_temperature.exp() + calibrator.bias
+    s = calibrator.log_source.exp().double().numpy()
     got = method(x[None])[0].sigmoid()
     for k in range(K):
         p = b[:, k].sigmoid().double().detach().numpy()
@@ -104,7 +107,7 @@ def test_smoothed_prior_by_its_equation(head, x):
 
 
 def test_client_types_by_bayes_rule(head, x):
-    method, cloud = studied(ClientTypes(Facts.of(head), smoothing=0.2))
+    method, cloud = studied(ClientTypesMethod(Facts.of(head), partial(ClientTypes, smoothing=0.2)))
     p, s = posteriors(method, x)
     counts = cloud.view.class_counts("train")
     types = counts / counts.sum(1, keepdims=True)
@@ -138,7 +141,7 @@ def test_client_prior_against_a_loop(head, x, forget, iid_bonus):
     strengths, new = [1.0, 4.0], 0.4
     settings = {"smoothing": 0.1, "new": new, "all_classes": 0.5, "strengths": strengths, "forget": forget}
     settings["iid_bonus"] = iid_bonus
-    method, cloud = studied(ClientPrior(Facts.of(head), **settings))
+    method, cloud = studied(ClientPriorMethod(Facts.of(head), partial(ClientPrior, **settings)))
     p, s = posteriors(method, x)
     likelihood = p / s
     counts = cloud.view.class_counts("train")
@@ -173,16 +176,17 @@ def test_client_prior_learns_a_client_with_classes_that_no_training_client_has_t
     head = nn.Linear(K, K)
     nn.init.eye_(head.weight)
     nn.init.zeros_(head.bias)
-    method = ClientPrior(Facts.of(head), "none", smoothing=0.01, iid_bonus=0.0)
-    method.types = torch.tensor([[0.5, 0.5, 0, 0, 0, 0], [0, 0, 0.5, 0.5, 0, 0], [0, 0, 0, 0, 0.5, 0.5]])
-    method.log_weight = torch.full((3,), 1 / 3).log()
+    settings = {"calibrator": "none", "smoothing": 0.01}
+    method = ClientPriorMethod(Facts.of(head), partial(ClientPrior, iid_bonus=0.0, **settings))
+    method.prior.types = torch.tensor([[0.5, 0.5, 0, 0, 0, 0], [0, 0, 0.5, 0.5, 0, 0], [0, 0, 0, 0, 0.5, 0.5]])
+    method.prior.log_weight = torch.full((3,), 1 / 3).log()
     images = 6 * F.one_hot(torch.tensor([0, 2] * 6), K).float()
     doubtful = 1.2 * F.one_hot(torch.tensor([2]), K).float() + 1.3 * F.one_hot(torch.tensor([3]), K).float()
     past = torch.cat([images, doubtful])[None]
     assert method.stream(past)[0, -1].argmax() == 2
     assert head(doubtful)[0].argmax() == 3
-    believer = ClientTypes(Facts.of(head), "none", smoothing=0.01)
-    believer.types, believer.log_weight = method.types, method.log_weight
+    believer = ClientTypesMethod(Facts.of(head), partial(ClientTypes, **settings))
+    believer.prior.types, believer.prior.log_weight = method.prior.types, method.prior.log_weight
     assert method.stream(past)[0, -1].softmax(-1)[2] > believer.stream(past)[0, -1].softmax(-1)[2]
 
 

@@ -1,6 +1,7 @@
 """ICIIA for streams, against its equations written as a loop."""
 
 import math
+from functools import partial
 
 import pytest
 import torch
@@ -8,9 +9,12 @@ from torch import nn
 
 from iciia_exp.data.batches import ClientBatch
 from iciia_exp.errors import ConfigError
+from iciia_exp.methods.adapt.client_prior import ClientPrior
 from iciia_exp.methods.adapt.iciia_prior import IciiaPrior
 from iciia_exp.methods.adapt.iciia_stream import IciiaStream
-from iciia_exp.methods.adapt.stream_base import KNOTS
+from iciia_exp.methods.adapt.image_classifier import ImageClassifier
+from iciia_exp.methods.adapt.stream import KNOTS
+from iciia_exp.methods.adapt.stream_encoder import StreamEncoder
 from iciia_exp.methods.base import Facts
 from iciia_exp.tasks import MULTI_LABEL
 from tests.making.cloud import small_cloud
@@ -18,14 +22,19 @@ from tests.making.cloud import small_cloud
 D, K = 16, 5
 
 
+def build(task="single-label", num_layers=1, perceptron=0, kind=IciiaStream):
+    encoder = partial(StreamEncoder, num_layers=num_layers, heads=2, groups=4)
+    return kind(Facts.of(nn.Linear(D, K), task), encoder, image=partial(ImageClassifier, perceptron=perceptron))
+
+
 def make(seed=0, task="single-label", perceptron=0):
     torch.manual_seed(seed)
-    method = IciiaStream(Facts.of(nn.Linear(D, K), task), num_layers=2, heads=2, groups=4, perceptron=perceptron).eval()
+    method = build(task, num_layers=2, perceptron=perceptron).eval()
     if perceptron:
-        method.ensemble_weight.copy_(torch.tensor([0.7, 0.4]))
-        method.known_classes[0] = False
+        method.image.ensemble_weight.copy_(torch.tensor([0.7, 0.4]))
+        method.image.known_classes[0] = False
     for name, parameter in method.named_parameters():
-        if not name.startswith(("head", "model.layers")):
+        if not name.startswith(("image.head", "encoder.model.layers")):
             nn.init.normal_(parameter, std=0.3)
     return method.requires_grad_(False)
 
@@ -44,10 +53,10 @@ def by_equation(method, x_D, past_PD, encoded_PD):
     """Return the logits of one image by the module's docstring."""
 
     def classify(x):
-        b = method.head(x)
-        if method.perceptron is None:
+        b = method.image.head(x)
+        if method.image.perceptron is None:
             return b
-        both = 0.7 * b + 0.4 * method.perceptron(x)
+        both = 0.7 * b + 0.4 * method.image.perceptron(x)
         if (
             method.task != MULTI_LABEL
         ):  # among the classes that it knows; those have the odds against the others that b says
@@ -73,7 +82,7 @@ def by_equation(method, x_D, past_PD, encoded_PD):
         prior = (pi / (1 - pi)).log()
     else:
         prior = ((p_PK.sum(0) + even / K) / (n + even)).log()
-    learned = 2 * trust.sigmoid() * method.model.classifier(m)
+    learned = 2 * trust.sigmoid() * method.encoder.model.classifier(m)
     correction = learned + at(method.prior_weight, n) * 2 * weight.sigmoid() * prior
     return at(method.log_anchor, n).exp() * b + at(method.log_correction, n).exp() * correction
 
@@ -82,7 +91,7 @@ def by_equation(method, x_D, past_PD, encoded_PD):
 @pytest.mark.parametrize("task", ["single-label", MULTI_LABEL])
 def test_the_equations(task, perceptron):
     method, x = make(task=task, perceptron=perceptron), torch.randn(9, D)
-    encoded = method.model.encode(x[None])[0]
+    encoded = method.encoder(x[None])[0]
     stream = method.stream(x[None])[0]
     whole = method(x[None])[0]
     for n in range(9):
@@ -94,52 +103,52 @@ def test_the_equations(task, perceptron):
 
 def test_without_a_past_the_answer_is_the_backbone_s():
     method, x = make(), torch.randn(20, 1, D)
-    assert (method.stream(x).argmax(-1) == method.head(x).argmax(-1)).all()
-    fresh = IciiaStream(Facts.of(nn.Linear(D, K)), heads=2, groups=4, perceptron=0).eval()
-    torch.testing.assert_close(fresh.stream(x), fresh.head(x))
+    assert (method.stream(x).argmax(-1) == method.image(x).argmax(-1)).all()
+    fresh = build().eval()
+    torch.testing.assert_close(fresh.stream(x), fresh.image.head(x))
 
 
 def test_the_backbone_s_classifier_is_not_trained():
-    method = IciiaStream(Facts.of(nn.Linear(D, K)), num_layers=2, heads=2, groups=4, perceptron=0).train()
+    method = build(num_layers=2).train()
     for _ in range(2):
         x, y, mask = torch.randn(4, 6, D), torch.randint(0, K, (4, 6)), torch.ones(4, 6, dtype=torch.bool)
-        method.model.classifier.weight.data.normal_()
+        method.encoder.model.classifier.weight.data.normal_()
         method.gate.weight.data.normal_()
         method.training_loss(ClientBatch(x, y, mask, torch.arange(4))).backward()
     for name, parameter in method.named_parameters():
-        assert (parameter.grad is None) == name.startswith("head."), name
+        assert (parameter.grad is None) == name.startswith("image.head."), name
 
 
-@pytest.mark.parametrize("client_type", [IciiaStream, IciiaPrior])
-def test_the_per_image_classifier_is_of_the_clients_images(client_type):
+@pytest.mark.parametrize("kind", [IciiaStream, IciiaPrior])
+def test_the_per_image_classifier_is_of_the_clients_images(kind):
     torch.manual_seed(0)
     cloud = small_cloud(D, K)  # the head has seen none of them
-    method = client_type(Facts.of(nn.Linear(D, K)), heads=2, groups=4, perceptron=32)
+    method = build(perceptron=32, kind=kind)
     method.read(cloud.view)
     assert method.training  # as it was
     x, y = (torch.cat([b[i][b.mask_CS] for b in cloud.chunks("test")]) for i in (0, 1))
-    assert torch.equal(method.classify(x), method.head(x))  # what training sees
+    assert torch.equal(method.image(x), method.image.head(x))  # what training sees
     method.eval()
-    right = [float((logits.argmax(-1) == y).float().mean()) for logits in (method.head(x), method.classify(x))]
+    right = [float((logits.argmax(-1) == y).float().mean()) for logits in (method.image.head(x), method.image(x))]
     assert right[1] > right[0] + 0.2
-    torch.testing.assert_close(method.stream(x[:, None]).argmax(-1)[:, 0], method.classify(x).argmax(-1))
-    added = method.macs(16) - client_type(Facts.of(nn.Linear(D, K)), heads=2, groups=4, perceptron=0).macs(16)
-    if client_type is IciiaPrior:  # whose prior has as many types as it has read
-        want = method.classify(x) * (-method.inferred.log_temperature).exp() + method.inferred.bias
-        torch.testing.assert_close(method.inferred.calibrated(x), want)
+    torch.testing.assert_close(method.stream(x[:, None]).argmax(-1)[:, 0], method.image(x).argmax(-1))
+    if kind is IciiaPrior:  # calibrated for the logits of both classifiers
+        prior = ClientPrior(Facts.of(method.image.head))
+        prior.calibrate(method.image, list(cloud.chunks("val")))
+        torch.testing.assert_close(prior.calibrator.bias, method.prior.calibrator.bias)
     else:
-        assert added == 16 * 32 * (D + K)
+        assert method.macs(16) - build(kind=kind).macs(16) == 16 * 32 * (D + K)
 
 
 def test_a_class_without_images_keeps_what_the_backbone_says_of_it():
     method, x = make(perceptron=8), torch.randn(50, D)
-    b, both = method.head(x).softmax(-1), method.classify(x).softmax(-1)
+    b, both = method.image.head(x).softmax(-1), method.image(x).softmax(-1)
     torch.testing.assert_close(both[:, 0], b[:, 0])
     assert not torch.allclose(both, b)
     cloud = small_cloud(D, K)
     cloud.batches.labels[cloud.batches.labels == 2] = 3
     method.read(cloud.view)
-    assert method.known_classes.tolist() == [True, True, False, True, True]
+    assert method.image.known_classes.tolist() == [True, True, False, True, True]
 
 
 def test_the_per_image_classifier_is_not_trained_with_the_module():
@@ -147,12 +156,12 @@ def test_the_per_image_classifier_is_not_trained_with_the_module():
     method.requires_grad_(True)
     x, y, mask = torch.randn(4, 6, D), torch.randint(0, K, (4, 6)), torch.ones(4, 6, dtype=torch.bool)
     method.training_loss(ClientBatch(x, y, mask, torch.arange(4))).backward()
-    assert all(p.grad is None for p in method.perceptron.parameters())
+    assert all(p.grad is None for p in method.image.perceptron.parameters())
 
 
 def test_a_width_that_is_none_is_named():
-    with pytest.raises(ConfigError, match=r"perceptron=-1: must be a whole number of at least 0"):
-        IciiaStream(Facts.of(nn.Linear(D, K)), heads=2, groups=4, perceptron=-1)
+    with pytest.raises(ConfigError, match=r"^image.perceptron=-1: must be a whole number of at least 0"):
+        build(perceptron=-1)
 
 
 def batch(seed, y=None, images=7):
@@ -171,7 +180,7 @@ def val_loss(method, batches):
 def test_what_helps_nobody_is_turned_off():
     # labels are the backbone's own answers: its logits should count more, the correction not at all
     method = make()
-    batches = [batch(s, lambda x: method.head(x).argmax(-1)) for s in range(8)]
+    batches = [batch(s, lambda x: method.image.head(x).argmax(-1)) for s in range(8)]
     before = val_loss(method, batches)
     record = method.calibrate(iter(batches))
     after = val_loss(method, batches)
@@ -204,7 +213,7 @@ def test_calibration_of_a_multi_label_task_and_of_nobody():
 
 
 def test_values_are_checked():
-    with pytest.raises(ConfigError, match="feature_dropout=1.0"):
-        IciiaStream.canonical({"feature_dropout": 1.0}, D)
-    with pytest.raises(ConfigError, match="groups=3"):
-        IciiaStream.canonical({"groups": 3}, D)
+    with pytest.raises(ConfigError, match=r"^encoder.feature_dropout=1.0"):
+        IciiaStream(Facts.of(nn.Linear(D, K)), partial(StreamEncoder, feature_dropout=1.0))
+    with pytest.raises(ConfigError, match=r"^encoder.groups=3"):
+        IciiaStream.canonical({"encoder": {"groups": 3}}, D)

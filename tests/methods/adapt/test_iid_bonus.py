@@ -1,13 +1,16 @@
 """A method is as careful after a few images as clients with all classes need it to be, and no more."""
 
+from functools import partial
+
 import pytest
 import torch
 from torch import nn
 
 from iciia_exp.data.batches import ClientBatch
-from iciia_exp.methods.adapt.client_prior import ClientPrior
+from iciia_exp.methods.adapt.client_prior import ClientPrior, ClientPriorMethod
 from iciia_exp.methods.adapt.iciia_prior import IciiaPrior
 from iciia_exp.methods.adapt.iid_bonus import LENGTHS, choose_iid_bonus, iid_bonus_after
+from iciia_exp.methods.adapt.stream_encoder import StreamEncoder
 from iciia_exp.methods.base import Facts
 from tests.making.cloud import small_cloud
 
@@ -103,7 +106,7 @@ def mixed_clients(x_MD, y_M, seed, clients=3000):
     return x_MD[rows], y_M[rows]
 
 
-@pytest.mark.parametrize("kind", [ClientPrior, IciiaPrior])
+@pytest.mark.parametrize("kind", [ClientPriorMethod, IciiaPrior])
 def test_clients_with_all_classes_are_no_worse_off(kind):
     head = diagonal_head()
     batch, seed = val(), torch.Generator().manual_seed(1)
@@ -111,10 +114,10 @@ def test_clients_with_all_classes_are_no_worse_off(kind):
     loss = {}
     for iid_bonus in (0.0, None):
         torch.manual_seed(0)
-        settings = {"iid_bonus": iid_bonus, "new": 0.1, "smoothing": 0.1} | ({"heads": 2} if kind is IciiaPrior else {})
-        method = kind(Facts.of(head), **settings).eval()
-        prior = method if kind is ClientPrior else method.inferred
-        prior.types, prior.log_weight = torch.eye(K), torch.full((K,), 1 / K).log()  # clients of one class each
+        parts = {"prior": partial(ClientPrior, iid_bonus=iid_bonus, new=0.1, smoothing=0.1)}
+        parts |= {"encoder": partial(StreamEncoder, heads=2)} if kind is IciiaPrior else {}
+        method = kind(Facts.of(head), **parts).eval()
+        method.prior.types, method.prior.log_weight = torch.eye(K), torch.full((K,), 1 / K).log()  # clients of one class each
         record = method.calibrate([batch])
         assert ("iid_bonus" in record) == (iid_bonus is None)
         with torch.inference_mode():
@@ -134,20 +137,20 @@ def test_clients_with_all_classes_are_no_worse_off(kind):
 def test_two_samples_of_images_ask_for_the_same_iid_bonus():
     head, chosen = diagonal_head(), []
     for seed in range(2):
-        method = ClientPrior(Facts.of(head), iid_bonus=None, new=0.3, smoothing=0.1).eval()
-        method.types, method.log_weight = torch.eye(K), torch.full((K,), 1 / K).log()
+        method = ClientPriorMethod(Facts.of(head), partial(ClientPrior, new=0.3, smoothing=0.1)).eval()
+        method.prior.types, method.prior.log_weight = torch.eye(K), torch.full((K,), 1 / K).log()
         method.calibrate([val(800, seed)])
-        chosen.append(method.iid_bonus)
+        chosen.append(method.prior.iid_bonus)
     assert chosen[0].min() > 2
     assert (chosen[0] - chosen[1]).abs().max() <= 0.5  # counted by labels, a whole nat
 
 
 def test_the_iid_bonus_is_saved_with_the_weights():
     cloud = small_cloud(D, K)
-    method = ClientPrior(Facts.of(nn.Linear(D, K)), iid_bonus=None).eval()
+    method = ClientPrior(Facts.of(nn.Linear(D, K)))
     method.read(cloud.view)
     method.iid_bonus.copy_(torch.arange(5.0))
-    other = ClientPrior(Facts.of(nn.Linear(D, K)), iid_bonus=None)
+    other = ClientPrior(Facts.of(nn.Linear(D, K)))
     other.read(cloud.view)
     other.load_state_dict(method.state_dict())
     assert other.iid_bonus.tolist() == [0, 1, 2, 3, 4]

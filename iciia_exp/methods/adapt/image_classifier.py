@@ -1,0 +1,75 @@
+"""Per-image classifier: the backbone's logits of an image by itself, and an ensemble with a perceptron of its own.
+
+The perceptron (`iciia_exp.models.perceptron`) is fitted on the clients' train images; its weight beside the backbone's
+classifier is chosen on val images.
+
+Legend: M images, D features, K classes, W hidden units.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from iciia_exp.data.views import CloudView
+from iciia_exp.errors import check_int
+from iciia_exp.methods.adapt.calibration import VAL_IMAGES
+from iciia_exp.methods.base import Facts, copy_of
+from iciia_exp.models.perceptron import Perceptron, ensemble_weights, fit_perceptron
+from iciia_exp.tasks import SINGLE_LABEL
+
+__all__ = ["ImageClassifier"]
+
+
+class ImageClassifier(nn.Module):
+    """The backbone's classifier, or a weighted sum of its logits and a perceptron's.
+
+    Shapes: features [..., D] to logits [..., K].
+
+    Args:
+        facts: task, sizes, and the backbone's classifier; it stays as it is.
+        perceptron: W, width of the perceptron; 0 for the backbone's classifier alone.
+    """
+
+    ensemble_weight: Tensor
+    known_classes: Tensor
+
+    def __init__(self, facts: Facts, perceptron: int = 512) -> None:
+        super().__init__()
+        self.task, width = facts.task, check_int("perceptron", perceptron, 0)
+        self.head = copy_of(facts.head, trained=False)
+        self.perceptron = Perceptron(facts.dim, facts.num_classes, width) if width else None
+        if width:
+            self.register_buffer("ensemble_weight", torch.tensor([1.0, 0.0]))  # of backbone and perceptron
+            self.register_buffer("known_classes", torch.ones(facts.num_classes, dtype=torch.bool))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the logits; in training the backbone's alone, as the perceptron is too sure of what it was fitted on."""
+        b = self.head(x)
+        if self.training or self.perceptron is None:
+            return b
+        both = self.ensemble_weight[0] * b + self.ensemble_weight[1] * self.perceptron(x)
+        if self.task == SINGLE_LABEL:  # classes without train images keep the probability that the backbone gives them
+            known_b, known_both = (part.masked_fill(~self.known_classes, -torch.inf) for part in (b, both))
+            both = both + known_b.logsumexp(-1, keepdim=True) - known_both.logsumexp(-1, keepdim=True)
+        return torch.where(self.known_classes, both, b)
+
+    def learn(self, cloud: CloudView) -> None:
+        """Fit the perceptron on train images of the clients, and weigh it on val images."""
+        if self.perceptron is None:
+            return
+        fit_perceptron(self.perceptron, cloud.gather, np.unique(cloud.clients.train.values))
+        self.known_classes.copy_(torch.from_numpy(cloud.class_counts("train").any(0)))
+        if val := list(cloud.chunks("val", most_images=VAL_IMAGES)):
+            x_MD = torch.cat([batch.x_CSD[batch.mask_CS] for batch in val])
+            y = torch.cat([batch.y_CS[batch.mask_CS] for batch in val])
+            with torch.no_grad():
+                logits = self.head(x_MD), self.perceptron(x_MD)
+            self.ensemble_weight.copy_(ensemble_weights(self.task, *logits, y))
+        self.perceptron.train(self.training)
+
+    @property
+    def macs(self) -> int:
+        """Multiply-accumulates of one image beside the backbone's classifier: W (D + K)."""
+        return 0 if self.perceptron is None else self.perceptron.macs
