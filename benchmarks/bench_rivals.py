@@ -58,9 +58,10 @@ def main() -> None:
         node = OmegaConf.load(CONF_DIR / "method" / f"{name}.yaml")
         method = instantiate(node, facts=Facts.of(head), _convert_="all").eval()
         start = time.perf_counter()
-        method.read(data)
-        method.grids = {}  # hyper-parameters as they are: what is timed does not depend on them
-        method.calibrate(data.chunks("val", most_images=2000))
+        part = getattr(method, "prior", method)
+        part.read(data)
+        part.grids = {}  # hyper-parameters as they are: what is timed does not depend on them
+        method.calibrate(list(data.chunks("val", most_images=2000)))
         ready = time.perf_counter()
         with torch.inference_mode():
             for i in range(-(-options.clients // 64)):

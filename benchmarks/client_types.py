@@ -35,7 +35,7 @@ from iciia_exp.engine.evaluation.history import history_table
 from iciia_exp.engine.evaluation.setup import Setup
 from iciia_exp.methods.adapt.backbone import BackboneOnly
 from iciia_exp.methods.adapt.prior_em import PriorEM
-from iciia_exp.methods.base import Method
+from iciia_exp.methods.base import Facts, Method
 from iciia_exp.serving.run import Run as RunType
 
 LENGTHS = (0, 1, 2, 3, 5, 10, 15)
@@ -83,13 +83,13 @@ def measure(run: RunType, options: argparse.Namespace) -> pd.DataFrame:
     store = run.features
     labels = dense_labels(store.table["label"], run.info["task"], store.num_classes)
     batches = FeatureBatches(store.array(), labels)
-    em = PriorEM(run.head, calibrator="none").eval()
-    iid_bonus = getattr(getattr(run.method, "inferred", run.method), "iid_bonus", None)
+    em = PriorEM(Facts.of(run.head), calibrator="none").eval()
+    iid_bonus = getattr(getattr(run.method, "prior", None), "iid_bonus", None)
     chosen = None if iid_bonus is None else iid_bonus.clone()
     frames, lengths = [], [n for n in LENGTHS if n < options.images]
     for client_type, clients in kinds_of(run, labels, options).items():
         tables = {
-            "backbone": answered(BackboneOnly(run.head), run, batches, clients, lengths),
+            "backbone": answered(BackboneOnly(Facts.of(run.head)), run, batches, clients, lengths),
             "em": answered(em, run, batches, clients, lengths[-1:]),
             "method": answered(run.method, run, batches, clients, lengths),
         }

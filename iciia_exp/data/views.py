@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 
 import numpy as np
+from torch.utils.data import Dataset
 
 from iciia_exp.data.batches import ClientBatch, ClientIndex, FeatureBatches, cut_chunks
 from iciia_exp.data.clients import Clients, Ragged
@@ -24,7 +25,7 @@ __all__ = ["CloudView", "Devices"]
 _SEEDS = {"val": "selection"}
 
 
-class CloudView:
+class CloudView(Dataset[ClientBatch]):
     """What the cloud may read: features and labels of the clients' train and val images.
 
     Args:
@@ -56,7 +57,7 @@ class CloudView:
         for role in ("train", "val"):
             self._readable[clients[role].values] = True
 
-    def gather(self, index: ClientIndex) -> ClientBatch:
+    def __getitem__(self, index: ClientIndex) -> ClientBatch:
         """Return features and labels of train and val images; others are refused."""
         if not self._readable[index.index_CS[index.index_CS >= 0]].all():
             raise PermissionError("the cloud reads train and val images alone")
@@ -78,7 +79,7 @@ class CloudView:
         order, images = generator("cloud", _SEEDS.get(role, role)).permutation(len(client_C)), 0
         for start in range(0, len(order), batch_size):
             rows = order[start : start + batch_size]
-            yield self.gather(ClientIndex(index_CS[rows], client_C[rows]))
+            yield self[ClientIndex(index_CS[rows], client_C[rows])]
             images += int((index_CS[rows] >= 0).sum())
             if most_images is not None and images >= most_images:
                 return

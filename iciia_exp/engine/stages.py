@@ -15,7 +15,10 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+import torch
+from torch import nn
 
+from iciia_exp.config.build import build
 from iciia_exp.config.check import science, target_of
 from iciia_exp.config.experiment import Experiment
 from iciia_exp.config.science import trainer_science, weights_classes, weights_digest
@@ -26,6 +29,7 @@ from iciia_exp.data.store import FeatureStore
 from iciia_exp.engine.dataset_facts import DatasetFacts
 from iciia_exp.engine.graph import Artifact
 from iciia_exp.errors import ConfigError, UserError
+from iciia_exp.methods.base import Facts
 from iciia_exp.models.backbones.base import Backbone
 from iciia_exp.serving.run import Run
 
@@ -297,4 +301,8 @@ class Stages:
         if e.dataset_class.task not in method.tasks:
             problem = f"knows {' and '.join(method.tasks)} tasks; this dataset's is {e.dataset_class.task}"
             raise ConfigError("method", method.name, problem)
-        return {"_target_": e.config["method"]["_target_"], **canonical}
+        config = {"_target_": e.config["method"]["_target_"], **canonical}
+        facts = Facts(e.dataset_class.task, nn.Linear(dim, self.num_classes), tuple(self.facts.class_names))
+        with torch.random.fork_rng(devices=[]):  # built once to see that it can be, before hours of work
+            build(config, "method", facts=facts)
+        return config

@@ -8,24 +8,38 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from enum import Enum
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar, Protocol, TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from iciia_exp.data.batches import ClientBatch
 from iciia_exp.data.views import CloudView
+from iciia_exp.errors import ConfigError, within
+from iciia_exp.recipe import Recipe
 from iciia_exp.tasks import SINGLE_LABEL, TASKS, Task
 
-__all__ = ["Ask", "Facts", "Fit", "Method", "Part", "Record", "copy_of", "resize_on_load"]
+__all__ = ["Ask", "Facts", "Fit", "Method", "Part", "Record", "copy_of", "make_part", "resize_on_load"]
 
 _Made = TypeVar("_Made")
 
 #: What learning leaves in ``training.json``.
 Record = dict[str, Any]
 
-#: Trains a module by gradients on the cloud's clients, as the configuration says, and returns the record of it.
-Fit = Callable[["Method"], Record]
+
+class Fit(Protocol):
+    """Trains modules by gradients on what the cloud may read; the one door for all of them."""
+
+    def __call__(self, module: nn.Module, rows: np.ndarray | None = None, recipe: Recipe | None = None) -> Record:
+        """Train a module and leave it in evaluation mode, without gradients; return the record of the training.
+
+        Args:
+            module: a method, trained by its ``training_loss`` on batches of the clients that the configuration says;
+                or, with ``rows``, a network trained by its ``loss(x_BD, y)`` on single images.
+            rows: numbers of the images, of train or val.
+            recipe: how the network is trained; by default as the configuration says.
+        """
 
 
 class Ask(Enum):
@@ -64,6 +78,13 @@ def copy_of(head: nn.Linear, trained: bool) -> nn.Linear:
 #: A part of a method before it is told the facts: a class, or ``functools.partial`` of one with its settings. A method
 #: names the classes of its parts in ``parts``, by argument, so that a run can be loaded.
 Part = Callable[[Facts], _Made]
+
+
+def make_part(key: str, part: Part[_Made], facts: Facts) -> _Made:
+    """Build a part of a method; a `ConfigError` of it gets the part's key in front."""
+    if not callable(part):
+        raise ConfigError(key, part, "must be a part of the method: a node with a _target_ and _partial_: true")
+    return within(key, lambda: part(facts))
 
 
 def resize_on_load(module: nn.Module, *names: str) -> None:

@@ -10,24 +10,17 @@ Legend: M images, B of them in a batch, D features, K classes, W hidden units.
 
 from __future__ import annotations
 
-import logging
-import time
-from collections.abc import Callable
-
 import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from iciia_exp.data.batches import ClientBatch, ClientIndex
 from iciia_exp.models.fast_dropout import Dropout
 from iciia_exp.models.lbfgs import minimise
-from iciia_exp.seeding import derive_seed, generator
+from iciia_exp.recipe import Recipe
 from iciia_exp.tasks import Task
 
-__all__ = ["Perceptron", "ensemble_weights", "fit_perceptron"]
-
-log = logging.getLogger(__name__)
+__all__ = ["Perceptron", "ensemble_weights"]
 
 _DROPOUT, _SMOOTHING = 0.5, 0.1
 _RATE, _DECAY, _BATCH = 1e-3, 0.05, 256
@@ -67,39 +60,17 @@ class Perceptron(nn.Module):
         first, second = (F.cross_entropy(logits_BK, label, label_smoothing=_SMOOTHING) for label in (y, y[other_B]))
         return torch.lerp(second, first, share)
 
+    @staticmethod
+    def recipe(images: int) -> Recipe:
+        """Return how it is trained on so many images: AdamW, 3,000 steps of 256, in 8 to 100 passes."""
+        size = min(_BATCH, images)
+        passes = int(np.clip(_STEPS * size // images, _FEWEST_PASSES, _MOST_PASSES))
+        return Recipe("adamw", _RATE, passes, size, weight_decay=_DECAY, schedule="onecycle")
+
     @property
     def macs(self) -> int:
         """Multiply-accumulates of one image: W (D + K)."""
         return self.width * (self.dim + self.num_classes)
-
-
-def fit_perceptron(net: Perceptron, gather: Callable[[ClientIndex], ClientBatch], rows_M: np.ndarray) -> None:
-    """Train ``net`` for evaluation on images ``rows_M`` of the store: AdamW, 3,000 steps of 256, 8 to 100 passes.
-
-    Always the same for the same start and images; a minute of one core for 24,000 images of 1,280 features.
-    """
-    size = min(_BATCH, len(rows_M))
-    passes = int(np.clip(_STEPS * size // max(1, len(rows_M)), _FEWEST_PASSES, _MOST_PASSES))
-    steps = len(rows_M) // size if size else 0
-    if not steps:
-        return
-    net.train().requires_grad_(True)
-    optimizer = torch.optim.AdamW(net.parameters(), lr=_RATE, weight_decay=_DECAY, fused=True)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, _RATE, total_steps=passes * steps)
-    nobody_B, start = np.zeros(size, dtype=np.int64), time.monotonic()
-    with torch.random.fork_rng(devices=[]), torch.enable_grad():
-        torch.manual_seed(derive_seed("perceptron"))
-        for number in range(passes):
-            order_M = generator("perceptron", number).permutation(rows_M)
-            for some_B in order_M[: steps * size].reshape(steps, size):
-                batch = gather(ClientIndex(some_B[:, None], nobody_B))
-                optimizer.zero_grad()
-                net.loss(batch.x_CSD[:, 0], batch.y_CS[:, 0]).backward()
-                optimizer.step()
-                schedule.step()
-    net.eval().requires_grad_(False)
-    seconds = time.monotonic() - start
-    log.info("perceptron: fitted in %.1f s, %d passes over %s images", seconds, passes, f"{len(rows_M):,}")
 
 
 def ensemble_weights(task: Task, b_MK: Tensor, o_MK: Tensor, y: Tensor) -> Tensor:

@@ -67,7 +67,7 @@ def is_default(path):
 def test_the_values_of_a_default_are_the_constructors(path, compose):
     """So that a method built in a notebook is the method of the tables."""
     node = OmegaConf.to_container(compose(f"{path.parent.name}={path.stem}")[path.parent.name], resolve=False)
-    for part in targets(node):
+    for part in (node, *(value for value in node.values() if isinstance(value, dict) and "_partial_" in value)):
         for key, parameter in parameters_of(get_object(part["_target_"])).items():
             value, default = part.get(key, parameter.default), parameter.default
             interpolated = isinstance(value, str) and value.startswith("${")

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import time
 
@@ -144,6 +145,27 @@ def test_killed_in_any_stage_and_repeated(stages, tmp_path, monkeypatch, where):
     assert same_weights(weights(stages()), weights(whole))
 
 
+def test_killed_while_a_per_image_classifier_is_trained(stages, tmp_path, monkeypatch):
+    options = ("method=iciia_stream", "method.image.perceptron=8", "training.recipe.epochs=1")
+    whole = stages(*options, f"output_dir={tmp_path}/whole")
+    execute(whole)
+    original, calls = training.ClassifierModule.training_step, []
+
+    def die(self, *args):
+        calls.append(self.trainer.current_epoch)
+        if calls[-1] == 3 and calls.count(3) == 1:
+            raise Killed
+        return original(self, *args)
+
+    monkeypatch.setattr(training.ClassifierModule, "training_step", die)
+    with pytest.raises(Killed):
+        execute(stages(*options))
+    killed = len(calls)
+    execute(stages(*options))
+    assert calls[killed] == 3  # it went on from the last whole epoch
+    assert same_weights(weights(stages(*options)), weights(whole))
+
+
 @pytest.mark.parametrize(
     ("stage", "made", "needs"),
     [("features", None, "backbone"), ("evaluate", None, "backbone"), ("train", "backbone", "features")],
@@ -169,9 +191,17 @@ def test_stages_one_by_one(stages):
 
 
 def test_nothing_is_written_for_a_bad_configuration(stages, tmp_path):
-    for override in ("partition.images_per_client=600", "trainer.precision=7"):
-        with pytest.raises(UserError):
-            execute(stages(override))
+    for overrides, key in (
+        (["partition.images_per_client=600"], "partition.images_per_client=600"),
+        (["trainer.precision=7"], "trainer.precision=7"),
+        (["method=lame", "method.neighbours=-1"], "method.neighbours=-1"),
+        (["method=iciia_prior", "method.prior.new=2"], "method.prior.new=2"),
+        (["method=iciia_prior", "method.prior=null"], "method.prior=None"),
+        (["method=iciia_prior", "method.encoder=x"], "method.encoder=x"),
+        (["method=iciia_stream", "method.encoder.groups=7"], "method.encoder.groups=7"),
+    ):
+        with pytest.raises(UserError, match=f"^{re.escape(key)}: "):
+            execute(stages(*overrides))
     assert not os.listdir(tmp_path)
 
 

@@ -5,7 +5,7 @@ from functools import cached_property
 
 import numpy as np
 
-from iciia_exp.data.batches import FeatureBatches, cut_chunks
+from iciia_exp.data.batches import ClientIndex, FeatureBatches, cut_chunks
 from iciia_exp.data.clients import Clients, Ragged
 from iciia_exp.data.views import CloudView
 from iciia_exp.tasks import SINGLE_LABEL
@@ -32,9 +32,26 @@ class SmallCloud:
         yield self.batches[cut_chunks(self.clients[role], self.images)]
 
 
-def no_fit(method):
+def no_fit(module, rows=None, recipe=None):
     """Train nothing: what else a method learns is looked at alone."""
     return {}
+
+
+def plain_fit(view):
+    """Return a loop in the place of Lightning that trains networks on single images; methods it leaves alone."""
+
+    def fit(module, rows=None, recipe=None):
+        if rows is not None:
+            batch = view[ClientIndex(rows[:, None], np.zeros(len(rows), dtype=np.int64))]
+            optimizer = recipe.make_optimizer(module.train().parameters())
+            for _ in range(recipe.epochs):
+                optimizer.zero_grad()
+                module.loss(batch.x_CSD[:, 0], batch.y_CS[:, 0]).backward()
+                optimizer.step()
+            module.eval().requires_grad_(False)
+        return {}
+
+    return fit
 
 
 def small_cloud(dim, classes, clients=12, images=8, task=SINGLE_LABEL, seed=0, noise=1.0, owned=2):

@@ -29,7 +29,8 @@ def make(path):
     method = instantiate(node, facts=Facts.of(nn.Linear(D, K)), _convert_="all").eval()
     cloud = small_cloud(D, K)
     if isinstance(method, StreamMethod):
-        method.read(cloud.view)
+        method.prepare(cloud.view, no_fit)
+        method.eval()
     else:
         method.learn(cloud.view, no_fit)
     if isinstance(method, StreamMethod):  # as after training: a correction of nothing would hide errors

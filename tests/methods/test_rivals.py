@@ -10,6 +10,7 @@ from iciia_exp.data.batches import ClientBatch
 from iciia_exp.data.views import Devices
 from iciia_exp.errors import UserError
 from iciia_exp.methods.adapt.arm_cml import ArmCml
+from iciia_exp.methods.adapt.calibration import mean_log_loss
 from iciia_exp.methods.adapt.client_types import ClientTypesMethod
 from iciia_exp.methods.adapt.context_token import ContextToken
 from iciia_exp.methods.adapt.conv_across_images import ConvAcrossImages
@@ -78,11 +79,11 @@ def test_t3a_against_its_prototypes(head, x, supports):
 def test_t3a_fits_its_scale(head):
     method, cloud = studied(T3A(Facts.of(head)))
     batches = list(cloud.chunks("val"))
-    fitted = method._loss(batches)
+    fitted = mean_log_loss(method.task, method.logits, batches)
     method.log_scale += 0.1
-    assert fitted < method._loss(batches)
+    assert fitted < mean_log_loss(method.task, method.logits, batches)
     method.log_scale -= 0.2
-    assert fitted < method._loss(batches)
+    assert fitted < mean_log_loss(method.task, method.logits, batches)
 
 
 def test_stata_against_explicit_means(head, x):

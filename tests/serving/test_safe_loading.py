@@ -36,6 +36,9 @@ ATTACKS = {
     "negative": -5,
 }
 
+#: A method that is made of parts, stored objects in a stored object.
+NESTED = ("method=iciia_prior", "method.image.perceptron=4")
+
 WATCHED = ("open", "os.mkdir", "os.system", "subprocess.Popen", "shutil.copyfile", "os.rename", "os.remove")
 
 events: list = []
@@ -82,7 +85,7 @@ def made(tmp_path_factory):
     root = tmp_path_factory.mktemp("safe")
     places = [f"cache_dir={root}/cache", f"output_dir={root}/outputs"]
     with initialize_config_dir(str(CONF_DIR), version_base="1.3"):
-        config = compose("config", overrides=[*SMALL, *places, "training.recipe.epochs=1"])
+        config = compose("config", overrides=[*SMALL, *places, *NESTED, "training.recipe.epochs=1"])
     stages = Stages(Experiment.from_config(config))
     execute(stages, brief=True)
     (root / "SECRET").write_text("secret")

@@ -16,10 +16,17 @@ from iciia_exp.serving.session import ClientSession, predict_together
 D, K = 16, 4
 
 
-def make_run(folder, seed=0, **settings):
+ICIIA = {"_target_": "iciia_exp.methods.adapt.iciia.IciiaMethod", "heads": 2, "groups": 4}
+ENCODER = {"_target_": "iciia_exp.methods.adapt.stream_encoder.StreamEncoder", "_partial_": True}
+STREAM = {
+    "_target_": "iciia_exp.methods.adapt.iciia_stream.IciiaStream",
+    "encoder": {**ENCODER, "num_layers": 2, "heads": 2, "groups": 4},
+}
+
+
+def make_run(folder, seed=0, config=ICIIA, **settings):
     torch.manual_seed(seed)
-    head = nn.Linear(D, K)
-    config = {"_target_": "iciia_exp.methods.adapt.iciia.IciiaMethod", "heads": 2, "groups": 4, **settings}
+    head, config = nn.Linear(D, K), {**config, **settings}
     method = instantiate(config, facts=Facts.of(head))
     facts = {"task": "single-label", "class_names": list("abcd"), "images": 16, "features": "none", "backbone": None}
     save_method(folder, method, head, config, facts)
@@ -71,12 +78,8 @@ def test_many_sessions_together_equal_each_alone(run):
 @pytest.mark.parametrize("method", ["iciia", "iciia_stream"])
 def test_a_compiled_session_is_the_same(tmp_path, method):
     (tmp_path / "r").mkdir()
-    settings = (
-        {"attention": "causal"}
-        if method == "iciia"
-        else {"_target_": "iciia_exp.methods.adapt.iciia_stream.IciiaStream"}
-    )
-    run = make_run(tmp_path / "r", num_layers=2, **settings)
+    causal = {"num_layers": 2, "attention": "causal"}
+    run = make_run(tmp_path / "r", **({"config": STREAM} if method == "iciia_stream" else causal))
     plain, compiled = ClientSession(run, history=3), ClientSession(run, history=3, compile="eager")
     for row in torch.randn(6, D):
         torch.testing.assert_close(compiled.predict(row), plain.predict(row), atol=1e-5, rtol=1e-5)

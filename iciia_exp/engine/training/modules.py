@@ -23,7 +23,7 @@ from iciia_exp.recipe import Recipe
 from iciia_exp.results.counts import ClientCountsMetric, batch_outcomes
 from iciia_exp.tasks import Task
 
-__all__ = ["BackboneModule", "MethodModule"]
+__all__ = ["BackboneModule", "ClassifierModule", "MethodModule"]
 
 MONITOR = "val/accuracy"
 
@@ -93,6 +93,23 @@ class BackboneModule(_Module):
         log = partial(self.log, on_step=False, on_epoch=True, batch_size=len(y_B))
         log("backbone/loss", loss)
         log("backbone/train_accuracy", accuracy)
+        return loss
+
+
+class ClassifierModule(_Module):
+    """Trains a classifier of stored features on single images."""
+
+    shown = ("classifier/loss",)
+    recipe_key = "classifier"
+
+    def __init__(self, classifier: nn.Module, recipe: Recipe) -> None:
+        super().__init__(recipe)
+        self.classifier = classifier
+
+    def training_step(self, batch: ClientBatch, batch_idx: int) -> Tensor:
+        """Return the loss of a batch of images."""
+        loss: Tensor = self.classifier.loss(batch.x_CSD[:, 0], batch.y_CS[:, 0])  # type: ignore[operator]
+        self.log("classifier/loss", loss, on_step=False, on_epoch=True, batch_size=len(batch.client_C))
         return loss
 
 

@@ -19,12 +19,13 @@ from iciia_exp.artifacts import atomic_write, read_json, write_json
 from iciia_exp.config.build import build
 from iciia_exp.config.stored import store as store_config
 from iciia_exp.data.batches import ClientBatch, ClientBatchSampler, ClientIndex, FeatureBatches
-from iciia_exp.data.clients import Clients
+from iciia_exp.data.clients import Clients, Ragged
 from iciia_exp.data.store import FeatureStore
 from iciia_exp.data.views import CloudView
 from iciia_exp.engine.training.train_backbone import backbone_head, in_epochs, out_of_fold
 from iciia_exp.methods.base import Ask, Facts, Method, Record
 from iciia_exp.models.backbones.weights import known_classes
+from iciia_exp.recipe import Recipe
 from iciia_exp.seeding import derive_seed, generator
 from iciia_exp.serving.run import save_method
 
@@ -57,7 +58,12 @@ def train_method(stages: Stages, folder: Path) -> None:
     cloud = CloudView(known, batches, stages.num_classes, training.images, draw_val, Ask.TEST_LABELS in asks)
     if Ask.CLIENT_LABELS in asks:
         cloud.devices.require_own_labels(method.name)
-    fit = partial(_fit, stages, store, clients, batches, head, folder)
+
+    def fit(module: nn.Module, rows: np.ndarray | None = None, recipe: Recipe | None = None) -> Record:
+        if rows is None:
+            return _fit_method(stages, store, clients, batches, head, folder, module, recipe or training.recipe)
+        return _fit_classifier(stages, cloud, folder, module, rows, recipe or training.recipe)
+
     record: Record = {"epochs": 0, "seconds": 0.0, **method.learn(cloud, fit)}
     write_json(folder / "training.json", record)
     stored = {
@@ -71,14 +77,15 @@ def train_method(stages: Stages, folder: Path) -> None:
     shutil.rmtree(folder / "checkpoints", ignore_errors=True)
 
 
-def _fit(
+def _fit_method(
     stages: Stages,
     store: FeatureStore,
     clients: Clients,
     batches: FeatureBatches,
     head: nn.Linear,
     folder: Path,
-    method: Method,
+    method: Any,
+    recipe: Recipe,
 ) -> Record:
     """Train a method with Lightning on the clients that the configuration says; leave it for evaluation."""
     from iciia_exp.engine.training.fit import fit
@@ -90,8 +97,8 @@ def _fit(
         order["draw"] = draw_clients(stages, clients, "train")
     own = FeatureBatches(store.array(), stages.labels, out_of_fold(stages))
     record = fit(
-        MethodModule(method, head, training.recipe, len(clients)),
-        _loader(own, clients, "train", training.train_images, training.recipe.batch_size, **order),
+        MethodModule(method, head, recipe, len(clients)),
+        _loader(own, clients, "train", training.train_images, recipe.batch_size, **order),
         _loader(batches, clients, "val", training.images),
         seed=e.seed,
         folder=folder / "checkpoints",
@@ -100,6 +107,30 @@ def _fit(
         title=method.name,
     )
     method.to("cpu").eval().requires_grad_(False)
+    return record
+
+
+def _fit_classifier(
+    stages: Stages, cloud: CloudView, folder: Path, classifier: nn.Module, rows: np.ndarray, recipe: Recipe
+) -> Record:
+    """Train a classifier with Lightning on single images that the cloud may read; leave it for evaluation."""
+    from iciia_exp.engine.training.fit import fit
+    from iciia_exp.engine.training.modules import ClassifierModule
+
+    name, seed = type(classifier).__name__.lower(), stages.experiment.seed
+    sampler = ClientBatchSampler(Ragged.from_rows([rows]), 1, recipe.batch_size, shuffle=True, seed=seed)
+    record = fit(
+        ClassifierModule(classifier, recipe),
+        DataLoader(cloud, batch_size=None, sampler=sampler),
+        None,
+        seed=derive_seed(name, seed),
+        folder=folder / "checkpoints" / name,
+        trainer_config=stages.experiment.config["trainer"],
+        loggers=[],
+        title=name,
+    )
+    classifier.to("cpu").eval().requires_grad_(False)
+    log.info("%s: %s over %s images in %.1f s", name, in_epochs(record["epochs"]), f"{len(rows):,}", record["seconds"])
     return record
 
 

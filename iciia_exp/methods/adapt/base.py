@@ -23,7 +23,7 @@ def real_images(x_CSD: Tensor, mask_CS: Tensor | None) -> Tensor:
 
 
 def in_parts(function: Callable[..., Tensor], clients: int, *tensors: Tensor) -> Tensor:
-    """Return ``function`` of ``clients`` clients at a time, concatenated: what is read many times stays in the cache."""
+    """Return ``function`` of ``clients`` clients at a time, concatenated: what is read often stays in the cache."""
     if len(tensors[0]) <= clients:
         return function(*tensors)
     return torch.cat([function(*part) for part in zip(*(t.split(clients) for t in tensors), strict=True)])

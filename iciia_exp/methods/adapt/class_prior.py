@@ -1,7 +1,7 @@
 """Class prior: the probabilities of the classes of a client's next image, inferred from its past images.
 
-A `ClassPrior` is a part of methods: of `client_types` and `client_prior`, which correct the backbone's posteriors by it,
-and of `iciia_prior`. All of them start from the class histograms of the training clients, each a client type.
+A `ClassPrior` is a part of `client_types` and `client_prior`, which correct the backbone's posteriors by it, and of
+`iciia_prior`. All of them start from the class histograms of the training clients, the client types.
 
 Legend: C clients, S images of a client, P images of its past, E numbers kept of one, D features, K classes, T types.
 """
@@ -18,10 +18,10 @@ from torch import Tensor, nn
 
 from iciia_exp.data.batches import ClientBatch
 from iciia_exp.data.views import CloudView
-from iciia_exp.errors import UserError, check_float, check_int, within
+from iciia_exp.errors import UserError, check_float, check_int
 from iciia_exp.methods.adapt.base import Adaptive, in_parts, real_images
 from iciia_exp.methods.adapt.calibration import Calibrator, choose, first_images, mean_log_loss
-from iciia_exp.methods.base import Facts, Fit, Part, Record, copy_of, resize_on_load
+from iciia_exp.methods.base import Facts, Fit, Part, Record, copy_of, make_part, resize_on_load
 from iciia_exp.tasks import SINGLE_LABEL
 
 __all__ = ["ClassPrior", "PriorMethod", "cluster_histograms"]
@@ -182,7 +182,7 @@ class PriorMethod(Adaptive):
     def __init__(self, facts: Facts, prior: Part[ClassPrior]) -> None:
         super().__init__(facts)
         self.head = copy_of(facts.head, trained=False)
-        self.prior = within("prior", lambda: prior(facts))
+        self.prior = make_part("prior", prior, facts)
 
     def learn(self, cloud: CloudView, fit: Fit) -> Record:
         """Read the training clients' class histograms, then calibrate on val clients."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from typing import ClassVar
 
+from iciia_exp.errors import ConfigError
 from iciia_exp.methods.adapt.class_prior import ClassPrior
 from iciia_exp.methods.adapt.client_prior import ClientPrior
 from iciia_exp.methods.adapt.image_classifier import ImageClassifier
@@ -42,4 +43,6 @@ class IciiaPrior(StreamMethod):
         prior: Part[ClassPrior] = ClientPrior,
         image: Part[ImageClassifier] = ImageClassifier,
     ) -> None:
+        if prior is None:
+            raise ConfigError("prior", None, "needs a class prior; without one it is method=iciia_stream")
         super().__init__(facts, encoder, image, prior)

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from iciia_exp.data.views import CloudView
 from iciia_exp.errors import check_int
 from iciia_exp.methods.adapt.calibration import VAL_IMAGES
-from iciia_exp.methods.base import Facts, copy_of
-from iciia_exp.models.perceptron import Perceptron, ensemble_weights, fit_perceptron
+from iciia_exp.methods.base import Facts, Fit, copy_of
+from iciia_exp.models.perceptron import Perceptron, ensemble_weights
 from iciia_exp.tasks import SINGLE_LABEL
 
 __all__ = ["ImageClassifier"]
@@ -45,7 +45,7 @@ class ImageClassifier(nn.Module):
             self.register_buffer("known_classes", torch.ones(facts.num_classes, dtype=torch.bool))
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return the logits; in training the backbone's alone, as the perceptron is too sure of what it was fitted on."""
+        """Return the logits; in training the backbone's alone: the perceptron is too sure of the train images."""
         b = self.head(x)
         if self.training or self.perceptron is None:
             return b
@@ -55,11 +55,12 @@ class ImageClassifier(nn.Module):
             both = both + known_b.logsumexp(-1, keepdim=True) - known_both.logsumexp(-1, keepdim=True)
         return torch.where(self.known_classes, both, b)
 
-    def learn(self, cloud: CloudView) -> None:
-        """Fit the perceptron on train images of the clients, and weigh it on val images."""
-        if self.perceptron is None:
+    def learn(self, cloud: CloudView, fit: Fit) -> None:
+        """Train the perceptron on the clients' train images, and weigh it on val images."""
+        rows = np.unique(cloud.clients.train.values)
+        if self.perceptron is None or not len(rows):
             return
-        fit_perceptron(self.perceptron, cloud.gather, np.unique(cloud.clients.train.values))
+        fit(self.perceptron, rows, Perceptron.recipe(len(rows)))
         self.known_classes.copy_(torch.from_numpy(cloud.class_counts("train").any(0)))
         if val := list(cloud.chunks("val", most_images=VAL_IMAGES)):
             x_MD = torch.cat([batch.x_CSD[batch.mask_CS] for batch in val])
@@ -67,7 +68,6 @@ class ImageClassifier(nn.Module):
             with torch.no_grad():
                 logits = self.head(x_MD), self.perceptron(x_MD)
             self.ensemble_weight.copy_(ensemble_weights(self.task, *logits, y))
-        self.perceptron.train(self.training)
 
     @property
     def macs(self) -> int:

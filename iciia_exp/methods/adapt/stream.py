@@ -39,7 +39,7 @@ from iciia_exp.methods.adapt.class_prior import ClassPrior
 from iciia_exp.methods.adapt.iciia import IciiaMethod
 from iciia_exp.methods.adapt.image_classifier import ImageClassifier
 from iciia_exp.methods.adapt.stream_encoder import StreamEncoder
-from iciia_exp.methods.base import Facts, Fit, Part, Record
+from iciia_exp.methods.base import Facts, Fit, Part, Record, make_part
 from iciia_exp.models.lbfgs import minimise
 from iciia_exp.tasks import MULTI_LABEL
 
@@ -81,9 +81,9 @@ class StreamMethod(Adaptive):
         prior: Part[ClassPrior] | None,
     ) -> None:
         super().__init__(facts)
-        self.encoder = within("encoder", lambda: encoder(facts))
-        self.image = within("image", lambda: image(facts))
-        self.prior = None if prior is None else within("prior", lambda: prior(facts))
+        self.encoder = make_part("encoder", encoder, facts)
+        self.image = make_part("image", image, facts)
+        self.prior = None if prior is None else make_part("prior", prior, facts)
         self.log_anchor, self.log_correction = (nn.Parameter(torch.zeros(len(KNOTS))) for _ in range(2))
         self.prior_weight = nn.Parameter(torch.full((len(KNOTS),), 0.5 if self.prior is None else 1.0))
         #: scale of the logits before their probabilities are averaged, and images of even classes added (softplus)
@@ -109,20 +109,18 @@ class StreamMethod(Adaptive):
 
     def learn(self, cloud: CloudView, fit: Fit) -> Record:
         """Fit classifier and prior, train the module behind them, then choose A(n) and H(n) on drawn val clients."""
-        self.read(cloud)
+        self.prepare(cloud, fit)
         record = fit(self)
         chosen = self.calibrate(cloud.drawn_val())
         return record | ({"calibration": chosen} if chosen else {})
 
-    def read(self, cloud: CloudView) -> None:
-        """Fit the per-image classifier, and the prior for its logits."""
-        self.image.learn(cloud)
+    def prepare(self, cloud: CloudView, fit: Fit) -> None:
+        """Train the per-image classifier, and fit the prior for its logits."""
+        self.image.learn(cloud, fit)
         if self.prior is not None:
-            training = self.training
-            self.eval()  # the classifier with its perceptron
             self.prior.read(cloud)
-            self.prior.calibrate(self.image, list(first_images(cloud.chunks("val"))))
-            self.train(training)
+            self.prior.calibrate(self.image.eval(), list(first_images(cloud.chunks("val"))))
+        self.train()
 
     def training_loss(self, batch: ClientBatch) -> Tensor:
         """Return the loss of `stream`, with the batch's own logits of the backbone; every past counts."""

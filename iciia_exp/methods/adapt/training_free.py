@@ -1,4 +1,4 @@
-"""Training-free methods: the backbone's own classifier, calibrated on val clients (`iciia_exp.methods.adapt.calibration`).
+"""Training-free methods: the backbone's own classifier, calibrated on val clients (`calibration`).
 
 Legend: C clients, S images of a client, D features, K classes.
 """
@@ -31,6 +31,7 @@ class TrainingFree(Adaptive):
     """
 
     trainable = False
+
     def __init__(self, facts: Facts, calibrator: str = "none") -> None:
         super().__init__(facts)
         self.head = copy_of(facts.head, trained=False)

@@ -17,7 +17,7 @@ from iciia_exp.methods.adapt.stream import KNOTS
 from iciia_exp.methods.adapt.stream_encoder import StreamEncoder
 from iciia_exp.methods.base import Facts
 from iciia_exp.tasks import MULTI_LABEL
-from tests.making.cloud import small_cloud
+from tests.making.cloud import no_fit, plain_fit, small_cloud
 
 D, K = 16, 5
 
@@ -124,8 +124,8 @@ def test_the_per_image_classifier_is_of_the_clients_images(kind):
     torch.manual_seed(0)
     cloud = small_cloud(D, K)  # the head has seen none of them
     method = build(perceptron=32, kind=kind)
-    method.read(cloud.view)
-    assert method.training  # as it was
+    method.prepare(cloud.view, plain_fit(cloud.view))
+    assert method.training
     x, y = (torch.cat([b[i][b.mask_CS] for b in cloud.chunks("test")]) for i in (0, 1))
     assert torch.equal(method.image(x), method.image.head(x))  # what training sees
     method.eval()
@@ -147,7 +147,7 @@ def test_a_class_without_images_keeps_what_the_backbone_says_of_it():
     assert not torch.allclose(both, b)
     cloud = small_cloud(D, K)
     cloud.batches.labels[cloud.batches.labels == 2] = 3
-    method.read(cloud.view)
+    method.prepare(cloud.view, no_fit)
     assert method.image.known_classes.tolist() == [True, True, False, True, True]
 
 

@@ -117,7 +117,8 @@ def test_clients_with_all_classes_are_no_worse_off(kind):
         parts = {"prior": partial(ClientPrior, iid_bonus=iid_bonus, new=0.1, smoothing=0.1)}
         parts |= {"encoder": partial(StreamEncoder, heads=2)} if kind is IciiaPrior else {}
         method = kind(Facts.of(head), **parts).eval()
-        method.prior.types, method.prior.log_weight = torch.eye(K), torch.full((K,), 1 / K).log()  # clients of one class each
+        # clients of one class each
+        method.prior.types, method.prior.log_weight = torch.eye(K), torch.full((K,), 1 / K).log()
         record = method.calibrate([batch])
         assert ("iid_bonus" in record) == (iid_bonus is None)
         with torch.inference_mode():
