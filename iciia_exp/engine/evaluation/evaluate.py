@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -18,6 +18,7 @@ from iciia_exp.engine.evaluation.drawn_clients import drawn_clients_table
 from iciia_exp.engine.evaluation.history import history_table
 from iciia_exp.engine.evaluation.row import client_table, result_row
 from iciia_exp.engine.evaluation.setup import Setup
+from iciia_exp.engine.inputs import Inputs
 from iciia_exp.engine.training.modules import MethodModule
 from iciia_exp.engine.training.progress import fraction_bar
 from iciia_exp.engine.training.trainer import interruptible, make_trainer, quiet_lightning
@@ -26,19 +27,16 @@ from iciia_exp.results.plots import accuracy_vs_history, accuracy_vs_overhead, d
 from iciia_exp.results.summary import ClientCounts
 from iciia_exp.results.tables import history_summary
 
-if TYPE_CHECKING:
-    from iciia_exp.engine.stages import Stages
-
 __all__ = ["evaluate"]
 
 
-def evaluate(stages: Stages, folder: Path) -> None:
+def evaluate(inputs: Inputs, folder: Path) -> None:
     """Evaluate a run on every test client; write its tables, its plots and, last, ``results.json``."""
-    e, start = stages.experiment, time.monotonic()
-    run = stages.load_run(stages.run.folder)
-    store = stages.open_store()
-    clients = stages.readable_clients(store)
-    batches = FeatureBatches(store.array(), stages.labels)
+    e, start = inputs.experiment, time.monotonic()
+    run = inputs.load_run(inputs.run.folder)
+    store = inputs.open_store()
+    clients = inputs.readable_clients(store)
+    batches = FeatureBatches(store.array(), inputs.labels)
     module = MethodModule(run.method, run.head, e.training.recipe, len(clients))
     loader = DataLoader(batches, batch_size=None, sampler=ClientBatchSampler(clients.test, e.images, 64))
     with quiet_lightning():
@@ -47,7 +45,7 @@ def evaluate(stages: Stages, folder: Path) -> None:
             trainer.test(module, loader, verbose=False)
     numbers, counts = module.test_counts.counts()
     _require_finite(clients, numbers, counts)
-    table = client_table(clients, numbers, counts, stages.labels)
+    table = client_table(clients, numbers, counts, inputs.labels)
     setup = Setup(run.method, run.head, batches, clients, trainer.strategy.root_device)
     histories = None
     if e.evaluation.history_lengths:
@@ -56,10 +54,10 @@ def evaluate(stages: Stages, folder: Path) -> None:
     if e.evaluation.drawn_clients and not run.method.asks:  # nobody can tell it of drawn clients
         with fraction_bar("drawn clients") as progress:
             _write(folder, "drawn_clients", drawn_clients_table(setup, e.evaluation, e.images, progress))
-    examples = attribution_table(setup, e.evaluation, e.images, stages.facts.shown_names, stages.image)
+    examples = attribution_table(setup, e.evaluation, e.images, inputs.facts.shown_names, inputs.image)
     seconds = time.monotonic() - start
-    training, errors = read_json(stages.run.folder / "training.json"), module.calibration_errors()
-    row = result_row(stages, run.method, store, counts, training, errors, seconds)
+    training, errors = read_json(inputs.run.folder / "training.json"), module.calibration_errors()
+    row = result_row(inputs, run.method, store, counts, training, errors, seconds)
     _write(folder, "clients", table)
     plots = folder / "plots"
     if histories is not None:
@@ -71,7 +69,7 @@ def evaluate(stages: Stages, folder: Path) -> None:
         draw_examples(examples, row, plots / "attribution.png")
     gain_per_client(table, row, plots / "gain_per_client.png")
     accuracy_vs_overhead([row], plots / "accuracy_vs_overhead.png")
-    stages.tracker.results(row, folder)
+    inputs.tracker.results(row, folder)
     write_json(folder / "results.json", row)
 
 

@@ -18,7 +18,7 @@ from iciia_exp.cost import overheads
 from iciia_exp.data.clients import Clients
 from iciia_exp.data.store import FeatureStore
 from iciia_exp.digest import digest
-from iciia_exp.engine.stages import Stages
+from iciia_exp.engine.inputs import Inputs
 from iciia_exp.methods.base import Ask, Method
 from iciia_exp.results.labels import REPORTED
 from iciia_exp.results.summary import ClientCounts, summarise
@@ -59,25 +59,25 @@ def client_table(clients: Clients, numbers: np.ndarray, counts: ClientCounts, la
     )
 
 
-def _settings(stages: Stages) -> dict[str, Any]:
+def _settings(inputs: Inputs) -> dict[str, Any]:
     """Return every setting that can change a number, flat, with dotted names."""
-    e = stages.experiment
+    e = inputs.experiment
     groups = {g: science(e.config[g]) for g in ("dataset", "backbone", "partition", "evaluation")}
     groups["evaluation"] |= {"images": e.images, "cost_images": e.cost_images}
     groups["training"] = {"images": e.training.images}
     if e.method_class.trainable:
         groups["training"] = science(e.config["training"]) | {"train_images": e.training.train_images}
-        groups["trainer"] = stages.trainer_science
+        groups["trainer"] = inputs.trainer_science
         if not e.client_mix.plain:
             groups["client_mix"] = science(e.config["client_mix"])
     if e.client_mix.unseen_types:
         groups.setdefault("client_mix", {"unseen_types": e.client_mix.unseen_types})
-    settings = flatten(groups | {"method": science(stages.method_config)})
+    settings = flatten(groups | {"method": science(inputs.method_config)})
     return {k: v for k, v in settings.items() if not k.endswith("_target_")}
 
 
 def result_row(
-    stages: Stages,
+    inputs: Inputs,
     method: Method,
     store: FeatureStore,
     counts: ClientCounts,
@@ -86,10 +86,10 @@ def result_row(
     seconds: float,
 ) -> dict[str, Any]:
     """Return the row: identity, averages, calibration ``errors``, costs, seeds, times, versions and every setting."""
-    e, images = stages.experiment, stages.experiment.cost_images
+    e, images = inputs.experiment, inputs.experiment.cost_images
     sequence, streaming = method.macs(images), method.streaming_macs(images)
     cost = overheads(sequence, streaming, images, store.macs)
-    settings = _settings(stages)
+    settings = _settings(inputs)
     # of the method, or of its encoder
     attention = {key.rsplit(".", 1)[-1]: value for key, value in settings.items() if key.startswith("method.")}
     seeds = {
@@ -106,12 +106,12 @@ def result_row(
         "method": e.method_class.name,
         "oracle": Ask.TEST_LABELS in e.method_class.asks,
         **{key: attention.get(key) for key in ("groups", "heads", "num_layers")},
-        "digest": stages.run.digest,
-        "evaluation_digest": stages.evaluation.digest,
+        "digest": inputs.run.digest,
+        "evaluation_digest": inputs.evaluation.digest,
         # the same for runs that differ in seeds only
         "setting_digest": digest({"name": e.name, "method": e.method_class.name, "settings": pooled}),
-        "features_digest": stages.features.digest,
-        "partition_digest": digest([stages.base.digest, science(e.config["partition"])]),
+        "features_digest": inputs.features.digest,
+        "partition_digest": digest([inputs.base.digest, science(e.config["partition"])]),
         **seeds,
         **summarise(counts),
         **errors,

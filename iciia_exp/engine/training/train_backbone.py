@@ -6,7 +6,7 @@ import logging
 import time
 import warnings
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,13 +17,11 @@ from iciia_exp.artifacts import atomic_write, load_tensors, read_json, save_tens
 from iciia_exp.data.clients import ROLES
 from iciia_exp.data.store import FeatureStore
 from iciia_exp.digest import file_digest
+from iciia_exp.engine.inputs import Inputs
 from iciia_exp.errors import UserError, first_line
 from iciia_exp.machine import plain_errors
 from iciia_exp.models.backbones.base import Backbone
 from iciia_exp.seeding import derive_seed
-
-if TYPE_CHECKING:
-    from iciia_exp.engine.stages import Stages
 
 __all__ = [
     *("backbone_head", "fit_head", "in_epochs", "load_backbone", "make_features", "out_of_fold"),
@@ -43,7 +41,7 @@ def in_epochs(count: int) -> str:
 # ---- a network that is trained here
 
 
-def train_backbone(stages: Stages, folder: Path) -> None:
+def train_backbone(inputs: Inputs, folder: Path) -> None:
     """Train the network on the experiment's images for it."""
     from iciia_exp.data.images import TransformedImages, readable
     from iciia_exp.engine.training.extract import probes
@@ -51,13 +49,13 @@ def train_backbone(stages: Stages, folder: Path) -> None:
     from iciia_exp.engine.training.image_loading import image_loader
     from iciia_exp.engine.training.modules import BackboneModule
 
-    e, spec = stages.experiment, stages.experiment.backbone
+    e, spec = inputs.experiment, inputs.experiment.backbone
     assert spec.recipe is not None
     torch.manual_seed(derive_seed("backbone", spec.seed))
-    backbone, rows = stages.new_backbone(), stages.backbone_rows
+    backbone, rows = inputs.new_backbone(), inputs.backbone_rows
     readable(e.dataset, backbone.transform, probes(rows))
     log.info("backbone: training %s on %s images", spec.name, f"{len(rows):,}")
-    images = TransformedImages(e.dataset, backbone.transform, rows, stages.labels, e.extraction.on_bad_image)
+    images = TransformedImages(e.dataset, backbone.transform, rows, inputs.labels, e.extraction.on_bad_image)
     sampler: DistributedSampler[Any] = DistributedSampler(images, 1, 0, seed=derive_seed("order", spec.seed) % 2**31)
     loader = image_loader(images, spec.recipe.batch_size, e.extraction.workers(len(rows)), sampler=sampler)
     with plain_errors("features.num_workers"), warnings.catch_warnings():
@@ -96,75 +94,75 @@ def report_backbone(folder: Path, made: bool) -> None:
         log.info("backbone: %s, made before", manifest["name"])
 
 
-def load_backbone(stages: Stages) -> tuple[Backbone, dict[str, Any]]:
+def load_backbone(inputs: Inputs) -> tuple[Backbone, dict[str, Any]]:
     """Return the network that gives the features, and the manifest of its training here (empty if there was none)."""
     torch.manual_seed(derive_seed("backbone", 0))  # weights that nothing gives or trains are the same every time
-    backbone = stages.new_backbone()
-    if stages.backbone is None:
+    backbone = inputs.new_backbone()
+    if inputs.backbone is None:
         return backbone, {}
-    path = stages.backbone.folder / "weights.safetensors"
+    path = inputs.backbone.folder / "weights.safetensors"
     try:
         backbone.load_state_dict(load_tensors(path))
     except Exception as error:
         why = first_line(error)
         raise UserError(f"{path}: cannot be loaded ({why}); delete its folder and repeat") from error
-    return backbone, read_json(stages.backbone.folder / "manifest.json")
+    return backbone, read_json(inputs.backbone.folder / "manifest.json")
 
 
 # ---- its features
 
 
-def make_features(stages: Stages, folder: Path) -> None:
+def make_features(inputs: Inputs, folder: Path) -> None:
     """Extract the features of every image of the dataset."""
     from iciia_exp.engine.training.extract import extract
 
-    e = stages.experiment
-    backbone, trained = load_backbone(stages)
+    e = inputs.experiment
+    backbone, trained = load_backbone(inputs)
     manifest = {
         "dataset": e.dataset_class.name,
         "backbone": e.backbone.name,
-        "weights_digest": trained.get("weights_digest", stages.weights_digest),
+        "weights_digest": trained.get("weights_digest", inputs.weights_digest),
         "backbone_seconds": trained.get("seconds"),
     }
     with_head = e.backbone.train != "head"
     extract(e.dataset, e.dataset.table, backbone, e.extraction, folder, e.config["trainer"], manifest, with_head)
 
 
-def report_features(stages: Stages, folder: Path, made: bool) -> None:
+def report_features(inputs: Inputs, folder: Path, made: bool) -> None:
     """Log what the backbone alone gets right, and that the features were made before if they were."""
-    stages.facts.remember()
-    manifest = stages.open_store().manifest
+    inputs.facts.remember()
+    manifest = inputs.open_store().manifest
     if not made:
         bad = len(manifest.get("bad_images", ()))
         log.info("features: made before%s", f", without {bad:,} images that could not be read" if bad else "")
     if "accuracy" in manifest:
-        _report_accuracy(stages, manifest["accuracy"])
+        _report_accuracy(inputs, manifest["accuracy"])
 
 
 # ---- a classifier that is fitted on them
 
 
-def fit_head(stages: Stages, folder: Path) -> None:
+def fit_head(inputs: Inputs, folder: Path) -> None:
     """Fit a classifier of the dataset's own classes on the trunk's features."""
     from iciia_exp.engine.training.extract import head_accuracy
     from iciia_exp.models.linear_probe import fit_linear_head, out_of_fold_logits
 
-    spec, task = stages.experiment.backbone, stages.experiment.dataset_class.task
-    store = FeatureStore.open(stages.features.folder)
-    rows = stages.backbone_rows[~store.bad[stages.backbone_rows]]
+    spec, task = inputs.experiment.backbone, inputs.experiment.dataset_class.task
+    store = FeatureStore.open(inputs.features.folder)
+    rows = inputs.backbone_rows[~store.bad[inputs.backbone_rows]]
     log.info("backbone: fitting a classifier on the features of %s images", f"{len(rows):,}")
     start, seed = time.monotonic(), derive_seed("head", spec.seed)
     features = store.array()
-    x_MD, y = features[rows].astype(np.float32), stages.labels[rows]
-    weight, bias, record = fit_linear_head(x_MD, y, task, stages.num_classes, seed)
+    x_MD, y = features[rows].astype(np.float32), inputs.labels[rows]
+    weight, bias, record = fit_linear_head(x_MD, y, task, inputs.num_classes, seed)
     head = {"weight": torch.from_numpy(weight), "bias": torch.from_numpy(bias)}
     save_tensors(folder / "head.safetensors", head)
-    if np.isin(rows, stages.clients.train.values).any():  # methods will be trained on them too
-        logits = out_of_fold_logits(x_MD, y, task, stages.num_classes, record["penalty"], seed)
+    if np.isin(rows, inputs.clients.train.values).any():  # methods will be trained on them too
+        logits = out_of_fold_logits(x_MD, y, task, inputs.num_classes, record["penalty"], seed)
         for name, array in (("out_of_fold", logits), ("out_of_fold_images", rows)):
             with atomic_write(folder / f"{name}.npy", "wb") as file:
                 np.save(file, array)
-    parts = {"fitted": rows, **{r: stages.clients[r].values for r in ROLES if len(stages.clients[r].values)}}
+    parts = {"fitted": rows, **{r: inputs.clients[r].values for r in ROLES if len(inputs.clients[r].values)}}
     parts = {name: numbers[~store.bad[numbers]] for name, numbers in parts.items()}
     manifest = {
         "format": 1,
@@ -172,39 +170,39 @@ def fit_head(stages: Stages, folder: Path) -> None:
         "features": store.path.name,
         "images": len(rows),
         **record,
-        "accuracy": head_accuracy(task, features, stages.labels, head, parts),
+        "accuracy": head_accuracy(task, features, inputs.labels, head, parts),
         "seconds": round(time.monotonic() - start, 2),
     }
     write_json(folder / "manifest.json", manifest)
 
 
-def report_head(stages: Stages, folder: Path, made: bool) -> None:
+def report_head(inputs: Inputs, folder: Path, made: bool) -> None:
     """Log what the classifier gets right, and that it was fitted before if it was."""
     if not made:
         log.info("backbone: classifier fitted before")
-    _report_accuracy(stages, read_json(folder / "manifest.json")["accuracy"])
+    _report_accuracy(inputs, read_json(folder / "manifest.json")["accuracy"])
 
 
-def _report_accuracy(stages: Stages, accuracy: dict[str, float]) -> None:
+def _report_accuracy(inputs: Inputs, accuracy: dict[str, float]) -> None:
     """Log what the backbone alone gets right of each part of the images."""
-    shares, spec = ", ".join(f"{100 * a:.1f} % of {s}" for s, a in accuracy.items()), stages.experiment.backbone
+    shares, spec = ", ".join(f"{100 * a:.1f} % of {s}" for s, a in accuracy.items()), inputs.experiment.backbone
     published = spec.published_top1
     # the published figure is for the whole of ImageNet's validation images
-    whole = published is not None and spec.train == "none" and stages.num_classes == 1000
+    whole = published is not None and spec.train == "none" and inputs.num_classes == 1000
     log.info("features: the backbone alone gets %s%s", shares, f" (published: {published} % of test)" if whole else "")
 
 
-def backbone_head(stages: Stages, store: FeatureStore) -> nn.Linear:
+def backbone_head(inputs: Inputs, store: FeatureStore) -> nn.Linear:
     """Return the backbone's frozen classifier: the store's own, or the one fitted on its features."""
-    folder = store.path if stages.head is None else stages.head.folder
+    folder = store.path if inputs.head is None else inputs.head.folder
     head = nn.Linear(store.dim, store.num_classes)
     head.load_state_dict(load_tensors(folder / "head.safetensors"))
     return head.requires_grad_(False)
 
 
-def out_of_fold(stages: Stages) -> tuple[np.ndarray, np.ndarray] | None:
+def out_of_fold(inputs: Inputs) -> tuple[np.ndarray, np.ndarray] | None:
     """Return logits, as of new images, of those that the backbone's classifier was fitted on, and their numbers."""
-    if stages.head is None or not (stages.head.folder / "out_of_fold.npy").is_file():
+    if inputs.head is None or not (inputs.head.folder / "out_of_fold.npy").is_file():
         return None
-    folder = stages.head.folder
+    folder = inputs.head.folder
     return np.load(folder / "out_of_fold.npy", mmap_mode="r"), np.load(folder / "out_of_fold_images.npy")

@@ -7,7 +7,7 @@ import shutil
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -22,6 +22,7 @@ from iciia_exp.data.batches import ClientBatch, ClientBatchSampler, ClientIndex,
 from iciia_exp.data.clients import Clients, Ragged
 from iciia_exp.data.store import FeatureStore
 from iciia_exp.data.views import CloudView
+from iciia_exp.engine.inputs import Inputs
 from iciia_exp.engine.training.train_backbone import backbone_head, in_epochs, out_of_fold
 from iciia_exp.methods.base import Ask, Facts, Method, Record
 from iciia_exp.models.backbones.weights import known_classes
@@ -29,56 +30,53 @@ from iciia_exp.recipe import Recipe
 from iciia_exp.seeding import derive_seed, generator
 from iciia_exp.serving.run import save_method
 
-if TYPE_CHECKING:
-    from iciia_exp.engine.stages import Stages
-
 __all__ = ["draw_clients", "report_run", "train_method"]
 
 log = logging.getLogger(__name__)
 
 
-def train_method(stages: Stages, folder: Path) -> None:
+def train_method(inputs: Inputs, folder: Path) -> None:
     """Let the method learn and write the run; ``weights.safetensors`` comes last."""
-    e, training = stages.experiment, stages.experiment.training
-    store = stages.open_store()
-    clients = stages.readable_clients(store)
+    e, training = inputs.experiment, inputs.experiment.training
+    store = inputs.open_store()
+    clients = inputs.readable_clients(store)
     with atomic_write(folder / "config.yaml") as file:
         yaml.safe_dump(e.config, file, sort_keys=False)
     clients.save(folder / "partition.parquet")
-    statistics = clients.statistics(stages.labels)
+    statistics = clients.statistics(inputs.labels)
     write_json(folder / "partition.json", {row["role"]: row for row in statistics.to_dict("records")})
-    head, task = backbone_head(stages, store), e.dataset_class.task
+    head, task = backbone_head(inputs, store), e.dataset_class.task
     torch.manual_seed(derive_seed("method", e.seed))
-    facts = Facts(task, head, tuple(stages.facts.class_names))
-    method: Method = build(stages.method_config, "method", facts=facts)
+    facts = Facts(task, head, tuple(inputs.facts.class_names))
+    method: Method = build(inputs.method_config, "method", facts=facts)
     known = e.client_mix.known(clients)
-    batches = FeatureBatches(store.array(), stages.labels)
+    batches = FeatureBatches(store.array(), inputs.labels)
     asks = e.method_class.asks
-    draw_val = partial(_drawn_val, stages, clients, batches)
-    cloud = CloudView(known, batches, stages.num_classes, training.images, draw_val, Ask.TEST_LABELS in asks)
+    draw_val = partial(_drawn_val, inputs, clients, batches)
+    cloud = CloudView(known, batches, inputs.num_classes, training.images, draw_val, Ask.TEST_LABELS in asks)
     if Ask.CLIENT_LABELS in asks:
         cloud.devices.require_own_labels(method.name)
 
     def fit(module: nn.Module, rows: np.ndarray | None = None, recipe: Recipe | None = None) -> Record:
         if rows is None:
-            return _fit_method(stages, store, clients, batches, head, folder, module, recipe or training.recipe)
-        return _fit_classifier(stages, cloud, folder, module, rows, recipe or training.recipe)
+            return _fit_method(inputs, store, clients, batches, head, folder, module, recipe or training.recipe)
+        return _fit_classifier(inputs, cloud, folder, module, rows, recipe or training.recipe)
 
     record: Record = {"epochs": 0, "seconds": 0.0, **method.learn(cloud, fit)}
     write_json(folder / "training.json", record)
     stored = {
         "task": task,
-        "class_names": stages.facts.class_names,
+        "class_names": inputs.facts.class_names,
         "images": training.images,
         "features": store.path.name,
-        "backbone": None if stages.facts.backbone_arguments else _backbone_facts(stages),
+        "backbone": None if inputs.facts.backbone_arguments else _backbone_facts(inputs),
     }
-    save_method(folder, method, head, stages.method_config, stored)
+    save_method(folder, method, head, inputs.method_config, stored)
     shutil.rmtree(folder / "checkpoints", ignore_errors=True)
 
 
 def _fit_method(
-    stages: Stages,
+    inputs: Inputs,
     store: FeatureStore,
     clients: Clients,
     batches: FeatureBatches,
@@ -91,11 +89,11 @@ def _fit_method(
     from iciia_exp.engine.training.fit import fit
     from iciia_exp.engine.training.modules import MethodModule
 
-    e, training = stages.experiment, stages.experiment.training
+    e, training = inputs.experiment, inputs.experiment.training
     order: dict[str, Any] = {"shuffle": True, "shuffle_images": training.shuffle_images, "seed": e.seed}
     if not e.client_mix.plain:
-        order["draw"] = draw_clients(stages, clients, "train")
-    own = FeatureBatches(store.array(), stages.labels, out_of_fold(stages))
+        order["draw"] = draw_clients(inputs, clients, "train")
+    own = FeatureBatches(store.array(), inputs.labels, out_of_fold(inputs))
     record = fit(
         MethodModule(method, head, recipe, len(clients)),
         _loader(own, clients, "train", training.train_images, recipe.batch_size, **order),
@@ -103,7 +101,7 @@ def _fit_method(
         seed=e.seed,
         folder=folder / "checkpoints",
         trainer_config=e.config["trainer"],
-        loggers=stages.tracker.loggers(),
+        loggers=inputs.tracker.loggers(),
         title=method.name,
     )
     method.to("cpu").eval().requires_grad_(False)
@@ -111,13 +109,13 @@ def _fit_method(
 
 
 def _fit_classifier(
-    stages: Stages, cloud: CloudView, folder: Path, classifier: nn.Module, rows: np.ndarray, recipe: Recipe
+    inputs: Inputs, cloud: CloudView, folder: Path, classifier: nn.Module, rows: np.ndarray, recipe: Recipe
 ) -> Record:
     """Train a classifier with Lightning on single images that the cloud may read; leave it for evaluation."""
     from iciia_exp.engine.training.fit import fit
     from iciia_exp.engine.training.modules import ClassifierModule
 
-    name, seed = type(classifier).__name__.lower(), stages.experiment.seed
+    name, seed = type(classifier).__name__.lower(), inputs.experiment.seed
     sampler = ClientBatchSampler(Ragged.from_rows([rows]), 1, recipe.batch_size, shuffle=True, seed=seed)
     record = fit(
         ClassifierModule(classifier, recipe),
@@ -125,7 +123,7 @@ def _fit_classifier(
         None,
         seed=derive_seed(name, seed),
         folder=folder / "checkpoints" / name,
-        trainer_config=stages.experiment.config["trainer"],
+        trainer_config=inputs.experiment.config["trainer"],
         loggers=[],
         title=name,
     )
@@ -134,9 +132,9 @@ def _fit_classifier(
     return record
 
 
-def _backbone_facts(stages: Stages) -> dict[str, Any]:
+def _backbone_facts(inputs: Inputs) -> dict[str, Any]:
     """Return what `Run.load_backbone` builds the backbone from."""
-    e, spec = stages.experiment, stages.experiment.backbone
+    e, spec = inputs.experiment, inputs.experiment.backbone
     classes, weights = spec.classes, spec.weights
     if isinstance(classes, str) and Path(classes).expanduser().is_file():
         classes = known_classes(classes)
@@ -146,8 +144,8 @@ def _backbone_facts(stages: Stages) -> dict[str, Any]:
         "model": store_config(e.config["backbone"]["model"]),
         "pretrained": spec.pretrained,
         "classes": classes,
-        "folder": None if stages.backbone is None else stages.backbone.folder.name,
-        "weights": None if weights is None else {"file": Path(weights).name, "digest": stages.weights_digest},
+        "folder": None if inputs.backbone is None else inputs.backbone.folder.name,
+        "weights": None if weights is None else {"file": Path(weights).name, "digest": inputs.weights_digest},
     }
 
 
@@ -174,21 +172,21 @@ def _loader(
 
 
 def draw_clients(
-    stages: Stages, clients: Clients, role: str
+    inputs: Inputs, clients: Clients, role: str
 ) -> tuple[Callable[[np.random.Generator], ClientIndex], int]:
     """Return what draws an epoch's clients from the images of a role, and how many sequences it gives."""
-    mix, images = stages.experiment.client_mix, stages.experiment.training.train_images
-    labels = stages.labels
-    stages.experiment.named(lambda: mix.check(labels), "client_mix")
+    mix, images = inputs.experiment.client_mix, inputs.experiment.training.train_images
+    labels = inputs.labels
+    inputs.experiment.named(lambda: mix.check(labels), "client_mix")
     draw = partial(mix.draw, clients[role], clients.types, labels, images)
     return draw, mix.count(clients[role], images)
 
 
-def _drawn_val(stages: Stages, clients: Clients, batches: FeatureBatches, orders: int = 4) -> Iterator[ClientBatch]:
+def _drawn_val(inputs: Inputs, clients: Clients, batches: FeatureBatches, orders: int = 4) -> Iterator[ClientBatch]:
     """Yield batches of val clients, drawn like the training clients, in several orders."""
-    draw, _ = draw_clients(stages, clients, "val")
+    draw, _ = draw_clients(inputs, clients, "val")
     for order in range(orders):
-        rng = generator("calibration", stages.experiment.seed, order)
+        rng = generator("calibration", inputs.experiment.seed, order)
         index_CS, client_C = draw(rng)
         for rows in np.array_split(rng.permutation(len(client_C)), -(-len(client_C) // 64)):
             yield batches[ClientIndex(index_CS[rows], client_C[rows])]
