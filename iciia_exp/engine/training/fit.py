@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
 import torch
+from lightning.pytorch.callbacks import Timer, TQDMProgressBar
 from torch.utils.data import DataLoader
 
 from iciia_exp.engine.training.callbacks import _Checkpoint, _Diverged, _EarlyStopping, _SeedSteps
 from iciia_exp.engine.training.modules import MONITOR, _Module
-from iciia_exp.engine.training.progress import TrainingProgress
 from iciia_exp.engine.training.trainer import interruptible, make_trainer, quiet_lightning
 
 __all__ = ["fit"]
@@ -26,7 +27,6 @@ def fit(
     folder: Path,
     trainer_config: dict[str, Any],
     loggers: list[Any],
-    title: str,
 ) -> dict[str, Any]:
     """Train ``module``, continuing from ``folder/last.ckpt`` where there is one; leave the weights to keep in it.
 
@@ -36,9 +36,11 @@ def fit(
         epochs run, best epoch (from 1) and its val accuracy (None without validation), and seconds of training.
     """
     recipe = module.recipe
-    progress = TrainingProgress(title)
+    timer, visible = Timer(), sys.stdout.isatty() and trainer_config.get("enable_progress_bar", True)
     best: _Checkpoint | None = None
-    callbacks: list[pl.Callback] = [_SeedSteps(seed), progress, _Diverged(module.shown[0], module.recipe_key)]
+    callbacks: list[pl.Callback] = [_SeedSteps(seed), timer, _Diverged(module.loss_name, module.recipe_key)]
+    if visible:
+        callbacks.append(TQDMProgressBar())
     if validation is not None:
         if recipe.patience:
             callbacks.append(
@@ -58,6 +60,7 @@ def fit(
             callbacks=callbacks,
             logger=loggers,
             enable_checkpointing=True,
+            enable_progress_bar=visible,
             gradient_clip_val=recipe.clip_norm or None,
             default_root_dir=folder,
         )
@@ -69,5 +72,5 @@ def fit(
         module.load_state_dict(state["state_dict"])
         record["best_epoch"] = state["epoch"] + 1
         record["val_accuracy"] = float(best.best_model_score)  # type: ignore[arg-type]
-    record["seconds"] = round(progress.seconds, 2)
+    record["seconds"] = round(timer.time_elapsed(), 2)
     return record

@@ -31,8 +31,8 @@ MONITOR = "val/accuracy"
 class _Module(pl.LightningModule):
     """What both trainings share: the recipe's optimiser and schedule."""
 
-    #: metrics to show beside the progress bar, the training loss first
-    shown: tuple[str, ...] = ()
+    #: name of the training loss
+    loss_name: str
     #: where the recipe stands in the configuration
     recipe_key: str
 
@@ -68,7 +68,7 @@ class _Module(pl.LightningModule):
 class BackboneModule(_Module):
     """Trains a backbone, trunk and head, on single images."""
 
-    shown = ("backbone/loss", "backbone/train_accuracy")
+    loss_name = "backbone/loss"
     recipe_key = "backbone.recipe"
 
     def __init__(self, backbone: Backbone, recipe: Recipe, task: Task) -> None:
@@ -90,7 +90,7 @@ class BackboneModule(_Module):
         logits_BK = self.backbone(batch.images)
         loss = self.task.loss(logits_BK, y_B)
         accuracy = self.task.correct(logits_BK, y_B).float().mean()
-        log = partial(self.log, on_step=False, on_epoch=True, batch_size=len(y_B))
+        log = partial(self.log, on_step=False, on_epoch=True, prog_bar=True, batch_size=len(y_B))
         log("backbone/loss", loss)
         log("backbone/train_accuracy", accuracy)
         return loss
@@ -99,7 +99,7 @@ class BackboneModule(_Module):
 class ClassifierModule(_Module):
     """Trains a classifier of stored features on single images."""
 
-    shown = ("classifier/loss",)
+    loss_name = "classifier/loss"
     recipe_key = "classifier"
 
     def __init__(self, classifier: nn.Module, recipe: Recipe) -> None:
@@ -109,7 +109,7 @@ class ClassifierModule(_Module):
     def training_step(self, batch: ClientBatch, batch_idx: int) -> Tensor:
         """Return the loss of a batch of images."""
         loss: Tensor = self.classifier.loss(batch.x_CSD[:, 0], batch.y_CS[:, 0])  # type: ignore[operator]
-        self.log("classifier/loss", loss, on_step=False, on_epoch=True, batch_size=len(batch.client_C))
+        self.log("classifier/loss", loss, on_step=False, on_epoch=True, prog_bar=True, batch_size=len(batch.client_C))
         return loss
 
 
@@ -123,7 +123,7 @@ class MethodModule(_Module):
         clients: number of clients in the partition.
     """
 
-    shown = ("train/loss", MONITOR)
+    loss_name = "train/loss"
     recipe_key = "training.recipe"
 
     def __init__(self, method: Method, head: nn.Linear, recipe: Recipe, clients: int) -> None:
@@ -139,7 +139,7 @@ class MethodModule(_Module):
     def training_step(self, batch: ClientBatch, batch_idx: int) -> Tensor:
         """Return the method's loss on a client batch."""
         loss: Tensor = self.method.training_loss(batch)  # type: ignore[operator]  # trainable methods have one
-        self.log("train/loss", loss, on_step=False, on_epoch=True, batch_size=int(batch.mask_CS.sum()))
+        self.log("train/loss", loss, on_step=False, on_epoch=True, prog_bar=True, batch_size=int(batch.mask_CS.sum()))
         return loss
 
     def _count(self, metric: ClientCountsMetric, batch: ClientBatch) -> dict[str, Tensor]:
@@ -165,7 +165,7 @@ class MethodModule(_Module):
         """Log accuracy and log-loss over all val images."""
         _, counts = self.val_counts.counts()
         decisions = counts.decisions_C.sum()
-        self.log(MONITOR, float(counts.method_correct_C.sum() / decisions))
+        self.log(MONITOR, float(counts.method_correct_C.sum() / decisions), prog_bar=True)
         self.log("val/log_loss", float(counts.method_loss_C.sum() / decisions))
 
     def on_test_epoch_start(self) -> None:

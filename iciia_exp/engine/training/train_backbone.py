@@ -68,7 +68,6 @@ def train_backbone(inputs: Inputs, folder: Path) -> None:
             folder=folder,
             trainer_config=e.config["trainer"],
             loggers=[],
-            title=f"backbone {spec.name}",
         )
     save_tensors(folder / "weights.safetensors", backbone.state_dict())
     (folder / "last.ckpt").unlink(missing_ok=True)

@@ -102,7 +102,6 @@ def _fit_method(
         folder=folder / "checkpoints",
         trainer_config=e.config["trainer"],
         loggers=inputs.tracker.loggers(),
-        title=method.name,
     )
     method.to("cpu").eval().requires_grad_(False)
     return record
@@ -125,7 +124,6 @@ def _fit_classifier(
         folder=folder / "checkpoints" / name,
         trainer_config=inputs.experiment.config["trainer"],
         loggers=[],
-        title=name,
     )
     classifier.to("cpu").eval().requires_grad_(False)
     log.info("%s: %s over %s images in %.1f s", name, in_epochs(record["epochs"]), f"{len(rows):,}", record["seconds"])
