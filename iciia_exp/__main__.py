@@ -1,13 +1,12 @@
-"""``python -m iciia_exp``: compose a configuration with Hydra and hand it to the engine."""
+"""Command line: ``python -m iciia_exp`` composes a configuration with Hydra and runs it."""
 
 from __future__ import annotations
 
 import os
 import sys
 
-# Threads that wait for work may spin only briefly. Else a training step of 11 ms takes 50 to 350 ms when two runs share
-# two cores; so it takes 12, and 24 (benchmarks/bench_two_runs.py). libgomp reads this when torch is first imported, so
-# it stands before everything else.
+# Threads that wait for work may spin only briefly: a training step of 11 ms then takes 12 ms, and 24 ms when two runs
+# share two cores, not 50 to 350 ms (benchmarks/bench_two_runs.py). libgomp reads this when torch is first imported.
 if "OMP_WAIT_POLICY" not in os.environ:
     os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
@@ -31,17 +30,17 @@ def job(config: DictConfig) -> float | None:
 
 
 def main() -> None:
-    """Run the command line; errors that a user can put right are one line, and the exit status says so."""
+    """Run the command line. An error that a user can correct is printed as one line, with exit status 2."""
     asked = os.environ.get("HYDRA_FULL_ERROR")
     tracebacks = asked == "1"
-    os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra hands its errors up, instead of printing them its own way
-    os.environ.setdefault("ICIIA_EXP_PID", str(os.getpid()))  # two sweeps in one second get two folders
-    for flag in {"-m", "--multirun"} & set(sys.argv[1:]):  # Hydra takes it before or after all overrides, not between
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra raises its errors instead of printing them
+    os.environ.setdefault("ICIIA_EXP_PID", str(os.getpid()))  # for the folders of sweeps that start in the same second
+    for flag in {"-m", "--multirun"} & set(sys.argv[1:]):  # Hydra accepts it first or last, not between overrides
         sys.argv.remove(flag)
         sys.argv.insert(1, flag)
     try:
         job()
-        if "iciia_exp.engine.jobs" in sys.modules:  # not for --help and the like, which import nothing heavy
+        if "iciia_exp.engine.jobs" in sys.modules:  # --help and the like import no engine
             from iciia_exp.engine.jobs import take_failure
 
             if (failure := take_failure()) is not None:

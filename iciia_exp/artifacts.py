@@ -1,7 +1,7 @@
-"""Artifacts on disk: files and folders that are whole or absent, made by one process at a time.
+"""Artifacts: files and folders on disk that are complete or absent, made by one process at a time.
 
-A folder under construction is ``<name>.partial`` beside its final place. It survives a kill, so that its maker can
-continue; a reader never looks at it. The operating system releases the lock ``.<name>.lock`` when its holder dies.
+An unfinished folder is ``<name>.partial`` beside its final place. It survives a kill, so that the next process can
+continue; nothing reads it. The operating system releases the lock ``.<name>.lock`` when the process that holds it dies.
 """
 
 from __future__ import annotations
@@ -26,16 +26,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 __all__ = [
-    "atomic_write",
-    "finished_folder",
-    "load_tensors",
-    "locked",
-    "make_folder",
-    "partial_folder",
-    "read_json",
-    "resolve_cache_dir",
-    "save_tensors",
-    "write_json",
+    *("atomic_write", "finished_folder", "load_tensors", "locked", "make_folder", "partial_folder", "read_json"),
+    *("resolve_cache_dir", "save_tensors", "write_json"),
 ]
 
 log = logging.getLogger(__name__)
@@ -43,23 +35,21 @@ log = logging.getLogger(__name__)
 
 @contextlib.contextmanager
 def locked(path: Path, what: str) -> Iterator[None]:
-    """Hold the lock beside ``path``. If another process has it, say so once and wait."""
+    """Hold the lock beside ``path``. If another process holds it, log that ``what`` is being made, and wait."""
     path.parent.mkdir(parents=True, exist_ok=True)
     lock = FileLock(path.with_name(f".{path.name}.lock"))
     try:
-        lock.acquire(timeout=0)
+        held = lock.acquire(timeout=0)
     except Timeout:
         log.info("waiting for another process that is making %s", what)
-        lock.acquire()
-    try:
+        held = lock.acquire()
+    with held:
         yield
-    finally:
-        lock.release()
 
 
 @contextlib.contextmanager
 def atomic_write(path: Path, mode: str = "w") -> Iterator[IO[Any]]:
-    """Open a temporary file that takes the place of ``path`` when the block ends without an error."""
+    """Open a temporary file that replaces ``path`` when the block ends without an error."""
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
@@ -78,7 +68,7 @@ def atomic_write(path: Path, mode: str = "w") -> Iterator[IO[Any]]:
 
 
 def _plain(value: Any) -> Any:
-    """Strict JSON has no NaN or infinity: they become null, so that every reader can open the file."""
+    """Return a value with None for NaN and infinity, which strict JSON does not have."""
     if isinstance(value, dict):
         return {k: _plain(v) for k, v in value.items()}
     if isinstance(value, list | tuple):
@@ -87,17 +77,17 @@ def _plain(value: Any) -> Any:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write ``value`` as indented strict JSON, whole or not at all."""
+    """Write ``value`` as indented strict JSON, atomically; NaN and infinity become null."""
     with atomic_write(path) as file:
         json.dump(_plain(value), file, indent=2, ensure_ascii=False, allow_nan=False)
         file.write("\n")
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """Read a JSON object; a damaged file is a `UserError` that names it."""
+    """Read a JSON object. Raises a `UserError` that names a damaged file."""
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:  # not JSON, not UTF-8, or nested without end
+    except (ValueError, RecursionError) as error:  # not JSON, not UTF-8, or nested too deep
         raise UserError(f"{path}: not valid JSON ({error}); delete it and repeat the command") from error
     if not isinstance(value, dict):
         raise UserError(f"{path}: expected a JSON object, not {type(value).__name__}; delete it and repeat the command")
@@ -105,12 +95,12 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def finished_folder(path: Path) -> bool:
-    """Whether the artifact at ``path`` is complete: its manifest is written last."""
+    """Return whether the artifact at ``path`` is complete: its manifest is written last."""
     return (path / "manifest.json").is_file()
 
 
 def partial_folder(path: Path) -> Path:
-    """Return the folder in which ``path`` is made, as it was left or new."""
+    """Return the folder ``<path>.partial``, as an earlier process left it, or new."""
     partial = path.with_name(path.name + ".partial")
     partial.mkdir(parents=True, exist_ok=True)
     return partial
@@ -119,15 +109,15 @@ def partial_folder(path: Path) -> Path:
 def make_folder(
     path: Path, what: str, build: Callable[[Path], None], last: str = "manifest.json", in_place: bool = False
 ) -> bool:
-    """Make the folder ``path`` through ``build(folder)`` unless it is there; return whether it was made here.
+    """Make the folder ``path`` by ``build(folder)`` unless it exists; return whether this call made it.
 
     Args:
-        path: where the folder lies when it is whole.
-        what: what it is, in words, for a line that says who is waited for.
-        build: gets ``<path>.partial``, or ``path`` itself with ``in_place``, with what an earlier, killed build left in
-            it, and must write ``last`` as its last file.
-        last: the file without which the folder is unfinished.
-        in_place: its parts have their own marks of being whole, or loggers keep files open there.
+        path: the finished folder.
+        what: the folder in words, for the log line of a process that waits.
+        build: fills ``<path>.partial`` (or ``path`` itself with ``in_place``), where an earlier, killed build may have
+            left files, and must write ``last`` as its last file.
+        last: name of the file without which the folder is unfinished.
+        in_place: build in ``path`` itself: its parts are complete one by one, or loggers keep files open there.
     """
     if (path / last).is_file():
         return False
@@ -138,23 +128,23 @@ def make_folder(
         folder.mkdir(parents=True, exist_ok=True)
         build(folder)
         if not (folder / last).is_file():
-            raise RuntimeError(f"{what}: its maker wrote no {last} into {folder}")
+            raise RuntimeError(f"{what}: the build wrote no {last} into {folder}")
         if not in_place:
-            if path.exists():  # a folder without its last file: not ours to read, in the way of the rename
+            if path.exists():  # a folder without its last file
                 shutil.rmtree(path)
             os.replace(folder, path)
     return True
 
 
 def resolve_cache_dir(cache_dir: str | None) -> Path:
-    """Return the absolute cache folder; None is the user's cache directory for this package."""
+    """Return the cache folder as an absolute path; None is the user's cache directory for this package."""
     if cache_dir is None:
         return Path(platformdirs.user_cache_dir("iciia_exp", appauthor=False))
     return Path(cache_dir).expanduser().resolve()
 
 
 def save_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Write tensors as safetensors, whole or not at all."""
+    """Write tensors as safetensors, atomically."""
     from safetensors.torch import save
 
     with atomic_write(path, "wb") as file:
@@ -162,7 +152,7 @@ def save_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
 
 
 def load_tensors(path: Path) -> dict[str, Tensor]:
-    """Read the tensors of a safetensors file; a `UserError` names one that cannot be read."""
+    """Read the tensors of a safetensors file. Raises a `UserError` that names a file that cannot be read."""
     from safetensors.torch import load_file
 
     try:

@@ -1,4 +1,4 @@
-"""``python -m iciia_exp.cache``: list and clean what runs share: prepared datasets, backbones and features."""
+"""Cache: ``python -m iciia_exp.cache`` lists and cleans the datasets, backbones and features that runs share."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import os
 import shutil
 import sys
 from dataclasses import dataclass
-from datetime import datetime
+from datetime import datetime, timedelta
 from pathlib import Path
 
 from filelock import FileLock, Timeout
@@ -21,7 +21,7 @@ KINDS = ("datasets", "backbones", "features")
 
 @dataclass(frozen=True)
 class Entry:
-    """One artifact of the cache; ``state`` is ``whole`` or ``partial`` (left by a kill, or being made)."""
+    """An artifact of the cache; ``state`` is ``whole`` or ``partial`` (left by a kill, or being made)."""
 
     kind: str
     path: Path
@@ -31,7 +31,7 @@ class Entry:
 
 
 def entries(cache_dir: Path) -> list[Entry]:
-    """Return what is in the cache, oldest first."""
+    """Return the artifacts of the cache, oldest first."""
     found = []
     for kind in KINDS:
         for path in sorted((cache_dir / kind).glob("*/")):
@@ -44,12 +44,11 @@ def entries(cache_dir: Path) -> list[Entry]:
 
 
 def remove(entry: Entry) -> bool:
-    """Delete an entry unless a process is making it now; return whether it is gone."""
-    name = entry.path.name.removesuffix(".partial")
+    """Delete an entry unless a process is making it now; return whether it was deleted."""
+    path = entry.path
     try:
-        with FileLock(entry.path.with_name(f".{name}.lock"), timeout=0):
-            aside = entry.path.with_name(f".{entry.path.name}.deleted")
-            os.replace(entry.path, aside)  # at once: a reader never sees half of it
+        with FileLock(path.with_name(f".{path.name.removesuffix('.partial')}.lock"), timeout=0):
+            aside = path.rename(path.with_name(f".{path.name}.deleted"))  # at once: no reader sees half of it
             shutil.rmtree(aside)
             return True
     except Timeout:
@@ -57,29 +56,30 @@ def remove(entry: Entry) -> bool:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run the command; returns the exit status."""
+    """Run the command; return the exit status."""
     about = "Prepared datasets, backbones and features that runs share."
     parser = argparse.ArgumentParser(prog="python -m iciia_exp.cache", description=about)
     parser.add_argument("command", choices=("list", "clean"))
-    parser.add_argument("names", nargs="*", metavar="NAME", help="clean only entries whose name contains one of these")
-    place = os.environ.get("ICIIA_EXP_CACHE")
-    parser.add_argument("--cache-dir", default=place, help="default: the user's cache directory")
-    parser.add_argument("--partial", action="store_true", help="only what a killed run left unfinished")
-    parser.add_argument("--older-than", type=float, metavar="DAYS", help="only what has not changed for so many days")
+    parser.add_argument("names", nargs="*", metavar="NAME", help="only entries whose name contains one of these")
+    default = os.environ.get("ICIIA_EXP_CACHE")
+    parser.add_argument("--cache-dir", default=default, help="default: the user's cache directory")
+    parser.add_argument("--partial", action="store_true", help="only entries that a killed run left unfinished")
+    parser.add_argument("--older-than", type=float, metavar="DAYS", help="only entries unchanged for so many days")
     parser.add_argument("--yes", action="store_true", help="clean without asking")
     options = parser.parse_args(arguments)
     cache_dir = resolve_cache_dir(options.cache_dir)
+    last_change = datetime.now() - timedelta(days=options.older_than or 0)
     chosen = [
         e
         for e in entries(cache_dir)
         if (not options.names or any(n in e.path.name for n in options.names))
         and (not options.partial or e.state == "partial")
-        and (options.older_than is None or (datetime.now() - e.changed).total_seconds() > options.older_than * 86400)
+        and (options.older_than is None or e.changed < last_change)
     ]
     print(f"{cache_dir}: {len(chosen)} entries, {sum(e.bytes for e in chosen) / 1e6:,.1f} MB")
     for e in chosen:
-        line = f"  {e.bytes / 1e6:10,.1f} MB  {e.changed:%Y-%m-%d %H:%M}  {e.kind:<9}  {e.path.name}"
-        print(line + ("" if e.state == "whole" else "  (unfinished)"))
+        unfinished = "" if e.state == "whole" else "  (unfinished)"
+        print(f"  {e.bytes / 1e6:10,.1f} MB  {e.changed:%Y-%m-%d %H:%M}  {e.kind:<9}  {e.path.name}{unfinished}")
     if options.command == "list" or not chosen:
         return 0
     if not options.yes:

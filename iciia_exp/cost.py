@@ -6,9 +6,9 @@ belongs to the backbone's cost (paper, Table 2 and supplement).
 Legend: S images of a client, D features, G groups, N layers.
 
 Derivation, per image and layer: the fused q/k/v projection maps D to 3 D, the output projection and the two of the
-MLP map D to D, together 6 D^2 weights; with G groups every weight matrix is block-diagonal with G blocks of
-(D/G)^2 entries for each D x D, which leaves 6 D^2 / G. Attention of one query against S keys is S D for the scores
-and S D for the weighted sum: 2 S D. The count of heads cancels.
+MLP map D to D, together 6 D^2 weights. With G groups every D x D matrix is block-diagonal, with G blocks of (D/G)^2
+entries: 6 D^2 / G. Attention of one query to S keys is S D for the scores and S D for the weighted sum: 2 S D. The
+number of heads cancels.
 """
 
 from __future__ import annotations
@@ -18,13 +18,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["CONVENTIONS", "attention_macs", "count_macs", "overheads", "streaming_attention_macs"]
-
-CONVENTIONS: dict[str, str] = {
-    "published": "the whole sequence of S images, divided by the backbone's cost of one image",
-    "per_image": "the sequence's cost shared by its S images",
-    "streaming": "one more image while the history's keys and values are kept (causal attention, or one layer)",
-}
+__all__ = ["attention_macs", "count_macs", "overheads", "streaming_attention_macs"]
 
 
 def attention_macs(images: int, dim: int, groups: int, layers: int) -> int:
@@ -39,7 +33,7 @@ def attention_macs(images: int, dim: int, groups: int, layers: int) -> int:
 
 
 def streaming_attention_macs(images: int, dim: int, groups: int, layers: int) -> int:
-    """Return the MACs of the newest of ``images`` when the others' keys and values are kept: (6 D^2 / G + 2 S D) N.
+    """Return the MACs of the newest of ``images``, keys and values of the others kept: (6 D^2 / G + 2 S D) N.
 
     >>> streaming_attention_macs(16, 1024, 1, 3) * 16 == attention_macs(16, 1024, 1, 3)
     True
@@ -50,12 +44,14 @@ def streaming_attention_macs(images: int, dim: int, groups: int, layers: int) ->
 def overheads(
     sequence_macs: int, streaming_macs: int | None, images: int, backbone_macs: int | None
 ) -> dict[str, float | None]:
-    """Return the added cost in percent of the backbone's cost of one image, by convention (see `CONVENTIONS`).
+    """Return the added cost in percent of the backbone's cost of one image, by three conventions.
 
-    ``streaming`` is None for a method that cannot keep state, all are where the backbone's cost is unknown.
+    ``published``: the whole sequence of S images. ``per_image``: that divided by S. ``streaming``: one more image while
+    the history's keys and values are kept (causal attention, or one layer); None for a method that cannot keep state.
+    All are None if the backbone's cost is unknown.
     """
     if backbone_macs is None:
-        return dict.fromkeys(CONVENTIONS)
+        return dict.fromkeys(("published", "per_image", "streaming"))
     share = 100.0 / backbone_macs
     return {
         "published": sequence_macs * share,
@@ -65,10 +61,9 @@ def overheads(
 
 
 def count_macs(module: torch.nn.Module, *inputs: Any) -> int:
-    """Count the MACs of one forward pass with PyTorch's counter (matrix products and convolutions; biases are free).
+    """Count the MACs of one forward pass with PyTorch's counter (matrix products and convolutions, without biases).
 
-    The counter sees nothing of the fused encoder fast path; `torch.nn.TransformerEncoderLayer` must be in training
-    mode or have the fast path off to be counted.
+    The counter does not see the fast path of `torch.nn.TransformerEncoderLayer`: to be counted, it must be off.
     """
     import torch
     from torch.utils.flop_counter import FlopCounterMode

@@ -9,7 +9,6 @@ import re
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
 from typing import TypeVar
 
 import torch
@@ -22,19 +21,32 @@ _Item = TypeVar("_Item")
 _Made = TypeVar("_Made")
 
 
+_MIB = 1 << 20
+
+#: glibc's names of its settings, its numbers for them (malloc.h), and their values in bytes
+_SETTINGS = {
+    "MALLOC_MMAP_THRESHOLD_": (-3, 256 * _MIB),
+    "MALLOC_TRIM_THRESHOLD_": (-1, 512 * _MIB),
+    "MALLOC_TOP_PAD_": (-2, 64 * _MIB),
+}
+
+# the name of the package's errors in a traceback
+_ERROR = re.compile(r"iciia_exp\.errors\.(?:User|Config)Error: ")
+
+
 def side_by_side(
     make: Callable[[_Item], _Made], items: Iterable[_Item], most: int = 4, ahead: int = 1
 ) -> Iterator[_Made]:
-    """Yield what ``make`` makes of every item, in their order, several at a time, each with its share of the threads.
+    """Yield ``make(item)`` of every item, in order; several run at a time, each with its share of the threads.
 
-    Threads that share an operation wait for each other at its end, and it ends often where batches are small enough for
-    a processor's cache. ``make`` runs without gradients and must leave what it uses as it is.
+    This is faster than one item at a time with all threads: these wait for each other at the end of every operation,
+    often where batches fit a processor's cache. ``make`` runs without gradients and must change nothing that it uses.
 
     Args:
-        make: called in threads of its own.
-        items: asked for as they are needed.
-        most: items at a time; more wait for each other, since Python itself runs one thread at a time.
-        ahead: items for each of them that are made, or being made, before they are asked for.
+        make: called in a pool of threads.
+        items: read as they are needed.
+        most: items at a time; more would wait for each other, since Python itself runs one thread at a time.
+        ahead: results per thread that are made, or being made, before they are asked for.
     """
     threads = torch.get_num_threads()
     workers = min(threads, most)
@@ -58,36 +70,22 @@ def side_by_side(
 
 
 def keep_freed_memory() -> None:
-    """Let up to half a gigabyte of freed memory stay with the process, and those it starts; a user's settings stay.
+    """Let the process, and those that it starts, keep up to half a gigabyte of freed memory.
 
-    Else glibc gives the megabytes of an intermediate result back to the system and gets them again for the next one,
-    zeroed page by page, which takes about as long as computing what is in them (benchmarks/bench_iciia.py).
+    Otherwise glibc returns the megabytes of every intermediate result to the system and gets them back zeroed page by
+    page, which takes about as long as computing the result (benchmarks/bench_iciia.py). A user's own settings of glibc
+    are left as they are.
     """
     if "GLIBC_TUNABLES" in os.environ or any(name.startswith("MALLOC_") for name in os.environ):
         return
-    with contextlib.suppress(AttributeError, OSError, TypeError):  # another C library has its own ways
+    with contextlib.suppress(AttributeError, OSError, TypeError):  # not glibc
         mallopt = ctypes.CDLL(None).mallopt
         for name, (number, value) in _SETTINGS.items():
             mallopt(number, value)
             os.environ[name] = str(value)
 
 
-_MIB = 1 << 20
-
-
-#: glibc's names of what is set, its numbers for them (malloc.h), and the values in bytes
-_SETTINGS = {
-    "MALLOC_MMAP_THRESHOLD_": (-3, 256 * _MIB),
-    "MALLOC_TRIM_THRESHOLD_": (-1, 512 * _MIB),
-    "MALLOC_TOP_PAD_": (-2, 64 * _MIB),
-}
-
-
-# what a traceback says of an error of ours
-_OURS = re.compile(r"iciia_exp\.errors\.(?:User|Config)Error: ")
-
-
-def _started() -> tuple[int, int]:
+def _rank_and_count() -> tuple[int, int]:
     for rank, count in (("RANK", "WORLD_SIZE"), ("SLURM_PROCID", "SLURM_NTASKS")):
         if (number := int(os.environ.get(count) or 1)) > 1:
             return int(os.environ.get(rank) or 0), number
@@ -95,27 +93,27 @@ def _started() -> tuple[int, int]:
 
 
 def process_rank() -> int:
-    """Return the number of this process where torchrun or srun started several, else 0."""
-    return _started()[0]
+    """Return the rank of this process if torchrun or srun started several, else 0."""
+    return _rank_and_count()[0]
 
 
 def process_count() -> int:
-    """Return how many processes torchrun or srun started, else 1."""
-    return _started()[1]
+    """Return the number of processes that torchrun or srun started, else 1."""
+    return _rank_and_count()[1]
 
 
-@contextmanager
+@contextlib.contextmanager
 def plain_errors(what: str) -> Iterator[None]:
-    """Raise an error of ours from a process below as itself: torch hands it up inside its own, as tracebacks.
+    """Raise a `UserError` of a child process as itself: torch wraps it in an error that quotes the traceback.
 
-    ``what`` names, for other errors, the key that asked for the processes.
+    ``what`` is the key that asked for the processes; it is named in the error of a process that was killed.
     """
     try:
         yield
     except Exception as error:
-        text = str(error)
-        if found := list(_OURS.finditer(text)):
-            raise UserError(text[found[-1].end() :].strip()) from error
-        if type(error).__name__ == "ProcessExitedException":  # killed, by the system for its memory say
+        *_, last = _ERROR.split(text := str(error))
+        if last != text:
+            raise UserError(last.strip()) from error
+        if type(error).__name__ == "ProcessExitedException":  # killed, for example by the system for its memory
             raise UserError(f"{what}: {first_line(error)}; the same command goes on from here") from error
         raise

@@ -1,4 +1,4 @@
-"""Recipe: optimiser, schedule and length of a training, the same keys for backbones and methods."""
+"""Recipe: optimiser, schedule and length of training, with the same keys for backbones and methods."""
 
 from __future__ import annotations
 
@@ -17,19 +17,19 @@ SCHEDULES = ("constant", "cosine", "onecycle", "step")
 
 
 class Recipe:
-    """Optimiser, schedule and length of a training.
+    """Optimiser, schedule and length of training.
 
     Args:
         optimizer: ``sgd``, ``adam`` or ``adamw``.
-        lr: learning rate; the peak of a schedule.
-        epochs: at most so many passes over the data.
-        batch_size: items of one step: images for a backbone, clients for a method.
+        lr: learning rate; with a schedule, its peak.
+        epochs: passes over the data, at most.
+        batch_size: items per step: images for a backbone, clients for a method.
         momentum: for ``sgd``.
         weight_decay: on all parameters.
-        schedule: ``constant``, ``cosine`` (to zero), ``onecycle``, or ``step``: a tenth after every ``step_epochs``.
+        schedule: ``constant``, ``cosine`` (to zero), ``onecycle``, or ``step`` (a tenth every ``step_epochs``).
         clip_norm: largest norm of the gradient; 0 turns clipping off.
-        patience: stop after so many epochs without a better val accuracy; 0 never stops early.
-        trunk_lr: of a backbone's trunk, where its classifier has another rate; null is ``lr``.
+        patience: epochs without a better val accuracy after which training stops; 0 never stops early.
+        trunk_lr: learning rate of a backbone's trunk; null is ``lr``.
         step_epochs: epochs between the steps of ``schedule: step``.
     """
 
@@ -60,14 +60,11 @@ class Recipe:
         self.step_epochs = check_int("step_epochs", step_epochs, 1)
 
     def make_optimizer(
-        self,
-        parameters: Iterable[torch.nn.Parameter],
-        trunk: Iterable[torch.nn.Parameter] = (),
-        fused: bool = True,
+        self, parameters: Iterable[torch.nn.Parameter], trunk: Iterable[torch.nn.Parameter] = (), fused: bool = True
     ) -> torch.optim.Optimizer:
         """Return the optimiser over ``parameters`` and, at ``trunk_lr``, a backbone's ``trunk``.
 
-        ``fused`` passes over memory once, not ten times.
+        ``fused`` (Adam, AdamW) passes over memory once, not ten times.
         """
         import torch
 
@@ -82,16 +79,13 @@ class Recipe:
     def make_schedule(
         self, optimizer: torch.optim.Optimizer, steps: int, epochs: int
     ) -> torch.optim.lr_scheduler.LRScheduler | None:
-        """Return a scheduler that is stepped every batch, for ``steps`` batches in ``epochs`` epochs.
-
-        None for a constant rate.
-        """
+        """Return a scheduler to step every batch, for ``steps`` batches in ``epochs`` epochs; None if constant."""
         from torch.optim import lr_scheduler
 
         if self.schedule == "cosine":
             return lr_scheduler.CosineAnnealingLR(optimizer, steps)
         if self.schedule == "onecycle":
-            # A scheduler is stepped once after the last batch, one step more than OneCycleLR allows.
+            # the step after the last batch is one more than OneCycleLR allows
             peaks = [group["lr"] for group in optimizer.param_groups]
             return lr_scheduler.OneCycleLR(optimizer, peaks, total_steps=steps + 1)
         if self.schedule == "step":

@@ -1,12 +1,13 @@
-"""Tasks: one label per image, or any number of them. Loss, correct decisions and log-loss follow the task.
+"""Tasks: single-label and multi-label classification, each with its loss, correct decisions and log-loss.
+
+A task is its own name, a string, so that files hold it as text.
 
 Legend: M images, K classes. Labels are int64 [M] (``single-label``) or 0/1 [M, K] (``multi-label``).
 """
 
 from __future__ import annotations
 
-from abc import abstractmethod
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -14,98 +15,67 @@ if TYPE_CHECKING:
 __all__ = ["MULTI_LABEL", "SINGLE_LABEL", "TASKS", "MultiLabel", "SingleLabel", "Task"]
 
 
-class Task(str):
-    """What the labels of an image say. It is its own name, so that it goes into files as text."""
-
-    @abstractmethod
-    def decisions(self, num_classes: int) -> int:
-        """Return how many decisions a prediction is: one class, or yes or no for every attribute."""
-
-    @abstractmethod
-    def loss(self, logits_MK: Tensor, y: Tensor) -> Tensor:
-        """Return the mean loss: cross-entropy, or binary cross-entropy over images and classes (paper, section 4)."""
-
-    @abstractmethod
-    def correct(self, logits_MK: Tensor, y: Tensor) -> Tensor:
-        """Return which decisions are correct, bool [M, decisions]: the top class, or every attribute's sign."""
-
-    @abstractmethod
-    def confidence(self, logits_MK: Tensor) -> Tensor:
-        """Return the predicted probability of every decision, float [M, decisions]; with `correct` it gives the ECE."""
-
-    @abstractmethod
-    def log_loss(self, logits_MK: Tensor, y: Tensor) -> Tensor:
-        """Return the log-loss of every image in nats, float64 [M], summed over its decisions."""
-
-    @abstractmethod
-    def probabilities(self, logits: Tensor) -> Tensor:
-        """Return probabilities from logits [..., K]: over the classes, or of each attribute by itself."""
-
-
-class SingleLabel(Task):
+class SingleLabel(str):
     """One class per image."""
 
     def decisions(self, num_classes: int) -> int:
-        """One."""
+        """Return the number of decisions of a prediction: one class."""
         return 1
 
-    def loss(self, logits_MK: Tensor, y: Tensor) -> Tensor:
-        """Return the mean cross-entropy."""
+    def loss(self, logits_MK: Tensor, y: Tensor, **options: Any) -> Tensor:
+        """Return the mean cross-entropy (paper, section 4); ``options`` are those of PyTorch's function."""
         from torch.nn import functional as F
 
-        return F.cross_entropy(logits_MK, y)
+        return F.cross_entropy(logits_MK, y, **options)
 
     def correct(self, logits_MK: Tensor, y: Tensor) -> Tensor:
         """Return whether the top class is the label, bool [M, 1]."""
         return (logits_MK.argmax(-1) == y)[:, None]
 
     def confidence(self, logits_MK: Tensor) -> Tensor:
-        """Return the top class's probability, float [M, 1]."""
+        """Return the top class's probability, float [M, 1]; with `correct` it gives the ECE."""
         return logits_MK.softmax(-1).amax(-1, keepdim=True)
 
     def log_loss(self, logits_MK: Tensor, y: Tensor) -> Tensor:
-        """Return the cross-entropy of every image, float64 [M]."""
-        from torch.nn import functional as F
-
-        return F.cross_entropy(logits_MK.double(), y, reduction="none")
+        """Return the cross-entropy of every image in nats, float64 [M]."""
+        return self.loss(logits_MK.double(), y, reduction="none")
 
     def probabilities(self, logits: Tensor) -> Tensor:
         """Return the softmax of logits [..., K]."""
         return logits.softmax(-1)
 
 
-class MultiLabel(Task):
+class MultiLabel(str):
     """Any number of attributes per image."""
 
     def decisions(self, num_classes: int) -> int:
-        """One for each of the K attributes."""
+        """Return the number of decisions of a prediction: yes or no for each of the K attributes."""
         return num_classes
 
-    def loss(self, logits_MK: Tensor, y: Tensor) -> Tensor:
-        """Return the mean binary cross-entropy over images and attributes."""
+    def loss(self, logits_MK: Tensor, y: Tensor, **options: Any) -> Tensor:
+        """Return the mean binary cross-entropy over images and attributes; ``options`` as for `SingleLabel.loss`."""
         from torch.nn import functional as F
 
-        return F.binary_cross_entropy_with_logits(logits_MK, y.to(logits_MK.dtype))
+        return F.binary_cross_entropy_with_logits(logits_MK, y.to(logits_MK.dtype), **options)
 
     def correct(self, logits_MK: Tensor, y: Tensor) -> Tensor:
         """Return whether the sign of each logit is right, bool [M, K]."""
         return (logits_MK > 0) == (y > 0)
 
     def confidence(self, logits_MK: Tensor) -> Tensor:
-        """Return the probability of each yes or no that is predicted, float [M, K]."""
+        """Return the probability of each predicted yes or no, float [M, K]; with `correct` it gives the ECE."""
         return logits_MK.abs().sigmoid()
 
     def log_loss(self, logits_MK: Tensor, y: Tensor) -> Tensor:
-        """Return the binary cross-entropy of every image, summed over attributes, float64 [M]."""
-        from torch.nn import functional as F
-
-        loss_MK = F.binary_cross_entropy_with_logits(logits_MK.double(), y.double(), reduction="none")
-        return loss_MK.sum(-1)
+        """Return the binary cross-entropy of every image in nats, summed over attributes, float64 [M]."""
+        return self.loss(logits_MK.double(), y, reduction="none").sum(-1)
 
     def probabilities(self, logits: Tensor) -> Tensor:
         """Return the sigmoid of logits [..., K]."""
         return logits.sigmoid()
 
+
+Task = SingleLabel | MultiLabel
 
 SINGLE_LABEL, MULTI_LABEL = SingleLabel("single-label"), MultiLabel("multi-label")
 

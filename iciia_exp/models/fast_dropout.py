@@ -1,7 +1,7 @@
-"""Dropout at a third of its cost on a CPU.
+"""Dropout at a third of PyTorch's cost on a CPU.
 
-PyTorch draws a number of its own for every value, on one thread: with many groups that is a quarter of a training step
-of ICIIA. Here a 64-bit number decides for four values.
+PyTorch draws a random number for every value, on one thread: with many groups that is a quarter of a training step of
+ICIIA. Here a 64-bit number decides for four values.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ _STEPS = 1 << 16  # of 16 random bits
 
 
 def drop(x: Tensor, p: float) -> Tensor:
-    """Return ``x`` with a share ``p`` of its values, each by chance, set to 0 and the others divided by 1 - p.
+    """Set each value to 0 with probability ``p`` and divide the others by 1 - p, as `torch.nn.functional.dropout`.
 
-    As `torch.nn.functional.dropout` does, from PyTorch's generator; on a processor ``p`` is rounded to 1/65536.
+    Random numbers are PyTorch's; on a CPU ``p`` is rounded to a multiple of 1/65536.
     """
     kept = round((1 - p) * _STEPS)
     if x.device.type != "cpu" or not 0 < kept < _STEPS or torch.compiler.is_compiling():
@@ -29,8 +29,8 @@ def drop(x: Tensor, p: float) -> Tensor:
 
 
 class Dropout(nn.Dropout):
-    """`torch.nn.Dropout` by `drop`."""
+    """`torch.nn.Dropout` that computes with `drop`."""
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return ``x``, in training without some of its values."""
+        """Return ``x``; in training, after `drop`."""
         return drop(x, self.p) if self.training else x

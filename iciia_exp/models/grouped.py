@@ -1,4 +1,4 @@
-"""GroupedLinear: grouped projection with shuffle, in the forms that a CPU computes fastest."""
+"""Grouped projection with shuffle, in the forms that a CPU computes fastest."""
 
 from __future__ import annotations
 
@@ -12,28 +12,26 @@ from torch.nn import functional as F
 __all__ = ["GroupedLinear"]
 
 
-# Groups are joined until a block is about this wide: 40 x 40 is the fastest for 5 x 5 on a processor, though seven
-# eighths of it are zeros (benchmarks/bench_iciia.py). A convolution needs no more outputs than a vector register holds,
-# and leaves them where the shuffle is cheap. Fewer vectors than this are not worth joining, or convolving, for.
+# Groups are joined until a block is about this wide: on a CPU, 40 x 40 is the fastest for blocks of 5 x 5, though seven
+# eighths of it are zeros (benchmarks/bench_iciia.py). For fewer vectors, joining costs more than it saves.
 _JOINED_WIDTH, _JOINED_VECTORS = 48, 16
 
-
+# A convolution needs no more outputs than a vector register holds, and its layout makes the shuffle cheap.
 _CONVOLVED_OUTPUTS, _CONVOLVED_VECTORS = 16, 64
-
 
 _CONVOLVE = torch.backends.mkldnn.is_available()
 
 
 def _recording() -> bool:
-    """Whether a program is being made of what is called (`torch.export`, `torch.compile`, tracing)."""
+    """Return whether calls are being recorded (`torch.export`, `torch.compile`, tracing)."""
     return torch.compiler.is_compiling() or torch.jit.is_tracing()
 
 
 class GroupedLinear(nn.Module):
     """A linear map whose weight is block-diagonal, followed by a shuffle of the output across groups.
 
-    Inputs are cut into ``groups`` neighbouring slices, each mapped by its own block. The result, [groups, out/groups],
-    is transposed and flattened, so that neighbouring outputs come from different groups; the bias is added after the
+    Inputs are cut into ``groups`` neighbouring slices, one for each block. The result, [groups, out/groups], is
+    transposed and flattened, so that neighbouring outputs come from different groups; the bias is added after the
     shuffle. With one group it is `torch.nn.Linear`, with the same parameter shapes.
 
     Shapes: input [..., in_features], output [..., out_features]; weight [out, in] for one group, else
@@ -48,7 +46,7 @@ class GroupedLinear(nn.Module):
         shape = (out_features // groups, in_features // groups)
         self.weight = nn.Parameter(torch.empty(shape if groups == 1 else (groups, *shape)))
         self.bias = nn.Parameter(torch.empty(out_features))
-        self._kept: dict[str, tuple[tuple[int, ...], tuple[Tensor, ...]]] = {}  # forms of weights that stay as they are
+        self._kept: dict[str, tuple[tuple[int, ...], tuple[Tensor, ...]]] = {}  # forms of frozen weights
         self.reset_parameters()
 
     def blocks(self) -> Tensor:
@@ -70,7 +68,7 @@ class GroupedLinear(nn.Module):
 
     @property
     def joined(self) -> int:
-        """Number of neighbouring groups that are multiplied as one block."""
+        """Number of neighbouring groups that are computed as one block."""
         return self._most_joined(_JOINED_WIDTH // (self.in_features // self.groups))
 
     def _most_joined(self, most: int) -> int:
@@ -78,15 +76,15 @@ class GroupedLinear(nn.Module):
         return max(m for m in range(1, most + 1) if self.groups % m == 0)
 
     def _in_form(self, form: str, make: Callable[[], tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
-        """Return what ``make`` makes of the weights; it is kept while they need no gradients and stay as they are.
+        """Return the weights in the form that ``make`` gives them, kept while they are frozen and unchanged.
 
-        A fused optimiser changes weights and leaves their version number: what is still trained is made every time.
+        Weights in training are converted every time: a fused optimiser changes them and not their version number.
         """
-        own = self.weight, self.bias
-        if any(p.requires_grad or p.is_inference() for p in own) or _recording():
+        parameters = self.weight, self.bias
+        if any(p.requires_grad or p.is_inference() for p in parameters) or _recording():
             self._kept.clear()
             return make()
-        state = tuple(number for p in own for number in (p._version, p.data_ptr()))
+        state = tuple(number for p in parameters for number in (p._version, p.data_ptr()))
         if form not in self._kept or self._kept[form][0] != state:
             self._kept[form] = state, make()
         return self._kept[form][1]
@@ -101,7 +99,7 @@ class GroupedLinear(nn.Module):
         return (joined_BJioJ.flatten(3).flatten(1, 2),)
 
     def _kernels(self) -> tuple[Tensor, Tensor]:
-        """Return weight [out, J*in/G, 1, 1] and bias [out] of a convolution, outputs group by group."""
+        """Return weight [out, J*in/G, 1, 1] and bias [out] of a convolution, outputs ordered by group."""
         joined = self._most_joined(_CONVOLVED_OUTPUTS // (self.out_features // self.groups))
         blocks_BJoi = self.blocks().unflatten(0, (-1, joined))
         joined_BJoJi = torch.diag_embed(blocks_BJoi.permute(0, 2, 3, 1), dim1=1, dim2=3)
@@ -109,7 +107,7 @@ class GroupedLinear(nn.Module):
         return joined_BJoJi.reshape(self.out_features, -1, 1, 1), bias
 
     def _convolved(self, x: Tensor, vectors: int) -> bool:
-        """Whether a convolution does it faster: 2 to 5 times on a processor; with its gradient seldom."""
+        """Return whether a convolution is faster: 2 to 5 times on a CPU, but seldom with its gradient."""
         if not _CONVOLVE or vectors < _CONVOLVED_VECTORS or _recording():
             return False
         recorded = torch.is_grad_enabled() and (x.requires_grad or self.weight.requires_grad)
@@ -118,9 +116,9 @@ class GroupedLinear(nn.Module):
     def _convolve(self, x: Tensor, vectors: int) -> Tensor:
         """Project, add the bias and shuffle, as `forward`.
 
-        Vectors are the pixels, channels last, of images; the layout decides how fast it is (benchmarks/bench_iciia.py):
-        of less than 16 images a single thread gets a slow convolution, and wide blocks are better off with columns of
-        pixels, narrow ones with rows, and those of 16 x 16 with squares.
+        Vectors become the pixels of images, channels last. The layout decides the speed (benchmarks/bench_iciia.py): a
+        single thread needs 16 images or more; wide blocks are fastest with columns of pixels, narrow blocks with rows,
+        and blocks of 16 x 16 with squares.
         """
         weight, bias = self._in_form("kernels", self._kernels)
         width, threads = weight.shape[1], torch.get_num_threads()
@@ -155,8 +153,8 @@ class GroupedLinear(nn.Module):
         y_BMoJ = torch.bmm(x_BMi, weight_Bio).view(blocks, vectors, outputs, joined)
         # [B, M, o, J] -> [M, o, B, J]: the outputs of one group end up G apart
         y = y_BMoJ.permute(1, 2, 0, 3) if self.shuffle else y_BMoJ.permute(1, 0, 3, 2)
-        return y.reshape(*lead, self.out_features).add_(self.bias)  # the reshape has just made it
+        return y.reshape(*lead, self.out_features).add_(self.bias)  # in place: the reshape has just copied
 
     def extra_repr(self) -> str:
-        """Show the sizes in ``repr``."""
+        """Return the sizes for ``repr``."""
         return f"{self.in_features}, {self.out_features}, groups={self.groups}, shuffle={self.shuffle}"

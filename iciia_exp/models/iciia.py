@@ -2,9 +2,9 @@
 
 Source: "Adapting the Attention of Cloud-Based Recognition Model to Client-Side Images without Local Re-Training"
 (ACML 2024, PMLR 260:223-238). The images of one client are the tokens; there are no positions and no class token.
-Differs from the released code in that every layer is initialised on its own (there, all layers start equal), and in
-that attention can be causal: an image then sees itself and the client's earlier images, whose keys and values never
-change, so that one more image costs a step.
+Two differences from the released code: layers are initialised independently (there, all layers start equal), and
+attention can be causal. An image then attends to itself and the client's earlier images, whose keys and values never
+change, so that one more image costs one step.
 
 Legend: C clients, S images of a client, P images of its past, D features, K classes, N layers, H heads, G groups.
 """
@@ -32,20 +32,20 @@ def divisors(number: int) -> list[int]:
 
 
 class ICIIA(nn.Module):
-    """N post-norm encoder layers over a client's images, ReLU, and a linear classifier of its own.
+    """N post-norm encoder layers over a client's images, ReLU, and a linear classifier.
 
     Args:
-        dim: D, width of a feature; divisible by ``num_heads`` and ``num_groups``.
+        dim: D, length of a feature; divisible by ``num_heads`` and ``num_groups``.
         num_classes: K.
         num_layers: N.
         num_heads: H.
         num_groups: G; 1 is "base" (ICIIA-B), 256 "tiny" (ICIIA-T), ``dim`` "max".
-        dropout: on attention probabilities, hidden units and both branches.
-        shuffle: interleave the groups after every projection; without it groups never mix inside a projection.
-        causal: an image sees itself and those before it, not those after it.
+        dropout: of attention probabilities, hidden units and both residual branches.
+        shuffle: interleave the groups after every projection; without it, groups never mix inside a projection.
+        causal: an image attends to itself and earlier images only.
 
     Shapes: ``x_CSD`` [C, S, D] and ``mask_CS`` [C, S] (True = a real image; None = all are) to logits [C, S, K].
-    Logits at padded positions mean nothing.
+    Logits at padded positions are undefined.
     """
 
     def __init__(
@@ -70,50 +70,51 @@ class ICIIA(nn.Module):
         self.classifier = nn.Linear(dim, num_classes)
 
     def encode(self, x_CSD: Tensor, mask_CS: Tensor | None = None) -> Tensor:
-        """Return what the classifier sees, [C, S, D]."""
-        seen = visible(x_CSD.shape[1], mask_CS, self.causal)
-        if seen is not None:
-            seen = seen.to(x_CSD.device)
+        """Return the classifier's input, [C, S, D]."""
+        attended = self._visible(x_CSD, mask_CS)
         for layer in self.layers:
-            x_CSD = layer(x_CSD, seen)
+            x_CSD = layer(x_CSD, attended)
         return F.relu(x_CSD)
 
+    def _visible(self, x_CSD: Tensor, mask_CS: Tensor | None) -> Tensor | None:
+        attended = visible(x_CSD.shape[1], mask_CS, self.causal)
+        return None if attended is None else attended.to(x_CSD.device)
+
     def attention_maps(self, x_CSD: Tensor, mask_CS: Tensor | None = None) -> Tensor:
-        """Return what attends to what: weights of every layer and head, [N, C, H, S, S]; rows sum to one."""
-        seen = visible(x_CSD.shape[1], mask_CS, self.causal)
-        if seen is not None:
-            seen = seen.to(x_CSD.device)
-        maps = []
+        """Return the attention weights of every layer and head, [N, C, H, S, S]; rows sum to one."""
+        attended, maps = self._visible(x_CSD, mask_CS), []
         for layer in self.layers:
-            maps.append(layer.attention.weights(x_CSD, seen))  # type: ignore[operator, union-attr]
-            x_CSD = layer(x_CSD, seen)
+            maps.append(layer.attention.weights(x_CSD, attended))  # type: ignore[operator, union-attr]
+            x_CSD = layer(x_CSD, attended)
         return torch.stack(maps)
 
     @property
     def state_width(self) -> int:
-        """Numbers that `encode_step` keeps of an image: keys and values of every layer, 2 N D."""
+        """Length of an image's state in `encode_step`: keys and values of every layer, 2 N D."""
         return 2 * len(self.layers) * self.dim
 
     def encode_step(self, x_CD: Tensor, past_CPE: Tensor, mask_CP: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Return what the classifier sees of one more image of each client, [C, D], and its state, [C, E].
+        """Return the classifier's input for one more image of each client, [C, D], and the image's state, [C, E].
 
-        The same as the image's place at the end of `encode`: of causal attention always, of full attention with one
-        layer, where keys and values depend on each image alone.
+        The result is that of `encode` for the last image. It needs causal attention, or full attention with one layer,
+        where keys and values depend on their image alone; else it raises a `ValueError`.
 
         Args:
             x_CD: the images.
-            past_CPE: states of the images that each client keeps, E = 2 N D: keys and values of every layer.
-            mask_CP: True where a kept image is real; None where all are.
+            past_CPE: states of each client's past images, E = 2 N D: keys and values of every layer.
+            mask_CP: True where a past image is real; None where all are.
         """
         if not self.causal and len(self.layers) > 1:
-            raise ValueError("full attention with several layers changes what old images mean: encode them all again")
-        seen = None if mask_CP is None else F.pad(mask_CP, (0, 1), value=True)[:, None, None, :]
+            raise ValueError(
+                "full attention with several layers changes the states of past images: encode all images again"
+            )
+        attended = None if mask_CP is None else F.pad(mask_CP, (0, 1), value=True)[:, None, None, :]
         past_N2CPD = past_CPE.unflatten(2, (len(self.layers), 2, self.dim)).permute(2, 3, 0, 1, 4)
-        own = []
+        states = []
         for layer, past_2CPD in zip(self.layers, past_N2CPD, strict=True):
-            x_CD, own_2CD = layer.step(x_CD, past_2CPD, seen)  # type: ignore[operator]
-            own.append(own_2CD)
-        return F.relu(x_CD), torch.stack(own).permute(2, 0, 1, 3).flatten(1)
+            x_CD, state_2CD = layer.step(x_CD, past_2CPD, attended)  # type: ignore[operator]
+            states.append(state_2CD)
+        return F.relu(x_CD), torch.stack(states).permute(2, 0, 1, 3).flatten(1)
 
     def forward(self, x_CSD: Tensor, mask_CS: Tensor | None = None) -> Tensor:
         """Return the logits, [C, S, K]."""
@@ -127,27 +128,29 @@ class ICIIA(nn.Module):
             state: tensors named ``encoder.layers.{i}...`` and ``classifier.*``, one group or several.
             num_heads: H; the checkpoint does not record it.
             shuffle: whether it was trained with shuffle; not recorded either.
+
+        Raises a `ValueError` for another layout.
         """
-        # One group: the layer is wrapped in PyTorch's encoder and its projections are called as PyTorch calls them.
+        # with one group, layers and projections have the names of PyTorch's encoder
         renames = {
             "encoder_layers.0.": "",
             "self_attn.in_proj_": "attention.qkv.",
             "self_attn.out_proj_": "attention.out.",
             "self_attn.out_proj.": "attention.out.",
         }
-        ours = {}
+        renamed = {}
         for name, tensor in state.items():
-            new = name.removeprefix("encoder.")
-            for old, replacement in renames.items():
-                new = new.replace(old, replacement)
-            ours[new] = tensor
+            name = name.removeprefix("encoder.")
+            for old, new in renames.items():
+                name = name.replace(old, new)
+            renamed[name] = tensor.to(torch.float32)
         try:
-            num_classes, dim = ours["classifier.weight"].shape
-            first = ours["layers.0.linear1.weight"]
+            num_classes, dim = renamed["classifier.weight"].shape
+            first = renamed["layers.0.linear1.weight"]
         except KeyError as error:
             raise ValueError(f"not a checkpoint in the released layout: it has no {error}") from None
-        num_layers = 1 + max(int(name.split(".")[1]) for name in ours if name.startswith("layers."))
+        num_layers = 1 + max(int(name.split(".")[1]) for name in renamed if name.startswith("layers."))
         groups = 1 if first.ndim == 2 else first.shape[0]
         model = cls(dim, num_classes, num_layers, num_heads, groups, shuffle=shuffle)
-        model.load_state_dict({name: tensor.to(torch.float32) for name, tensor in ours.items()})
+        model.load_state_dict(renamed)
         return model

@@ -1,10 +1,10 @@
 """Encoder layers: self-attention over the images of a client, with grouped projections.
 
-Source: ICIIA (ACML 2024, PMLR 260:223-238), section 3 and supplement. What differs from the released code: the
-grouped product is a batched matrix product instead of a broadcast and a sum (in inference on a processor, a grouped
-1 x 1 convolution and a channel shuffle), with small groups joined to blocks that a processor or GPU multiplies well;
-attention runs through PyTorch's fused kernel; and it can be causal, so that the newest image of a client costs one
-step, with the keys and values of the others kept.
+Source: ICIIA (ACML 2024, PMLR 260:223-238), section 3 and supplement. Three differences from the released code: the
+grouped product is a batched matrix product (in inference on a CPU, a grouped 1 x 1 convolution and a channel shuffle)
+instead of a broadcast and a sum, with small groups joined to blocks that a CPU or GPU multiplies fast; attention runs
+through PyTorch's fused kernel; and it can be causal, so that the newest image of a client costs one step, with the keys
+and values of the others kept.
 
 Legend: C clients, S images of a client, P images of its past, D features, H heads, G groups, M vectors.
 """
@@ -24,10 +24,10 @@ __all__ = ["EncoderLayer", "ImageAttention", "visible"]
 
 
 def visible(images: int, mask_CS: Tensor | None, causal: bool) -> Tensor | None:
-    """Return which images see which, bool [C, 1, S, S] (or [C, 1, 1, S]); None where all see all.
+    """Return the attention mask, bool [C, 1, S, S] (or [C, 1, 1, S]); None where every image attends to all.
 
-    True at [c, 0, s, t] where image s attends to image t: t is real and, if ``causal``, not after s. An image always
-    sees itself, so that a padded one, whose result means nothing, is a number all the same.
+    True at [c, 0, s, t] where image s attends to image t: t is real and, if ``causal``, not after s. With ``causal`` an
+    image always attends to itself, so that a padded image gives no NaN.
     """
     if not causal:
         return None if mask_CS is None else mask_CS[:, None, None, :]
@@ -53,7 +53,7 @@ class ImageAttention(nn.Module):
         self.out.reset_attention_parameters()
 
     def forward(self, x_CSD: Tensor, visible: Tensor | None = None) -> Tensor:
-        """Return what each image gathers from those it sees, [C, S, D]."""
+        """Return the attention's output, [C, S, D]."""
         C, S, D = x_CSD.shape
         qkv = self.qkv(x_CSD).view(C, S, 3, self.heads, D // self.heads)
         q_CHSd, k_CHSd, v_CHSd = qkv.permute(2, 0, 3, 1, 4)
@@ -62,10 +62,7 @@ class ImageAttention(nn.Module):
         return self.out(y_CHSd.transpose(1, 2).reshape(C, S, D))
 
     def weights(self, x_CSD: Tensor, visible: Tensor | None = None) -> Tensor:
-        """Return how much every head lets each image attend to which, [C, H, S, S]; rows sum to one.
-
-        To look at: `forward` never makes them.
-        """
+        """Return the attention weights of every head, [C, H, S, S]; rows sum to one. `forward` never computes them."""
         C, S, D = x_CSD.shape
         q_CHSd, k_CHSd, _ = self.qkv(x_CSD).view(C, S, 3, self.heads, D // self.heads).permute(2, 0, 3, 1, 4)
         scores_CHSS = q_CHSd @ k_CHSd.transpose(2, 3) / math.sqrt(D // self.heads)
@@ -74,26 +71,26 @@ class ImageAttention(nn.Module):
         return scores_CHSS.softmax(-1)
 
     def step(self, x_CD: Tensor, past_2CPD: Tensor, visible: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Return what one more image gathers from the past and itself, [C, D], and its key and value, [2, C, D].
+        """Return the attention's output for one more image, [C, D], and its key and value, [2, C, D].
 
         Args:
             x_CD: the image.
-            past_2CPD: keys and values of the past.
+            past_2CPD: keys and values of the past images.
             visible: bool [C, 1, 1, P + 1], the image itself last; None where all are real.
         """
         C, D = x_CD.shape
         q_CD, k_CD, v_CD = self.qkv(x_CD).view(C, 3, D).unbind(1)
-        own_2CD = torch.stack([k_CD, v_CD])
-        all_2CHTd = torch.cat([past_2CPD, own_2CD[:, :, None]], 2).unflatten(3, (self.heads, -1)).transpose(2, 3)
+        state_2CD = torch.stack([k_CD, v_CD])
+        all_2CHTd = torch.cat([past_2CPD, state_2CD[:, :, None]], 2).unflatten(3, (self.heads, -1)).transpose(2, 3)
         q_CH1d = q_CD.view(C, self.heads, 1, -1)
         y_CH1d = F.scaled_dot_product_attention(q_CH1d, all_2CHTd[0], all_2CHTd[1], attn_mask=visible)
-        return self.out(y_CH1d.reshape(C, D)), own_2CD
+        return self.out(y_CH1d.reshape(C, D)), state_2CD
 
 
 class EncoderLayer(nn.Module):
     """Post-norm transformer layer over images: attention, then a D -> D -> D perceptron, both with residuals.
 
-    ``mixer`` takes the place of attention, for the baselines: a module of the same call.
+    ``mixer`` replaces attention, for the baselines: a module with the same signature (`iciia_exp.models.mixers`).
 
     Shapes: input and output [C, S, D].
     """
@@ -116,14 +113,14 @@ class EncoderLayer(nn.Module):
 
     def forward(self, x_CSD: Tensor, visible: Tensor | None = None) -> Tensor:
         """Return the layer's output, [C, S, D]."""
-        return self._perceive(self.norm1(x_CSD + self.dropout(self.attention(x_CSD, visible))))
+        return self._perceptron(self.norm1(x_CSD + self.dropout(self.attention(x_CSD, visible))))
 
     def step(self, x_CD: Tensor, past_2CPD: Tensor, visible: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Return the output for one more image, [C, D], and its key and value; see `ImageAttention.step`."""
         assert isinstance(self.attention, ImageAttention)
-        gathered_CD, own_2CD = self.attention.step(x_CD, past_2CPD, visible)
-        return self._perceive(self.norm1(x_CD + gathered_CD)), own_2CD
+        y_CD, state_2CD = self.attention.step(x_CD, past_2CPD, visible)
+        return self._perceptron(self.norm1(x_CD + y_CD)), state_2CD
 
-    def _perceive(self, x: Tensor) -> Tensor:
+    def _perceptron(self, x: Tensor) -> Tensor:
         hidden = self.dropout(F.relu_(self.linear1(x)))
         return self.norm2(x + self.dropout(self.linear2(hidden)))

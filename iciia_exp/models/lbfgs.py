@@ -1,4 +1,4 @@
-"""L-BFGS minimiser: a smooth loss of a few numbers."""
+"""L-BFGS: minimises a smooth loss of a few numbers."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ __all__ = ["minimise"]
 
 
 def minimise(loss: Callable[..., Tensor], *start: Tensor, most: int = 100) -> list[Tensor]:
-    """Return values with which ``loss(*values)`` is least, from ``start`` on, by L-BFGS with a line search.
+    """Return values that minimise ``loss(*values)``, by L-BFGS with a strong-Wolfe line search.
 
     Args:
-        loss: gives a scalar; the tensors it uses are no inference tensors.
-        start: where to begin; they stay as they are.
-        most: iterations.
+        loss: returns a scalar; it must not use inference tensors.
+        start: initial values; not changed.
+        most: iterations, at most.
     """
     with torch.inference_mode(False), torch.enable_grad():
         values = [value.detach().clone().requires_grad_() for value in start]

@@ -1,6 +1,7 @@
-"""Token mixers in place of attention: none, a convolution, and one token of context.
+"""Token mixers that replace attention: a perceptron, a convolution, and a context token.
 
-Each has the parameters of attention, 4 D^2 / G, and its call: features [C, S, D] and which images see which.
+Perceptron and convolution have as many parameters as attention, 4 D^2 / G. All have its signature: features [C, S, D]
+and the attention mask of `iciia_exp.models.layers.visible`.
 
 Source: the baselines of ICIIA (ACML 2024, PMLR 260:223-238), section 4, and ContextViT (see `TokenMixer`).
 Legend: C clients, S images of a client, D features, G groups.
@@ -18,7 +19,7 @@ __all__ = ["ConvolutionMixer", "FeedForwardMixer", "TokenMixer"]
 
 
 class FeedForwardMixer(nn.Module):
-    """Linear, ReLU, linear on each image alone, D -> 2 D -> D: as large as attention, and blind to other images."""
+    """Linear, ReLU, linear on each image alone, D -> 2 D -> D: as large as attention, without other images."""
 
     def __init__(self, dim: int, groups: int = 1, shuffle: bool = True) -> None:
         super().__init__()
@@ -26,12 +27,12 @@ class FeedForwardMixer(nn.Module):
         self.out = GroupedLinear(2 * dim, dim, groups, shuffle)
 
     def forward(self, x_CSD: Tensor, visible: Tensor | None = None) -> Tensor:
-        """Return [C, S, D]; costs 4 D^2 / G an image."""
+        """Return [C, S, D]; costs 4 D^2 / G per image."""
         return self.out(F.relu(self.inner(x_CSD)))
 
 
 class ConvolutionMixer(nn.Module):
-    """A convolution over a client's images in their order, ReLU, linear: three neighbouring images see each other."""
+    """Convolution over three neighbouring images of a client, in their order; ReLU; linear."""
 
     WIDTH = 3
 
@@ -41,21 +42,20 @@ class ConvolutionMixer(nn.Module):
         self.out = GroupedLinear(dim, dim, groups, shuffle)
 
     def forward(self, x_CSD: Tensor, visible: Tensor | None = None) -> Tensor:
-        """Return [C, S, D]; costs 4 D^2 / G an image. Past the ends of a client are zeros."""
-        # one product gives what every image sends to the one before, itself and the one after
-        before, own, after = self.inner(x_CSD).chunk(self.WIDTH, dim=-1)
+        """Return [C, S, D]; costs 4 D^2 / G per image. The ends of a client are padded with zeros."""
+        # one product gives the terms that every image adds to the image before, itself and the image after
+        before, same, after = self.inner(x_CSD).chunk(self.WIDTH, dim=-1)
         if visible is not None:
             real_CS1 = visible[:, 0, 0, :, None].to(x_CSD.dtype)
             before, after = before * real_CS1, after * real_CS1
-        sent = own + F.pad(before, (0, 0, 0, 1))[:, 1:] + F.pad(after, (0, 0, 1, 0))[:, :-1]
-        return self.out(F.relu(sent))
+        return self.out(F.relu(same + F.pad(before, (0, 0, 0, 1))[:, 1:] + F.pad(after, (0, 0, 1, 0))[:, :-1]))
 
 
 class TokenMixer(nn.Module):
-    """Attention of each image to itself and to one token, a linear map of the mean of the client's images.
+    """Attention of each image to itself and to a context token, a linear map of the mean of the client's images.
 
-    Source: Bao and Karaletsos 2023, "Contextual Vision Transformers for Robust Representation Learning": a token that
-    is inferred from the pooled images of a group joins the tokens of each. Here an image is one token.
+    Source: Bao and Karaletsos 2023, "Contextual Vision Transformers for Robust Representation Learning", where a token
+    inferred from the pooled images of a group joins the tokens of each image. Here an image is one token.
     """
 
     def __init__(self, dim: int, heads: int, groups: int = 1, dropout: float = 0.0, shuffle: bool = True) -> None:
@@ -68,14 +68,14 @@ class TokenMixer(nn.Module):
         self.out.reset_attention_parameters()
 
     def forward(self, x_CSD: Tensor, visible: Tensor | None = None) -> Tensor:
-        """Return [C, S, D]; costs (4 S + 4) D^2 / G + 4 S D for S images. ``visible`` is which of them are real."""
+        """Return [C, S, D]; costs (4 S + 4) D^2 / G + 4 S D for S images. ``visible`` marks the real images."""
         C, S, D = x_CSD.shape
         real_CS1 = x_CSD.new_ones(C, S, 1) if visible is None else visible[:, 0, 0, :, None].to(x_CSD.dtype)
         token_C1D = self.token((x_CSD * real_CS1).sum(1, keepdim=True) / real_CS1.sum(1, keepdim=True).clamp(min=1))
-        q_CSD, own_k, own_v = self.qkv(x_CSD).chunk(3, dim=-1)
+        q_CSD, k_CSD, v_CSD = self.qkv(x_CSD).chunk(3, dim=-1)
         _, token_k, token_v = self.qkv(token_C1D).chunk(3, dim=-1)
-        k_CS2D = torch.stack([own_k, token_k.expand_as(own_k)], 2)
-        v_CS2D = torch.stack([own_v, token_v.expand_as(own_v)], 2)
+        k_CS2D = torch.stack([k_CSD, token_k.expand_as(k_CSD)], 2)
+        v_CS2D = torch.stack([v_CSD, token_v.expand_as(v_CSD)], 2)
         q_MH1d, k_MH2d, v_MH2d = (
             part.reshape(C * S, -1, self.heads, D // self.heads).transpose(1, 2) for part in (q_CSD, k_CS2D, v_CS2D)
         )

@@ -1,9 +1,9 @@
-"""Perceptron: a classifier of single images with one hidden layer, strongly regularised.
+"""Perceptron: a strongly regularised classifier of single images with one hidden layer.
 
-Ours, of known parts: layer normalisation of the features' signed square roots, half of them dropped, a hidden layer
-with normalisation, GELU and dropout; trained on images mixed pairwise in random shares (mixup, Zhang et al. 2018) with
-smoothed labels. A frozen backbone's features of some hundred images of a class are few: without all of that it is no
-better than a regularised linear classifier, with it the two together are (docs/streams.md).
+Not published; made of known parts: layer normalisation of the features' signed square roots, dropout of half of them, a
+hidden layer with normalisation, GELU and dropout, and training on mixed pairs of images (mixup, Zhang et al. 2018) with
+label smoothing. With some hundred images per class, a perceptron without this regularisation is no better than a
+regularised linear classifier; with it, the ensemble of the two is better (docs/streams.md).
 
 Legend: M images, B of them in a batch, D features, K classes, W hidden units.
 """
@@ -28,10 +28,7 @@ _STEPS, _FEWEST_PASSES, _MOST_PASSES = 3000, 8, 100
 
 
 class Perceptron(nn.Module):
-    """D to W to K.
-
-    Shapes: features [..., D] to logits [..., K].
-    """
+    """D to W to K. Shapes: features [..., D] to logits [..., K]."""
 
     def __init__(self, dim: int, num_classes: int, width: int) -> None:
         super().__init__()
@@ -40,7 +37,7 @@ class Perceptron(nn.Module):
         self.dropout = Dropout(_DROPOUT)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return the logits of every image by itself."""
+        """Return the logits of every image, [..., K]."""
         return self._classify(self._normalised(x))
 
     def _normalised(self, x: Tensor) -> Tensor:
@@ -50,7 +47,7 @@ class Perceptron(nn.Module):
         return self.last(self.dropout(F.gelu(self.norm(self.hidden(self.dropout(x))))))
 
     def loss(self, x_BD: Tensor, y: Tensor) -> Tensor:
-        """Return the mean loss on images mixed with one another; labels int64 [B], or 0/1 [B, K]."""
+        """Return the mean loss on mixed pairs of images (mixup); labels int64 [B], or 0/1 [B, K]."""
         x_BD = self._normalised(x_BD)
         other_B, share = torch.randperm(len(x_BD)), torch.rand(())
         logits_BK = self._classify(torch.lerp(x_BD[other_B], x_BD, share))
@@ -62,23 +59,24 @@ class Perceptron(nn.Module):
 
     @staticmethod
     def recipe(images: int) -> Recipe:
-        """Return how it is trained on so many images: AdamW, 3,000 steps of 256, in 8 to 100 passes."""
+        """Return the recipe for a number of images: AdamW, 3,000 steps of 256 images, in 8 to 100 epochs."""
         size = min(_BATCH, images)
         passes = int(np.clip(_STEPS * size // images, _FEWEST_PASSES, _MOST_PASSES))
         return Recipe("adamw", _RATE, passes, size, weight_decay=_DECAY, schedule="onecycle")
 
     @property
     def macs(self) -> int:
-        """Multiply-accumulates of one image: W (D + K)."""
+        """MACs of one image: W (D + K)."""
         return self.width * (self.dim + self.num_classes)
 
 
 def ensemble_weights(task: Task, b_MK: Tensor, o_MK: Tensor, y: Tensor) -> Tensor:
-    """Return weights (v, w) with which v b + w o has the smallest log-loss, up to the scale that b alone asks for.
+    """Return weights (v, w) that minimise the log-loss of v b + w o, divided by the best weight of b alone.
 
-    So what is calibrated for b is calibrated for the sum.
+    A calibration of b then also calibrates the sum.
 
     Args:
+        task: of the labels.
         b_MK, o_MK: logits of the backbone's classifier and of the perceptron, on images that neither was fitted on.
         y: labels, int64 [M], or 0/1 [M, K].
     """

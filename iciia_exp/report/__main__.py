@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 from pathlib import Path
+from typing import Any
 
 from iciia_exp.errors import UserError
 
@@ -44,80 +45,57 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _report(options: argparse.Namespace) -> int:
-    from iciia_exp.artifacts import atomic_write
-    from iciia_exp.report import text as text_tables
+    from iciia_exp.report.figures import all_figures
     from iciia_exp.report.heterogeneity import draw_heterogeneity, partition_sweeps, sweep_table
+    from iciia_exp.report.page import page
+    from iciia_exp.report.text import by_history, csv, latex, markdown, note, summary
     from iciia_exp.results.columns import DRAWN_TYPES
-    from iciia_exp.results.plots import save
     from iciia_exp.results.tables import comparisons, load_runs, select, settings
 
     rows = select(load_runs(options.folders), options.where)
-    shown = []
-    for number, (title, part) in enumerate(comparisons(rows)):
-        table = settings(part)
-        shown.append((title, table))
-        first = part[0]
-        print(f"\n## {title}\n")
-        print(text_tables.markdown(text_tables.summary(table)))
-        print(
-            f"{first['test_clients']:,} test clients, {first['test_images']:,} test images; percent; ± standard error "
-            f"over runs, [95 % interval over clients]; overhead: {first['cost_images']} images, each of them, one more "
-            "where state is kept; * none of the same cost or less is better"
-        )
-        parts: dict[str, tuple[str, str | None]] = {"history": ("history.parquet", None)}
-        parts |= {client_type: ("drawn_clients.parquet", client_type) for client_type in DRAWN_TYPES}
-        found = {}
+    shown = [(title, settings(part)) for title, part in comparisons(rows)]
+    for number, (title, table) in enumerate(shown):
+        text = summary(table)
+        print(f"\n## {title}\n\n{markdown(text)}\n{note(table)}")
+        histories = {}
         if options.history or options.out:
-            found = {
-                k: t
-                for k, (f, client_type) in parts.items()
-                if (t := text_tables.by_history(table, f, client_type)) is not None
-            }
+            tables = {name or "history": by_history(table, name) for name in (None, *DRAWN_TYPES)}
+            histories = {name: markdown(found) for name, found in tables.items() if found is not None}
         if options.history:
-            for name, text in found.items():
+            for name, history in histories.items():
                 clients = "the partition's test clients" if name == "history" else f"drawn clients, {name}"
-                print(f"\nAccuracy by images seen before, {clients}\n\n{text_tables.markdown(text)}")
+                print(f"\nAccuracy by images seen before, {clients}\n\n{history}")
         if options.out:
-            _write(options.out, f"{number}-" if number else "", title, table, found)
+            files = {"table.csv": csv(table), "table.md": markdown(text), "table.tex": latex(text, title)}
+            files |= {f"{name}.md": history for name, history in histories.items()}
+            for name, content in (files | dict(all_figures(table, title))).items():
+                _write(options.out / (f"{number}-{name}" if number else name), content)
     sweeps = partition_sweeps(rows)
     for number, sweep in enumerate(sweeps):
-        swept = text_tables.markdown(sweep_table(sweep))
+        swept = markdown(sweep_table(sweep))
         print(f"\n## {sweep.title}\n\n{swept}")
         if options.out:
-            with atomic_write(options.out / f"{number}-heterogeneity.md") as file:
-                file.write(swept)
-            for ending in ("pdf", "png"):
-                save(draw_heterogeneity(sweep), options.out / f"{number}-heterogeneity.{ending}")
+            _write(options.out / f"{number}-heterogeneity.md", swept)
+            _write(options.out / f"{number}-heterogeneity", draw_heterogeneity(sweep))
     if options.html:
-        from iciia_exp.report.page import page
-
-        with atomic_write(options.html) as file:
-            file.write(page(shown, sweeps))
+        _write(options.html, page(shown, sweeps))
         print(f"\npage: {options.html}")
     if options.out:
         print(f"\ntables and figures in {options.out}")
     return 0
 
 
-def _write(out: Path, prefix: str, title: str, table: object, found: dict) -> None:
-    import pandas as pd
-
+def _write(path: Path, content: Any) -> None:
+    """Write a text, or a figure as PDF and PNG."""
     from iciia_exp.artifacts import atomic_write
-    from iciia_exp.report import figures
-    from iciia_exp.report import text as text_tables
+    from iciia_exp.results.plots import save
 
-    assert isinstance(table, pd.DataFrame)
-    text = text_tables.summary(table)
-    files = {
-        "table.csv": text_tables.csv(table),
-        "table.md": text_tables.markdown(text),
-        "table.tex": text_tables.latex(text, title),
-    }
-    files |= {f"{name}.md": text_tables.markdown(part) for name, part in found.items()}
-    for name, content in files.items():
-        with atomic_write(out / f"{prefix}{name}") as file:
+    if isinstance(content, str):
+        with atomic_write(path) as file:
             file.write(content)
-    figures.write_all(table, title, out, prefix)
+    else:
+        for ending in ("pdf", "png"):
+            save(content, Path(f"{path}.{ending}"))
 
 
 if __name__ == "__main__":

@@ -1,145 +1,118 @@
-"""Text tables of a report: for the terminal, Markdown, CSV and LaTeX.
+"""Text tables: settings and histories for the terminal, Markdown, CSV and LaTeX.
 
-Accuracies in percent, costs in percent of the backbone's for one image.
+Accuracies are in percent, costs in percent of the backbone's cost of one image.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import numpy as np
 import pandas as pd
 
+from iciia_exp.results.columns import COLUMNS
 from iciia_exp.results.summary import ALL
 from iciia_exp.results.tables import history_of
 
-__all__ = ["by_history", "csv", "latex", "markdown", "summary"]
+__all__ = ["by_history", "csv", "latex", "markdown", "note", "summary"]
 
-_COLUMNS = (
-    *(
-        "method",
-        "runs",
-        "accuracy",
-        "published",
-        "gain",
-        "client accuracy",
-        "worst decile",
-        "harmed (chance)",
-        "log-loss",
-        "ECE",
-    ),
-    *("overhead", "per image", "one more image", "parameters", "kept"),
-)
+_LATEX = {"%": r"\%", "_": r"\_", "±": r"$\pm$", "–": "--", "*": "$^*$", "#": r"\#"}
 
 
-def _value(row: pd.Series, key: str, scale: float = 100.0, digits: int = 1, sign: str = "") -> str:
-    if pd.isna(row.get(key)):
+def _cell(row: pd.Series, key: str, form: str = "percent") -> str:
+    """Return a figure as text, in one of the forms of `iciia_exp.results.columns.COLUMNS`."""
+    value = row.get(key)
+    if pd.isna(value):
         return "–"
-    text = f"{scale * row[key]:{sign}.{digits}f}"
+    if form == "number":
+        return f"{value:,}"
+    if form == "cost":
+        return "0" if value == 0 else f"{value:.2g} %" if value < 10 else f"{value:,.0f} %"
+    if form == "bytes":
+        for unit in ("B", "KiB", "MiB"):
+            if value < 1024:
+                return f"{value:.0f} {unit}"
+            value /= 1024
+        return f"{value:.1f} GiB"
+    if form == "harm":
+        return f"{100 * value:.1f} ({100 * row[f'{key}_by_chance']:.1f})"
+    scale, digits, sign = (1, 2, "") if form == "nats" else (100, 1, "+" if form == "gain" else "")
+    text = f"{scale * value:{sign}.{digits}f}"
     error, low, high = (row.get(f"{key}_{end}", np.nan) for end in ("se", "low", "high"))
     if pd.notna(error):
         return f"{text} ± {scale * error:.{digits}f}"
     return text if pd.isna(low) else f"{text} [{scale * low:{sign}.{digits}f}, {scale * high:{sign}.{digits}f}]"
 
 
-def _cost(value: float | None) -> str:
-    if value is None or pd.isna(value):
-        return "–"
-    return "0" if value == 0 else f"{value:.2g} %" if value < 10 else f"{value:,.0f} %"
-
-
-def _size(number: float | None) -> str:
-    if number is None or pd.isna(number):
-        return "–"
-    for unit in ("B", "KiB", "MiB"):
-        if number < 1024:
-            return f"{number:.0f} {unit}"
-        number /= 1024
-    return f"{number:.1f} GiB"
-
-
 def summary(table: pd.DataFrame) -> pd.DataFrame:
     """Return the table of settings (`iciia_exp.results.tables.settings`) as text, the backbone first.
 
-    ``*`` marks settings that none of the same cost or less beats. ``kept`` is a client's state, of all but one image of
-    a chunk; ``published`` the paper's number for the same setting, where there is one.
+    ``*`` marks the settings on the Pareto front of cost and accuracy. ``kept`` is a client's state, of all but one
+    image of a chunk; ``published`` is the paper's number for the same setting, where there is one.
     """
-    mean = table.mean(numeric_only=True)
-    published = table[["published", "published_backbone"]].notna().any(axis=None)
-    base = {name: f"{100 * mean[f'backbone_{key}']:.1f}" for name, key in
-            (("accuracy", "accuracy"), ("client accuracy", "client_accuracy"), ("worst decile", "worst_decile"),
-             ("ECE", "ece")) if pd.notna(mean.get(f"backbone_{key}"))}  # fmt: skip
-    costs = dict.fromkeys(("overhead", "per image", "one more image", "parameters", "kept"), "0")
-    lines = [{"method": f"{table['backbone'].iloc[0]} alone", **base, "log-loss": f"{mean['backbone_log_loss']:.2f}"}]
-    lines[0] |= costs | {"published": _value(table.iloc[0], "published_backbone")}
+    mean = table.filter(regex="^backbone_.*(?<!_se)$").mean(numeric_only=True)
+    base = {title: "0" if form in ("cost", "number", "bytes") else "" for title, (_, form) in COLUMNS.items()}
+    for title, (key, form) in COLUMNS.items():
+        if f"backbone_{key}" in mean:
+            base[title] = _cell(mean, f"backbone_{key}", form)
+    base |= {"method": f"{table['backbone'].iloc[0]} alone", "runs": ""}
+    base["published"] = _cell(table.iloc[0], "published_backbone")
+    lines = [base]
     for _, row in table[table["method"] != "backbone"].iterrows():
-        chance = 100 * row["harmed_share_by_chance"]
-        lines.append(
-            {
-                "method": row["label"] + " *" * bool(row["front"]),
-                "runs": str(row["runs"]),
-                "accuracy": _value(row, "accuracy"),
-                "published": _value(row, "published"),
-                "gain": _value(row, "gain", sign="+"),
-                "client accuracy": _value(row, "client_accuracy"),
-                "worst decile": _value(row, "worst_decile"),
-                "harmed (chance)": f"{100 * row['harmed_share']:.1f} ({chance:.1f})",
-                "log-loss": _value(row, "log_loss", 1.0, 2),
-                "ECE": _value(row, "ece"),
-                "overhead": _cost(row["overhead_percent"]),
-                "per image": _cost(row["per_image_overhead_percent"]),
-                "one more image": _cost(row["streaming_overhead_percent"]),
-                "parameters": f"{row['parameters']:,}",
-                "kept": _size(row["state_bytes"]),
-            }
-        )
-    columns = [name for name in _COLUMNS if name != "published" or published]
-    return pd.DataFrame(lines, columns=columns).fillna("")
+        cells = {title: _cell(row, key, form) for title, (key, form) in COLUMNS.items()}
+        lines.append({"method": row["label"] + " *" * bool(row["front"]), **cells})
+    text = pd.DataFrame(lines, columns=pd.Index(["method", *COLUMNS]))
+    published = table[["published", "published_backbone"]].notna().any(axis=None)
+    return text if published else text.drop(columns="published")
 
 
-def by_history(
-    table: pd.DataFrame, file: str = "history.parquet", client_type: str | None = None
-) -> pd.DataFrame | None:
-    """Return accuracy by images seen before as text, mean over clients; None where no run has it."""
+def note(table: pd.DataFrame) -> str:
+    """Return a line that explains the table of `summary`."""
+    first = table.iloc[0]
+    return (
+        f"{first['test_clients']:,} test clients, {first['test_images']:,} test images. Percent; ± standard error over "
+        "runs, [95 % interval over clients]. Overhead in multiply-accumulates, of the backbone's for one image: "
+        f"{first['cost_images']} images together, each of them, one more where state is kept. * none of the same cost "
+        "or less is better."
+    )
+
+
+def by_history(table: pd.DataFrame, client_type: str | None = None) -> pd.DataFrame | None:
+    """Return accuracy by images seen before as text, mean over clients; None where no run has it.
+
+    ``client_type`` is that of `iciia_exp.results.tables.history_of`.
+    """
     lines: list[dict[str, str]] = []
     for _, row in table.iterrows():
-        found = history_of(row, file, client_type)
-        if found is None:
+        if (found := history_of(row, client_type)) is None:
             continue
         if client_type is not None:  # drawn clients all have the same number of images
             found = found.drop(index=ALL)
-        for name in ("backbone_client_accuracy", "client_accuracy")[bool(lines) :]:
-            label = f"{row['backbone']} alone" if name.startswith("backbone") else row["label"]
-            line = {"images before": label}
-            line |= {"all" if n == ALL else str(n): _value(values, name) for n, values in found.iterrows()}
-            if row["method"] != "backbone" or name.startswith("backbone"):
-                lines.append(line)
+        labels = {} if lines else {"backbone_client_accuracy": f"{row['backbone']} alone"}
+        if row["method"] != "backbone":
+            labels["client_accuracy"] = row["label"]
+        for key, label in labels.items():
+            cells = {"all" if n == ALL else str(n): _cell(values, key) for n, values in found.iterrows()}
+            lines.append({"images before": label, **cells})
     return pd.DataFrame(lines).fillna("–") if lines else None
+
+
+def _lines(table: pd.DataFrame) -> list[list[str]]:
+    return [list(table.columns), *table.to_numpy().tolist()]
 
 
 def markdown(table: pd.DataFrame) -> str:
     """Return a Markdown table."""
-    lines = ["| " + " | ".join(table.columns) + " |", "|" + "---|" * len(table.columns)]
-    lines += ["| " + " | ".join(row) + " |" for row in table.itertuples(index=False)]
-    return "\n".join(lines) + "\n"
+    head, *body = (f"| {' | '.join(cells)} |\n" for cells in _lines(table))
+    return "".join([head, "|" + "---|" * len(table.columns) + "\n", *body])
 
 
 def latex(table: pd.DataFrame, caption: str) -> str:
     """Return a LaTeX table for the ``booktabs`` package."""
-
-    def escaped(row: Sequence[str]) -> str:
-        text = " & ".join(row)
-        for old, new in (("%", r"\%"), ("_", r"\_"), ("±", r"$\pm$"), ("–", "--"), ("*", "$^*$"), ("#", r"\#")):
-            text = text.replace(old, new)
-        return text + r" \\"
-
+    escape = str.maketrans(_LATEX)
+    head, *body = (" & ".join(cells).translate(escape) + r" \\" for cells in _lines(table))
     columns = "l" + "r" * (len(table.columns) - 1)
-    body = [escaped(row) for row in table.itertuples(index=False)]
-    return "\n".join(
-        [r"\begin{table}", r"\centering", rf"\begin{{tabular}}{{{columns}}}", r"\toprule", escaped(list(table.columns)),
-         r"\midrule", *body, r"\bottomrule", r"\end{tabular}", rf"\caption{{{escaped([caption])[:-3]}}}",
-         r"\end{table}", ""]
-    )  # fmt: skip
+    top = [r"\begin{table}", r"\centering", rf"\begin{{tabular}}{{{columns}}}", r"\toprule", head, r"\midrule"]
+    end = [r"\bottomrule", r"\end{tabular}", rf"\caption{{{caption.translate(escape)}}}", r"\end{table}", ""]
+    return "\n".join([*top, *body, *end])
 
 
 def csv(table: pd.DataFrame) -> str:

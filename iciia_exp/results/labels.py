@@ -1,13 +1,13 @@
-"""Labels: what names a run in a table or plot, and which runs may stand in one."""
+"""Labels: the name of a run in a table or plot, and the runs that one table may compare."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
-__all__ = ["REPORTED", "base_of", "label_of", "unique_rows", "varying"]
+__all__ = ["REPORTED", "base_of", "grouped", "label_of", "unique_rows", "varying"]
 
-#: Settings of an evaluation that decide what is reported beside the main table, and change none of its numbers.
+#: Settings of an evaluation that add tables and plots to a run and change none of its numbers.
 REPORTED = frozenset(
     f"evaluation.{key}"
     for key in (
@@ -17,8 +17,16 @@ REPORTED = frozenset(
 )
 
 
+def grouped(rows: Iterable[dict[str, Any]], key: Callable[[dict[str, Any]], Any]) -> dict[Any, list[dict[str, Any]]]:
+    """Return the rows by their value of ``key(row)``, values and rows in order of appearance."""
+    groups: dict[Any, list[dict[str, Any]]] = {}
+    for row in rows:
+        groups.setdefault(key(row), []).append(row)
+    return groups
+
+
 def unique_rows(rows: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Return rows without repetitions: several evaluations of a run that differ in what they report count once."""
+    """Return one row per run and setting; evaluations of a run that differ in `REPORTED` settings count once."""
     return list({(row["digest"], row["setting_digest"]): row for row in rows}.values())
 
 
@@ -32,30 +40,31 @@ def base_of(row: dict[str, Any]) -> tuple[tuple[str, Any], ...]:
 def varying(rows: Sequence[dict[str, Any]]) -> dict[str, list[str]]:
     """Return, for every method, the settings in which its rows differ.
 
-    Left out are seeds, what a label says anyhow, and what only decides which numbers are reported.
+    Seeds, layers, heads, groups (a label has them anyway) and `REPORTED` settings are left out.
     """
     of_method = (f"config.method.{part}{key}" for part in ("", "encoder.") for key in ("num_layers", "heads", "groups"))
     left_out = {*of_method, *(f"config.{key}" for key in REPORTED)}
     found: dict[str, list[str]] = {}
-    for method in dict.fromkeys(row["method"] for row in rows):
-        group = [row for row in rows if row["method"] == method]
-        keys = sorted({k for row in group for k in row if k.startswith("config.")} - left_out)
-        found[method] = [
-            key for key in keys if not key.endswith(".seed") and len({str(row.get(key)) for row in group}) > 1
-        ]
+    for method, group in grouped(rows, lambda row: row["method"]).items():
+        keys = sorted({k for row in group for k in row if k.startswith("config.") and not k.endswith(".seed")})
+        found[method] = [k for k in keys if k not in left_out and len({str(row.get(k)) for row in group}) > 1]
     return found
 
 
-def _short(value: Any) -> str:
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
-
-
 def label_of(row: dict[str, Any], keys: dict[str, list[str]]) -> str:
-    """Return what names a run in a table: method, layers, heads, groups, and what else tells it from others.
+    """Return the name of a run in a table: method, layers, heads, groups, and the settings that vary.
 
-    ``keys`` are what `varying` finds.
+    Args:
+        row: of ``results.json``.
+        keys: the settings to show for every method, as `varying` returns them.
     """
+    parts = [row["method"]]
+    if row.get("oracle"):
+        parts.append("(oracle)")
     letters = (("num_layers", "N"), ("heads", "H"), ("groups", "G"))
-    parts = [f"{letter}={row[key]}" for key, letter in letters if row.get(key)]
-    parts += [f"{key.rsplit('.', 1)[-1]}={_short(row[key])}" for key in keys.get(row["method"], ()) if key in row]
-    return " ".join([row["method"], *["(oracle)"] * bool(row.get("oracle")), *parts])
+    parts += [f"{letter}={row[key]}" for key, letter in letters if row.get(key)]
+    for key in keys.get(row["method"], ()):
+        if key in row:
+            value = f"{row[key]:.4g}" if isinstance(row[key], float) else row[key]
+            parts.append(f"{key.rsplit('.', 1)[-1]}={value}")
+    return " ".join(parts)

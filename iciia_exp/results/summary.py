@@ -1,4 +1,4 @@
-"""Summary: averages over images and clients, their intervals, and how much harm chance alone would do.
+"""Summary: averages over images and clients, their intervals, and the harm that chance alone does.
 
 Everything is computed from integer counts per client, so clients, batches and processes add up.
 
@@ -7,21 +7,23 @@ Legend: C clients, U client types (with the same counts), R bootstrap resamples.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
-from typing import Any
+from dataclasses import dataclass
 
 import numpy as np
 
 from iciia_exp.seeding import generator
 
-__all__ = ["ALL", "ClientCounts", "averages", "harmed_by_chance", "summarise", "worst_decile"]
+__all__ = ["ALL", "COUNTS", "ClientCounts", "averages", "harmed_by_chance", "summarise", "worst_decile"]
 
 RESAMPLES = 2000
 
-#: In the place of a history's length: all other images that the client has (up to the longest history).
+#: In place of a history's length: all other images of the client (up to the longest history).
 ALL = -1
 
-# From so many clients on, the bootstrap draws how often each client type occurs rather than each client.
+#: Arrays of `ClientCounts`, without the ``_C``.
+COUNTS = ("images", "backbone_correct", "method_correct", "both_correct", "backbone_loss", "method_loss")
+
+# From this many clients on, the bootstrap draws client types instead of clients.
 _MANY = 10_000
 
 
@@ -30,15 +32,15 @@ class ClientCounts:
     """Sufficient statistics of one evaluation, one entry per client (arrays of length C)."""
 
     images_C: np.ndarray  # int64, images evaluated
-    backbone_correct_C: np.ndarray  # int64, right decisions of the plain backbone
+    backbone_correct_C: np.ndarray  # int64, correct decisions of the plain backbone
     method_correct_C: np.ndarray  # int64
-    both_correct_C: np.ndarray  # int64, decisions on which both are right: pairs the two, image by image
+    both_correct_C: np.ndarray  # int64, decisions on which both are correct: pairs the two, image by image
     backbone_loss_C: np.ndarray  # float64, sum of -log p(label), nats
     method_loss_C: np.ndarray  # float64
     decisions: int = 1  # of one image: its class, or every attribute of a multi-label task
 
     def __post_init__(self) -> None:
-        sizes = {f.name: len(getattr(self, f.name)) for f in fields(self) if f.name != "decisions"}
+        sizes = {name: len(getattr(self, f"{name}_C")) for name in COUNTS}
         if len(set(sizes.values())) != 1:
             raise ValueError(f"all arrays have one entry per client, got {sizes}")
         if (self.images_C <= 0).any():
@@ -49,24 +51,23 @@ class ClientCounts:
 
     @property
     def decisions_C(self) -> np.ndarray:
-        """Decisions evaluated: what correct decisions are divided by."""
+        """Decisions evaluated: the denominator of accuracy."""
         return self.images_C * self.decisions
 
     @property
     def gained_C(self) -> np.ndarray:
-        """Answers that the method gets right and the backbone wrong."""
+        """Decisions that the method gets right and the backbone wrong."""
         return self.method_correct_C - self.both_correct_C
 
     @property
     def lost_C(self) -> np.ndarray:
-        """Answers that the backbone gets right and the method wrong."""
+        """Decisions that the backbone gets right and the method wrong."""
         return self.backbone_correct_C - self.both_correct_C
 
 
 def _lowest_tenth(accuracy_C: np.ndarray) -> np.ndarray:
-    """Indices of the tenth (rounded up) of the clients with the lowest accuracy; ties by position, so repeatable."""
-    count = -(-len(accuracy_C) // 10)
-    return np.argsort(accuracy_C, kind="stable")[:count]
+    """Return the indices of the tenth (rounded up) of the clients with the lowest accuracy; ties by position."""
+    return np.argsort(accuracy_C, kind="stable")[: -(-len(accuracy_C) // 10)]
 
 
 def worst_decile(correct_C: np.ndarray, decisions_C: np.ndarray) -> float:
@@ -82,8 +83,7 @@ def worst_decile(correct_C: np.ndarray, decisions_C: np.ndarray) -> float:
 def averages(correct_C: np.ndarray, loss_C: np.ndarray, decisions_C: np.ndarray) -> dict[str, float]:
     """Return ``accuracy``, ``client_accuracy`` (weighs clients), ``worst_decile`` and ``log_loss``.
 
-    ``accuracy`` weighs decisions: images, times attributes of a multi-label task.
-
+    ``accuracy`` and ``log_loss`` weigh decisions: images, times attributes of a multi-label task.
 
     >>> averages(np.array([1, 0]), np.array([0.3, 0.9]), np.array([1, 3]))
     {'accuracy': 0.25, 'client_accuracy': 0.5, 'worst_decile': 0.0, 'log_loss': 0.3}
@@ -96,61 +96,51 @@ def averages(correct_C: np.ndarray, loss_C: np.ndarray, decisions_C: np.ndarray)
     }
 
 
-def _bootstrap_weights(
-    clients: int, shares_U: np.ndarray, resamples: int, rng: np.random.Generator, chunk: int = 1 << 24
-) -> Any:
-    """Yield [r, U] counts of how often each client type is among so many drawn; about 128 MiB at a time."""
-    step = max(1, chunk // len(shares_U))
-    for start in range(0, resamples, step):
-        rows = min(step, resamples - start)
-        yield rng.multinomial(clients, shares_U, size=rows)
-
-
 def _bootstrap(counts: ClientCounts, resamples: int, seed: int) -> dict[str, np.ndarray]:
     """Return [R] resampled values of the accuracies and paired gains, clients drawn with replacement.
 
-    Clients with the same counts are interchangeable, so a draw of C clients is a multinomial draw of how many there are
-    of each kind: the same distribution exactly, with fewer numbers to draw (U = 289 at most for clients of 16 images).
+    Clients with the same counts are interchangeable, so a draw of C clients is a multinomial draw of the number of
+    clients of each type: exactly the same distribution, with fewer numbers to draw (U = 289 at most for clients of 16
+    images).
     """
     sums_U3 = np.stack([counts.decisions_C, counts.backbone_correct_C, counts.method_correct_C], axis=1)
-    shares_U = np.full(len(counts), 1.0 / len(counts))  # every client a kind of its own
+    shares_U = np.full(len(counts), 1.0 / len(counts))  # every client is a type of its own
     if len(counts) >= _MANY:
         sums_U3, clients_U = np.unique(sums_U3, axis=0, return_counts=True)
         shares_U = clients_U / len(counts)
     per_client_U2 = sums_U3[:, 1:] / sums_U3[:, :1]
     sums_U3 = sums_U3.astype(np.float64)
+    rng = generator("bootstrap", seed)
+    step = max(1, (1 << 24) // len(shares_U))  # resamples at a time: about 128 MiB of weights
     by_client, by_image = [], []
-    for weights_rU in _bootstrap_weights(len(counts), shares_U, resamples, generator("bootstrap", seed)):
-        weights_rU = weights_rU.astype(np.float64)
+    for start in range(0, resamples, step):
+        weights_rU = rng.multinomial(len(counts), shares_U, size=min(step, resamples - start)).astype(np.float64)
         by_client.append(weights_rU @ per_client_U2 / len(counts))
         totals_r3 = weights_rU @ sums_U3
         by_image.append(totals_r3[:, 1:] / totals_r3[:, :1])
-    client_R2, image_R2 = np.concatenate(by_client), np.concatenate(by_image)
-    return {
-        "backbone_accuracy": image_R2[:, 0],
-        "accuracy": image_R2[:, 1],
-        "gain": image_R2[:, 1] - image_R2[:, 0],
-        "backbone_client_accuracy": client_R2[:, 0],
-        "client_accuracy": client_R2[:, 1],
-        "client_gain": client_R2[:, 1] - client_R2[:, 0],
-    }
+    draws: dict[str, np.ndarray] = {}
+    for prefix, parts in (("", by_image), ("client_", by_client)):
+        backbone_R, method_R = np.concatenate(parts).T
+        draws |= {f"backbone_{prefix}accuracy": backbone_R, f"{prefix}accuracy": method_R}
+        draws[f"{prefix}gain"] = method_R - backbone_R
+    return draws
 
 
 def harmed_by_chance(counts: ClientCounts, resamples: int = RESAMPLES, seed: int = 0) -> float:
     """Return the share of clients that would lose accuracy if all clients had the same true gain.
 
-    Every answer is one of three pairs: gained (only the method is right), lost (only the backbone is), or even. Each
-    client keeps its number of decisions and draws their pairs from the pool of all clients. What remains of harm is
-    what small test sets produce by themselves.
+    A decision is gained (only the method is right), lost (only the backbone is right) or neither. Each client keeps its
+    number of decisions and draws them from the pool of all clients. The share that is left is the harm that small test
+    sets produce by themselves.
     """
     total = counts.decisions_C.sum()
     p_lost, p_gained = counts.lost_C.sum() / total, counts.gained_C.sum() / total
     rng = generator("harm", seed)
     resamples = min(resamples, max(20, 20_000_000 // len(counts)))  # 100,000 clients need fewer repeats
+    rest = p_gained / (1.0 - p_lost) if p_lost < 1.0 else 0.0
     harmed = 0
     for _ in range(resamples):
         lost_C = rng.binomial(counts.decisions_C, p_lost)
-        rest = p_gained / (1.0 - p_lost) if p_lost < 1.0 else 0.0
         gained_C = rng.binomial(counts.decisions_C - lost_C, min(1.0, rest))
         harmed += int((lost_C > gained_C).sum())
     return harmed / (resamples * len(counts))
@@ -160,16 +150,15 @@ def summarise(counts: ClientCounts, resamples: int = RESAMPLES, seed: int = 0) -
     """Return the flat row of averages: method, backbone, paired gains with 95 % bootstrap intervals, and harm.
 
     Accuracies and gains are fractions (0 to 1); intervals end in ``_low`` and ``_high``; ``se_clients`` is the
-    bootstrap standard error of ``client_accuracy`` over clients (not over seeds). ``log_loss_gain`` is what the method
-    takes off the backbone's log-loss, in nats, mean over clients, with a normal interval.
+    bootstrap standard error of ``client_accuracy`` over clients (not over seeds). ``log_loss_gain`` is the backbone's
+    log-loss less the method's, in nats, mean over clients, with a normal interval.
     """
     n_C = counts.decisions_C
     method = averages(counts.method_correct_C, counts.method_loss_C, n_C)
     backbone = averages(counts.backbone_correct_C, counts.backbone_loss_C, n_C)
     backbone_C, method_C = counts.backbone_correct_C / n_C, counts.method_correct_C / n_C
     worst_C = _lowest_tenth(backbone_C)
-    row: dict[str, float | int] = dict(method)
-    row |= {f"backbone_{name}": value for name, value in backbone.items()}
+    row: dict[str, float | int] = method | {f"backbone_{name}": value for name, value in backbone.items()}
     row |= {
         "gain": method["accuracy"] - backbone["accuracy"],
         "client_gain": method["client_accuracy"] - backbone["client_accuracy"],

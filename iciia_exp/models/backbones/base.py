@@ -1,4 +1,4 @@
-"""Backbone interface: a trunk that gives features, and the linear classifier that reads them.
+"""Backbone interface: a trunk that gives features, and a linear classifier on them.
 
 Legend: B images of a batch, D features, K classes.
 """
@@ -10,35 +10,40 @@ from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from iciia_exp.cost import count_macs
-from iciia_exp.errors import ConfigError, UserError, check_choice, check_float, check_int
+from iciia_exp.errors import ConfigError, UserError, check_choice, check_float, check_int, within
 from iciia_exp.recipe import Recipe
 
 __all__ = ["Backbone", "BackboneSpec", "ImageBackbone"]
 
 
 class Backbone(nn.Module, ABC):
-    """A network with ``head(features(images))`` equal to its logits.
+    """A network whose logits are ``head(features(images))``.
 
-    A subclass sets ``dim`` (D) and ``head``, and builds itself with fresh weights.
+    A subclass sets ``dim`` (D), ``head`` (with fresh weights) and ``transform_settings``.
     """
 
     dim: int
     head: nn.Linear
+    #: Attributes that decide the result of `transform`.
+    transform_settings: ClassVar[tuple[str, ...]]
     #: Name of the classifier in weight files of the original network.
     head_name: str = "head"
+    #: Prefix of the trunk's weights here, which weight files of the original network do not have.
+    trunk_prefix: ClassVar[str] = ""
 
     @property
     def num_classes(self) -> int:
-        """K."""
+        """K, outputs of the classifier."""
         return self.head.out_features
 
     @abstractmethod
     def features(self, images: Tensor) -> Tensor:
-        """Return what the classifier sees, [B, D], from a batch of what `transform` gives."""
+        """Return the classifier's input, [B, D], from a batch of transformed images."""
 
     def forward(self, images: Tensor) -> Tensor:
         """Return the logits [B, K]."""
@@ -48,37 +53,36 @@ class Backbone(nn.Module, ABC):
     def transform(self, image: Any) -> Tensor:
         """Turn one image of the dataset into the network's input, without a batch axis."""
 
-    @abstractmethod
     def describe_transform(self) -> dict[str, Any]:
-        """Return `transform` as plain values, for the feature manifest."""
+        """Return the settings of `transform` as plain values, for the feature manifest."""
+        values = {name: getattr(self, name) for name in self.transform_settings}
+        return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
 
     def macs(self, example: Tensor) -> int | None:
-        """Return the cost of one image, classifier included, in MACs; None where it is unknown."""
+        """Return the MACs of one image, classifier included; None if they are unknown."""
         return count_macs(self, example[None])
 
     def faster(self, example: Tensor) -> list[str]:
-        """Prepare the trunk for inference alone, in place; return what was done (nothing, by default)."""
+        """Prepare the trunk for inference only, in place; return the steps taken (by default none)."""
         return []
 
     def pretrained_state(self) -> dict[str, Tensor]:
-        """Return the library's weights, under the names of the original network."""
+        """Return the library's weights with the names of the original network, or raise a `ConfigError`."""
         raise ConfigError("pretrained", True, f"{type(self).__name__} has no pre-trained weights; give weights=FILE")
 
     def load_original(self, state: Mapping[str, Tensor]) -> None:
-        """Load weights under the names of the original network; raises `RuntimeError` that names what does not fit."""
-        mine = self.state_dict()
-        own: OrderedDict[str, Tensor] = OrderedDict()
-        own._metadata = mine._metadata  # type: ignore[attr-defined]  # what the layers write now: some refuse to load without
+        """Load weights with the names of the original network; raises a `RuntimeError` if they do not fit."""
+        current = self.state_dict()
+        renamed: OrderedDict[str, Tensor] = OrderedDict()
+        renamed._metadata = current._metadata  # type: ignore[attr-defined]  # some layers refuse to load without it
         for key, value in state.items():
+            name = key.removeprefix(f"{self.head_name}.")
             if not key.endswith("num_batches_tracked"):
-                at_head = key.startswith(f"{self.head_name}.")
-                own["head." + key.removeprefix(f"{self.head_name}.") if at_head else self._trunk_key(key)] = (
-                    value.float()
-                )
-        if wrong := [k for k, v in own.items() if k in mine and v.shape != mine[k].shape]:
-            sizes = " not ".join(str(list(tensors[wrong[0]].shape)) for tensors in (own, mine))
+                renamed[f"{self.trunk_prefix}{key}" if name == key else f"head.{name}"] = value.float()
+        if wrong := [k for k, v in renamed.items() if k in current and v.shape != current[k].shape]:
+            sizes = " not ".join(str(list(tensors[wrong[0]].shape)) for tensors in (renamed, current))
             raise RuntimeError(f"has other sizes, first {wrong[0]} {sizes} ({len(wrong)} keys)")
-        loaded = self.load_state_dict(own, strict=False)
+        loaded = self.load_state_dict(renamed, strict=False)
         missing = [k for k in loaded.missing_keys if not k.endswith("num_batches_tracked")]
         if missing == ["head.bias"]:  # a classifier without a bias
             nn.init.zeros_(self.head.bias)
@@ -87,15 +91,12 @@ class Backbone(nn.Module, ABC):
             if keys:
                 raise RuntimeError(f"{kind} {', '.join(keys[:3])}{', ...' if len(keys) > 3 else ''} ({len(keys)} keys)")
 
-    def _trunk_key(self, key: str) -> str:
-        return key
-
     def keep_classes(self, rows: Sequence[int]) -> None:
-        """Keep the classifier's ``rows`` alone, in that order."""
+        """Keep only the ``rows`` of the classifier, in that order."""
         self.head = _linear(self.head.weight[list(rows)], self.head.bias[list(rows)])
 
     def fresh_head(self, num_classes: int) -> None:
-        """Put a classifier with fresh weights in place."""
+        """Replace the classifier by one with fresh weights."""
         self.head = nn.Linear(self.dim, num_classes)
 
 
@@ -108,12 +109,13 @@ def _linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:
 
 
 class ImageBackbone(Backbone):
-    """A network for photographs: PIL images in, moved as uint8, normalised in batches on the network's device.
+    """A network for photographs: PIL images become uint8 tensors, normalised in batches on the network's device.
 
-    A subclass builds ``net`` ([B, 3, H, W] to [B, D]) and says how images are cropped in `crop`.
+    A subclass builds ``net`` ([B, 3, H, W] to [B, D]) and crops images in `crop`.
     """
 
     net: nn.Module
+    trunk_prefix = "net."
 
     def __init__(self, net: nn.Module, head: nn.Linear, mean: Sequence[float], std: Sequence[float]) -> None:
         super().__init__()
@@ -126,8 +128,6 @@ class ImageBackbone(Backbone):
 
     def transform(self, image: Any) -> Tensor:
         """Turn a PIL image into uint8 [3, H, W]."""
-        import numpy as np
-
         return torch.from_numpy(np.array(self.crop(image.convert("RGB")))).permute(2, 0, 1)
 
     def normalise(self, images: Tensor) -> Tensor:
@@ -138,45 +138,43 @@ class ImageBackbone(Backbone):
             shape = (-1, *(1,) * (images.ndim - 2))
             return images.to(torch.float32).mul_(scale.view(shape)).sub_(shift.view(shape))
         images = images.to(torch.float32, memory_format=torch.channels_last)
-        # by rows of 3 W numbers: by pixels of 3 it takes four times as long on a processor
+        # in rows of 3 W numbers: in pixels of 3 it takes four times as long on a CPU
         width = images.shape[3]
         images.permute(0, 2, 3, 1).flatten(2).mul_(scale.repeat(width)).sub_(shift.repeat(width))
         return images
 
     def features(self, images: Tensor) -> Tensor:
-        """Return what the classifier sees, [B, D], from uint8 images."""
+        """Return the classifier's input, [B, D], from uint8 images."""
         return self.net(self.normalise(images))
 
     def faster(self, example: Tensor) -> list[str]:
-        """Fold batch norm and choose the memory format, where that changes no feature."""
+        """Fold batch norm and choose the memory format, where features stay the same (`inference.faster`)."""
         from iciia_exp.models.backbones.inference import faster
 
         return faster(self.net, self.normalise(example[None]))
 
-    def _trunk_key(self, key: str) -> str:
-        return f"net.{key}"
-
 
 class BackboneSpec:
-    """A backbone by configuration: the network, where its weights come from, and what of it is trained here.
+    """A backbone by configuration: the network, the source of its weights, and the part that is trained here.
 
     Args:
         name: short name for folders and tables.
         model: builds the network from ``num_classes``; in a configuration, a ``_partial_`` target.
         train: ``all``: trunk and classifier; ``head``: a regularised linear classifier on the frozen trunk's features;
-            ``none``: nothing. What is trained learns from the dataset's images for the backbone, or, where it has
-            none, from the train images of the clients: never from val or test images.
+            ``none``: nothing. Training uses the dataset's images for the backbone, or, if it has none, the train
+            images of the clients; never val or test images.
         pretrained: start from the library's weights.
-        weights: start from this file in their place: .safetensors, or .pt or .pth of tensors, under the original
-            network's names.
-        classes: names of the classes that the starting weights know, in their order: ``imagenet-1k`` (wnids), a text
-            file with one name per line, or null if they are the dataset's own. With ``train: none`` a dataset with a
-            part of them keeps those rows of the classifier.
-        recipe: how it is trained here (``train: all``).
-        reserve: share of the dataset's train images that only the backbone learns from, by owner where the dataset
-            has owners; 0 lets it learn from the clients' train images, as the published backbones did.
-        dim: D, asserted when the network is built; null finds out by building it.
-        published_top1: percent of the dataset's test images that the weights' authors report; shown beside ours.
+        weights: start from this file instead: .safetensors, or .pt or .pth of tensors, with the names of the original
+            network.
+        classes: class names of the starting weights, in their order: ``imagenet-1k`` (wnids), a text file with one
+            name per line, or null if they are the dataset's. With ``train: none``, a dataset with some of the classes
+            keeps their rows of the classifier.
+        recipe: of the training here (``train: all``).
+        reserve: share of the dataset's train images for the backbone only, by owner if the dataset has owners; with 0
+            it learns from the clients' train images, as the published backbones did.
+        dim: D, checked when the network is built; null takes the network's.
+        published_top1: top-1 accuracy on the dataset's test images that the weights' authors report, in percent;
+            shown beside the measured one.
         seed: of the training here.
     """
 
@@ -216,37 +214,35 @@ class BackboneSpec:
 
     @property
     def started(self) -> bool:
-        """Whether the network starts from weights that exist already."""
+        """Whether the network starts from existing weights."""
         return self.pretrained or self.weights is not None
 
     def fresh(self, num_classes: int, **arguments: Any) -> Backbone:
-        """Build the network with fresh weights; raises where D is not what the configuration says."""
-        try:
-            backbone = self.model(num_classes=num_classes, **arguments)
-        except ConfigError as error:
-            raise error.at(f"model.{error.key}") from error
+        """Build the network with fresh weights; raises a `ConfigError` if D is not that of the configuration."""
+        backbone = within("model", lambda: self.model(num_classes=num_classes, **arguments))
         if self.dim is not None and self.dim != backbone.dim:
             raise ConfigError("dim", self.dim, f"the network has D={backbone.dim}")
         return backbone
 
     def initial(self, class_names: Sequence[str], **arguments: Any) -> Backbone:
-        """Build the network with the weights it starts from; its classifier fits ``class_names``.
+        """Build the network with its starting weights, and a classifier for ``class_names``.
 
-        With ``train: none`` the classifier is the weights' own, or those of its rows that the dataset has; else it is
-        fresh unless the weights know exactly the dataset's number of classes.
+        With ``train: none`` the classifier is that of the weights, or its rows of the dataset's classes; else it is
+        fresh, unless the weights have exactly the dataset's number of classes. Raises a `UserError` for weights that do
+        not fit.
         """
         from iciia_exp.models.backbones.weights import class_rows, read_weights
 
-        if not self.started:
-            return self.fresh(len(class_names), **arguments)
         backbone = self.fresh(len(class_names), **arguments)
+        if not self.started:
+            return backbone
         state = backbone.pretrained_state() if self.weights is None else read_weights(self.weights)
         key = f"{backbone.head_name}.weight"
         source = self.weights or f"the pre-trained weights of {self.name}"
         if key not in state:
             raise UserError(f"{source}: has no classifier {key}; these are not weights of backbone {self.name}")
-        if (known := state[key].shape[0]) != len(class_names):
-            backbone.fresh_head(known)
+        if (num_classes := state[key].shape[0]) != len(class_names):
+            backbone.fresh_head(num_classes)
         try:
             backbone.load_original(state)
         except RuntimeError as error:

@@ -1,25 +1,25 @@
 """C3D: eight 3-D convolutions on clips of 16 frames.
 
-Source: Tran et al., "Learning Spatiotemporal Features with 3D Convolutional Networks" (arXiv:1412.0767). In neither
-torchvision nor timm; layers are named as in the usual PyTorch conversions of the Sports-1M weights (conv1 ... fc8), so
-that such files load with ``backbone.weights=FILE``.
+Source: Tran et al., "Learning Spatiotemporal Features with 3D Convolutional Networks" (arXiv:1412.0767). Neither
+torchvision nor timm has it; layers have the names of the usual PyTorch conversions of the Sports-1M weights (conv1 ...
+fc8), so that such files load with ``backbone.weights=FILE``.
 """
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from iciia_exp.errors import UserError, check_int
 from iciia_exp.models.backbones.base import Backbone
 
 __all__ = ["C3D"]
 
-# name, channels out in units of the first layer's, and the pooling (time, height and width) after it, if any
+# name, output channels as a multiple of the first layer's, and the pooling (time, height and width) after it, if any
 _LAYERS = (
     ("conv1", 1, (1, 2)),
     ("conv2", 2, (2, 2)),
@@ -32,27 +32,19 @@ _LAYERS = (
 )
 
 
-class _Trunk(nn.Module):
-    def __init__(self, width: int, dropout: float) -> None:
-        super().__init__()
-        channels = 3
-        for name, times, _ in _LAYERS:
-            self.add_module(name, nn.Conv3d(channels, times * width, 3, padding=1))
-            channels = times * width
-        self.fc6 = nn.Linear(channels * 4 * 4, 4096)
-        self.fc7 = nn.Linear(4096, 4096)
-        self.dropout = nn.Dropout(dropout)
-
-    def forward(self, clips: Tensor) -> Tensor:
-        x = clips
-        for name, _, pool in _LAYERS:
-            x = F.relu(self.get_submodule(name)(x))
-            if pool:
-                # the last pooling pads height and width, so that 7 pixels become 4
-                kernel = (pool[0], pool[1], pool[1])
-                x = F.max_pool3d(x, kernel, kernel, padding=(0, 1, 1) if name == "conv5b" else 0)
-        x = self.dropout(F.relu(self.fc6(x.flatten(1))))
-        return self.dropout(F.relu(self.fc7(x)))
+def _trunk(width: int, dropout: float) -> nn.Sequential:
+    layers: OrderedDict[str, nn.Module] = OrderedDict()
+    channels = 3
+    for name, times, pool in _LAYERS:
+        layers |= {name: nn.Conv3d(channels, times * width, 3, padding=1), f"{name}_relu": nn.ReLU()}
+        if pool:  # the last pooling pads height and width, so that 7 pixels become 4
+            padding = (0, 1, 1) if name == "conv5b" else 0
+            layers[f"{name}_pool"] = nn.MaxPool3d((pool[0], pool[1], pool[1]), padding=padding)
+        channels = times * width
+    layers["flatten"] = nn.Flatten()
+    for name, inputs in (("fc6", channels * 4 * 4), ("fc7", 4096)):
+        layers |= {name: nn.Linear(inputs, 4096), f"{name}_relu": nn.ReLU(), f"{name}_dropout": nn.Dropout(dropout)}
+    return nn.Sequential(layers)
 
 
 class C3D(Backbone):
@@ -62,12 +54,14 @@ class C3D(Backbone):
         num_classes: K.
         frames: of a clip; only 16 fit fc6.
         height, width: of a frame before the 112-pixel centre crop.
-        mean: of R, G and B, in units of a pixel's 0 to 255, subtracted before everything else.
+        mean: of R, G and B, 0 to 255, subtracted from the input.
         channels: of the first convolution; the others have two to eight times as many.
-        dropout: after fc6 and fc7, while the network is trained.
+        dropout: after fc6 and fc7, in training.
     """
 
-    head_name = "fc8"
+    head_name, trunk_prefix = "fc8", "net."
+    transform_settings = ("frames", "height", "width", "crop", "mean")
+    crop = 112
 
     def __init__(
         self,
@@ -84,7 +78,7 @@ class C3D(Backbone):
         self.height, self.width = check_int("height", height, 112), check_int("width", width, 112)
         self.mean = tuple(map(float, mean))
         self.dim = 4096
-        self.net = _Trunk(check_int("channels", channels, 1), dropout)
+        self.net = _trunk(check_int("channels", channels, 1), dropout)
         self.head = nn.Linear(self.dim, num_classes)
 
     def features(self, images: Tensor) -> Tensor:
@@ -100,12 +94,5 @@ class C3D(Backbone):
         if clip.ndim != 4 or clip.shape[0] != self.frames:
             raise UserError(f"C3D takes clips of {self.frames} frames [16, height, width, 3], got {list(clip.shape)}")
         frames = torch.from_numpy(np.ascontiguousarray(clip)).permute(0, 3, 1, 2)
-        frames = tf.center_crop(tf.resize(frames, [self.height, self.width], antialias=True), [112])
+        frames = tf.center_crop(tf.resize(frames, [self.height, self.width], antialias=True), [self.crop])
         return frames.permute(1, 0, 2, 3).contiguous()
-
-    def describe_transform(self) -> dict[str, Any]:
-        """Return sizes and mean."""
-        return {"frames": self.frames, "height": self.height, "width": self.width, "crop": 112, "mean": list(self.mean)}
-
-    def _trunk_key(self, key: str) -> str:
-        return f"net.{key}"

@@ -23,6 +23,8 @@ class LeafCNN(Backbone):
         mean: subtracted from a pixel (0 to 1).
     """
 
+    transform_settings = ("mean",)
+
     def __init__(self, num_classes: int, mean: float = 0.5) -> None:
         super().__init__()
         self.dim, self.mean = 2048, float(mean)
@@ -46,7 +48,3 @@ class LeafCNN(Backbone):
     def transform(self, image: Any) -> Tensor:
         """Turn a float32 array [1, 28, 28] of 0 to 1 into the input."""
         return torch.as_tensor(image, dtype=torch.float32) - self.mean
-
-    def describe_transform(self) -> dict[str, Any]:
-        """Return the mean."""
-        return {"mean": self.mean}

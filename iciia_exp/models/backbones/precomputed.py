@@ -1,4 +1,4 @@
-"""Precomputed: the backbone of a dataset whose features are there already.
+"""Precomputed features: the backbone of a dataset of feature vectors.
 
 Legend: B images of a batch, D features, K classes.
 """
@@ -17,14 +17,15 @@ __all__ = ["Precomputed"]
 
 
 class Precomputed(Backbone):
-    """Passes the dataset's vectors on; only its linear head has weights.
+    """Returns the dataset's vectors as features; only the linear head has weights.
 
     Args:
         num_classes: K.
         dim: D of the vectors.
-        macs: multiply-accumulates of the network that made the vectors, for one image and without a classifier; None
-            where unknown.
+        macs: MACs for one image of the network that made the vectors, without a classifier; None if unknown.
     """
+
+    transform_settings = ()  # the transform of the images is unknown
 
     def __init__(self, num_classes: int, dim: int, macs: int | None = None) -> None:
         super().__init__()
@@ -33,7 +34,7 @@ class Precomputed(Backbone):
         self.head = nn.Linear(dim, num_classes)
 
     def features(self, images: Tensor) -> Tensor:
-        """Return the vectors themselves, [B, D]."""
+        """Return the vectors, [B, D]."""
         return images
 
     def transform(self, image: Any) -> Tensor:
@@ -41,9 +42,5 @@ class Precomputed(Backbone):
         return torch.as_tensor(image, dtype=torch.float32)
 
     def macs(self, example: Tensor) -> int | None:
-        """Return what the configuration says, and the classifier's D K; None where it says nothing."""
+        """Return the configured MACs plus the classifier's D K; None if they are unknown."""
         return None if self._macs is None else self._macs + self.head.weight.numel()
-
-    def describe_transform(self) -> dict[str, Any]:
-        """Return nothing: what made the vectors is not known here."""
-        return {}

@@ -22,11 +22,13 @@ class SmallCNN(Backbone):
         num_classes: K.
         channels: of the input image, 1 (grey) or 3 (RGB).
         size: height and width of the input in pixels; divisible by 4.
-        width: channels of the first convolution; the others have two and four times as many.
+        width: channels of the first convolution; the others have twice and four times as many.
         dim: D, units of the hidden layer after its ReLU.
-        dropout: on the feature, while the backbone is trained.
+        dropout: of the feature, in training.
         mean, std: the input is (image - mean) / std.
     """
+
+    transform_settings = ("size", "channels", "mean", "std")
 
     def __init__(
         self,
@@ -74,7 +76,3 @@ class SmallCNN(Backbone):
                 image = image.resize((self.size, self.size), Image.Resampling.BILINEAR)  # averages when it shrinks
             image = np.asarray(image, dtype=np.float32).reshape(self.size, self.size, -1).transpose(2, 0, 1) / 255.0
         return (torch.as_tensor(image) - self.mean) / self.std
-
-    def describe_transform(self) -> dict[str, Any]:
-        """Return size, channels, mean and standard deviation."""
-        return {"size": self.size, "channels": self.channels, "mean": self.mean, "std": self.std}

@@ -1,4 +1,4 @@
-"""timm: any timm model as a backbone, https://github.com/huggingface/pytorch-image-models."""
+"""timm: its models as backbones, https://github.com/huggingface/pytorch-image-models."""
 
 from __future__ import annotations
 
@@ -17,18 +17,16 @@ from iciia_exp.models.backbones.weights import fetched
 
 __all__ = ["TimmBackbone"]
 
-_FILE = "model.safetensors"
-
 
 class TimmBackbone(ImageBackbone):
-    """A timm model; the feature is what its linear classifier sees, the crop its own evaluation transform.
+    """A timm model; the feature is the input of its linear classifier, the crop that of its evaluation transform.
 
     Args:
         num_classes: K.
-        model: timm's name, with the tag of its weights (``tf_efficientnet_b4.aa_in1k``).
-        image_size: pixels of the square input; null is the weights' own.
-        crop_pct: share of the image's shorter side that the crop keeps; null is the weights' own.
-        mean, std: of the three channels, 0 to 1; null is the weights' own.
+        model: timm's name, with the tag of the weights (``tf_efficientnet_b4.aa_in1k``).
+        image_size: pixels of the square input; null is that of the weights.
+        crop_pct: share of the image's shorter side that the crop keeps; null is that of the weights.
+        mean, std: of the three channels, 0 to 1; null are those of the weights.
         options: further arguments of `timm.create_model` (``{pad_type: same}``).
     """
 
@@ -59,24 +57,19 @@ class TimmBackbone(ImageBackbone):
         net.reset_classifier(0)
         if trunk != set(net.state_dict()):
             raise ConfigError("model", model, "its classifier is more than one linear layer on one feature")
-        given = {
-            "input_size": self._size and (3, self._size, self._size),
-            "crop_pct": crop_pct,
-            "mean": mean,
-            "std": std,
-        }
+        size = self._size and (3, self._size, self._size)
+        given = {"input_size": size, "crop_pct": crop_pct, "mean": mean, "std": std}
         config = resolve_data_config({k: v for k, v in given.items() if v is not None}, model=net)
         super().__init__(net, head, config["mean"], config["std"])
-        self.head_name = name
-        self.data_config = {k: v for k, v in config.items() if k not in ("mean", "std")}
-        # timm's transform for its prefetcher ends before normalising, as `ImageBackbone` wants it
+        self.head_name, self.data_config = name, config
+        # timm's transform for its prefetcher ends before normalisation, which is done in batches
         self._crop = create_transform(**config, is_training=False, use_prefetcher=True).transforms[:-1]
 
     def _create(self, num_classes: int, pretrained: bool = False) -> Any:
         options = dict(self.options)
         if self._size is not None:
             cfg = timm.get_pretrained_cfg(self.model)
-            if cfg is not None and cfg.fixed_input_size:  # Swin and ViT refuse other sizes unless told
+            if cfg is not None and cfg.fixed_input_size:  # Swin and ViT take other sizes only through an argument
                 options.setdefault("img_size", self._size)
         try:
             return timm.create_model(self.model, pretrained=pretrained, num_classes=num_classes, **options)
@@ -100,20 +93,20 @@ class TimmBackbone(ImageBackbone):
 
     def describe_transform(self) -> dict[str, Any]:
         """Return timm's data configuration."""
-        plain = {k: list(v) if isinstance(v, tuple) else v for k, v in self.data_config.items()}
-        return {**plain, "mean": list(self.mean), "std": list(self.std)}
+        config = self.data_config | {"mean": self.mean, "std": self.std}
+        return {key: list(value) if isinstance(value, tuple) else value for key, value in config.items()}
 
     def pretrained_state(self) -> dict[str, Tensor]:
-        """Return timm's weights, from its cache or hub."""
+        """Return timm's weights, from its cache or the Hugging Face hub."""
         cfg = timm.get_pretrained_cfg(self.model)
         if cfg is None or not cfg.hf_hub_id:
-            raise ConfigError(
-                "model", self.model, "timm has no weights for it; choose a tag from timm.list_pretrained()"
-            )
+            problem = "timm has no weights for it; choose a tag from timm.list_pretrained()"
+            raise ConfigError("model", self.model, problem)
         host = urlparse(huggingface_hub.constants.ENDPOINT).hostname or ""
-        if huggingface_hub.try_to_load_from_cache(cfg.hf_hub_id or "", cfg.hf_hub_filename or _FILE):
+        file = cfg.hf_hub_filename or "model.safetensors"
+        if huggingface_hub.try_to_load_from_cache(cfg.hf_hub_id, file):
             host = "localhost"
-        page = f"{huggingface_hub.constants.ENDPOINT}/{cfg.hf_hub_id}/resolve/main/{cfg.hf_hub_filename or _FILE}"
+        page = f"{huggingface_hub.constants.ENDPOINT}/{cfg.hf_hub_id}/resolve/main/{file}"
         bring = f"get {page} elsewhere and set backbone.weights=FILE"
         net = fetched(lambda: self._create(cfg.num_classes, pretrained=True), f"timm's {self.model}", host, bring)
         return net.state_dict()

@@ -1,4 +1,4 @@
-"""torchvision: any of its classification models as a backbone, https://docs.pytorch.org/vision/stable/models.html."""
+"""torchvision: its classification models as backbones, https://docs.pytorch.org/vision/stable/models.html."""
 
 from __future__ import annotations
 
@@ -22,16 +22,18 @@ _MANY_CLASSIFIERS = ("googlenet", "inception_v3")
 
 
 class TorchvisionBackbone(ImageBackbone):
-    """A torchvision model; the feature is the input of its last linear layer, the crop its weights' own.
+    """A torchvision model; the feature is the input of its last linear layer, the crop that of its weights.
 
     Args:
         num_classes: K.
         model: torchvision's name (``swin_b``).
-        weights_name: name of the weights whose crop to use, and which `pretrained` loads (``IMAGENET1K_V1``); null is
-            the model's default.
-        image_size: pixels of the square crop; null is the weights' own. The shorter side is resized in proportion.
+        weights_name: weights (``IMAGENET1K_V1``) that `pretrained` loads, and whose crop is used; null is the model's
+            default.
+        image_size: pixels of the square crop; null is that of the weights. The shorter side is resized in proportion.
         options: further arguments of the model's builder.
     """
+
+    transform_settings = ("resize_size", "crop_size", "interpolation", "mean", "std")
 
     def __init__(
         self,
@@ -44,15 +46,12 @@ class TorchvisionBackbone(ImageBackbone):
         self.model, self.options = model, dict(options or {})
         names = models.list_models(module=models)
         if model not in names:
-            near = nearest(model, names)
-            raise ConfigError(
-                "model", model, f"torchvision has no such model{f'; did you mean {near}?' if near else ''}"
-            )
+            hint = f"; did you mean {near}?" if (near := nearest(model, names)) else ""
+            raise ConfigError("model", model, f"torchvision has no such model{hint}")
         if model in _MANY_CLASSIFIERS:
             raise ConfigError("model", model, "has more classifiers than its last; timm's inception_v3 has one")
         enum = models.get_model_weights(model)
-        names = [w.name for w in enum]
-        check_choice("weights_name", weights_name or enum.DEFAULT.name, names)
+        check_choice("weights_name", weights_name or enum.DEFAULT.name, [w.name for w in enum])
         self.enum = enum[weights_name] if weights_name else enum.DEFAULT
         preset = self.enum.transforms()
         size = preset.crop_size[0] if image_size is None else check_int("image_size", image_size, 8)
@@ -65,11 +64,11 @@ class TorchvisionBackbone(ImageBackbone):
         setattr(net.get_submodule(parent), leaf, nn.Identity())
         super().__init__(net, head, preset.mean, preset.std)
         self.head_name = name
-        self.crop_size, self.interpolation = size, preset.interpolation
+        self.crop_size, self.interpolation = size, preset.interpolation.value
         self.resize_size = round(preset.resize_size[0] * size / preset.crop_size[0])
 
     def _create(self, num_classes: int, size: int) -> nn.Module:
-        # these refuse other sizes unless told
+        # these models take other sizes only through an argument
         fixed: dict[str, dict[str, Any]] = {"vit_": {"image_size": size}, "maxvit_": {"input_size": (size, size)}}
         more = next((option for start, option in fixed.items() if self.model.startswith(start)), {})
         try:
@@ -81,17 +80,8 @@ class TorchvisionBackbone(ImageBackbone):
 
     def crop(self, image: Any) -> Any:
         """Resize the shorter side and crop the centre, as torchvision's evaluation preset does."""
-        return tf.center_crop(tf.resize(image, [self.resize_size], self.interpolation), [self.crop_size])
-
-    def describe_transform(self) -> dict[str, Any]:
-        """Return the evaluation preset."""
-        return {
-            "resize_size": self.resize_size,
-            "crop_size": self.crop_size,
-            "interpolation": self.interpolation.value,
-            "mean": list(self.mean),
-            "std": list(self.std),
-        }
+        resized = tf.resize(image, [self.resize_size], tf.InterpolationMode(self.interpolation))
+        return tf.center_crop(resized, [self.crop_size])
 
     def pretrained_state(self) -> dict[str, Tensor]:
         """Return torchvision's weights, from torch.hub's cache or the network."""
@@ -100,6 +90,6 @@ class TorchvisionBackbone(ImageBackbone):
         host = "localhost" if path.is_file() else urlparse(url).hostname or ""
         bring = f"get {url} elsewhere and put it at {path}"
         what = f"torchvision's {self.model} {self.enum.name}"
-        # by the builder, which knows the names in older files (DenseNet's)
+        # through the builder, which maps the names in older files (DenseNet's)
         net = fetched(lambda: models.get_model(self.model, weights=self.enum, progress=False), what, host, bring)
         return net.state_dict()

@@ -1,4 +1,4 @@
-"""Weights: from files and from the libraries' caches; which rows of a classifier a dataset needs."""
+"""Weights of backbones: files, downloads, and the rows of a classifier that a dataset needs."""
 
 from __future__ import annotations
 
@@ -19,7 +19,10 @@ T = TypeVar("T")
 
 
 def read_weights(path: str | Path) -> dict[str, Tensor]:
-    """Read a file of weights: .safetensors, or what `torch.save` wrote of tensors (also under ``state_dict``)."""
+    """Read weights from a .safetensors file, or from tensors saved by `torch.save` (also under ``state_dict``).
+
+    Raises a `UserError` if there is no such file, or none with named tensors.
+    """
     path = Path(path).expanduser()
     if not path.is_file():
         raise ConfigError("weights", path, "no such file; give a .safetensors, .pt or .pth file")
@@ -43,18 +46,16 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
 
 
 def known_classes(classes: str | Sequence[str]) -> list[str]:
-    """Return the names of classes: those given, of timm's list of that name (wnids for ImageNet), or of a text file."""
+    """Return class names from a list, a text file, or timm's list of that name (wnids for ImageNet)."""
     if not isinstance(classes, str):
         return list(classes)
-    if Path(classes).expanduser().is_file():
-        return [
-            line.strip() for line in Path(classes).expanduser().read_text(encoding="utf-8").splitlines() if line.strip()
-        ]
+    if (file := Path(classes).expanduser()).is_file():
+        return [line.strip() for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
     return listed_classes(classes)
 
 
 def listed_classes(classes: str) -> list[str]:
-    """Return the names of timm's list of classes of that name."""
+    """Return the class names of timm's list of that name. Raises a `ConfigError` if there is none."""
     from timm.data import ImageNetInfo
 
     try:
@@ -64,21 +65,23 @@ def listed_classes(classes: str) -> list[str]:
 
 
 def class_rows(
-    classes: str | Sequence[str] | None, known: int, wanted: Sequence[str], needed: bool
+    classes: str | Sequence[str] | None, outputs: int, wanted: Sequence[str], needed: bool
 ) -> list[int] | None:
-    """Return the rows of a classifier of ``known`` classes that stand for the classes ``wanted``, in their order.
+    """Return the rows of a classifier for the dataset's classes ``wanted``, in their order.
 
-    None where the classifier cannot be used as it is, or need not be changed. With ``needed`` an error says what to
-    do instead.
+    ``classes`` names the classifier's ``outputs`` (`known_classes`). None means that the classifier fits as it is, or
+    that it cannot be used; with ``needed`` the latter raises a `ConfigError` with the remedy.
     """
     if classes is None:
-        if known == len(wanted) or not needed:
+        if outputs == len(wanted) or not needed:
             return None
-        problem = f"the weights know {known} classes, the dataset has {len(wanted)}; name the weights' classes, or use "
-        raise ConfigError("classes", "null", f"{problem}backbone.train=head to fit a classifier of the dataset's own")
+        problem = f"the weights know {outputs} classes, the dataset has {len(wanted)}; name the weights' classes"
+        raise ConfigError(
+            "classes", "null", f"{problem}, or use backbone.train=head to fit a classifier on the dataset"
+        )
     names = known_classes(classes)
-    if len(names) != known:
-        raise ConfigError("classes", classes, f"has {len(names)} names, the weights know {known} classes")
+    if len(names) != outputs:
+        raise ConfigError("classes", classes, f"has {len(names)} names, the weights know {outputs} classes")
     number = {name: i for i, name in enumerate(names)}
     unknown = [name for name in wanted if name not in number]
     twice = [name for name in wanted if names.count(name) > 1] if len(number) < len(names) else []
@@ -93,19 +96,18 @@ def class_rows(
 
 
 def fetched(load: Callable[[], T], what: str, host: str, bring: str) -> T:
-    """Return ``load()``, which may download; where it cannot, raise an error that says which file to bring where.
+    """Return ``load()``, which may download; if it fails, raise a `UserError` with the remedy.
 
     Args:
         load: reads the weights from the library's cache or the network.
         what: the weights in words.
-        host: where they would come from; looked up first, because some libraries try for a minute.
-        bring: which file to get and where to put it.
+        host: of the download; looked up first, because some libraries try for a minute.
+        bring: the file to get, and its place.
     """
     try:
         if not any(os.environ.get(name) for name in ("HTTPS_PROXY", "https_proxy", "ALL_PROXY", "all_proxy")):
             socket.getaddrinfo(host, 443)
         return load()
     except Exception as error:
-        raise UserError(
-            f"{what}: cannot be read from the cache or downloaded ({first_line(error)}); {bring}"
-        ) from error
+        problem = f"cannot be read from the cache or downloaded ({first_line(error)})"
+        raise UserError(f"{what}: {problem}; {bring}") from error
