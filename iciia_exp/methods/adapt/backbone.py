@@ -20,6 +20,6 @@ class BackboneOnly(HeadMethod):
         self.requires_grad_(False)
 
     def learn(self, cloud: CloudView, fit: Fit) -> Record:
-        """Nothing."""
+        """Learn nothing."""
         self.eval()
         return {}

@@ -1,7 +1,7 @@
-"""Convolution across images: in place of attention, each image sees its two neighbours in the sequence.
+"""Convolution across images: each image sees its two neighbours in the sequence, in place of attention.
 
-Source: a baseline of ICIIA (ACML 2024, PMLR 260:223-238). The order of a client's images means nothing, which is why
-attention, that knows no order, should be better.
+Source: a baseline of ICIIA (ACML 2024, PMLR 260:223-238). The order of a client's images carries no information, so
+attention, which ignores it, should do better.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ __all__ = ["ConvAcrossImages"]
 
 
 class ConvAcrossImages(EncoderMethod):
-    """N layers whose images see their neighbours.
+    """N layers with a convolution over neighbouring images.
 
     Args:
         facts: task, D and K; the module trains a classifier of its own.
@@ -29,5 +29,5 @@ class ConvAcrossImages(EncoderMethod):
         return ConvolutionMixer(self.dim, self.groups, self.shuffle)
 
     def streaming_macs(self, images: int) -> int | None:
-        """No closed form here: an image changes its neighbours' answers, and keeps state of the last ones only."""
+        """None: an image changes the logits of its neighbours, and only the state of the last ones is kept."""
         return None

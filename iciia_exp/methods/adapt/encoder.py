@@ -1,4 +1,4 @@
-"""Encoder baselines: ICIIA's layers with something else in place of attention.
+"""Encoder baselines: ICIIA's layers with another token mixer in place of attention.
 
 Legend: C clients, S images of a client, D features, K classes, N layers, G groups.
 """
@@ -20,7 +20,7 @@ __all__ = ["EncoderMethod"]
 
 
 class EncoderMethod(Adaptive):
-    """N post-norm layers, ReLU and a linear classifier of its own, as in ICIIA; a subclass says what mixes images.
+    """N post-norm layers, ReLU and a linear classifier of its own, as in ICIIA; a subclass defines the mixer.
 
     Args:
         facts: task, D and K; the module trains a classifier of its own.
@@ -55,7 +55,7 @@ class EncoderMethod(Adaptive):
 
     @abstractmethod
     def mixer(self) -> nn.Module:
-        """Return what a layer has in the place of attention."""
+        """Return a layer's replacement for attention."""
 
     def forward(self, x_CSD: Tensor, mask_CS: Tensor | None = None) -> Tensor:
         """Return the logits, [C, S, K]."""
@@ -65,9 +65,9 @@ class EncoderMethod(Adaptive):
         return self.classifier(F.relu(x_CSD))
 
     def macs(self, images: int) -> int:
-        """6 S D^2 / G N: as ICIIA's, without the attention itself."""
+        """6 S D^2 / G N: as ICIIA's, without the products of attention."""
         return 6 * images * self.dim**2 // self.groups * self.num_layers
 
     def num_parameters(self) -> int:
-        """Encoder only: the classifier takes the place of the backbone's."""
+        """The encoder's; the classifier replaces the backbone's."""
         return sum(p.numel() for p in self.layers.parameters())

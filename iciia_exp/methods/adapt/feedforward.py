@@ -1,6 +1,6 @@
-"""ICIIA's size without its idea: attention replaced by linear, ReLU, linear on each image alone.
+"""Feed-forward: ICIIA's layers with linear, ReLU, linear on each image alone in place of attention.
 
-Source: a baseline of ICIIA (ACML 2024, PMLR 260:223-238). What it gains comes from more parameters, not from clients.
+Source: a baseline of ICIIA (ACML 2024, PMLR 260:223-238). It shows what the parameters alone gain, without the client.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ __all__ = ["FeedForward"]
 
 
 class FeedForward(PerImage, EncoderMethod):
-    """N layers of as many parameters as ICIIA's that see one image each.
+    """N layers with as many parameters as ICIIA's; each image is classified alone.
 
     Args:
         facts: task, D and K; the module trains a classifier of its own.

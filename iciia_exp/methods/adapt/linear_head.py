@@ -1,4 +1,4 @@
-"""Linear head: a new linear classifier and no attention."""
+"""Linear head: a trained linear classifier and no attention."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
 """Prior MAP: EM with a Dirichlet prior, drawn towards the prior of all clients together.
 
-Source: Saerens, Latinne and Decaestecker 2002 (see `prior_em`), the M-step smoothed. Maximum likelihood believes that
-there are no classes but those of the few images it saw; this believes so the less, the fewer they are. How strongly it
-is drawn is chosen on val clients.
+Source: Saerens, Latinne and Decaestecker 2002 (see `prior_em`), with a smoothed M-step. Maximum likelihood excludes
+every class that the few images of a client do not show; the Dirichlet prior prevents that. Its strength is chosen on
+val clients.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ class PriorMAP(EMMethod):
         facts: task, sizes, and the backbone's classifier.
         calibrator: ``none``, ``temperature`` or ``bcts``.
         iterations: steps of EM.
-        strength: as by how many images the prior is drawn; null is chosen on val clients.
+        strength: of the Dirichlet prior, in images; null is chosen on val clients.
     """
 
     name = "prior_map"
