@@ -1,4 +1,4 @@
-"""Check a configuration: keys against signatures, stable names of targets, and what counts in digests."""
+"""Check: keys against signatures, stable names of targets, and the part of a configuration that counts in digests."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def parameters_of(target: Callable[..., Any]) -> dict[str, inspect.Parameter]:
 
 
 def check_keys(node: dict[str, Any], path: str) -> None:
-    """Refuse keys that the target's signature does not have, here and in nested targets."""
+    """Raise for keys that are not in the target's signature, here and in nested targets."""
     parameters = parameters_of(target_of(node, path))
     for key, value in node.items():
         if key not in parameters and key not in _HYDRA_KEYS:
@@ -44,18 +44,18 @@ def check_keys(node: dict[str, Any], path: str) -> None:
 
 
 def identity(target: Any) -> str:
-    """Return the stable name of a target: its ``name`` where it has one, else its own; never its module's.
+    """Return the stable name of a target: its attribute ``name``, else its own name, without the module.
 
-    So a class can move to another module without renaming what it made.
+    A class can move to another module without renaming artifacts.
     """
     name = getattr(target, "name", None)
     return name if isinstance(name, str) else target.__name__
 
 
 def science(node: Any) -> Any:
-    """Return a configuration without the keys that change no number (``cosmetic`` of its target).
+    """Return a configuration without the keys that cannot change a number (``cosmetic`` of its target).
 
-    A target counts by its `identity`.
+    Targets are replaced by their `identity`.
     """
     if isinstance(node, list):
         return [science(v) for v in node]

@@ -1,4 +1,4 @@
-"""Science: what of the trainer and of a backbone's weights can change a number, and so counts in digests."""
+"""Science: the parts of trainer and backbone weights that can change a number and count in digests."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ _TRAINER_COSMETIC = frozenset(
 
 
 def trainer_science(config: dict[str, Any]) -> dict[str, Any]:
-    """Return the trainer's arguments that change a number."""
+    """Return the trainer's arguments that can change a number."""
     return {k: v for k, v in config.items() if k not in _TRAINER_COSMETIC and not k.startswith("_")}
 
 
 def weights_classes(spec: BackboneSpec) -> str | list[str] | None:
-    """Return the classes that the starting weights know: the name of a list, or the digest of a file of names."""
+    """Return the classes of the initial weights: the name of a list, or the digest of a file of names."""
     if not isinstance(spec.classes, str):
         return None if spec.classes is None else list(spec.classes)
     path = Path(spec.classes).expanduser()
@@ -36,7 +36,7 @@ def weights_classes(spec: BackboneSpec) -> str | list[str] | None:
 
 
 def weights_digest(spec: BackboneSpec) -> str | None:
-    """Return the digest of the file of weights that the backbone starts from, if it starts from one."""
+    """Return the digest of the backbone's file of initial weights; None without one."""
     if spec.weights is None:
         return None
     path = Path(spec.weights).expanduser()

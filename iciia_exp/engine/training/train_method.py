@@ -1,4 +1,4 @@
-"""The run of an experiment: training a method on the clients' stored features."""
+"""Method training: the run of an experiment, on the clients' stored features."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ log = logging.getLogger(__name__)
 
 
 def train_method(inputs: Inputs, folder: Path) -> None:
-    """Let the method learn and write the run; ``weights.safetensors`` comes last."""
+    """Train the method and write the run, ``weights.safetensors`` last."""
     e, training = inputs.experiment, inputs.experiment.training
     store = inputs.open_store()
     clients = inputs.readable_clients(store)
@@ -85,7 +85,7 @@ def _fit_method(
     method: Any,
     recipe: Recipe,
 ) -> Record:
-    """Train a method with Lightning on the clients that the configuration says; leave it for evaluation."""
+    """Train a method with Lightning on the clients of the configuration."""
     from iciia_exp.engine.training.fit import fit
     from iciia_exp.engine.training.modules import MethodModule
 
@@ -110,7 +110,7 @@ def _fit_method(
 def _fit_classifier(
     inputs: Inputs, cloud: CloudView, folder: Path, classifier: nn.Module, rows: np.ndarray, recipe: Recipe
 ) -> Record:
-    """Train a classifier with Lightning on single images that the cloud may read; leave it for evaluation."""
+    """Train a classifier with Lightning on single images that the cloud may read."""
     from iciia_exp.engine.training.fit import fit
     from iciia_exp.engine.training.modules import ClassifierModule
 
@@ -131,7 +131,7 @@ def _fit_classifier(
 
 
 def _backbone_facts(inputs: Inputs) -> dict[str, Any]:
-    """Return what `Run.load_backbone` builds the backbone from."""
+    """Return the facts from which `Run.load_backbone` builds the backbone."""
     e, spec = inputs.experiment, inputs.experiment.backbone
     classes, weights = spec.classes, spec.weights
     if isinstance(classes, str) and Path(classes).expanduser().is_file():
@@ -148,7 +148,7 @@ def _backbone_facts(inputs: Inputs) -> dict[str, Any]:
 
 
 def report_run(folder: Path, made: bool) -> None:
-    """Log how the training went, or that it was done before."""
+    """Log the outcome of the training, or that it was done before."""
     if not made:
         log.info("train: %s, made before", folder.name)
         return
@@ -172,7 +172,7 @@ def _loader(
 def draw_clients(
     inputs: Inputs, clients: Clients, role: str
 ) -> tuple[Callable[[np.random.Generator], ClientIndex], int]:
-    """Return what draws an epoch's clients from the images of a role, and how many sequences it gives."""
+    """Return a function that draws an epoch's clients from the images of a role, and the number of its sequences."""
     mix, images = inputs.experiment.client_mix, inputs.experiment.training.train_images
     labels = inputs.labels
     inputs.experiment.named(lambda: mix.check(labels), "client_mix")
@@ -181,7 +181,7 @@ def draw_clients(
 
 
 def _drawn_val(inputs: Inputs, clients: Clients, batches: FeatureBatches, orders: int = 4) -> Iterator[ClientBatch]:
-    """Yield batches of val clients, drawn like the training clients, in several orders."""
+    """Yield batches of val clients drawn as the training clients, in several orders."""
     draw, _ = draw_clients(inputs, clients, "val")
     for order in range(orders):
         rng = generator("calibration", inputs.experiment.seed, order)

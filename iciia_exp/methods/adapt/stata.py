@@ -2,7 +2,8 @@
 
 Source: Zanella, Fuchs, De Vleeschouwer and Ben Ayed 2025, "Realistic Test-Time Adaptation of Vision-Language Models".
 In the paper the anchors come from text, here from the training clients: means mu'_k of the classes and a shared
-diagonal variance s' of features of length 1. With the backbone's posteriors p, a graph w of similar images, and assignments z,
+diagonal variance s' of features of length 1. With the backbone's posteriors p, a graph w of similar images, and
+assignments z,
 
     z_i    ~  p_i exp(log N(f_i; mu, s) + sum over j of w_ij z_j)
     mu_k   =  (sum over i of z_ik f_i + alpha mu'_k) / (n_k + alpha)          n_k = sum over i of z_ik
