@@ -214,8 +214,7 @@ def stream(options: argparse.Namespace) -> None:
     from iciia_exp.config.settings import Evaluation
     from iciia_exp.data.batches import FeatureBatches
     from iciia_exp.data.clients import Clients, Ragged
-    from iciia_exp.engine.evaluation.history import history_table
-    from iciia_exp.engine.evaluation.setup import Setup
+    from iciia_exp.engine.evaluation.history import Setup, history_table
     from iciia_exp.methods.adapt.iciia import IciiaMethod
 
     dim, clients = 1280, 625

@@ -10,7 +10,17 @@ from hydra.utils import get_object
 
 from iciia_exp.errors import ConfigError, UserError, nearest
 
-__all__ = ["check_keys", "flatten", "identity", "parameters_of", "science", "target_of"]
+__all__ = ["check_keys", "flatten", "identity", "parameters_of", "science", "target_of", "trainer_science"]
+
+#: Arguments of Lightning's Trainer that change no number; all others count.
+_TRAINER_COSMETIC = frozenset(
+    {
+        *("accelerator", "devices", "num_nodes", "strategy"),
+        *("logger", "callbacks", "default_root_dir", "profiler", "log_every_n_steps", "enable_autolog_hparams"),
+        *("enable_checkpointing", "enable_progress_bar", "enable_model_summary", "barebones"),
+        *("detect_anomaly", "deterministic", "benchmark", "num_sanity_val_steps", "use_distributed_sampler"),
+    }
+)
 
 _HYDRA_KEYS = ("_target_", "_partial_", "_recursive_", "_convert_")
 
@@ -67,6 +77,11 @@ def science(node: Any) -> Any:
     cosmetic: frozenset[str] = getattr(target, "cosmetic", frozenset())
     values = {k: science(v) for k, v in node.items() if k not in cosmetic and not k.startswith("_")}
     return {"_target_": identity(target), **values}
+
+
+def trainer_science(config: dict[str, Any]) -> dict[str, Any]:
+    """Return the trainer's arguments that can change a number."""
+    return {k: v for k, v in config.items() if k not in _TRAINER_COSMETIC and not k.startswith("_")}
 
 
 def flatten(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:

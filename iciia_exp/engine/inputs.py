@@ -14,13 +14,13 @@ import torch
 from torch import nn
 
 from iciia_exp.config.build import build
-from iciia_exp.config.check import target_of
+from iciia_exp.config.check import target_of, trainer_science
 from iciia_exp.config.experiment import Experiment
-from iciia_exp.config.science import trainer_science, weights_digest
 from iciia_exp.data.backbone_split import reserve_for_backbone
 from iciia_exp.data.clients import Clients
 from iciia_exp.data.dataset import MissingFiles, dense_labels
 from iciia_exp.data.store import FeatureStore
+from iciia_exp.digest import file_digest
 from iciia_exp.engine.dataset_facts import DatasetFacts
 from iciia_exp.engine.graph import Artifact
 from iciia_exp.errors import ConfigError, UserError
@@ -177,7 +177,12 @@ class Inputs(ABC):
     @cached_property
     def weights_digest(self) -> str | None:
         """Digest of the file of initial weights, if there is one; the file is read once."""
-        return weights_digest(self.experiment.backbone)
+        if (weights := self.experiment.backbone.weights) is None:
+            return None
+        path = Path(weights).expanduser()
+        if not path.is_file():
+            raise ConfigError("backbone.weights", path, "no such file; give a .safetensors, .pt or .pth file")
+        return file_digest(path)
 
     def _canonical_method(self) -> dict[str, Any]:
         e, method = self.experiment, self.experiment.method_class

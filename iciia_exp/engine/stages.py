@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from iciia_exp.config.check import science
-from iciia_exp.config.science import weights_classes
+from iciia_exp.digest import file_digest
 from iciia_exp.engine.graph import Artifact
 from iciia_exp.engine.inputs import Inputs
 from iciia_exp.engine.training import train_backbone, train_method
@@ -41,7 +41,7 @@ class Stages(Inputs):
             "extraction": extraction,
             "precision": extraction.pop("precision", None) or self.trainer_science.get("precision"),
             # rows of the pre-trained classifier for the dataset's classes
-            "classes": weights_classes(spec) if spec.train == "none" else None,
+            "classes": self._weights_classes if spec.train == "none" else None,
             "fitted head": spec.train == "head",
         }
         needs = () if self.backbone is None else (self.backbone,)
@@ -132,8 +132,17 @@ class Stages(Inputs):
         if spec.train == "all":
             parts |= {"teacher": self._teacher, "trainer": self.trainer_science, "seed": spec.seed}
             # rows of the initial classifier
-            parts |= {"recipe": config["recipe"], "classes": weights_classes(spec) if spec.started else None}
+            parts |= {"recipe": config["recipe"], "classes": self._weights_classes if spec.started else None}
         return parts
+
+    @property
+    def _weights_classes(self) -> str | list[str] | None:
+        """Classes of the initial weights: the name of a list, the digest of a file of names, or the names."""
+        classes = self.experiment.backbone.classes
+        if not isinstance(classes, str):
+            return None if classes is None else list(classes)
+        path = Path(classes).expanduser()
+        return file_digest(path) if path.is_file() else classes
 
     def _shared(
         self, kind: str, parts: Any, make: Any, needs: tuple[Artifact, ...] = (), report: Any = None

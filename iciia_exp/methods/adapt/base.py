@@ -12,9 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from iciia_exp.data.batches import ClientBatch
-from iciia_exp.methods.base import Facts, Method, copy_of
+from iciia_exp.methods.base import Method
 
-__all__ = ["Adaptive", "HeadMethod", "PerImage", "in_parts", "real_images"]
+__all__ = ["Adaptive", "PerImage", "in_parts", "real_images"]
 
 
 def real_images(x_CSD: Tensor, mask_CS: Tensor | None) -> Tensor:
@@ -102,23 +102,3 @@ class PerImage(Adaptive):
     def streaming_macs(self, images: int) -> int | None:
         """The cost of one image."""
         return self.macs(1)
-
-
-class HeadMethod(PerImage):
-    """A linear classifier on each image alone that replaces the backbone's; it adds no cost and no state."""
-
-    def __init__(self, facts: Facts) -> None:
-        super().__init__(facts)
-        self.head = copy_of(facts.head, trained=True)
-
-    def forward(self, x_CSD: Tensor, mask_CS: Tensor | None = None) -> Tensor:
-        """Return the classifier's logits of every image by itself, [C, S, K]."""
-        return self.head(x_CSD)
-
-    def macs(self, images: int) -> int:
-        """0: the classifier replaces the backbone's."""
-        return 0
-
-    def num_parameters(self) -> int:
-        """0, as `macs`."""
-        return 0

@@ -1,4 +1,4 @@
-"""Prior EM: the client's class prior by expectation-maximisation, from the backbone's posteriors alone.
+"""Prior EM and prior MAP: the client's class prior by expectation-maximisation, from the backbone's posteriors alone.
 
 Source: Saerens, Latinne and Decaestecker 2002, "Adjusting the outputs of a classifier to new a priori probabilities: a
 simple procedure" (Neural Computation 14). With posteriors p_i under a source prior s, a client's prior pi is where
@@ -7,6 +7,9 @@ simple procedure" (Neural Computation 14). With posteriors p_i under a source pr
 
 and the posterior of an image is proportional to pi_k p_ik / s_k. All images of a client decide its prior, the target
 included. In a multi-label task every attribute has a prior of its own.
+
+Maximum likelihood excludes every class that the few images of a client do not show. `PriorMAP` smooths the M-step by a
+Dirichlet prior whose mean is the prior of all clients; its strength is chosen on val clients.
 
 Legend: C clients, S images of a client, K classes, I iterations.
 """
@@ -17,13 +20,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from iciia_exp.errors import check_int
+from iciia_exp.errors import check_float, check_int
 from iciia_exp.methods.adapt.base import in_parts, real_images
 from iciia_exp.methods.adapt.training_free import TrainingFree
 from iciia_exp.methods.base import Facts
 from iciia_exp.tasks import MULTI_LABEL
 
-__all__ = ["EMMethod", "PriorEM", "estimate_prior"]
+__all__ = ["PriorEM", "PriorMAP", "estimate_prior"]
 
 # Least prior of a class, so that the log-loss stays finite.
 _LEAST = 1e-8
@@ -120,9 +123,26 @@ class PriorEM(EMMethod):
     """Posteriors under the prior of maximum likelihood.
 
     Args:
-        facts: task, sizes, and the backbone's classifier.
-        calibrator: ``none``, ``temperature`` or ``bcts``; EM needs calibrated likelihoods.
-        iterations: I.
+        facts, calibrator, iterations: as of `EMMethod`.
     """
 
     name = "prior_em"
+
+
+class PriorMAP(EMMethod):
+    """Posteriors under the most probable prior of each client.
+
+    Args:
+        facts, calibrator, iterations: as of `EMMethod`.
+        strength: of the Dirichlet prior, in images; null is chosen on val clients.
+    """
+
+    name = "prior_map"
+
+    def __init__(
+        self, facts: Facts, calibrator: str = "bcts", iterations: int = 50, strength: float | None = None
+    ) -> None:
+        super().__init__(facts, calibrator, iterations)
+        self.strength.fill_(1.0 if strength is None else check_float("strength", strength, 0.0))
+        if strength is None:
+            self.grids = {"strength": (0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0)}
