@@ -123,6 +123,7 @@ KILLS = {
 
 
 @pytest.mark.parametrize("where", KILLS)
+@pytest.mark.usefixtures("undrawn")
 def test_killed_in_any_stage_and_repeated(stages, tmp_path, monkeypatch, where):
     whole = stages(f"cache_dir={tmp_path}/whole", f"output_dir={tmp_path}/whole")
     want = execute(whole)

@@ -19,6 +19,8 @@ from iciia_exp.methods.base import Facts
 from iciia_exp.results.columns import DRAWN_TYPES
 from tests.making.cloud import small_cloud
 
+pytestmark = pytest.mark.usefixtures("undrawn")
+
 METHODS = sorted(p.stem for p in (CONF_DIR / "method").glob("*.yaml"))
 OWN_LABELS = ("finetune", "prompt_tuning")
 
