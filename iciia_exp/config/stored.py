@@ -79,7 +79,9 @@ def _class_of(stored: Any, base: type[_Base], plugins: Plugins) -> type[_Base]:
         raise UserError(f"expected an object with name and arguments for a {base.__name__}")
     if not isinstance(stored["arguments"], dict):
         raise UserError(f"{stored['name']}: expected an object with its arguments")
-    classes = {identity(c): c for c in (*_own(base), *_installed(base), *_named(base, plugins))}  # type: ignore[arg-type]
+    classes = {identity(c): c for c in (*_own(base), *_named(base, plugins))}  # type: ignore[arg-type]
+    if stored["name"] not in classes:  # entry points are searched last: it takes longer than loading a run
+        classes |= {identity(c): c for c in _installed(base)}
     if stored["name"] not in classes:
         near = nearest(stored["name"], classes)
         hint = f"did you mean {near}?" if near else "name the plug-in that it comes from: plugins=[...]"
