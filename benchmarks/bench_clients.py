@@ -24,8 +24,6 @@ from __future__ import annotations
 
 import os
 
-from iciia_exp.methods.base import Facts
-
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # as `python -m iciia_exp` does
 
 import argparse
@@ -50,6 +48,7 @@ from iciia_exp.engine.training.modules import MethodModule
 from iciia_exp.engine.training.trainer import make_trainer, quiet_lightning
 from iciia_exp.machine import keep_freed_memory
 from iciia_exp.methods.adapt.iciia import IciiaMethod
+from iciia_exp.methods.base import Facts
 from iciia_exp.recipe import Recipe
 from iciia_exp.results.plots import gain_per_client
 from iciia_exp.results.summary import harmed_by_chance, summarise

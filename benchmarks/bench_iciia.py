@@ -23,8 +23,6 @@ from __future__ import annotations
 
 import os
 
-from iciia_exp.methods.base import Facts
-
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # as `python -m iciia_exp` does
 
 import argparse
@@ -43,6 +41,7 @@ from torch.nn import functional as F
 from iciia_exp import tasks
 from iciia_exp.cost import attention_macs
 from iciia_exp.machine import keep_freed_memory
+from iciia_exp.methods.base import Facts
 from iciia_exp.models.iciia import ICIIA
 
 S, K = 16, 1000
@@ -214,8 +213,7 @@ def stream(options: argparse.Namespace) -> None:
     from iciia_exp.config.settings import Evaluation
     from iciia_exp.data.batches import FeatureBatches
     from iciia_exp.data.clients import Clients, Ragged
-    from iciia_exp.engine.evaluation.history import history_table
-    from iciia_exp.engine.evaluation.setup import Setup
+    from iciia_exp.engine.evaluation.history import Setup, history_table
     from iciia_exp.methods.adapt.iciia import IciiaMethod
 
     dim, clients = 1280, 625

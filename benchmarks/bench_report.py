@@ -33,7 +33,13 @@ def main() -> None:
                 if (options.run / file).is_file():
                     shutil.copy(options.run / file, run)
             setting = i // 3
-            new = {"digest": str(i), "setting_digest": f"s{setting}", "seed": i % 3, "config.method.dropout": setting}
+            new = {
+                "digest": str(i),
+                "evaluation_digest": str(i),
+                "setting_digest": f"s{setting}",
+                "seed": i % 3,
+                "config.method.dropout": setting,
+            }
             (run / "results.json").write_text(json.dumps(row | new))
         command = [sys.executable, "-m", "iciia_exp.report", str(folder / "runs")]
         start = time.perf_counter()

@@ -36,8 +36,6 @@ from __future__ import annotations
 
 import os
 
-from iciia_exp.methods.base import Facts
-
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # as `python -m iciia_exp` does
 
 import argparse
@@ -64,6 +62,7 @@ from iciia_exp.data.partitions.parent_category import ParentCategory
 from iciia_exp.data.readers.parents import IMAGENET_PARENTS
 from iciia_exp.data.store import FORMAT, FeatureStore
 from iciia_exp.machine import keep_freed_memory
+from iciia_exp.methods.base import Facts
 
 IMAGES_OF_A_CLIENT = 16
 

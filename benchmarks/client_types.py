@@ -31,9 +31,8 @@ from iciia_exp.data.client_mix import ClientMix, unseen
 from iciia_exp.data.clients import Clients
 from iciia_exp.data.dataset import dense_labels
 from iciia_exp.data.drawn_clients import clients_in_order
-from iciia_exp.engine.evaluation.history import history_table
-from iciia_exp.engine.evaluation.setup import Setup
-from iciia_exp.methods.adapt.backbone import BackboneOnly
+from iciia_exp.engine.evaluation.history import Setup, history_table
+from iciia_exp.methods.adapt.heads import BackboneOnly
 from iciia_exp.methods.adapt.prior_em import PriorEM
 from iciia_exp.methods.base import Facts, Method
 from iciia_exp.serving.run import Run as RunType

@@ -60,6 +60,22 @@ def stages(compose):
 
 
 @pytest.fixture
+def undrawn(monkeypatch):
+    """Write empty pictures in place of plots, whose drawing takes longer than the rest of a small evaluation."""
+    from PIL import Image
+
+    from iciia_exp.artifacts import atomic_write
+    from iciia_exp.results import plots
+
+    def save(figure, path):
+        with atomic_write(path, "wb") as file:
+            Image.new("L", (1, 1)).save(file, "PNG")
+        return path
+
+    monkeypatch.setattr(plots, "save", save)
+
+
+@pytest.fixture
 def small():
     """Return the overrides of that smallest setting, for the command line."""
     return SMALL

@@ -19,6 +19,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+pytestmark = pytest.mark.usefixtures("undrawn")
+
 FILE = Path(__file__).parent / "golden" / "digits.json"
 
 #: Where the machine is another: share of test images whose answer may differ in total, and of a sum of log-losses.

@@ -1,4 +1,4 @@
-"""Build objects from checked configurations: the only place that instantiates."""
+"""Build: instantiate checked configurations. No other module instantiates."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _Made = TypeVar("_Made")
 
 
 def with_path(path: str, function: Callable[[], _Made]) -> _Made:
-    """Call a constructor; its `ConfigError` gets the path of its configuration in front of the key."""
+    """Call a constructor; errors name the path of its configuration."""
     try:
         return within(path, function)
     except InstantiationException as error:

@@ -1,4 +1,4 @@
-"""Check a configuration: keys against signatures, stable names of targets, and what counts in digests."""
+"""Check: keys against signatures, stable names of targets, and the part of a configuration that counts in digests."""
 
 from __future__ import annotations
 
@@ -10,7 +10,17 @@ from hydra.utils import get_object
 
 from iciia_exp.errors import ConfigError, UserError, nearest
 
-__all__ = ["check_keys", "flatten", "identity", "parameters_of", "science", "target_of"]
+__all__ = ["check_keys", "flatten", "identity", "parameters_of", "science", "target_of", "trainer_science"]
+
+#: Arguments of Lightning's Trainer that change no number; all others count.
+_TRAINER_COSMETIC = frozenset(
+    {
+        *("accelerator", "devices", "num_nodes", "strategy"),
+        *("logger", "callbacks", "default_root_dir", "profiler", "log_every_n_steps", "enable_autolog_hparams"),
+        *("enable_checkpointing", "enable_progress_bar", "enable_model_summary", "barebones"),
+        *("detect_anomaly", "deterministic", "benchmark", "num_sanity_val_steps", "use_distributed_sampler"),
+    }
+)
 
 _HYDRA_KEYS = ("_target_", "_partial_", "_recursive_", "_convert_")
 
@@ -32,7 +42,7 @@ def parameters_of(target: Callable[..., Any]) -> dict[str, inspect.Parameter]:
 
 
 def check_keys(node: dict[str, Any], path: str) -> None:
-    """Refuse keys that the target's signature does not have, here and in nested targets."""
+    """Raise for keys that are not in the target's signature, here and in nested targets."""
     parameters = parameters_of(target_of(node, path))
     for key, value in node.items():
         if key not in parameters and key not in _HYDRA_KEYS:
@@ -44,18 +54,18 @@ def check_keys(node: dict[str, Any], path: str) -> None:
 
 
 def identity(target: Any) -> str:
-    """Return the stable name of a target: its ``name`` where it has one, else its own; never its module's.
+    """Return the stable name of a target: its attribute ``name``, else its own name, without the module.
 
-    So a class can move to another module without renaming what it made.
+    A class can move to another module without renaming artifacts.
     """
     name = getattr(target, "name", None)
     return name if isinstance(name, str) else target.__name__
 
 
 def science(node: Any) -> Any:
-    """Return a configuration without the keys that change no number (``cosmetic`` of its target).
+    """Return a configuration without the keys that cannot change a number (``cosmetic`` of its target).
 
-    A target counts by its `identity`.
+    Targets are replaced by their `identity`.
     """
     if isinstance(node, list):
         return [science(v) for v in node]
@@ -67,6 +77,11 @@ def science(node: Any) -> Any:
     cosmetic: frozenset[str] = getattr(target, "cosmetic", frozenset())
     values = {k: science(v) for k, v in node.items() if k not in cosmetic and not k.startswith("_")}
     return {"_target_": identity(target), **values}
+
+
+def trainer_science(config: dict[str, Any]) -> dict[str, Any]:
+    """Return the trainer's arguments that can change a number."""
+    return {k: v for k, v in config.items() if k not in _TRAINER_COSMETIC and not k.startswith("_")}
 
 
 def flatten(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Experiment: a checked configuration as typed objects. Making one computes nothing and writes nothing."""
+"""Experiment: a checked configuration as typed objects. Building one computes and writes nothing."""
 
 from __future__ import annotations
 
@@ -38,9 +38,9 @@ _Made = TypeVar("_Made")
 
 @dataclass(frozen=True)
 class Experiment:
-    """The objects that a configuration describes; every wrong key or value is an error when it is made.
+    """The objects of a configuration; wrong keys and values raise when it is built.
 
-    Not the trainer: importing Lightning takes seconds, and a finished run does not need it
+    The trainer is not among them: importing Lightning takes seconds, and a finished run does not need it
     (`iciia_exp.engine.training.trainer.make_trainer` checks it).
     """
 
@@ -51,7 +51,7 @@ class Experiment:
     stage: str
     output_dir: Path
     cache_dir: Path
-    #: The dataset, or the error that says why its files are not there: later stages run without them.
+    #: The dataset, or the error of its missing files, without which later stages run.
     dataset_or_missing: ImageDataset | MissingFiles
     dataset_class: type[ImageDataset]
     backbone: BackboneSpec
@@ -62,12 +62,12 @@ class Experiment:
     evaluation: Evaluation
     tracking: Any
     method_class: type[Method]
-    #: Keys of groups that only repeat a top-level key (``dataset.root`` for ``data_dir``), which errors name instead.
+    #: Keys of groups that repeat a top-level key, and that key, which errors name (``dataset.root``: ``data_dir``).
     aliases: dict[str, str]
 
     @classmethod
     def from_config(cls, config: DictConfig) -> Experiment:
-        """Check a composed configuration and build its objects; a `UserError` says what is wrong with it."""
+        """Check a composed configuration and build its objects; raises `UserError`."""
         _check_top_level(config)
         try:
             plain: dict[str, Any] = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)  # type: ignore[assignment]
@@ -114,13 +114,13 @@ class Experiment:
 
     @property
     def dataset(self) -> ImageDataset:
-        """The dataset; raises where its files are not there."""
+        """The dataset; raises if its files are missing."""
         if isinstance(self.dataset_or_missing, MissingFiles):
             raise self.dataset_or_missing
         return self.dataset_or_missing
 
     def named(self, function: Callable[[], _Made], group: str) -> _Made:
-        """Call ``function``; errors name the key that the user types (``data_dir`` for ``dataset.root``)."""
+        """Call ``function``; errors name the key to change (``data_dir`` for ``dataset.root``)."""
         return _named(self.aliases, lambda: with_path(group, function))
 
     @property

@@ -15,7 +15,7 @@ from iciia_exp.errors import UserError, first_line, nearest
 __all__ = ["dotted_keys", "explain", "option_names"]
 
 
-#: Groups of the first release, and what became of them.
+#: Groups of the first release, and their replacements.
 _RENAMED = {
     "protocol": "training (recipe, images, shuffle_images) and evaluation (history_..., drawn_clients, cost_images)",
     "retrieval": "part of evaluation (examples, neighbours, pixels)",
@@ -28,7 +28,7 @@ def option_names(group: str) -> list[str]:
 
 
 def dotted_keys(config: DictConfig, prefix: str = "") -> Iterator[str]:
-    """Yield all keys of a configuration, those of groups too, with the path in front."""
+    """Yield all dotted keys of a configuration, groups included."""
     for key in map(str, config):
         yield f"{prefix}{key}"
         node = config._get_node(key)
@@ -41,7 +41,7 @@ def _groups() -> list[str]:
 
 
 def _keys() -> list[str]:
-    """Return all keys of the configuration, dotted, with the groups' options as the command line chose them."""
+    """Return all dotted keys of the configuration with the options of the command line."""
     from hydra import compose, initialize_config_dir
     from hydra.core.global_hydra import GlobalHydra
 
@@ -62,7 +62,7 @@ def _did_you_mean(word: str, choices: list[str], listed: str) -> str:
 
 
 def explain(error: Exception) -> str:
-    """Return one line: what is wrong and what would be right."""
+    """Return one line that says what is wrong and what would be right."""
     if isinstance(error, UserError):
         return str(error)
     text = str(error)

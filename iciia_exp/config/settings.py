@@ -1,4 +1,4 @@
-"""Settings: the values of the groups `features`, `training`, `evaluation` and `logger`."""
+"""Settings: values of the groups `features`, `training`, `evaluation` and `logger`."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ HISTORY_LENGTHS = (0, 1, 2, 3, 5, 10, 15, 30)
 
 
 class Extraction:
-    """How features are computed and stored.
+    """Settings of feature extraction.
 
     Args:
         dtype: ``float32`` or ``float16`` on disk.
@@ -29,11 +29,11 @@ class Extraction:
         batch_size: images per step and device; null fits it to the size of an image.
         num_workers: processes per device that load images. On a CPU, null or 0 loads and computes in the same threads.
             On a GPU, null chooses by the number of images.
-        on_bad_image: what to do with an image that is missing or cannot be decoded: ``skip`` leaves it out of every
-            client and lists it in the manifest, ``error`` stops.
-        devices: CPUs or GPUs of this machine that share the images. The features are the same, to the last digit where
-            a process has as many threads.
-        num_nodes: machines that share the images; start the same command on each with torchrun or srun.
+        on_bad_image: for images that are missing or cannot be decoded: ``skip`` leaves them out of every client and
+            lists them in the manifest, ``error`` stops.
+        devices: number of CPUs or GPUs of this machine that share the images. The features are the same, to the last
+            digit with the same number of threads a process.
+        num_nodes: number of machines that share the images; start the same command on each with torchrun or srun.
     """
 
     cosmetic: ClassVar[frozenset[str]] = frozenset(
@@ -58,21 +58,20 @@ class Extraction:
         self.devices, self.num_nodes = check_int("devices", devices, 1), check_int("num_nodes", num_nodes, 1)
 
     def workers(self, images: int, on_cpu: bool = False) -> int:
-        """Return the number of loading processes; 0 for few images, which are loaded before processes have started."""
+        """Return the number of loading processes; 0 for few images, whose loading is faster than starting processes."""
         if self.num_workers is not None or on_cpu:
             return self.num_workers or 0
         return 0 if images < 5000 else max(1, min(8, (os.cpu_count() or 1) // self.devices))
 
 
 class Training:
-    """How a method is trained: a client's images in chunks; the images of a chunk see each other.
+    """Settings of a method's training, on chunks of a client's images that see each other.
 
     Args:
         recipe: optimiser, schedule and number of epochs; ``batch_size`` counts clients.
-        images: S, images of a chunk, on val clients and, without ``train_images``, in training. An evaluation uses as
-            many by default.
+        images: S, images of a chunk on val clients, and by default in training and evaluation.
         train_images: images of a chunk in training; null is ``images``.
-        shuffle_images: cut every client's training images in a new order each epoch (published: false).
+        shuffle_images: cut each client's train images in a new order every epoch (published: false).
     """
 
     def __init__(
@@ -85,19 +84,19 @@ class Training:
 
 
 class Evaluation:
-    """What is reported of a trained method; changing it trains nothing again.
+    """Settings of the evaluation of a trained method; changing them trains nothing again.
 
     Args:
-        images: images of a chunk; null is the number of `Training`.
+        images: images of a chunk; null is the value of `Training`.
         cost_images: length of the sequence whose cost is reported; null is ``images``.
-        history_lengths: images before a target for which accuracy is reported, beside all that there are; empty reports
-            none.
+        history_lengths: numbers of images before a target for which accuracy is reported, in addition to all; empty
+            reports none.
         history_orders: orders of a client's images in the ``stream`` protocol.
         history_longest: longest history.
-        history_clients: test clients in the histories at most; of more, so many are drawn.
-        drawn_clients: clients that are drawn of each type that the partition does not have; 0 draws none.
+        history_clients: largest number of test clients in the histories; of more, so many are drawn.
+        drawn_clients: number of drawn clients of each type that the partition does not have.
         examples: targets in ``attribution.parquet``; 0 leaves it out.
-        neighbours: other images of each example, those that count most.
+        neighbours: number of most influential other images of each example.
         pixels: longer side of an example's thumbnail.
     """
 
@@ -146,11 +145,11 @@ def wandb_logged_in() -> bool:
 
 
 class Tracking:
-    """Which loggers a run has.
+    """Settings of the loggers of a run.
 
     Args:
-        wandb: log to wandb too.
-        project, entity: where in wandb.
+        wandb: log to wandb as well.
+        project, entity: of wandb.
         mode: ``auto``: online if this machine is logged in, else offline; ``online``, ``offline`` or ``disabled``.
             The environment variable WANDB_MODE goes before ``auto``.
         tags: for wandb; backbone, dataset and method are always among them.
@@ -169,7 +168,7 @@ class Tracking:
         self.mode = check_choice("mode", mode, MODES)
 
     def resolved_mode(self) -> Literal["online", "offline", "disabled"]:
-        """Return ``online``, ``offline`` or ``disabled``; never a mode that would ask the user something."""
+        """Return ``online``, ``offline`` or ``disabled``; none of them prompts the user."""
         mode = self.mode
         if mode == "auto":
             mode = {"dryrun": "offline", "run": "online"}.get(m := os.environ.get("WANDB_MODE", ""), m)

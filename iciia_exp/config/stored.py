@@ -1,7 +1,7 @@
-"""Stored objects: a class by its stable name and plain arguments, so that loading runs no code of a file's choosing.
+"""Stored objects: a class by its stable name and plain arguments; loading runs no code of a file's choosing.
 
-A name is looked up among this package's own classes, the plug-ins that are installed (entry points), and those that
-the caller names; never imported because a file says so.
+Names are looked up among this package's classes, installed plug-ins (entry points), and plug-ins that the caller names.
+Nothing is imported because a file says so.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ from iciia_exp.errors import ConfigError, UserError, first_line, nearest
 
 __all__ = ["Plugins", "restore", "store"]
 
-#: Classes, modules, or names of modules, whose classes may be loaded too.
+#: Classes, modules, or names of modules, whose classes may be loaded.
 Plugins = Iterable[type | ModuleType | str]
 
 _Base = TypeVar("_Base")
 
-#: The entry-point group of plug-ins, by the package that a base lies in.
+#: Entry-point group of plug-ins, by the package of their base class.
 _ENTRY_POINTS = {"methods": "iciia_exp.methods", "models": "iciia_exp.backbones"}
 
 
@@ -43,14 +43,14 @@ def store(node: Any) -> Any:
 
 
 def restore(stored: Any, base: type[_Base], plugins: Plugins = (), **runtime: Any) -> _Base:
-    """Build the object that `store` described; a `UserError` says what is wrong with the description.
+    """Build the object that `store` described; raises `UserError`.
 
     Args:
         stored: its name and arguments.
-        base: the class that it must be a subclass of. Arguments named in its class's ``parts`` are stored objects too,
-            subclasses of what stands there; they are given as ``functools.partial``.
-        plugins: classes, modules or names of modules to look for it in, beside the package and installed plug-ins.
-        runtime: arguments that are not stored.
+        base: required base class. Arguments in its ``parts`` are stored objects as well, of the classes there, and are
+            passed as ``functools.partial``.
+        plugins: classes, modules or names of modules to search, in addition to the package and installed plug-ins.
+        runtime: further arguments.
     """
     try:
         return _partial(stored, base, plugins, runtime)()
@@ -61,7 +61,7 @@ def restore(stored: Any, base: type[_Base], plugins: Plugins = (), **runtime: An
 
 
 def _partial(stored: Any, base: type[_Base], plugins: Plugins, runtime: dict[str, Any]) -> partial[_Base]:
-    """Return the constructor of a stored object with its arguments, its parts likewise."""
+    """Return the constructor of a stored object with its arguments."""
     found = _class_of(stored, base, plugins)
     parts: dict[str, type] = getattr(found, "parts", {})
     arguments = {
@@ -79,7 +79,9 @@ def _class_of(stored: Any, base: type[_Base], plugins: Plugins) -> type[_Base]:
         raise UserError(f"expected an object with name and arguments for a {base.__name__}")
     if not isinstance(stored["arguments"], dict):
         raise UserError(f"{stored['name']}: expected an object with its arguments")
-    classes = {identity(c): c for c in (*_own(base), *_installed(base), *_named(base, plugins))}  # type: ignore[arg-type]
+    classes = {identity(c): c for c in (*_own(base), *_named(base, plugins))}  # type: ignore[arg-type]
+    if stored["name"] not in classes:  # entry points are searched last: it takes longer than loading a run
+        classes |= {identity(c): c for c in _installed(base)}
     if stored["name"] not in classes:
         near = nearest(stored["name"], classes)
         hint = f"did you mean {near}?" if near else "name the plug-in that it comes from: plugins=[...]"
@@ -95,7 +97,7 @@ def _classes(module: ModuleType, base: type[_Base]) -> Iterator[type[_Base]]:
 
 @cache
 def _own(base: type[_Base]) -> tuple[type[_Base], ...]:
-    """Return the package's own classes of a base: those of the modules beside and below it."""
+    """Return the subclasses of a base in its subpackage."""
     package = importlib.import_module(".".join(base.__module__.split(".")[:2]))
     modules = [i.name for i in pkgutil.walk_packages(package.__path__, f"{package.__name__}.")]
     return tuple(found for name in modules for found in _classes(importlib.import_module(name), base))
@@ -117,7 +119,7 @@ def _named(base: type[_Base], plugins: Plugins) -> Iterator[type[_Base]]:
 
 
 def _plain(value: Any, key: str) -> Any:
-    """Return a plain value, or raise: numbers, text, and lists of them, and nothing that names code."""
+    """Return a number, text, or a flat list of them; raise for anything else."""
     if isinstance(value, list) and all(not isinstance(v, list | dict) for v in value):
         return [_plain(v, key) for v in value]
     if isinstance(value, float) and not math.isfinite(value):

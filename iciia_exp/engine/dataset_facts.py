@@ -1,4 +1,4 @@
-"""Facts of a dataset, remembered in the cache: with them later stages run without the dataset's files."""
+"""Dataset facts: class names, fingerprint and the like, cached so that later stages run without the dataset's files."""
 
 from __future__ import annotations
 
@@ -21,16 +21,16 @@ log = logging.getLogger(__name__)
 
 
 class DatasetFacts:
-    """What a dataset's files say beside images and table: read from them, or as they were read last.
+    """Facts that are read from a dataset's files or, where these are missing, from the cache.
 
     Args:
-        experiment: its dataset, and the cache. The facts are kept by the dataset's settings and its absolute folder.
+        experiment: its dataset and cache. The key of the cache is the dataset's settings and its absolute folder.
     """
 
     def __init__(self, experiment: Experiment) -> None:
         self._experiment = experiment
         folder = experiment.config["data_dir"]
-        place = None if folder is None else str(Path(folder).expanduser().absolute())  # not what "data" is elsewhere
+        place = None if folder is None else str(Path(folder).expanduser().absolute())
         name = f"{experiment.dataset_class.name}-{digest([experiment.config['dataset'], place])}.json"
         self._file = experiment.cache_dir / "datasets" / name
 
@@ -38,7 +38,7 @@ class DatasetFacts:
     def _kept(self) -> dict[str, Any]:
         try:
             return read_json(self._file) if self._file.is_file() else {}
-        except UserError:  # damaged: it is read again where the files are there
+        except UserError:  # damaged: read the dataset again
             return {}
 
     @cached_property
@@ -57,17 +57,17 @@ class DatasetFacts:
                 raise self._missing
             return self._kept[name]
         dataset = self._experiment.dataset
-        return json.loads(json.dumps(self._experiment.named(lambda: read(dataset), "dataset")))  # as it would be kept
+        return json.loads(json.dumps(self._experiment.named(lambda: read(dataset), "dataset")))  # as from the cache
 
     def remember(self) -> None:
-        """Keep the facts of the dataset as it is now, for when its files are not there."""
+        """Write the facts to the cache."""
         if self._missing is None and self._kept.get("fingerprint", ...) != self.fingerprint:
             names = ("fingerprint", "class_names", "shown_names", "backbone_arguments", "has_backbone_images")
             write_json(self._file, {name: getattr(self, name) for name in names})
 
     @cached_property
     def fingerprint(self) -> Any:
-        """Plain values that change when the files do."""
+        """Plain values that change with the files."""
         return self._fact("fingerprint", lambda dataset: dataset.fingerprint())
 
     @cached_property
@@ -77,15 +77,15 @@ class DatasetFacts:
 
     @cached_property
     def shown_names(self) -> list[str]:
-        """Names of the classes as a person would call them."""
+        """Readable names of the K classes."""
         return self._fact("shown_names", lambda dataset: list(dataset.shown_names()))
 
     @cached_property
     def backbone_arguments(self) -> dict[str, Any]:
-        """Arguments that only the dataset knows and that a network of its own kind needs."""
+        """Arguments that the dataset gives to a backbone (input channels, say)."""
         return self._fact("backbone_arguments", lambda dataset: dataset.backbone_arguments())
 
     @cached_property
     def has_backbone_images(self) -> bool:
-        """Whether the dataset itself sets images aside for the backbone's training."""
+        """Whether the dataset has a split of its own for the backbone's training."""
         return self._fact("has_backbone_images", lambda dataset: dataset.has_backbone_images)

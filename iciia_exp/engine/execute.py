@@ -1,4 +1,4 @@
-"""Execute an experiment: make what its stage asks for and is missing, and show the results."""
+"""Execute: make the missing artifacts of an experiment's stage, and show the results."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ __all__ = ["execute"]
 
 log = logging.getLogger(__name__)
 
-#: The kinds of artifacts that a stage makes.
+#: Kinds of artifacts that a stage makes.
 KINDS = {
     "backbone": ("backbone", "head"),
     "features": ("features",),
@@ -30,17 +30,17 @@ _STAGE_OF = {"head": "backbone", "run": "train", "evaluation": "evaluate"}
 
 
 def execute(stages: Stages, brief: bool = False) -> dict[str, Any] | None:
-    """Make what the experiment's stage asks for and is missing; return the results row once there is one.
+    """Make the missing artifacts of the experiment's stage; return the row of results, or None before evaluation.
 
-    Prints the partition and the result table; ``brief``, as in a sweep, prints neither.
+    Prints the partition and the result table unless ``brief``.
     """
     stage, run = stages.experiment.stage, stages.run
     if "evaluation" in KINDS[stage] and stages.evaluation.finished:
         log.info("%s: finished before", _shown(run.folder))
         _log_in_wandb_sweep(stages)
         return _results(stages, brief)
-    if process_rank() > 0:  # one of several processes that torchrun or srun started: they share extraction alone
-        logging.getLogger("iciia_exp").setLevel(logging.ERROR)  # the first process speaks
+    if process_rank() > 0:  # of several processes started by torchrun or srun, which share the extraction alone
+        logging.getLogger("iciia_exp").setLevel(logging.ERROR)  # only the first process logs
         if "features" in KINDS[stage] and not stages.features.finished:
             _share_features(stages)
         return None
@@ -66,13 +66,13 @@ def execute(stages: Stages, brief: bool = False) -> dict[str, Any] | None:
 
 
 def _kinds(stages: Stages) -> tuple[str, ...]:
-    """Return the kinds of artifacts that may be made; a classifier is fitted on features, which come with it."""
+    """Return the kinds of artifacts that may be made; a fitted classifier needs the features as well."""
     stage = stages.experiment.stage
     return (*KINDS[stage], "features") if stage == "backbone" and stages.head is not None else KINDS[stage]
 
 
 def _goals(stages: Stages) -> list[Any]:
-    """Return the artifacts to ensure, in order; those before the last are asked for to be reported."""
+    """Return the artifacts to ensure, in order; those before the last are there for their log lines."""
     stage, spec = stages.experiment.stage, stages.experiment.backbone
     if stage in ("all", "backbone") and spec.train == "none":
         log.info("backbone: %s, nothing to train", spec.name)
@@ -88,7 +88,7 @@ def _goals(stages: Stages) -> list[Any]:
 
 
 def _check(stages: Stages) -> None:
-    """Raise errors in the partition or in the trainer before the first long computation."""
+    """Raise errors of partition and trainer before the first long computation."""
     from iciia_exp.engine.training.extract import extraction_trainer
     from iciia_exp.engine.training.train_method import draw_clients
     from iciia_exp.engine.training.trainer import make_trainer, quiet_lightning
@@ -103,7 +103,7 @@ def _check(stages: Stages) -> None:
 
 
 def _share_features(stages: Stages) -> None:
-    """Take part in an extraction whose first process holds the lock."""
+    """Take part in an extraction; the first process holds its lock."""
     from iciia_exp.engine.training.train_backbone import make_features
 
     if stages.backbone is not None and not stages.backbone.finished:
@@ -112,12 +112,12 @@ def _share_features(stages: Stages) -> None:
 
 
 def _shown(path: Path) -> Path:
-    """Return ``path`` as the user would type it from here."""
+    """Return ``path`` relative to the working directory where it is below it."""
     return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
 
 
 def _log_in_wandb_sweep(stages: Stages) -> None:
-    """Log the results of a finished run where an agent of ``wandb sweep`` asks for them: it waits for a run."""
+    """Log the results of a finished run again for an agent of ``wandb sweep``, which waits for a run."""
     from iciia_exp.engine.tracking import in_wandb_sweep
 
     if stages.experiment.tracking.wandb and in_wandb_sweep():

@@ -1,4 +1,4 @@
-"""Graph of artifacts: each is made once from those that it needs, and found again by a digest of what made it."""
+"""Graph of artifacts: folders made once from other artifacts, and found again by a digest."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ __all__ = ["Artifact", "NotMade", "ensure"]
 
 log = logging.getLogger(__name__)
 
-#: Bumped when the same configuration would give other numbers than before.
+#: Increased when the same configuration gives other numbers than before.
 FORMAT = 2
 
 
@@ -26,15 +26,15 @@ class Artifact:
     """A folder that a stage makes: ``<root>/<label>-<digest>``.
 
     Args:
-        kind: what it is (``features``), for messages; one of the names that `ensure` is given.
-        label: readable start of its folder's name; changes nothing else.
-        science: plain values that can change a number in it, beside what its needs say.
+        kind: such as ``features``; `ensure` selects by it.
+        label: readable start of the folder's name.
+        science: plain values that can change a number in it, in addition to its needs' digests.
         needs: artifacts that it is made from.
-        make: makes it in a folder, continuing what a killed attempt left there; writes ``last`` last.
-        root: the folder that it lies in.
-        last: file that it ends with; a folder without it is unfinished.
-        in_place: it is made in its own folder, not aside in ``<folder>.partial``: what is inside has its own marks of
-            being whole, and loggers keep files open there.
+        make: makes it in a folder, continues a killed attempt there, and writes ``last`` last.
+        root: parent of the folder.
+        last: last file; a folder without it is unfinished.
+        in_place: whether it is made in the final folder, not in ``<folder>.partial``: its files have their own marks of
+            completion, and loggers keep files open there.
         report: called with the folder, and whether it was made just now.
     """
 
@@ -50,22 +50,22 @@ class Artifact:
 
     @cached_property
     def digest(self) -> str:
-        """Names the artifact: 12 hexadecimal digits of all that can change a number in it."""
+        """12 hexadecimal digits of everything that can change a number in it."""
         return digest([FORMAT, self.kind, self.science, [need.digest for need in self.needs]])
 
     @property
     def folder(self) -> Path:
-        """Where it lies when it is finished."""
+        """Its folder when it is finished."""
         return self.root / f"{self.label}-{self.digest}"
 
     @property
     def finished(self) -> bool:
-        """Whether it is there and whole."""
+        """Whether the folder is there and complete."""
         return (self.folder / self.last).is_file()
 
 
 class NotMade(UserError):
-    """An artifact that is needed, and that the stages asked for do not make."""
+    """An artifact is missing whose kind may not be made now."""
 
     def __init__(self, artifact: Artifact) -> None:
         super().__init__(f"{artifact.folder} is not there")
@@ -73,13 +73,13 @@ class NotMade(UserError):
 
 
 def ensure(goal: Artifact, kinds: Collection[str]) -> Path:
-    """Return the folder of ``goal``, made now if it is not finished; what it needs comes first.
+    """Return the folder of ``goal``; make it, after its missing needs, if it is not finished.
 
-    A finished artifact asks for nothing that it was made from.
+    A finished artifact does not need the artifacts that it was made from.
 
     Args:
         goal: the artifact.
-        kinds: kinds that may be made now. Where another one is missing, `NotMade` names the first to make.
+        kinds: kinds that may be made now; `NotMade` names the first missing artifact of another kind.
     """
     if goal.finished:
         _report(goal, made=False)

@@ -1,4 +1,4 @@
-"""Inputs: what the makers of an experiment's artifacts read, of its configuration, its dataset and other artifacts."""
+"""Inputs: configuration, dataset and artifacts of an experiment, as training and evaluation read them."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ import torch
 from torch import nn
 
 from iciia_exp.config.build import build
-from iciia_exp.config.check import target_of
+from iciia_exp.config.check import target_of, trainer_science
 from iciia_exp.config.experiment import Experiment
-from iciia_exp.config.science import trainer_science, weights_digest
 from iciia_exp.data.backbone_split import reserve_for_backbone
 from iciia_exp.data.clients import Clients
 from iciia_exp.data.dataset import MissingFiles, dense_labels
 from iciia_exp.data.store import FeatureStore
+from iciia_exp.digest import file_digest
 from iciia_exp.engine.dataset_facts import DatasetFacts
 from iciia_exp.engine.graph import Artifact
 from iciia_exp.errors import ConfigError, UserError
@@ -34,10 +34,10 @@ log = logging.getLogger(__name__)
 
 
 class Inputs(ABC):
-    """What makers read. Training and evaluation read the feature store: until it is there, the dataset's files.
+    """What training and evaluation read. Labels and owners come from the feature store once it is there.
 
     Args:
-        experiment: the checked configuration; errors that need the dataset's sizes to be seen show here.
+        experiment: the checked configuration. The method's settings are checked against the dataset's sizes here.
     """
 
     def __init__(self, experiment: Experiment) -> None:
@@ -50,17 +50,17 @@ class Inputs(ABC):
     @property
     @abstractmethod
     def backbone(self) -> Artifact | None:
-        """The network, where it is trained here (``backbone.train: all``)."""
+        """The trained backbone; None where it is not trained here (``backbone.train: all``)."""
 
     @property
     @abstractmethod
     def features(self) -> Artifact:
-        """The features of the dataset under the network."""
+        """The features of the dataset's images."""
 
     @property
     @abstractmethod
     def head(self) -> Artifact | None:
-        """The classifier, where it is fitted on the features (``backbone.train: head``)."""
+        """The classifier fitted on the features; None unless ``backbone.train: head``."""
 
     @property
     @abstractmethod
@@ -70,11 +70,11 @@ class Inputs(ABC):
     @property
     @abstractmethod
     def evaluation(self) -> Artifact:
-        """The results of a run; it lies in the run's folder."""
+        """The results of the run, in the run's folder."""
 
     @property
     def base(self) -> Artifact:
-        """Features and classifier together: what every method starts from."""
+        """Features with their classifier, from which every method starts."""
         return self.head or self.features
 
     # ---- dataset and clients
@@ -86,7 +86,7 @@ class Inputs(ABC):
 
     @cached_property
     def dim(self) -> int:
-        """D, before any feature exists."""
+        """D, known before the features exist."""
         spec, more = self.experiment.backbone, self.facts.backbone_arguments
         if (given := spec.dim or more.get("dim")) is not None:
             return given
@@ -94,10 +94,7 @@ class Inputs(ABC):
 
     @cached_property
     def table(self) -> pd.DataFrame:
-        """The dataset's table, with the images that only the backbone learns from set aside.
-
-        It is the store's where there is one, else the dataset's own.
-        """
+        """The table of store or dataset; images reserved for the backbone are a split of their own."""
         e = self.experiment
         if self.features.finished:
             table = FeatureStore.open(self.features.folder).table
@@ -108,31 +105,28 @@ class Inputs(ABC):
 
     @cached_property
     def labels(self) -> np.ndarray:
-        """Labels of all images: int64 [M], or uint8 [M, K] of a multi-label task."""
+        """Labels of all images: int64 [M], or uint8 [M, K] in a multi-label task."""
         return dense_labels(self.table["label"], self.experiment.dataset_class.task, self.num_classes)
 
     @cached_property
     def clients(self) -> Clients:
-        """The dataset's images, assigned to clients."""
-        e, table = self.experiment, self.table  # not inside the call: their errors name other keys
+        """The partition of the dataset's images."""
+        e, table = self.experiment, self.table  # outside the call: its errors name other keys
         return e.named(lambda: e.partition.assign(table, self.num_classes), "partition")
 
     @cached_property
     def backbone_rows(self) -> np.ndarray:
-        """Numbers of the images that a backbone or its classifier trained here learns from.
-
-        Those set aside for it, else the clients' train images; never a val or test image.
-        """
+        """Numbers of the backbone's or its classifier's train images: the reserved, else the clients' ones."""
         reserved = np.flatnonzero(self.table["split"].to_numpy() == "backbone")
         return reserved if len(reserved) else np.unique(self.clients.train.values)
 
     def new_backbone(self) -> Backbone:
-        """Build the backbone with the weights that it starts from."""
+        """Build the backbone with its initial weights."""
         e, names, more = self.experiment, self.facts.class_names, self.facts.backbone_arguments
         return e.named(lambda: e.backbone.initial(names, **more), "backbone")
 
     def open_store(self) -> FeatureStore:
-        """Open the features; bad images are an error where the configuration says so."""
+        """Open the features; with ``features.on_bad_image=error`` unreadable images raise."""
         store = FeatureStore.open(self.features.folder)
         bad = store.manifest.get("bad_images")
         if bad and self.experiment.extraction.on_bad_image == "error":
@@ -146,14 +140,14 @@ class Inputs(ABC):
         return self.clients.without(store.bad) if store.bad.any() else self.clients
 
     def load_run(self, folder: Path) -> Run:
-        """Load the run; what the configuration names may be loaded, be it a plug-in or not."""
+        """Load the run; the classes that the configuration names count as plug-ins."""
         e = self.experiment
         network = target_of(e.config["backbone"]["model"], "backbone.model")
         return Run.load(folder, plugins=[e.method_class, network], cache_dir=e.cache_dir)  # type: ignore[list-item]
 
     @property
     def image(self) -> Any:
-        """Gives an image of the dataset by number; None, said in a line, where its files are not there."""
+        """Function from an image's number to the image; None, with a warning, where the dataset's files are missing."""
         if isinstance(self.experiment.dataset_or_missing, MissingFiles):
             log.warning("examples without pictures: the dataset's files are not there")
             return None
@@ -161,7 +155,7 @@ class Inputs(ABC):
 
     @cached_property
     def tracker(self) -> Any:
-        """The loggers of the run, opened when they are first used."""
+        """The loggers of the run, opened on first use."""
         from iciia_exp.engine.tracking import Tracker
 
         e = self.experiment
@@ -177,24 +171,29 @@ class Inputs(ABC):
 
     @cached_property
     def trainer_science(self) -> dict[str, Any]:
-        """Arguments of the trainer that change a number."""
+        """Arguments of the trainer that can change a number."""
         return trainer_science(self.experiment.config["trainer"])
 
     @cached_property
     def weights_digest(self) -> str | None:
-        """Digest of the file of weights that the backbone starts from; a large file is read once."""
-        return weights_digest(self.experiment.backbone)
+        """Digest of the file of initial weights, if there is one; the file is read once."""
+        if (weights := self.experiment.backbone.weights) is None:
+            return None
+        path = Path(weights).expanduser()
+        if not path.is_file():
+            raise ConfigError("backbone.weights", path, "no such file; give a .safetensors, .pt or .pth file")
+        return file_digest(path)
 
     def _canonical_method(self) -> dict[str, Any]:
         e, method = self.experiment, self.experiment.method_class
         values = {k: v for k, v in e.config["method"].items() if k != "_target_"}
-        dim = self.dim  # not inside the call below: its errors are the backbone's
+        dim = self.dim  # outside the call below: its errors are the backbone's
         canonical = e.named(lambda: method.canonical(values, dim), "method")
         if e.dataset_class.task not in method.tasks:
             problem = f"knows {' and '.join(method.tasks)} tasks; this dataset's is {e.dataset_class.task}"
             raise ConfigError("method", method.name, problem)
         config = {"_target_": e.config["method"]["_target_"], **canonical}
         facts = Facts(e.dataset_class.task, nn.Linear(dim, self.num_classes), tuple(self.facts.class_names))
-        with torch.random.fork_rng(devices=[]):  # built once to see that it can be, before hours of work
+        with torch.random.fork_rng(devices=[]):  # wrong settings raise here, before hours of work
             build(config, "method", facts=facts)
         return config

@@ -1,4 +1,4 @@
-"""Jobs: one Hydra configuration each, from the command line, a sweep or Python."""
+"""Jobs: run one Hydra configuration from the command line, a sweep or Python."""
 
 from __future__ import annotations
 
@@ -27,17 +27,17 @@ _failure: UserError | None = None
 
 
 def take_failure() -> UserError | None:
-    """Return, once, what stopped this process's last job outside a sweep, where the user can put it right."""
+    """Return the `UserError` of this process's last job outside a sweep, and forget it."""
     global _failure
     failure, _failure = _failure, None
     return failure
 
 
 def run_job(config: DictConfig) -> float | None:
-    """Run one configuration and return its val accuracy (for search over hyper-parameters), if it has one.
+    """Run one configuration and return its val accuracy (for hyper-parameter search), if it has one.
 
-    Alone, an error of the user's is kept for `take_failure` (Hydra would print more than one line about it). In a sweep
-    every error is recorded and logged, so that the other jobs go on.
+    Outside a sweep a `UserError` is kept for `take_failure`, because Hydra would print more than one line. In a sweep
+    every error is recorded and logged, and the other jobs go on.
     """
     global _failure
     setup_logging()
@@ -71,15 +71,15 @@ def run_job(config: DictConfig) -> float | None:
 
 
 def run_experiment(*overrides: str) -> Run:
-    """Do from Python what ``python -m iciia_exp OVERRIDES`` does, and return the finished run.
+    """Run ``python -m iciia_exp OVERRIDES`` from Python, and return the finished run.
 
     >>> run = run_experiment("method=iciia", "groups=16")  # doctest: +SKIP
 
     Args:
-        overrides: as on the command line, one value each; a sweep is a loop. What is finished is not repeated.
+        overrides: as on the command line, one value each. Finished artifacts are not made again.
 
     Raises:
-        UserError: says what is wrong with an override and what would be right.
+        UserError: names a wrong override and a right one.
     """
     from hydra import compose, initialize_config_dir
     from hydra.errors import HydraException

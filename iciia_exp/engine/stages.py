@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from iciia_exp.config.check import science
-from iciia_exp.config.science import weights_classes
+from iciia_exp.digest import file_digest
 from iciia_exp.engine.graph import Artifact
 from iciia_exp.engine.inputs import Inputs
 from iciia_exp.engine.training import train_backbone, train_method
@@ -21,11 +21,11 @@ __all__ = ["Stages"]
 
 
 class Stages(Inputs):
-    """The artifacts of an experiment. Making one computes nothing; errors in the configuration show here."""
+    """The artifacts of an experiment. Building the graph computes nothing and raises errors of the configuration."""
 
     @cached_property
     def backbone(self) -> Artifact | None:
-        """The network, where it is trained here (``backbone.train: all``)."""
+        """The trained backbone; None unless ``backbone.train: all``."""
         if self.experiment.backbone.train != "all":
             return None
         make = partial(train_backbone.train_backbone, self)
@@ -33,15 +33,15 @@ class Stages(Inputs):
 
     @cached_property
     def features(self) -> Artifact:
-        """The features of the dataset under the network."""
+        """The features of the dataset's images."""
         spec, extraction = self.experiment.backbone, science(self.experiment.config["features"])
         parts = {
             "network": None if self.backbone else self._network,
             "dataset": self._dataset,
             "extraction": extraction,
             "precision": extraction.pop("precision", None) or self.trainer_science.get("precision"),
-            # which rows of the weights' classifier the dataset keeps
-            "classes": weights_classes(spec) if spec.train == "none" else None,
+            # rows of the pre-trained classifier for the dataset's classes
+            "classes": self._weights_classes if spec.train == "none" else None,
             "fitted head": spec.train == "head",
         }
         needs = () if self.backbone is None else (self.backbone,)
@@ -50,7 +50,7 @@ class Stages(Inputs):
 
     @cached_property
     def head(self) -> Artifact | None:
-        """The classifier, where it is fitted on the features (``backbone.train: head``)."""
+        """The classifier fitted on the features; None unless ``backbone.train: head``."""
         if self.experiment.backbone.train != "head":
             return None
         parts = [self._teacher, self.experiment.backbone.seed, "out of fold"]
@@ -59,14 +59,14 @@ class Stages(Inputs):
 
     @cached_property
     def run(self) -> Artifact:
-        """The trained method. Of one without training, neither recipe nor seed count."""
+        """The trained method. Without training by gradients neither recipe nor seed is part of its digest."""
         e, training = self.experiment, self.experiment.training
         parts = {
             "reserve": e.backbone.reserve,
             "partition": science(e.config["partition"]),
             "method": science(self.method_config),
             "images": training.images,
-            # what is read without training is read from the known types alone too
+            # statistics are read from the seen client types alone
             "unseen_types": e.client_mix.unseen_types,
         }
         if e.method_class.trainable:
@@ -92,7 +92,7 @@ class Stages(Inputs):
 
     @cached_property
     def evaluation(self) -> Artifact:
-        """The results of a run; it lies in the run's folder."""
+        """The results of the run, in the run's folder."""
 
         def make(folder: Path) -> None:
             from iciia_exp.engine.evaluation.evaluate import evaluate  # late: it imports Lightning and Matplotlib
@@ -114,26 +114,35 @@ class Stages(Inputs):
 
     @cached_property
     def _dataset(self) -> Any:
-        """What the dataset is: its settings, and what its files say."""
+        """Science of the dataset: its settings and its fingerprint."""
         return [science(self.experiment.config["dataset"]), self.facts.fingerprint]
 
     @cached_property
     def _teacher(self) -> Any:
-        """What decides which images a backbone trained here learns from."""
+        """Science of the images that a backbone trained here learns from."""
         reserve = self.experiment.backbone.reserve
         own = reserve or self.facts.has_backbone_images
         return [self._dataset, reserve, None if own else science(self.experiment.config["partition"])]
 
     @cached_property
     def _network(self) -> dict[str, Any]:
-        """The network that gives the features: its weights, and how they are trained here if they are."""
+        """Science of the backbone: its initial weights, and its training if it is trained here."""
         spec, config = self.experiment.backbone, science(self.experiment.config["backbone"])
         parts = {"model": config["model"], "pretrained": spec.pretrained, "weights": self.weights_digest}
         if spec.train == "all":
             parts |= {"teacher": self._teacher, "trainer": self.trainer_science, "seed": spec.seed}
-            # rows of the classifier that training starts from
-            parts |= {"recipe": config["recipe"], "classes": weights_classes(spec) if spec.started else None}
+            # rows of the initial classifier
+            parts |= {"recipe": config["recipe"], "classes": self._weights_classes if spec.started else None}
         return parts
+
+    @property
+    def _weights_classes(self) -> str | list[str] | None:
+        """Classes of the initial weights: the name of a list, the digest of a file of names, or the names."""
+        classes = self.experiment.backbone.classes
+        if not isinstance(classes, str):
+            return None if classes is None else list(classes)
+        path = Path(classes).expanduser()
+        return file_digest(path) if path.is_file() else classes
 
     def _shared(
         self, kind: str, parts: Any, make: Any, needs: tuple[Artifact, ...] = (), report: Any = None

@@ -26,19 +26,19 @@ _status = 0
 
 
 def take_exit_status() -> int:
-    """Return, once, 1 if a job of this process's last sweep failed, else 0."""
+    """Return 1 if a job of this process's last sweep failed, else 0, and reset it."""
     global _status
     status, _status = _status, 0
     return status
 
 
 def record_job(folder: Path, number: int, overrides: list[str], outcome: dict[str, Any]) -> None:
-    """Write down what became of job ``number``."""
+    """Write the outcome of job ``number``."""
     write_json(folder / "jobs" / f"{number:05d}.json", {"job": number, "overrides": overrides, **outcome})
 
 
 def _best_of_search(folder: Path) -> str | None:
-    """Return what a search over hyper-parameters found, as its sweeper leaves it in the sweep's folder; else None."""
+    """Return the best settings of a hyper-parameter search, from the sweeper's file; None without one."""
     path = folder / "optimization_results.yaml"
     if not path.is_file():
         return None
@@ -48,10 +48,10 @@ def _best_of_search(folder: Path) -> str | None:
 
 
 class SweepReport(Callback):
-    """At a sweep's end, prints the table over its runs, draws accuracy against overhead, and lists the failures."""
+    """Prints a table over a sweep's runs at its end, draws accuracy against overhead, and lists failures."""
 
     def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
-        """Report."""
+        """Print the report."""
         global _status
         from iciia_exp.engine.terminal import console, result_table, setup_logging
         from iciia_exp.results.labels import base_of

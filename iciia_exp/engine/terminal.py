@@ -17,13 +17,13 @@ __all__ = ["console", "partition_table", "result_table", "setup_logging"]
 
 
 def console() -> Console:
-    """Return a console on the current standard output; wide enough for every table where that is no terminal."""
+    """Return a console on the current standard output, 120 columns wide where that is no terminal."""
     out = Console(highlight=False)
     return out if out.is_terminal else Console(highlight=False, width=120)
 
 
 class _Stdout(logging.StreamHandler):
-    """Writes to whatever standard output is now, one plain line per record; warnings say that they are."""
+    """Writes each record to the current standard output; warnings and errors begin with their level."""
 
     def emit(self, record: logging.LogRecord) -> None:
         self.stream = sys.stdout
@@ -35,7 +35,7 @@ class _Stdout(logging.StreamHandler):
 
 
 def setup_logging() -> None:
-    """Send the package's messages to standard output; safe to call again (in every job of a sweep, say)."""
+    """Send the package's log messages to standard output; may be called again."""
     logger = logging.getLogger("iciia_exp")
     logger.setLevel(logging.INFO)
     logger.propagate = False
@@ -44,7 +44,7 @@ def setup_logging() -> None:
 
 
 def partition_table(statistics: pd.DataFrame) -> Table:
-    """Return the clients of each role: how many, with how many images and classes."""
+    """Return a table of the numbers of clients, images and classes of each role."""
     table = Table(box=None, pad_edge=False, header_style="bold")
     table.add_column("partition")
     for name in ("clients", "images", "distinct", "images per client", "classes per client"):
@@ -67,7 +67,7 @@ def _overhead(value: float | None) -> str:
 
 
 def _cells(rows: Sequence[dict[str, Any]], several: bool, keys: dict[str, list[str]]) -> list[str]:
-    """Return the cells of one line from runs that differ in seeds only."""
+    """Return the cells of a line, averaged over runs that differ in seeds alone."""
     frame = pd.DataFrame(list(rows))
     mean = frame.mean(numeric_only=True)
 
@@ -90,11 +90,13 @@ def _cells(rows: Sequence[dict[str, Any]], several: bool, keys: dict[str, list[s
 
 
 def result_table(rows: Sequence[dict[str, Any]]) -> Table:
-    """Return a table with the backbone's line and one line per setting, seeds averaged; all rows of one `base_of`.
+    """Return a table in percent: a line of the backbone, and a line per setting, averaged over seeds.
 
-    In percent. Gains are over the backbone on the same images; the interval (one run) is the 95 % bootstrap over
-    clients, ``±`` (several runs) the standard error over runs. In brackets behind the harmed clients: what chance alone
-    gives.
+    Gains are over the backbone on the same images. The interval of one run is the 95 % bootstrap over clients; ``±`` of
+    several runs is the standard error over runs. The share of harmed clients by chance alone is in brackets.
+
+    Args:
+        rows: results with the same `base_of`.
     """
     several = len({r["digest"] for r in rows}) > len({r["setting_digest"] for r in rows})
     table = Table(box=None, pad_edge=False, padding=(0, 0, 0, 1), header_style="bold")  # 91 columns of text

@@ -1,6 +1,6 @@
-"""Loggers: CSV always, wandb on request; a logger that fails never stops a run.
+"""Loggers: CSV always, wandb on request; a failing logger never stops a run.
 
-What a wandb run has (stable names):
+Names in a wandb run:
 
 - its summary: ``test/accuracy``, ``test/client_accuracy``, ``test/gain``, ``test/client_gain``, ``test/worst_decile``,
   ``test/log_loss``, ``test/harmed_share``, ``backbone/accuracy``, ``backbone/client_accuracy``,
@@ -37,11 +37,11 @@ __all__ = ["METRICS", "Tracker", "in_wandb_sweep"]
 log = logging.getLogger(__name__)
 
 
-#: Rows of a table that wandb shows; of more clients it gets evenly spaced ones.
+#: Largest number of rows of a table in wandb; of more clients evenly spaced ones are logged.
 TABLE_ROWS = 10_000
 
 
-#: What a metric is drawn over, and what of it stands in the summary.
+#: Step and summary of each metric.
 METRICS: dict[str, dict[str, str]] = {
     "epoch": {},
     "train/*": {"step_metric": "epoch"},
@@ -58,9 +58,9 @@ def in_wandb_sweep() -> bool:
 
 
 class Tracker:
-    """The loggers of one run, opened when first needed and closed by `close`.
+    """The loggers of one run, opened on first use and closed by `close`.
 
-    Any failure inside wandb is reported once and turns it off; the run goes on.
+    A failure inside wandb is reported once and turns wandb off; the run goes on.
     """
 
     def __init__(
@@ -77,7 +77,7 @@ class Tracker:
             "entity": tracking.entity,
             "dir": str(run_dir),
         }
-        if not in_wandb_sweep():  # an agent of `wandb sweep` has chosen an id, which the server waits for
+        if not in_wandb_sweep():  # an agent of `wandb sweep` has an id from the server
             self._init |= {"id": run_id, "resume": "allow"}
         self._run: Any = None
         self._off = not tracking.wandb
@@ -87,7 +87,7 @@ class Tracker:
             return None
         try:
             return action()
-        except Exception as error:  # whatever happens in there, the results are on disk without it
+        except Exception as error:  # the results are on disk anyway
             self._off = True
             why = f"{type(error).__name__}: {first_line(error)}"
             log.warning("wandb: %s failed (%s); the run goes on without it", what, why)
@@ -160,7 +160,7 @@ class Tracker:
 
 
 def _history(folder: Path) -> Iterator[dict[str, Any]]:
-    """Yield accuracy by images seen before (``history/...``, with ``history/images`` as its step)."""
+    """Yield metrics by length of history (``history/...``, with the step ``history/images``)."""
     if (data := read_table(folder / "history.parquet")) is not None:
         for n, found in averages_by_history(data).iterrows():
             if n != ALL:
@@ -168,7 +168,7 @@ def _history(folder: Path) -> Iterator[dict[str, Any]]:
 
 
 def _charts(row: dict[str, Any]) -> dict[str, Any]:
-    """Return this run's point in the chart of accuracy against overhead; a view of several runs has one of each."""
+    """Return this run's point in the chart of accuracy against overhead."""
     import wandb
 
     table = wandb.Table(columns=["run", "overhead, %", "accuracy, %"])
@@ -200,7 +200,7 @@ def _media(folder: Path) -> dict[str, Any]:
 
 
 def _attribution(examples: pd.DataFrame) -> Any:
-    """Return a table of examples: target, answers, and the images of the client that count most."""
+    """Return a table of examples: target, predictions, and the most influential images of the client."""
     import wandb
     from PIL import Image
 
@@ -229,7 +229,7 @@ def _attribution(examples: pd.DataFrame) -> Any:
 
 
 def _artifact(folder: Path, row: dict[str, Any]) -> Any:
-    """Return the files that a report reads, as one artifact ``results-<digest>`` of the type ``results``."""
+    """Return the files that a report reads as the artifact ``results-<digest>``."""
     import wandb
 
     facts = {key: row.get(key) for key in ("method", "dataset", "backbone", "accuracy", "gain", "overhead_percent")}

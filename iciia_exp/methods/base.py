@@ -43,7 +43,7 @@ class Fit(Protocol):
 
 
 class Ask(Enum):
-    """What a method must be told of a client beside its images. One that asks serves the partition's clients alone."""
+    """What a method must know of a client beside its images; such a method serves the partition's clients alone."""
 
     CLIENT_LABELS = "labels of the client's own train images"
     TEST_LABELS = "labels of the images it is tested on: an oracle, shown apart and never ranked"
@@ -53,9 +53,9 @@ class Facts:
     """What a method's constructor is told, once. (Not a dataclass: Hydra would make a dictionary of one.)
 
     Args:
-        task: what the labels say.
+        task: single-label or multi-label.
         head: the backbone's frozen classifier, K x D.
-        class_names: names of the K classes; empty where nobody needs them.
+        class_names: names of the K classes; may be empty.
     """
 
     def __init__(self, task: Task, head: nn.Linear, class_names: tuple[str, ...] = ()) -> None:
@@ -69,7 +69,7 @@ class Facts:
 
 
 def copy_of(head: nn.Linear, trained: bool) -> nn.Linear:
-    """Return a classifier of a method's own that starts as the backbone's, and stays so unless it is ``trained``."""
+    """Return a copy of the backbone's classifier for a method, with gradients if it is ``trained``."""
     own = nn.Linear(head.in_features, head.out_features)
     own.load_state_dict(head.state_dict())
     return own.requires_grad_(trained)
@@ -88,7 +88,7 @@ def make_part(key: str, part: Part[_Made], facts: Facts) -> _Made:
 
 
 def resize_on_load(module: nn.Module, *names: str) -> None:
-    """Let buffers and parameters whose size depends on the data take the size of the weights that are loaded."""
+    """Let buffers and parameters whose size depends on the data take their size from the loaded weights."""
 
     def resize(module: nn.Module, state: dict[str, Tensor], prefix: str, *_: Any) -> None:
         for name in names:
@@ -102,19 +102,19 @@ def resize_on_load(module: nn.Module, *names: str) -> None:
 class Method(nn.Module, ABC):
     """A way to classify a client's images together. Built by the engine as ``Method(facts, **config)``.
 
-    A method without a cost cannot exist: `macs` and `streaming_macs` are abstract. Computing logits changes nothing in
-    the module: an evaluation calls it from several threads.
+    Every method states its cost: `macs` and `streaming_macs` are abstract. `logits` must not change the module: an
+    evaluation calls it from several threads.
     """
 
     #: Stable name: its identity in digests, ``run.json`` and tables.
     name: ClassVar[str]
-    #: The tasks it can do.
+    #: Tasks that it supports.
     tasks: ClassVar[tuple[Task, ...]] = tuple(TASKS.values())
-    #: What it must be told of a client.
+    #: What it must know of a client.
     asks: ClassVar[frozenset[Ask]] = frozenset()
     #: Whether it is trained by gradients with the configuration's recipe, which then counts in its digest.
     trainable: ClassVar[bool] = True
-    #: Whether `logits` can give those after the images before each one, in one pass.
+    #: Whether `logits` can use the images before each image as its context, in one pass.
     causal: bool = False
 
     def __init__(self, facts: Facts) -> None:
@@ -123,18 +123,18 @@ class Method(nn.Module, ABC):
 
     @classmethod
     def canonical(cls, config: dict[str, Any], dim: int) -> dict[str, Any]:
-        """Return ``config`` with every value in the one form that names a run (``groups: max`` becomes D).
+        """Return ``config`` with every value in the form that names a run (``groups: max`` becomes D).
 
-        Raises `ConfigError` for values that do not fit D; called before anything is computed.
+        Called before anything is computed; raises `ConfigError` for values that do not fit D.
         """
         return config
 
     def learn(self, cloud: CloudView, fit: Fit) -> Record:
-        """Learn on the cloud, once; return what to record of it. By default ``fit`` trains the whole module.
+        """Learn on the cloud, once, and return the record of it. By default ``fit`` trains the whole module.
 
         Args:
             cloud: what the cloud may read.
-            fit: trains a method on the cloud's clients; afterwards it is in evaluation mode.
+            fit: trains modules by gradients; afterwards they are in evaluation mode.
         """
         return fit(self)
 
@@ -149,16 +149,16 @@ class Method(nn.Module, ABC):
 
     @abstractmethod
     def macs(self, images: int) -> int:
-        """Return what the method adds to backbone and classifier on a sequence of ``images``, in MACs."""
+        """Return the MACs that the method adds to backbone and classifier on a sequence of ``images``."""
 
     @abstractmethod
     def streaming_macs(self, images: int) -> int | None:
-        """Return what one more image adds when state is kept for the other ``images - 1``; None if it cannot be."""
+        """Return the MACs of one more image when state of the other ``images - 1`` is kept; None if it cannot be."""
 
     @abstractmethod
     def state_bytes(self, images: int) -> int:
-        """Return what is kept of a client after so many images, in bytes (float32)."""
+        """Return the size of a client's state after ``images`` images, in bytes (float32)."""
 
     def num_parameters(self) -> int:
-        """Return the number of parameters that come on top of the backbone and its classifier."""
+        """Return the number of parameters in addition to the backbone and its classifier."""
         return sum(p.numel() for p in self.parameters())

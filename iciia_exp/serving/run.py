@@ -1,20 +1,20 @@
-"""Run: a trained method with its results, rebuilt from its directory alone.
+"""Run: a trained method with its results, rebuilt from its directory.
 
     config.yaml           the whole configuration, resolved
-    run.json              what rebuilds the method: its name and arguments, the task, the classes
-    partition.parquet     which images belong to which client
+    run.json              name and arguments of the method, task, classes
+    partition.parquet     the images of each client
     weights.safetensors   the trained method and the backbone's classifier (written last)
     training.json         epochs, best epoch, seconds
     csv/, wandb/          metrics by epoch, offline wandb run
-    evaluation-<digest>/  one folder for each evaluation of it:
+    evaluation-<digest>/  a folder for each evaluation:
       results.json        one flat row (written last)
       clients.parquet     one row per test client
-      history.parquet     and by images seen before; drawn_clients.parquet: of clients unlike the partition's
-      attribution.parquet examples of targets, with the images that count most
+      history.parquet     one row per test client and length of history; drawn_clients.parquet for drawn clients
+      attribution.parquet examples of targets with their most influential images
       plots/              PNG
 
-Loading runs no code of the files' choosing (`iciia_exp.config.stored`), and reads nothing outside of the directory but
-what the caller names.
+Loading runs no code of the files' choosing (`iciia_exp.config.stored`) and reads nothing outside of the directory and
+the cache.
 
 Legend: C clients, S images of a client, D features, K classes.
 """
@@ -50,20 +50,20 @@ __all__ = ["Run", "save_method"]
 
 FORMAT = 2
 
-# Of classes, features, and images of a chunk: more would not be a run, but a file that asks for all memory.
+# Of classes, features, and images of a chunk; a damaged file could ask for all memory.
 _LARGEST = 1_000_000
 
 _OLD = "it was made by an older version of this package; repeat its command to make it again"
 
 
 def save_method(folder: Path, method: Method, head: nn.Linear, config: dict[str, Any], facts: dict[str, Any]) -> None:
-    """Write ``run.json`` and, last, ``weights.safetensors``: all that `Run.load` needs.
+    """Write ``run.json`` and, last, ``weights.safetensors``, the files of `Run.load`.
 
     Args:
         folder: of the run.
         method, head: the trained method and the backbone's classifier.
         config: the method's configuration.
-        facts: what else goes into ``run.json``: ``task``, ``class_names``, ``images``, ``features``, ``backbone``.
+        facts: further keys of ``run.json``: ``task``, ``class_names``, ``images``, ``features``, ``backbone``.
     """
     tensors = {f"method.{name}": t for name, t in method.state_dict().items()}
     tensors |= {f"head.{name}": t for name, t in head.state_dict().items()}
@@ -87,11 +87,11 @@ class Run:
     head: nn.Linear
     #: S, images of a chunk in training.
     images: int
-    #: What ``run.json`` says.
+    #: Contents of ``run.json``.
     info: dict[str, Any]
-    #: Folder of one evaluation; None where there is none yet.
+    #: Folder of an evaluation; None if there is none.
     evaluation: Path | None
-    #: Where features and backbones that runs share lie.
+    #: Folder of the features and backbones that runs share.
     cache_dir: Path
     plugins: Plugins = ()
     #: Compiled steps of its sessions, by backend and length of history.
@@ -99,13 +99,13 @@ class Run:
 
     @classmethod
     def load(cls, path: str | Path, plugins: Plugins = (), cache_dir: str | Path | None = None) -> Run:
-        """Rebuild the method from a run directory; a `UserError` says what is missing or wrong.
+        """Rebuild the method from a run directory; raises `UserError` if a file is missing or wrong.
 
         Args:
-            path: the run's directory, or the folder of one of its evaluations; of a run with several, the newest.
-            plugins: classes, modules or names of modules that hold methods or backbones of your own. Installed ones
-                (entry points ``iciia_exp.methods`` and ``iciia_exp.backbones``) are found without.
-            cache_dir: where features and backbones lie; by default ICIIA_EXP_CACHE or the user's cache directory.
+            path: the run's directory, with its newest evaluation, or the folder of another evaluation in it.
+            plugins: classes, modules or names of modules with methods or backbones of your own. Installed plug-ins
+                (entry points ``iciia_exp.methods`` and ``iciia_exp.backbones``) need not be named.
+            cache_dir: folder of features and backbones; by default ICIIA_EXP_CACHE or the user's cache directory.
         """
         path = Path(path)
         if not path.is_dir():
@@ -122,7 +122,7 @@ class Run:
         info = _checked(read_json(path / "run.json"), path / "run.json")
         tensors = load_tensors(path / "weights.safetensors")
         shape = list(tensors["head.weight"].shape) if "head.weight" in tensors else None
-        if shape != [info["num_classes"], info["dim"]]:  # before anything of that size is made
+        if shape != [info["num_classes"], info["dim"]]:  # before anything of that size is allocated
             raise UserError(f"{path}/weights.safetensors: its classifier is {shape}, not what run.json describes")
         head = nn.Linear(info["dim"], info["num_classes"])
         facts = Facts(TASKS[info["task"]], head, tuple(info["class_names"]))
@@ -143,7 +143,7 @@ class Run:
         return self.info["class_names"]
 
     def _evaluated(self, name: str) -> Path:
-        """Return one of the evaluation's files."""
+        """Return the path of one of the evaluation's files."""
         if self.evaluation is None:
             raise UserError(f"{self.path}: trained but not evaluated; repeat its command")
         return self.evaluation / name
@@ -174,28 +174,27 @@ class Run:
 
     @cached_property
     def attribution(self) -> pd.DataFrame:
-        """Examples of targets with the images of their client that count most for them."""
+        """Examples of targets with the most influential images of their clients."""
         table = read_table(self._evaluated("attribution.parquet"))
         return pd.DataFrame() if table is None else table
 
     @cached_property
     def partition(self) -> Clients:
-        """Which images belong to which client."""
+        """The images of each client."""
         return Clients.load(self.path / "partition.parquet")
 
     @cached_property
     def features(self) -> FeatureStore:
-        """The features the run was trained on, if they are still in the cache."""
+        """The features that the run was trained on, from the cache."""
         return FeatureStore.open(self.cache_dir / "features" / self.info["features"])
 
     def load_backbone(self, weights: str | Path | None = None) -> Backbone:
-        """Rebuild the network that made the features, for images: ``features(transform(image)[None])``.
+        """Rebuild the network of the features, for images: ``features(transform(image)[None])``.
 
-        Its weights come from where the run's came from: the library, by name; the cache, where they were trained here;
-        or a file, which must be given again.
+        Its weights come from the library or, if it was trained here, from the cache.
 
         Args:
-            weights: the file that the backbone started from.
+            weights: the file of initial weights, if it was not trained here but loaded from one.
         """
         stored = self.info["backbone"]
         if stored is None:
@@ -217,9 +216,9 @@ class Run:
             if folder is not None:
                 backbone = network(num_classes=len(self.class_names))
             else:
-                known = listed_classes(classes) if isinstance(classes, str) else classes
-                own = None if file is None else str(weights)
-                spec = BackboneSpec(stored["name"], network, stored["train"], stored["pretrained"], own, known)
+                names = listed_classes(classes) if isinstance(classes, str) else classes
+                file = None if file is None else str(weights)
+                spec = BackboneSpec(stored["name"], network, stored["train"], stored["pretrained"], file, names)
                 backbone = spec.initial(self.class_names)
         except UserError as error:
             raise UserError(f"{self.path}/run.json: backbone: {error}") from error
@@ -233,10 +232,9 @@ class Run:
 
     @torch.inference_mode()
     def predict(self, features: Tensor, mask: Tensor | None = None) -> Tensor:
-        """Return probabilities for the images of one client [S, D] or of several [C, S, D], over `class_names`.
+        """Return probabilities over `class_names` for the images of one client, [S, D], or of several, [C, S, D].
 
-        Of a multi-label task every attribute has its own. All images of a client see each other.
-        ``mask`` [C, S] is True where an image is real.
+        All images of a client see each other. ``mask`` [C, S] is True where an image is real.
         """
         if features.ndim not in (2, 3) or features.shape[-1] != self.head.in_features or not features.numel():
             dim, got = self.head.in_features, list(features.shape)
@@ -257,7 +255,7 @@ def _load_weights(module: nn.Module, tensors: dict[str, Tensor], path: Path) -> 
 
 
 def _checked(info: dict[str, Any], path: Path) -> dict[str, Any]:
-    """Return what ``run.json`` says if it is of this version and of the right form; a `UserError` names what is not."""
+    """Return the contents of ``run.json`` if format and values are valid; the `UserError` names a wrong key."""
     if not isinstance(info, dict) or info.get("format") != FORMAT:
         found = info.get("format") if isinstance(info, dict) else type(info).__name__
         raise UserError(f"{path}: format {found}, this version reads {FORMAT}; {_OLD}")
@@ -296,5 +294,5 @@ def _text(value: Any) -> bool:
 
 
 def _folder_name(value: Any) -> bool:
-    """Whether a value names a folder and nothing beside or above it."""
+    """Whether a value is the name of a folder, without a path."""
     return isinstance(value, str) and re.fullmatch(r"[\w\-][\w.\-]*", value) is not None

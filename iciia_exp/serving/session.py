@@ -1,11 +1,11 @@
-"""Session: serves one client's images one after the other, with a bounded memory of its past.
+"""Session: serves a client's images one after the other, with a bounded memory of its past.
 
     session = ClientSession(Run.load("outputs/digits/iciia-0123456789ab"), client="kitchen", history=15)
     session.predict(features)   # [D] of one image -> probabilities [K]; the image joins the client's past
 
-Of every past image the method's own state is kept (`Method.state_width` numbers: keys and values of every layer, or the
-features where those do not stay valid), so that causal ICIIA, or one layer, serves one more image at the cost of one
-step. Many sessions are served in one call by `predict_together`.
+Of every past image the method's state is kept (`Adaptive.state_width` numbers: keys and values of every layer, or the
+features where those do not stay valid), so that ICIIA with causal attention or one layer serves one more image at the
+cost of one step. `predict_together` serves many sessions in one call.
 
 Legend: C clients, P kept images, E numbers kept of each, D features, K classes.
 """
@@ -34,24 +34,23 @@ KEEP = ("recent", "reservoir", "diverse")
 
 _FORMAT = 1
 
-# Sessions that are computed at once: their states are copied side by side, 30 KiB an image for N = 3 and D = 1280.
+# Sessions of a batch; their states are copied into one tensor, 30 KiB an image for N = 3 and D = 1280.
 _TOGETHER = 64
 
 
 class ClientSession:
-    """A client that is being served.
+    """A client that is served image by image.
 
     Args:
         run: the trained run.
         client: name of the client, for errors.
-        history: images whose state is kept; as many as the method saw beside a target in training by default.
-        keep: which ones. ``recent``: the last. ``reservoir``: a uniform sample of all so far (Vitter 1985,
-            algorithm R). ``diverse``: of the two most similar ones the older goes (cosine of the features, which are
-            kept too).
-        backbone: turns images into features, for `predict` on images (`Run.load_backbone`).
+        history: number of images whose state is kept; by default a chunk of training without its target.
+        keep: ``recent`` keeps the last images, ``reservoir`` a uniform sample of all so far (Vitter 1985, algorithm R).
+            ``diverse`` drops the older of the two most similar images (cosine of the features, which are kept as well).
+        backbone: computes features, for `predict` on images (`Run.load_backbone`).
         seed: seed of the reservoir.
-        compile: ``inductor`` makes `predict` a program ahead of time (AOTInductor): a quarter of an image's time, after
-            some seconds for the first session of a run and history. It needs a C++ compiler. Or another backend of
+        compile: ``inductor`` compiles `predict` ahead of time (AOTInductor): a quarter of an image's time, after some
+            seconds for the first session of a run and history. It needs a C++ compiler. Or another backend of
             `torch.compile`.
     """
 
@@ -70,23 +69,23 @@ class ClientSession:
         self.run, self.client, self.backbone, self.method = run, client, backbone, run.method
         self.history = max(1, run.images - 1) if history is None else check_int("history", history, 0)
         self.keep = check_choice("keep", keep, KEEP)
-        #: images seen so far, and how many of them are kept
+        #: number of images seen so far, and of those kept
         self.seen, self.kept = 0, 0
         self._rng = np.random.default_rng(seed)
         dim = self.method.dim if keep == "diverse" else 0
         self._state = torch.zeros(self.history, self.method.state_width)
         self._past_1PE = self._state[None]  # the same memory
         self._features = torch.zeros(self.history, dim)
-        self._age = np.zeros(self.history, dtype=np.int64)  # when an image came
+        self._age = np.zeros(self.history, dtype=np.int64)  # position of an image in the stream
         self._compiled = None if compile is None or self.history == 0 else _compiled_step(self, compile)
-        self._real = torch.zeros(1, self.history, dtype=torch.bool)  # which places hold an image
+        self._real = torch.zeros(1, self.history, dtype=torch.bool)  # whether a place holds an image
 
     def __repr__(self) -> str:
         return f"ClientSession({self.client!r}, {self.seen} images seen, {self.kept} kept, {self.state_bytes:,} bytes)"
 
     @property
     def state_bytes(self) -> int:
-        """Bytes of what is kept of the images so far."""
+        """Size of the kept state, in bytes."""
         return self.kept * 4 * (self._state.shape[1] + self._features.shape[1])
 
     @torch.inference_mode()
@@ -94,13 +93,13 @@ class ClientSession:
         """Return probabilities over ``run.class_names``, float32 [K], and remember the image.
 
         Args:
-            image: features, float [D]; or an image as the dataset gives it, where the session has a backbone.
+            image: features, float [D]; or, with a backbone, an image of the dataset's form.
         """
         x_1D = self._as_features(image)
         if self._compiled is None:
             logits_1K, own_1E = self.method.step(_checked(x_1D, [self]), self._state[None, : self.kept])
             p_1K = self.method.task.probabilities(logits_1K)
-        else:  # always of one shape, so that there is one program
+        else:  # of one shape, so that there is one program
             _checked(x_1D, [self], finite=False)
             try:
                 p_1K, own_1E, finite = self._compiled(x_1D, self._past_1PE, self._real)
@@ -125,7 +124,7 @@ class ClientSession:
         return image.float()[None]
 
     def _remember(self, own_E: Tensor, x_D: Tensor) -> None:
-        """Keep one more image, in the place of another where there are too many; ``x_D`` may be [1, D]."""
+        """Keep one more image, in place of another if the memory is full; ``x_D`` may be [1, D]."""
         self.seen += 1
         if self.history == 0:
             return
@@ -147,12 +146,12 @@ class ClientSession:
             self._features[place] = x_D
 
     def _most_similar(self, x_1D: Tensor) -> int:
-        """Return the place of the older of the two most similar images."""
+        """Return the place of the older one of the two most similar images."""
         f_PD = torch.nn.functional.normalize(torch.cat([self._features, x_1D]), dim=-1)
         similar_PP = (f_PD @ f_PD.T).fill_diagonal_(-2.0)
-        one, other = divmod(int(similar_PP.argmax()), len(f_PD))
+        pair = divmod(int(similar_PP.argmax()), len(f_PD))
         age = [*self._age.tolist(), self.seen]
-        return one if age[one] < age[other] else other
+        return min(reversed(pair), key=age.__getitem__)
 
     def save(self, path: str | Path) -> None:
         """Write the client's memory to one file (safetensors)."""
@@ -176,7 +175,7 @@ class ClientSession:
     def load(
         cls, path: str | Path, run: Run, backbone: Backbone | None = None, compile: str | None = None
     ) -> ClientSession:
-        """Go on with a session that was saved; ``run`` must be the run that it was made with."""
+        """Load a saved session of the same ``run``."""
         from safetensors import safe_open
 
         if not Path(path).is_file():
@@ -201,7 +200,7 @@ class ClientSession:
 
 
 class _Step(torch.nn.Module):
-    """A method's step with what stands around it, to be compiled: probabilities, state, and whether x is finite."""
+    """A method's step for compilation: probabilities, state, and whether x is finite."""
 
     def __init__(self, method: Adaptive) -> None:
         super().__init__()
@@ -213,7 +212,7 @@ class _Step(torch.nn.Module):
 
 
 def _compiled_step(session: ClientSession, backend: str) -> Callable[..., tuple[Tensor, Tensor, Tensor]]:
-    """Return the method's step as a program, one for all sessions of a run that keep so many images."""
+    """Return the compiled step, one for all sessions of a run with the same history."""
     run, history = session.run, session.history
     programs = run.programs
     if (backend, history) not in programs:
@@ -230,19 +229,19 @@ def _compiled_step(session: ClientSession, backend: str) -> Callable[..., tuple[
 
 
 def _ahead_of_time(step: _Step, past_1PE: Tensor) -> Callable[..., tuple[Tensor, Tensor, Tensor]]:
-    """Return a library that calls nothing of Python's: a third of the time of `torch.compile` behind a network."""
+    """Return a library without Python calls: a third of the time of `torch.compile` behind a network."""
     from torch._inductor import aoti_compile_and_package, aoti_load_package
 
     mask_1P = torch.ones(past_1PE.shape[:2], dtype=torch.bool)
     with torch.inference_mode(False), torch.no_grad(), tempfile.TemporaryDirectory() as folder:
         program = torch.export.export(step, (torch.zeros(1, step.method.dim), past_1PE.clone(), mask_1P.clone()))
-        # products of one row are worth choosing kernels for: a third of the time of the classifier
+        # tuned kernels for products of one row take a third of the classifier's time
         options: dict[str, Any] = {"package_path": f"{folder}/step.pt2", "inductor_configs": {"max_autotune": True}}
         return aoti_load_package(aoti_compile_and_package(program, **options))
 
 
 def _checked(x_CD: Tensor, sessions: Sequence[ClientSession], finite: bool = True) -> Tensor:
-    """Return the features; the first client with wrong ones (of shape, or not ``finite``) is named in the error."""
+    """Return the features; the error names the first client with features of a wrong shape or not finite."""
     dim = sessions[0].method.dim
     if x_CD.ndim != 2 or x_CD.shape[1] != dim:
         raise UserError(f"{sessions[0].client}: features have shape {list(x_CD.shape[1:])}, the run wants [{dim}]")
@@ -254,7 +253,7 @@ def _checked(x_CD: Tensor, sessions: Sequence[ClientSession], finite: bool = Tru
 
 @torch.inference_mode()
 def predict_together(sessions: Sequence[ClientSession], features: Tensor) -> Tensor:
-    """Serve one image of each of many clients; histories may have any lengths.
+    """Serve one image of each of many clients, with histories of any lengths.
 
     Args:
         sessions: different sessions of one run.
@@ -281,9 +280,9 @@ def _predict(sessions: Sequence[ClientSession], x_CD: Tensor) -> Tensor:
     # sessions of one length at a time: nothing is padded
     for length in np.unique(lengths):
         rows = np.flatnonzero(lengths == length)
-        for some in np.array_split(rows, -(-len(rows) // _TOGETHER)):
-            past_CPE = torch.stack([sessions[i]._state[:length] for i in some])
-            logits_CK[some], own_CE = method.step(x_CD[some], past_CPE)
-            for i, own_E in zip(some, own_CE, strict=True):
+        for batch in np.array_split(rows, -(-len(rows) // _TOGETHER)):
+            past_CPE = torch.stack([sessions[i]._state[:length] for i in batch])
+            logits_CK[batch], own_CE = method.step(x_CD[batch], past_CPE)
+            for i, own_E in zip(batch, own_CE, strict=True):
                 sessions[i]._remember(own_E, x_CD[i])
     return method.task.probabilities(logits_CK)

@@ -20,6 +20,8 @@ from tests.making.torchvision_sets import accept, make_cifar10, make_cifar100, m
 from tests.making.ucf101 import make_ucf101
 from tests.making.vectors import make_vectors
 
+pytestmark = pytest.mark.usefixtures("undrawn")
+
 
 def own_state(self):
     """Return random weights for ImageNet's 1,000 classes, in place of those that no network is there to fetch."""

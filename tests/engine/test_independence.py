@@ -84,38 +84,36 @@ def test_a_finished_run_is_found_without_lightning(stages, small):
     assert done.stdout.splitlines()[-1] == "[]"
 
 
-@pytest.mark.parametrize(
-    "changed",
-    [
-        "evaluation.examples=6",
-        "evaluation.history_orders=1",
-        "evaluation.history_lengths=[0,2]",
-        "evaluation.drawn_clients=4",
-        "evaluation.cost_images=8",
-        "evaluation.images=4",
-        "evaluation.pixels=16",
-    ],
+CHANGES = (
+    *("evaluation.examples=6", "evaluation.history_orders=1", "evaluation.history_lengths=[0,2]"),
+    *("evaluation.drawn_clients=4", "evaluation.cost_images=8", "evaluation.images=4", "evaluation.pixels=16"),
 )
-def test_an_evaluation_setting_evaluates_again_and_trains_nothing(stages, changed, monkeypatch, capsys):
-    first = execute(stages())
-    before = {path.name: path.stat().st_mtime_ns for path in stages().run.folder.glob("[!.]*.*")}
-    made = stages(changed)
-    assert made.run.folder == stages().run.folder
-    assert made.evaluation.folder != stages().evaluation.folder
-    row = execute(made)
-    assert {path.name: path.stat().st_mtime_ns for path in made.run.folder.glob("[!.]*.*")} == before
-    assert row["digest"] == first["digest"]
-    assert row["evaluation_digest"] != first["evaluation_digest"]
-    same = changed.split("=")[0] not in ("evaluation.images", "evaluation.cost_images")
-    assert (row["setting_digest"] == first["setting_digest"]) == same
-    assert (row["accuracy"] == first["accuracy"]) == (changed != "evaluation.images=4")
-    if changed == "evaluation.examples=6":
-        assert Run.load(made.evaluation.folder).attribution["example"].nunique() == 6
-        assert Run.load(stages().evaluation.folder).attribution["example"].nunique() == 12
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_an_evaluation_setting_evaluates_again_and_trains_nothing(stages, capsys):
+    def files(made):
+        return {path.name: path.stat().st_mtime_ns for path in made.run.folder.glob("[!.]*.*")}
+
+    first, before, shown = execute(stages()), files(stages()), 1
+    for changed in CHANGES:
+        made = stages(changed)
+        assert made.run.folder == stages().run.folder
+        assert made.evaluation.folder != stages().evaluation.folder
+        row = execute(made)
+        assert files(made) == before
+        assert row["digest"] == first["digest"]
+        assert row["evaluation_digest"] != first["evaluation_digest"]
+        same = changed.split("=")[0] not in ("evaluation.images", "evaluation.cost_images")
+        assert (row["setting_digest"] == first["setting_digest"]) == same
+        assert (row["accuracy"] == first["accuracy"]) == (changed != "evaluation.images=4")
+        shown += not same
+    assert Run.load(stages("evaluation.examples=6").evaluation.folder).attribution["example"].nunique() == 6
+    assert Run.load(stages().evaluation.folder).attribution["example"].nunique() == 12
     capsys.readouterr()
     report(["outputs"])
     lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| iciia ")]
-    assert len(lines) == 1 if same else len(set(lines)) == 2  # two settings are two rows that show what differs
+    assert len(lines) == len(set(lines)) == shown  # settings are rows that show what differs
 
 
 def test_a_runs_files_do_not_depend_on_its_neighbours(stages, tmp_path):

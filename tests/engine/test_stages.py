@@ -123,6 +123,7 @@ KILLS = {
 
 
 @pytest.mark.parametrize("where", KILLS)
+@pytest.mark.usefixtures("undrawn")
 def test_killed_in_any_stage_and_repeated(stages, tmp_path, monkeypatch, where):
     whole = stages(f"cache_dir={tmp_path}/whole", f"output_dir={tmp_path}/whole")
     want = execute(whole)
@@ -254,7 +255,7 @@ def test_a_long_extraction_says_how_long_before_it_starts(stages, monkeypatch, c
     execute(stages("stage=backbone"))
     execute(stages("stage=features"))
     lines = capsys.readouterr().out.splitlines()
-    (size,) = [i for i, line in enumerate(lines) if "360 images x 32 float32, 46 KB" in line]
+    (size,) = [i for i, line in enumerate(lines) if "360 images x 32 float32, 46.1 kB" in line]
     assert "about 2.0 h" in lines[size + 1]
 
 

@@ -10,9 +10,8 @@ from iciia_exp.config.paths import CONF_DIR
 from iciia_exp.cost import count_macs
 from iciia_exp.data.batches import ClientBatch
 from iciia_exp.errors import ConfigError
-from iciia_exp.methods.adapt.backbone import BackboneOnly
+from iciia_exp.methods.adapt.heads import BackboneOnly, LinearHead
 from iciia_exp.methods.adapt.iciia import IciiaMethod
-from iciia_exp.methods.adapt.linear_head import LinearHead
 from iciia_exp.methods.adapt.stream import StreamMethod
 from iciia_exp.methods.base import Facts, Method
 from tests.making.cloud import no_fit, small_cloud

@@ -13,11 +13,9 @@ from iciia_exp.methods.adapt.arm_cml import ArmCml
 from iciia_exp.methods.adapt.calibration import mean_log_loss
 from iciia_exp.methods.adapt.client_types import ClientTypesMethod
 from iciia_exp.methods.adapt.context_token import ContextToken
-from iciia_exp.methods.adapt.conv_across_images import ConvAcrossImages
-from iciia_exp.methods.adapt.feedforward import FeedForward
+from iciia_exp.methods.adapt.encoder import ConvAcrossImages, FeedForward
 from iciia_exp.methods.adapt.lame import Lame
-from iciia_exp.methods.adapt.prior_em import PriorEM
-from iciia_exp.methods.adapt.prior_map import PriorMAP
+from iciia_exp.methods.adapt.prior_em import PriorEM, PriorMAP
 from iciia_exp.methods.adapt.smoothed_prior import SmoothedPrior
 from iciia_exp.methods.adapt.stata import StatA
 from iciia_exp.methods.adapt.t3a import T3A

@@ -17,6 +17,8 @@ from iciia_exp.methods.adapt.stream_encoder import StreamEncoder
 from iciia_exp.methods.base import Facts
 from iciia_exp.results.summary import ClientCounts
 
+pytestmark = pytest.mark.usefixtures("undrawn")
+
 STREAM = ("method=iciia_stream", "training=streaming", "training.recipe.epochs=3", "num_layers=2", "groups=4")
 
 

@@ -1,12 +1,12 @@
-"""Attribution: how much the prediction for an image depends on the other images of its client.
+"""Attribution: influence of the other images of a client on the prediction for one, and attention to them.
 
-Two measures. *weight*: the method's own attention, where it has some (`Method.attention_weights`), as shares of what
-goes to other images. *influence*, for every method: how much more probable the image makes the method's answer, in
-nats, against leaving that image out of the client's past.
+*weight* is the method's attention, if it has any (`Adaptive.attention_weights`), as shares of the attention to other
+images. *influence*, for every method, is the change of the prediction's log-probability, in nats, by the image, against
+leaving it out of the client's past.
 
-Targets are drawn at random from the test images, and of those some whose answer the method corrects, some that it
-spoils and some whose answer stays as right or wrong as the backbone's; ``cases`` says how many there are of each among
-those drawn, so that examples are not taken for frequencies.
+Targets are drawn at random from the test images. The examples are targets whose prediction the method corrects, spoils,
+or leaves as right or wrong as the backbone's; ``cases`` is the number of each case among the drawn targets, so that
+examples are not mistaken for frequencies.
 
 Legend: T targets, S images of a sequence (the target last), D features, K classes.
 """
@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from iciia_exp.config.settings import Evaluation
 from iciia_exp.data.batches import ClientBatch, ClientIndex
 from iciia_exp.data.clients import Clients
-from iciia_exp.engine.evaluation.setup import Setup
+from iciia_exp.engine.evaluation.history import Setup
 from iciia_exp.errors import first_line
 from iciia_exp.methods.adapt.base import Adaptive
 from iciia_exp.seeding import generator
@@ -38,18 +38,18 @@ log = logging.getLogger(__name__)
 
 CASES = ("corrected", "spoiled", "unchanged")
 
-# Targets that are tried for every example that is kept.
+# Drawn targets for every example.
 _TRIED = 32
 
-# Images of a sequence at most: leaving out each in turn takes the square of it.
+# Largest number of images of a sequence; leaving out each in turn costs its square.
 _LONGEST = 64
 
-# Images up to this size are kept as they are (PNG), larger ones as JPEG.
+# Images up to this size are stored as PNG, larger ones as JPEG.
 _SMALL = 40
 
 
 def _sequences(clients: Clients, number: int, images: int, rng: np.random.Generator) -> ClientIndex:
-    """Return targets drawn at random, each last after images of its client: those before it in time, or any others."""
+    """Return random targets, each after other images of its client: the earlier ones, or any without an order."""
     test = clients.test
     place_M = np.arange(len(test.values)) - np.repeat(test.offsets[:-1], test.lengths)  # within the client
     others_M = place_M if clients.in_time else np.repeat(test.lengths, test.lengths) - 1
@@ -72,18 +72,15 @@ def _at_targets(logits_TSK: Tensor, mask_TS: Tensor) -> Tensor:
     return logits_TSK[torch.arange(len(mask_TS), device=mask_TS.device), mask_TS.sum(1) - 1]
 
 
-def _without(batch: ClientBatch, row: int) -> ClientBatch:
-    """Return one sequence as often as it has images before the target, each time with one of them left out."""
-    past = int(batch.mask_CS[row].sum()) - 1
-    mask_PS = batch.mask_CS[row].expand(past, -1).clone()
-    mask_PS[torch.arange(past), torch.arange(past)] = False
-    same = (part[row].expand(past, *part[row].shape) for part in (batch.x_CSD, batch.y_CS))
-    x_PSD, y_PS = same
-    return ClientBatch(x_PSD, y_PS, mask_PS, batch.client_C[row].expand(past))
+def _without_each(batch: ClientBatch, past: int) -> ClientBatch:
+    """Return a batch of one sequence ``past`` times, each without one of the images before the target."""
+    mask_PS = batch.mask_CS.expand(past, -1).clone()
+    mask_PS.fill_diagonal_(False)
+    return ClientBatch(batch.x_CSD.expand(past, -1, -1), batch.y_CS, mask_PS, batch.client_C.expand(past))
 
 
 def _log_probability(task: Task, logits_MK: Tensor, answer: Tensor) -> Tensor:
-    """Return the log-probability of an answer, [M]: a class, or a yes or no for every attribute, [K]."""
+    """Return the log-probability of a prediction, [M]: a class, or 0 or 1 for every attribute, [K]."""
     return -task.log_loss(logits_MK, answer.expand(len(logits_MK), *answer.shape))
 
 
@@ -98,7 +95,7 @@ def _named(y: Any, names: Sequence[str], task: Task) -> str:
 
 
 def _by_case(change_T: np.ndarray) -> dict[str, np.ndarray]:
-    """Return the rows of each case, from how many more answers of a target the method gets right."""
+    """Return the rows of each case, from the change of a target's correct predictions."""
     return {
         "corrected": np.flatnonzero(change_T > 0),
         "spoiled": np.flatnonzero(change_T < 0),
@@ -107,10 +104,10 @@ def _by_case(change_T: np.ndarray) -> dict[str, np.ndarray]:
 
 
 def _choose(change_T: np.ndarray, examples: int) -> list[tuple[str, int]]:
-    """Return cases and rows of the examples, a third of each case as far as there are so many."""
+    """Return cases and rows of the examples, a third of each case as far as possible."""
     rows = {case: rows_T.tolist() for case, rows_T in _by_case(change_T).items()}
     chosen: dict[str, list[int]] = {case: rows[case][: -(-examples // 3)] for case in CASES}
-    for case in ("corrected", "unchanged", "spoiled"):  # what is missing of one case is filled up from others
+    for case in ("corrected", "unchanged", "spoiled"):  # too few of a case are made up for by others
         short = examples - sum(map(len, chosen.values()))
         if short > 0:
             chosen[case] = rows[case][: len(chosen[case]) + short]
@@ -127,21 +124,20 @@ def attribution_table(
     class_names: Sequence[str],
     image: Callable[[int], Any] | None = None,
 ) -> pd.DataFrame:
-    """Return the examples: for each, the target (``rank`` 0) and the other images that count most (1, 2, ...).
+    """Return the examples: for each, the target (``rank`` 0) and its most influential other images (1, 2, ...).
 
     Args:
         setup: the method; targets are test images.
-        options: how many.
-        images: S, images of a sequence at most, the target among them.
+        options: number of examples and of images of each.
+        images: S, images of a sequence at most, the target included.
         class_names: of the dataset.
-        image: gives an image by number, for thumbnails; None where there are none.
+        image: function from an image's number to the image, for thumbnails; None for none.
 
     Returns:
-        Columns ``example``, ``case`` (`CASES`), ``cases`` (how many of the ``drawn`` targets are of it), ``drawn``,
+        Columns ``example``, ``case`` (`CASES`), ``cases`` (how many of the ``drawn`` targets are such), ``drawn``,
         ``client``, ``rank``, ``image`` (number in the dataset), ``truth``; of targets ``backbone_prediction``,
         ``backbone_confidence``, ``method_prediction``, ``method_confidence``; of others ``weight`` and ``influence``;
-        ``thumbnail`` (PNG or JPEG). No rows where no client has two test
-        images, or the method looks at no other image.
+        ``thumbnail`` (PNG or JPEG). Empty if no client has two test images, or the method uses no other image.
     """
     method, head, batches, clients = setup.method, setup.head, setup.batches, setup.clients
     device, task = setup.device, setup.task
@@ -176,11 +172,11 @@ def attribution_table(
 def _example(
     method: Adaptive, head: nn.Linear, batch: ClientBatch, class_names: Sequence[str], task: Task, neighbours: int
 ) -> list[dict[str, Any]]:
-    """Return the rows of one sequence: its target, and the images that count most, those first."""
+    """Return the rows of one sequence: its target, then its other images, the most influential first."""
     past = int(batch.mask_CS.sum()) - 1
     logits_K, before_K = method.logits(batch)[0, past], head(batch.x_CSD[0, past])
     answer = _answer(logits_K, task)
-    without_PK = method.logits(_without(batch, 0))[:, past]
+    without_PK = method.logits(_without_each(batch, past))[:, past]
     influence_P = (
         (_log_probability(task, logits_K[None], answer) - _log_probability(task, without_PK, answer)).cpu().numpy()
     )
@@ -209,7 +205,7 @@ def _example(
 
 
 class _Thumbnails:
-    """Thumbnails by number of the image; after the first that cannot be made there are no more."""
+    """Thumbnails by an image's number; none after the first that fails."""
 
     def __init__(self, image: Callable[[int], Any] | None, pixels: int) -> None:
         self.image, self.pixels = image, pixels
@@ -219,21 +215,20 @@ class _Thumbnails:
             return None
         try:
             return thumbnail(self.image(number), self.pixels)
-        except Exception as error:  # decoders raise many kinds; the folder may be gone, the features are there
+        except Exception as error:  # of many kinds; the folder may be gone
             log.warning("attribution: examples without pictures (image %d: %s)", number, first_line(error))
             self.image = None
             return None
 
 
 def thumbnail(image: Any, pixels: int = 96) -> bytes | None:
-    """Return a picture of a dataset's image as PNG (small ones as they are) or JPEG; None of a vector.
+    """Return a dataset's image as PNG (a small one) or JPEG; None for a vector.
 
     Args:
-        image: PIL image; uint8 [F, h, w, 3], a clip, of which the middle frame is taken; or float [c, h, w], full scale
-            0 to 1.
+        image: PIL image; clip, uint8 [F, h, w, 3], of which the middle frame is taken; or float [c, h, w] from 0 to 1.
         pixels: longer side at most.
     """
-    from PIL import Image
+    from torchvision.transforms.functional import to_pil_image
 
     if isinstance(image, np.ndarray | Tensor):
         array = np.asarray(image)
@@ -241,11 +236,7 @@ def thumbnail(image: Any, pixels: int = 96) -> bytes | None:
             return None
         if array.ndim == 4:
             array = array[len(array) // 2]
-        elif array.ndim == 3 and array.dtype.kind == "f":
-            array = array.transpose(1, 2, 0)
-        if array.dtype.kind == "f":
-            array = (array.clip(0, 1) * 255).round().astype(np.uint8)
-        image = Image.fromarray(array[..., 0] if array.shape[-1] == 1 and array.ndim == 3 else array)
+        image = to_pil_image(torch.from_numpy(array).clamp(0, 1) if array.dtype.kind == "f" else array)
     picture = image.convert("L" if image.mode in ("L", "1", "I;16") else "RGB")
     out = io.BytesIO()
     if max(picture.size) <= _SMALL:

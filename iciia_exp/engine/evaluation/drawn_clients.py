@@ -22,8 +22,7 @@ import pandas as pd
 
 from iciia_exp.config.settings import Evaluation
 from iciia_exp.data.drawn_clients import drawn_clients
-from iciia_exp.engine.evaluation.history import history_table
-from iciia_exp.engine.evaluation.setup import Setup
+from iciia_exp.engine.evaluation.history import Setup, history_table
 from iciia_exp.results.columns import DRAWN_TYPES
 
 __all__ = ["DRAWN_TYPES", "drawn_clients_table"]

@@ -15,9 +15,8 @@ from iciia_exp.data.batches import ClientBatchSampler, FeatureBatches
 from iciia_exp.data.clients import Clients
 from iciia_exp.engine.evaluation.attribution import attribution_table
 from iciia_exp.engine.evaluation.drawn_clients import drawn_clients_table
-from iciia_exp.engine.evaluation.history import history_table
+from iciia_exp.engine.evaluation.history import Setup, history_table
 from iciia_exp.engine.evaluation.row import client_table, result_row
-from iciia_exp.engine.evaluation.setup import Setup
 from iciia_exp.engine.inputs import Inputs
 from iciia_exp.engine.training.modules import MethodModule
 from iciia_exp.engine.training.progress import fraction_bar

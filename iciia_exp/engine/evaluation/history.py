@@ -8,6 +8,7 @@ Legend: C clients, B sequences of a batch, S images of a sequence, L lengths, M 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import NamedTuple
 
@@ -18,18 +19,36 @@ from torch import Tensor, nn
 
 from iciia_exp.config.settings import Evaluation
 from iciia_exp.data.batches import ClientBatch, ClientIndex, FeatureBatches
-from iciia_exp.data.clients import Ragged
+from iciia_exp.data.clients import Clients, Ragged
 from iciia_exp.data.sequences import Sequences, by_length, prefix_sequences, stream_orders
-from iciia_exp.engine.evaluation.setup import Setup
 from iciia_exp.machine import side_by_side
+from iciia_exp.methods.base import Method
 from iciia_exp.results.counts import ClientCountsMetric, Outcomes, outcomes
 from iciia_exp.results.summary import ALL
 from iciia_exp.seeding import generator
 from iciia_exp.tasks import Task
 
-__all__ = ["PROTOCOLS", "history_table"]
+__all__ = ["PROTOCOLS", "Setup", "history_table"]
 
 PROTOCOLS = ("stream", "prefix")
+
+
+@dataclass(frozen=True)
+class Setup:
+    """A trained method beside the backbone, and the clients whose test images they classify."""
+
+    #: The method and the backbone's classifier, in evaluation mode.
+    method: Method
+    head: nn.Linear
+    #: Gathers features and labels.
+    batches: FeatureBatches
+    clients: Clients
+    device: torch.device | str = "cpu"
+
+    @property
+    def task(self) -> Task:
+        """The method's task."""
+        return self.method.task
 
 
 def history_table(

@@ -16,6 +16,7 @@ import lightning.pytorch as pl
 import numpy as np
 import pandas as pd
 import torch
+from rich.filesize import decimal
 from torch import Tensor
 
 from iciia_exp.config.settings import Extraction
@@ -87,7 +88,7 @@ def extract(
         again = "" if len(rows) == images else f", {images - len(rows):,} already done"
         size = images * backbone.dim * np.dtype(extraction.dtype).itemsize
         log.info(
-            "features: %s images x %s %s, %s%s", f"{images:,}", backbone.dim, extraction.dtype, _bytes(size), again
+            "features: %s images x %s %s, %s%s", f"{images:,}", backbone.dim, extraction.dtype, decimal(size), again
         )
         on_gpu = torch.cuda.is_available() and trainer_config.get("accelerator") != "cpu"
         some = 8 if (macs or 0) < 5e9 else 2
@@ -197,11 +198,3 @@ def head_accuracy(
             right, decisions = right + int(correct.sum()), decisions + correct.numel()
         accuracy[name] = round(right / decisions, 4)
     return accuracy
-
-
-def _bytes(size: int) -> str:
-    for unit in ("B", "KB", "MB", "GB"):
-        if size < 1000:
-            return f"{size:.0f} {unit}" if unit in ("B", "KB") else f"{size:.1f} {unit}"
-        size /= 1000  # type: ignore[assignment]
-    return f"{size:.1f} TB"

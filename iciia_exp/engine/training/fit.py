@@ -1,4 +1,4 @@
-"""Fit: train a module with Lightning, resuming where a kill left it."""
+"""Fit: train a module with Lightning, resuming after a kill."""
 
 from __future__ import annotations
 
@@ -28,12 +28,12 @@ def fit(
     trainer_config: dict[str, Any],
     loggers: list[Any],
 ) -> dict[str, Any]:
-    """Train ``module``, continuing from ``folder/last.ckpt`` where there is one; leave the weights to keep in it.
+    """Train ``module``, continuing from ``folder/last.ckpt`` if it is there.
 
-    With ``validation`` the weights of the epoch with the best val accuracy are kept, else those of the last.
+    Afterwards the module has the weights of the epoch with the best val accuracy; without ``validation``, of the last.
 
     Returns:
-        epochs run, best epoch (from 1) and its val accuracy (None without validation), and seconds of training.
+        Number of epochs, best epoch (from 1) and its val accuracy (None without validation), and seconds of training.
     """
     recipe = module.recipe
     timer, visible = Timer(), sys.stdout.isatty() and trainer_config.get("enable_progress_bar", True)
@@ -49,7 +49,7 @@ def fit(
         keep: dict[str, Any] = {"monitor": MONITOR, "mode": "max", "filename": "best"}
         best = _Checkpoint(folder, save_on_train_epoch_end=True, enable_version_counter=False, **keep)
         callbacks.append(best)
-    # after `best`, so that its memory of the best epoch is in the checkpoint that training resumes from
+    # after `best`, so that the checkpoint to resume from has the state of `best`
     callbacks.append(_Checkpoint(folder, "last", save_on_train_epoch_end=True, enable_version_counter=False))
     epochs = min(recipe.epochs, trainer_config.get("max_epochs") or recipe.epochs)
     last = folder / "last.ckpt"

@@ -1,4 +1,4 @@
-"""Lightning modules: training a backbone on images, and a method on client batches.
+"""Lightning modules: a backbone on images, a classifier on features, a method on client batches.
 
 A training that is killed and repeated gives the result of an uninterrupted one: checkpoints are written at the end of
 every epoch, and all randomness comes from (seed, epoch, step).
@@ -29,11 +29,11 @@ MONITOR = "val/accuracy"
 
 
 class _Module(pl.LightningModule):
-    """What both trainings share: the recipe's optimiser and schedule."""
+    """Optimiser and schedule of a recipe."""
 
     #: name of the training loss
     loss_name: str
-    #: where the recipe stands in the configuration
+    #: key of the recipe in the configuration
     recipe_key: str
 
     def __init__(self, recipe: Recipe) -> None:
@@ -41,8 +41,8 @@ class _Module(pl.LightningModule):
         self.recipe = recipe
 
     def configure_optimizers(self) -> Any:
-        """Build what the recipe says, over the parameters that are trained."""
-        # a fused step under a gradient scaler (16-mixed) unscales by itself, too late for clipping
+        """Build the recipe's optimiser and schedule over the trained parameters."""
+        # under a gradient scaler (16-mixed) a fused step unscales by itself, too late for clipping
         fused = getattr(self.trainer.precision_plugin, "scaler", None) is None
         trunk = self.trunk_parameters()
         rest = [p for p in self.parameters() if p.requires_grad and not any(p is t for t in trunk)]
@@ -54,19 +54,19 @@ class _Module(pl.LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     def trunk_parameters(self) -> list[nn.Parameter]:
-        """Return the parameters that have the recipe's rate for trunks, if it has one."""
+        """Return the parameters that are trained at the recipe's ``trunk_lr``."""
         return []
 
     def configure_gradient_clipping(
         self, optimizer: Any, gradient_clip_val: float | None = None, gradient_clip_algorithm: str | None = None
     ) -> None:
-        """Clip by norm; Lightning's own way refuses every fused optimiser under mixed precision."""
+        """Clip by norm; Lightning's own clipping refuses fused optimisers under mixed precision."""
         if gradient_clip_val:
             nn.utils.clip_grad_norm_(self.parameters(), gradient_clip_val)
 
 
 class BackboneModule(_Module):
-    """Trains a backbone, trunk and head, on single images."""
+    """Trains trunk and head of a backbone on single images."""
 
     loss_name = "backbone/loss"
     recipe_key = "backbone.recipe"
@@ -76,14 +76,14 @@ class BackboneModule(_Module):
         self.backbone, self.task = backbone, task
 
     def trunk_parameters(self) -> list[nn.Parameter]:
-        """Return all but the classifier's parameters, where they have a rate of their own."""
+        """Return all but the classifier's parameters, if their rate is another."""
         if self.recipe.trunk_lr == self.recipe.lr:
             return []
         head = set(map(id, self.backbone.head.parameters()))
         return [p for p in self.backbone.parameters() if id(p) not in head]
 
     def training_step(self, batch: ImageBatch, batch_idx: int) -> Tensor | None:
-        """Return the loss of a batch of images; None where none of them could be read."""
+        """Return the loss of a batch of images; None if none of them could be read."""
         if not len(batch.images):
             return None
         y_B = batch.labels
@@ -114,7 +114,7 @@ class ClassifierModule(_Module):
 
 
 class MethodModule(_Module):
-    """Trains a method on client batches, watches the val clients, and counts per client in testing.
+    """Trains a method on client batches, validates it on val clients, and counts per client in testing.
 
     Args:
         method: the method.
@@ -133,17 +133,17 @@ class MethodModule(_Module):
         self._head = [head.requires_grad_(False)]  # in a list: not part of the checkpoint
         self.val_counts = ClientCountsMetric(clients, decisions)
         self.test_counts = ClientCountsMetric(clients, decisions)
-        #: expected calibration error, 15 bins, of the method's answers and the backbone's
+        #: expected calibration error in 15 bins
         self.calibration = nn.ModuleDict({who: BinaryCalibrationError(15) for who in ("method", "backbone")})
 
     def training_step(self, batch: ClientBatch, batch_idx: int) -> Tensor:
-        """Return the method's loss on a client batch."""
+        """Return the method's loss of a client batch."""
         loss: Tensor = self.method.training_loss(batch)  # type: ignore[operator]  # trainable methods have one
         self.log("train/loss", loss, on_step=False, on_epoch=True, prog_bar=True, batch_size=int(batch.mask_CS.sum()))
         return loss
 
     def _count(self, metric: ClientCountsMetric, batch: ClientBatch) -> dict[str, Tensor]:
-        """Add a batch's counts; return the logits of both."""
+        """Add a batch to a metric; return the logits of backbone and method."""
         head = self._head[0].to(batch.x_CSD.device)
         logits = {"backbone": head(batch.x_CSD), "method": self.method.logits(batch)}
         metric.update(
@@ -154,7 +154,7 @@ class MethodModule(_Module):
         return logits
 
     def on_validation_epoch_start(self) -> None:
-        """Start counting afresh."""
+        """Reset the counts."""
         self.val_counts.reset()
 
     def validation_step(self, batch: ClientBatch, batch_idx: int) -> None:
@@ -169,7 +169,7 @@ class MethodModule(_Module):
         self.log("val/log_loss", float(counts.method_loss_C.sum() / decisions))
 
     def on_test_epoch_start(self) -> None:
-        """Start counting afresh."""
+        """Reset the counts."""
         self.test_counts.reset()
         for who in self.calibration:
             self._calibration(who).reset()

@@ -1,4 +1,4 @@
-"""Progress bars, on terminals only; nothing in log files and pipes."""
+"""Progress bars, on terminals only."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ __all__ = ["fraction_bar", "progress_bar"]
 
 
 def progress_bar(visible: bool = True) -> Progress:
-    """Return a rich progress bar on standard error that vanishes when stopped; silent where that is no terminal."""
+    """Return a transient progress bar on standard error, hidden where that is no terminal."""
     columns = (
         TextColumn("{task.description}"),
         BarColumn(bar_width=None),
@@ -29,7 +29,7 @@ def progress_bar(visible: bool = True) -> Progress:
 
 @contextmanager
 def fraction_bar(title: str) -> Iterator[Callable[[float], None]]:
-    """Show a bar for work that says which share of it is done."""
+    """Show a bar; yield a function that sets the share of the work that is done."""
     with progress_bar() as bar:
         task = bar.add_task(title, total=100, note="%")
         yield lambda share: bar.update(task, completed=round(100 * share))

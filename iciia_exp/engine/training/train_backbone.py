@@ -1,4 +1,4 @@
-"""Backbone stages: training the network, extracting its features, fitting a classifier on them."""
+"""Backbone stages: train the network, extract features, fit a classifier on them."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ __all__ = [
 
 log = logging.getLogger(__name__)
 
-# Lightning is imported late: what only looks for finished artifacts does without it.
+# Lightning is imported late: finding finished artifacts does not need it.
 
 
 def in_epochs(count: int) -> str:
@@ -38,11 +38,11 @@ def in_epochs(count: int) -> str:
     return "1 epoch" if count == 1 else f"{count} epochs"
 
 
-# ---- a network that is trained here
+# ---- training the network
 
 
 def train_backbone(inputs: Inputs, folder: Path) -> None:
-    """Train the network on the experiment's images for it."""
+    """Train the network on the backbone's train images."""
     from iciia_exp.data.images import TransformedImages, readable
     from iciia_exp.engine.training.extract import probes
     from iciia_exp.engine.training.fit import fit
@@ -59,7 +59,7 @@ def train_backbone(inputs: Inputs, folder: Path) -> None:
     sampler: DistributedSampler[Any] = DistributedSampler(images, 1, 0, seed=derive_seed("order", spec.seed) % 2**31)
     loader = image_loader(images, spec.recipe.batch_size, e.extraction.workers(len(rows)), sampler=sampler)
     with plain_errors("features.num_workers"), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message=".*training_step. returned .None.")  # no image of it is readable
+        warnings.filterwarnings("ignore", message=".*training_step. returned .None.")  # a batch without readable images
         record = fit(
             BackboneModule(backbone, spec.recipe, e.dataset_class.task),
             loader,
@@ -85,7 +85,7 @@ def train_backbone(inputs: Inputs, folder: Path) -> None:
 
 
 def report_backbone(folder: Path, made: bool) -> None:
-    """Log how long the training took, or that it was done before."""
+    """Log the duration of the training, or that it was done before."""
     manifest = read_json(folder / "manifest.json")
     if made:
         log.info("backbone: %s in %.1f s", in_epochs(manifest["epochs"]), manifest["seconds"])
@@ -94,8 +94,8 @@ def report_backbone(folder: Path, made: bool) -> None:
 
 
 def load_backbone(inputs: Inputs) -> tuple[Backbone, dict[str, Any]]:
-    """Return the network that gives the features, and the manifest of its training here (empty if there was none)."""
-    torch.manual_seed(derive_seed("backbone", 0))  # weights that nothing gives or trains are the same every time
+    """Return the network, and the manifest of its training (empty if it is not trained here)."""
+    torch.manual_seed(derive_seed("backbone", 0))  # for weights that are neither pre-trained nor trained here
     backbone = inputs.new_backbone()
     if inputs.backbone is None:
         return backbone, {}
@@ -108,11 +108,11 @@ def load_backbone(inputs: Inputs) -> tuple[Backbone, dict[str, Any]]:
     return backbone, read_json(inputs.backbone.folder / "manifest.json")
 
 
-# ---- its features
+# ---- features
 
 
 def make_features(inputs: Inputs, folder: Path) -> None:
-    """Extract the features of every image of the dataset."""
+    """Extract the features of all images of the dataset."""
     from iciia_exp.engine.training.extract import extract
 
     e = inputs.experiment
@@ -128,7 +128,7 @@ def make_features(inputs: Inputs, folder: Path) -> None:
 
 
 def report_features(inputs: Inputs, folder: Path, made: bool) -> None:
-    """Log what the backbone alone gets right, and that the features were made before if they were."""
+    """Log the backbone's accuracy, and whether the features were made before."""
     inputs.facts.remember()
     manifest = inputs.open_store().manifest
     if not made:
@@ -138,11 +138,11 @@ def report_features(inputs: Inputs, folder: Path, made: bool) -> None:
         _report_accuracy(inputs, manifest["accuracy"])
 
 
-# ---- a classifier that is fitted on them
+# ---- a classifier on the features
 
 
 def fit_head(inputs: Inputs, folder: Path) -> None:
-    """Fit a classifier of the dataset's own classes on the trunk's features."""
+    """Fit a classifier of the dataset's classes on the features."""
     from iciia_exp.engine.training.extract import head_accuracy
     from iciia_exp.models.linear_probe import fit_linear_head, out_of_fold_logits
 
@@ -156,7 +156,7 @@ def fit_head(inputs: Inputs, folder: Path) -> None:
     weight, bias, record = fit_linear_head(x_MD, y, task, inputs.num_classes, seed)
     head = {"weight": torch.from_numpy(weight), "bias": torch.from_numpy(bias)}
     save_tensors(folder / "head.safetensors", head)
-    if np.isin(rows, inputs.clients.train.values).any():  # methods will be trained on them too
+    if np.isin(rows, inputs.clients.train.values).any():  # methods are trained on them as well
         logits = out_of_fold_logits(x_MD, y, task, inputs.num_classes, record["penalty"], seed)
         for name, array in (("out_of_fold", logits), ("out_of_fold_images", rows)):
             with atomic_write(folder / f"{name}.npy", "wb") as file:
@@ -176,23 +176,23 @@ def fit_head(inputs: Inputs, folder: Path) -> None:
 
 
 def report_head(inputs: Inputs, folder: Path, made: bool) -> None:
-    """Log what the classifier gets right, and that it was fitted before if it was."""
+    """Log the classifier's accuracy, and whether it was fitted before."""
     if not made:
         log.info("backbone: classifier fitted before")
     _report_accuracy(inputs, read_json(folder / "manifest.json")["accuracy"])
 
 
 def _report_accuracy(inputs: Inputs, accuracy: dict[str, float]) -> None:
-    """Log what the backbone alone gets right of each part of the images."""
+    """Log the backbone's accuracy on each part of the images."""
     shares, spec = ", ".join(f"{100 * a:.1f} % of {s}" for s, a in accuracy.items()), inputs.experiment.backbone
     published = spec.published_top1
-    # the published figure is for the whole of ImageNet's validation images
+    # the published figure is for ImageNet's 50,000 validation images
     whole = published is not None and spec.train == "none" and inputs.num_classes == 1000
     log.info("features: the backbone alone gets %s%s", shares, f" (published: {published} % of test)" if whole else "")
 
 
 def backbone_head(inputs: Inputs, store: FeatureStore) -> nn.Linear:
-    """Return the backbone's frozen classifier: the store's own, or the one fitted on its features."""
+    """Return the backbone's frozen classifier, from the store or fitted on the features."""
     folder = store.path if inputs.head is None else inputs.head.folder
     head = nn.Linear(store.dim, store.num_classes)
     head.load_state_dict(load_tensors(folder / "head.safetensors"))
@@ -200,7 +200,7 @@ def backbone_head(inputs: Inputs, store: FeatureStore) -> nn.Linear:
 
 
 def out_of_fold(inputs: Inputs) -> tuple[np.ndarray, np.ndarray] | None:
-    """Return logits, as of new images, of those that the backbone's classifier was fitted on, and their numbers."""
+    """Return out-of-fold logits of the images that the classifier was fitted on, and their numbers; else None."""
     if inputs.head is None or not (inputs.head.folder / "out_of_fold.npy").is_file():
         return None
     folder = inputs.head.folder

@@ -1,10 +1,11 @@
-"""The run of an experiment: training a method on the clients' stored features."""
+"""Method training: the run of an experiment, on the clients' stored features."""
 
 from __future__ import annotations
 
 import logging
 import shutil
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,6 @@ from iciia_exp.config.build import build
 from iciia_exp.config.stored import store as store_config
 from iciia_exp.data.batches import ClientBatch, ClientBatchSampler, ClientIndex, FeatureBatches
 from iciia_exp.data.clients import Clients, Ragged
-from iciia_exp.data.store import FeatureStore
 from iciia_exp.data.views import CloudView
 from iciia_exp.engine.inputs import Inputs
 from iciia_exp.engine.training.train_backbone import backbone_head, in_epochs, out_of_fold
@@ -36,7 +36,7 @@ log = logging.getLogger(__name__)
 
 
 def train_method(inputs: Inputs, folder: Path) -> None:
-    """Let the method learn and write the run; ``weights.safetensors`` comes last."""
+    """Train the method and write the run, ``weights.safetensors`` last."""
     e, training = inputs.experiment, inputs.experiment.training
     store = inputs.open_store()
     clients = inputs.readable_clients(store)
@@ -57,12 +57,11 @@ def train_method(inputs: Inputs, folder: Path) -> None:
     if Ask.CLIENT_LABELS in asks:
         cloud.devices.require_own_labels(method.name)
 
-    def fit(module: nn.Module, rows: np.ndarray | None = None, recipe: Recipe | None = None) -> Record:
-        if rows is None:
-            return _fit_method(inputs, store, clients, batches, head, folder, module, recipe or training.recipe)
-        return _fit_classifier(inputs, cloud, folder, module, rows, recipe or training.recipe)
-
-    record: Record = {"epochs": 0, "seconds": 0.0, **method.learn(cloud, fit)}
+    record: Record = {
+        "epochs": 0,
+        "seconds": 0.0,
+        **method.learn(cloud, _Fit(inputs, clients, batches, cloud, head, folder / "checkpoints")),
+    }
     write_json(folder / "training.json", record)
     stored = {
         "task": task,
@@ -75,63 +74,65 @@ def train_method(inputs: Inputs, folder: Path) -> None:
     shutil.rmtree(folder / "checkpoints", ignore_errors=True)
 
 
-def _fit_method(
-    inputs: Inputs,
-    store: FeatureStore,
-    clients: Clients,
-    batches: FeatureBatches,
-    head: nn.Linear,
-    folder: Path,
-    method: Any,
-    recipe: Recipe,
-) -> Record:
-    """Train a method with Lightning on the clients that the configuration says; leave it for evaluation."""
-    from iciia_exp.engine.training.fit import fit
-    from iciia_exp.engine.training.modules import MethodModule
+@dataclass
+class _Fit:
+    """Trains modules with Lightning; see `iciia_exp.methods.base.Fit`."""
 
-    e, training = inputs.experiment, inputs.experiment.training
-    order: dict[str, Any] = {"shuffle": True, "shuffle_images": training.shuffle_images, "seed": e.seed}
-    if not e.client_mix.plain:
-        order["draw"] = draw_clients(inputs, clients, "train")
-    own = FeatureBatches(store.array(), inputs.labels, out_of_fold(inputs))
-    record = fit(
-        MethodModule(method, head, recipe, len(clients)),
-        _loader(own, clients, "train", training.train_images, recipe.batch_size, **order),
-        _loader(batches, clients, "val", training.images),
-        seed=e.seed,
-        folder=folder / "checkpoints",
-        trainer_config=e.config["trainer"],
-        loggers=inputs.tracker.loggers(),
-    )
-    method.to("cpu").eval().requires_grad_(False)
-    return record
+    inputs: Inputs
+    clients: Clients
+    batches: FeatureBatches
+    cloud: CloudView
+    head: nn.Linear
+    folder: Path
 
+    def __call__(self, module: nn.Module, rows: np.ndarray | None = None, recipe: Recipe | None = None) -> Record:
+        recipe = recipe or self.inputs.experiment.training.recipe
+        record = self._method(module, recipe) if rows is None else self._classifier(module, rows, recipe)
+        module.to("cpu").eval().requires_grad_(False)
+        return record
 
-def _fit_classifier(
-    inputs: Inputs, cloud: CloudView, folder: Path, classifier: nn.Module, rows: np.ndarray, recipe: Recipe
-) -> Record:
-    """Train a classifier with Lightning on single images that the cloud may read; leave it for evaluation."""
-    from iciia_exp.engine.training.fit import fit
-    from iciia_exp.engine.training.modules import ClassifierModule
+    def _method(self, method: Any, recipe: Recipe) -> Record:
+        """Train a method on the clients of the configuration."""
+        from iciia_exp.engine.training.fit import fit
+        from iciia_exp.engine.training.modules import MethodModule
 
-    name, seed = type(classifier).__name__.lower(), inputs.experiment.seed
-    sampler = ClientBatchSampler(Ragged.from_rows([rows]), 1, recipe.batch_size, shuffle=True, seed=seed)
-    record = fit(
-        ClassifierModule(classifier, recipe),
-        DataLoader(cloud, batch_size=None, sampler=sampler),
-        None,
-        seed=derive_seed(name, seed),
-        folder=folder / "checkpoints" / name,
-        trainer_config=inputs.experiment.config["trainer"],
-        loggers=[],
-    )
-    classifier.to("cpu").eval().requires_grad_(False)
-    log.info("%s: %s over %s images in %.1f s", name, in_epochs(record["epochs"]), f"{len(rows):,}", record["seconds"])
-    return record
+        e, training = self.inputs.experiment, self.inputs.experiment.training
+        order: dict[str, Any] = {"shuffle": True, "shuffle_images": training.shuffle_images, "seed": e.seed}
+        if not e.client_mix.plain:
+            order["draw"] = draw_clients(self.inputs, self.clients, "train")
+        train = FeatureBatches(self.batches.features, self.batches.labels, out_of_fold(self.inputs))
+        return fit(
+            MethodModule(method, self.head, recipe, len(self.clients)),
+            _loader(train, self.clients["train"], training.train_images, recipe.batch_size, **order),
+            _loader(self.batches, self.clients["val"], training.images),
+            seed=e.seed,
+            folder=self.folder,
+            trainer_config=e.config["trainer"],
+            loggers=self.inputs.tracker.loggers(),
+        )
+
+    def _classifier(self, classifier: nn.Module, rows: np.ndarray, recipe: Recipe) -> Record:
+        """Train a classifier on single images that the cloud may read."""
+        from iciia_exp.engine.training.fit import fit
+        from iciia_exp.engine.training.modules import ClassifierModule
+
+        name, e = type(classifier).__name__.lower(), self.inputs.experiment
+        record = fit(
+            ClassifierModule(classifier, recipe),
+            _loader(self.cloud, Ragged.from_rows([rows]), 1, recipe.batch_size, shuffle=True, seed=e.seed),
+            None,
+            seed=derive_seed(name, e.seed),
+            folder=self.folder / name,
+            trainer_config=e.config["trainer"],
+            loggers=[],
+        )
+        images, seconds = f"{len(rows):,}", record["seconds"]
+        log.info("%s: %s over %s images in %.1f s", name, in_epochs(record["epochs"]), images, seconds)
+        return record
 
 
 def _backbone_facts(inputs: Inputs) -> dict[str, Any]:
-    """Return what `Run.load_backbone` builds the backbone from."""
+    """Return the facts from which `Run.load_backbone` builds the backbone."""
     e, spec = inputs.experiment, inputs.experiment.backbone
     classes, weights = spec.classes, spec.weights
     if isinstance(classes, str) and Path(classes).expanduser().is_file():
@@ -148,7 +149,7 @@ def _backbone_facts(inputs: Inputs) -> dict[str, Any]:
 
 
 def report_run(folder: Path, made: bool) -> None:
-    """Log how the training went, or that it was done before."""
+    """Log the outcome of the training, or that it was done before."""
     if not made:
         log.info("train: %s, made before", folder.name)
         return
@@ -163,16 +164,15 @@ def report_run(folder: Path, made: bool) -> None:
 
 
 def _loader(
-    batches: FeatureBatches, clients: Clients, role: str, images: int, batch_size: int = 64, **order: Any
+    images: FeatureBatches | CloudView, ragged: Ragged, chunk: int, batch_size: int = 64, **order: Any
 ) -> DataLoader[Any]:
-    sampler = ClientBatchSampler(clients[role], images, batch_size, **order)
-    return DataLoader(batches, batch_size=None, sampler=sampler)
+    return DataLoader(images, batch_size=None, sampler=ClientBatchSampler(ragged, chunk, batch_size, **order))
 
 
 def draw_clients(
     inputs: Inputs, clients: Clients, role: str
 ) -> tuple[Callable[[np.random.Generator], ClientIndex], int]:
-    """Return what draws an epoch's clients from the images of a role, and how many sequences it gives."""
+    """Return a function that draws an epoch's clients from the images of a role, and the number of its sequences."""
     mix, images = inputs.experiment.client_mix, inputs.experiment.training.train_images
     labels = inputs.labels
     inputs.experiment.named(lambda: mix.check(labels), "client_mix")
@@ -181,7 +181,7 @@ def draw_clients(
 
 
 def _drawn_val(inputs: Inputs, clients: Clients, batches: FeatureBatches, orders: int = 4) -> Iterator[ClientBatch]:
-    """Yield batches of val clients, drawn like the training clients, in several orders."""
+    """Yield batches of val clients drawn as the training clients, in several orders."""
     draw, _ = draw_clients(inputs, clients, "val")
     for order in range(orders):
         rng = generator("calibration", inputs.experiment.seed, order)

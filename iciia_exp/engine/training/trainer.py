@@ -1,4 +1,4 @@
-"""The Lightning Trainer: built from the `trainer` group, quiet, and open to Ctrl-C."""
+"""Trainer: Lightning's Trainer from the `trainer` group, quiet and interruptible."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ __all__ = ["interruptible", "make_trainer", "quiet_lightning"]
 
 @contextmanager
 def quiet_lightning() -> Iterator[None]:
-    """Silence what Lightning says on every start and a user cannot act on (devices found, tips, few workers)."""
+    """Silence Lightning's messages that a user cannot act on (devices found, tips, few workers)."""
     logger = logging.getLogger("lightning.pytorch")
     fabric = logging.getLogger("lightning.fabric")
     levels = logger.level, fabric.level
@@ -47,7 +47,7 @@ def quiet_lightning() -> Iterator[None]:
 
 @contextmanager
 def interruptible(trainer: pl.Trainer) -> Iterator[None]:
-    """Let Ctrl-C be an interruption again: Lightning ends the process with ``exit(1)`` and ignores further signals."""
+    """Raise KeyboardInterrupt on Ctrl-C: Lightning ends the process with ``exit(1)`` and ignores further signals."""
     handler = signal.getsignal(signal.SIGINT)
     try:
         yield
@@ -60,7 +60,7 @@ def interruptible(trainer: pl.Trainer) -> Iterator[None]:
 
 
 def make_trainer(config: dict[str, Any], sharded: bool = False, **arguments: Any) -> pl.Trainer:
-    """Build Lightning's Trainer from the `trainer` group, with the engine's ``arguments`` on top.
+    """Build Lightning's Trainer from the `trainer` group; the engine's ``arguments`` take precedence.
 
     ``sharded`` allows more than one process.
     """
@@ -73,7 +73,7 @@ def make_trainer(config: dict[str, Any], sharded: bool = False, **arguments: Any
         "enable_progress_bar": False,
         "enable_model_summary": False,
         "num_sanity_val_steps": 0,
-        "use_distributed_sampler": False,  # our samplers share the work out themselves
+        "use_distributed_sampler": False,  # our samplers shard by rank
         "log_every_n_steps": 10,
         "logger": False,
         "enable_checkpointing": False,
@@ -83,7 +83,7 @@ def make_trainer(config: dict[str, Any], sharded: bool = False, **arguments: Any
     arguments = {k: v for k, v in arguments.items() if k in known}
     try:
         trainer = pl.Trainer(**arguments)
-    except Exception as error:  # Lightning raises many kinds, each with a clear first line
+    except Exception as error:  # of many kinds, each with a clear first line
         text = first_line(error)
         for key, value in own.items():
             if key in text or (isinstance(value, str) and value in text):

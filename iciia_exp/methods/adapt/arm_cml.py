@@ -1,8 +1,8 @@
-"""ARM-CML: a context network reads every image, its mean over the client joins the input of the prediction network.
+"""ARM-CML: the mean of a context network over the client's images is an input of the prediction network.
 
 Source: Zhang, Marklund, Dhawan, Gupta, Levine and Finn 2021, "Adaptive Risk Minimization: Learning to Adapt to Domain
-Shift" (contextual meta-learning). There both networks read pixels; here they read the backbone's features, so that all
-methods start from the same: context D -> h -> h -> c, prediction [D + c] -> D -> K, ReLU between.
+Shift" (contextual meta-learning). In the paper both networks read pixels; here they read the backbone's features, as
+every other method: context D -> h -> h -> c, prediction [D + c] -> D -> K, ReLU between.
 
 Legend: C clients, S images of a client, P images of its past, D features, K classes, c context, h hidden units.
 """
@@ -65,10 +65,11 @@ class ArmCml(Adaptive):
 
     def step(self, x_CD: Tensor, past_CPE: Tensor, mask_CP: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Return the logits of one more image, [C, K], and its context, [C, c]."""
-        own_Cc = self.context(x_CD)
-        whole_CSc = torch.cat([past_CPE, own_Cc.unsqueeze(1)], 1)
-        real_CS1 = real_images(whole_CSc, None if mask_CP is None else F.pad(mask_CP, (0, 1), value=True)).unsqueeze(2)
-        return self._predict(x_CD, (whole_CSc * real_CS1).sum(1) / real_CS1.sum(1)), own_Cc
+        context_Cc = self.context(x_CD)
+        context_CSc = torch.cat([past_CPE, context_Cc.unsqueeze(1)], 1)
+        mask_CS = None if mask_CP is None else F.pad(mask_CP, (0, 1), value=True)
+        real_CS1 = real_images(context_CSc, mask_CS).unsqueeze(2)
+        return self._predict(x_CD, (context_CSc * real_CS1).sum(1) / real_CS1.sum(1)), context_Cc
 
     def macs(self, images: int) -> int:
         """S (D h + h^2 + h c + (D + c) D)."""
@@ -76,7 +77,7 @@ class ArmCml(Adaptive):
         return images * (context + (self.dim + self.width) * self.dim)
 
     def streaming_macs(self, images: int) -> int | None:
-        """The cost of one image: contexts of the others are kept."""
+        """The cost of one image; the contexts of the others are kept."""
         return self.macs(1)
 
     def num_parameters(self) -> int:

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from iciia_exp.data.batches import ClientBatch
-from iciia_exp.methods.base import Facts, Method, copy_of
+from iciia_exp.methods.base import Method
 
-__all__ = ["Adaptive", "HeadMethod", "PerImage", "in_parts", "real_images"]
+__all__ = ["Adaptive", "PerImage", "in_parts", "real_images"]
 
 
 def real_images(x_CSD: Tensor, mask_CS: Tensor | None) -> Tensor:
@@ -30,7 +30,7 @@ def in_parts(function: Callable[..., Tensor], clients: int, *tensors: Tensor) ->
 
 
 class Adaptive(Method):
-    """A method that any client can use: it computes on unlabelled images, and no client trains anything."""
+    """A method for any client: it computes on unlabelled images, and no client trains anything."""
 
     @abstractmethod
     def forward(self, x_CSD: Tensor, mask_CS: Tensor | None = None) -> Tensor:
@@ -54,15 +54,15 @@ class Adaptive(Method):
         return self.task.loss(self(batch.x_CSD, batch.mask_CS)[batch.mask_CS], batch.y_CS[batch.mask_CS])
 
     def attention_weights(self, x_CSD: Tensor, mask_CS: Tensor | None = None) -> Tensor | None:
-        """Return how much of every image is in each one's logits, [C, S, S], rows summing to one, to be looked at.
+        """Return the share of every image in each image's logits, [C, S, S], rows of sum 1, for inspection.
 
-        None if the method attends to none (`iciia_exp.engine.evaluation.attribution`).
+        None if the method has no attention (`iciia_exp.engine.evaluation.attribution`).
         """
         return None
 
     @property
     def state_width(self) -> int:
-        """E, numbers that `step` wants kept of every past image; by default its features."""
+        """E, numbers that `step` keeps of every past image; by default its features, D."""
         return self.dim
 
     def state_bytes(self, images: int) -> int:
@@ -72,12 +72,12 @@ class Adaptive(Method):
     def step(self, x_CD: Tensor, past_CPE: Tensor, mask_CP: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Return the logits [C, K] of one more image of each client, and what to keep of it, [C, E].
 
-        Equal to the last place of `stream`, or of `forward` where there is none, on past and image together. By default
-        `forward` is computed.
+        Equal to the last logits of `stream`, or of `forward` without one, on past and image together; by default
+        computed by `forward`.
 
         Args:
             x_CD: the images.
-            past_CPE: what was kept of each client's past images, in their order.
+            past_CPE: kept of each client's past images, in their order.
             mask_CP: True where a past image is real; None where all are.
         """
         x_CSD = torch.cat([past_CPE, x_CD[:, None]], 1)
@@ -86,13 +86,13 @@ class Adaptive(Method):
 
 
 class PerImage(Adaptive):
-    """A method that classifies every image by itself: nothing is kept."""
+    """A method that classifies every image by itself; nothing is kept."""
 
     causal = True
 
     @property
     def state_width(self) -> int:
-        """Nothing is kept."""
+        """0: nothing is kept."""
         return 0
 
     def step(self, x_CD: Tensor, past_CPE: Tensor, mask_CP: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -102,23 +102,3 @@ class PerImage(Adaptive):
     def streaming_macs(self, images: int) -> int | None:
         """The cost of one image."""
         return self.macs(1)
-
-
-class HeadMethod(PerImage):
-    """A method that is a linear classifier on each image alone, in place of the backbone's: no cost, no state."""
-
-    def __init__(self, facts: Facts) -> None:
-        super().__init__(facts)
-        self.head = copy_of(facts.head, trained=True)
-
-    def forward(self, x_CSD: Tensor, mask_CS: Tensor | None = None) -> Tensor:
-        """Return the classifier's logits of every image by itself, [C, S, K]."""
-        return self.head(x_CSD)
-
-    def macs(self, images: int) -> int:
-        """Nothing is added: the classifier takes the place of the backbone's."""
-        return 0
-
-    def num_parameters(self) -> int:
-        """Nothing is added."""
-        return 0

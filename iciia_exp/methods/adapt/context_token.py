@@ -1,7 +1,7 @@
 """Context token: one token for all images of a client, inferred from their mean.
 
 Source: Bao and Karaletsos 2023, "Contextual Vision Transformers for Robust Representation Learning" (ContextViT), with
-an image's feature in the place of its patches: each attends to itself and to the token.
+features of images in place of patches: each image attends to itself and to the token.
 
 Legend: S images of a client, D features, N layers, G groups.
 """
@@ -18,7 +18,7 @@ __all__ = ["ContextToken"]
 
 
 class ContextToken(EncoderMethod):
-    """N layers, each with a token that is inferred from the mean of its inputs.
+    """N layers, each with a token inferred from the mean of its inputs.
 
     Args:
         facts: task, D and K; the module trains a classifier of its own.
@@ -48,5 +48,5 @@ class ContextToken(EncoderMethod):
         return ((6 * images + 4) * self.dim**2 // self.groups + 4 * images * self.dim) * self.num_layers
 
     def streaming_macs(self, images: int) -> int | None:
-        """((6 + 4) D^2 / G + 4 D) with one layer, whose mean is a running sum; with more all is computed again."""
+        """((6 + 4) D^2 / G + 4 D) with one layer, from a running sum; None with more layers."""
         return self.macs(1) if self.num_layers == 1 else None

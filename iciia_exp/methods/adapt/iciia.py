@@ -32,7 +32,7 @@ class IciiaMethod(Adaptive):
         dropout: on attention probabilities, hidden units and both branches, while training.
         shuffle: interleave the groups after every projection.
         attention: ``full`` (published) or ``causal``: an image sees itself and the client's earlier images, so that
-            one more image costs a step and every length of history is trained and evaluated in one pass.
+            one more image costs one step and every length of history is trained and evaluated in one pass.
     """
 
     name = "iciia"
@@ -84,8 +84,8 @@ class IciiaMethod(Adaptive):
     def attention_weights(self, x_CSD: Tensor, mask_CS: Tensor | None = None) -> Tensor:
         """Return attention, mean over heads and rolled out over layers (Abnar and Zuidema 2020), [C, S, S].
 
-        A layer's output is half its input and half what it gathers; the product over layers says how much of every
-        image is in the last layer's output of each.
+        A layer's output is taken as half its input and half what it attends to; the product over layers is the share of
+        every image in each output of the last layer.
         """
         maps_NCSS = self.model.attention_maps(x_CSD, mask_CS).mean(2)
         itself_SS = torch.eye(x_CSD.shape[1], device=x_CSD.device)
@@ -96,12 +96,12 @@ class IciiaMethod(Adaptive):
 
     @property
     def _keeps_keys(self) -> bool:
-        """Whether old keys and values stay valid: full attention with several layers changes what old images mean."""
+        """Whether old keys and values stay valid: not with full attention in several layers."""
         return self.model.causal or self.num_layers == 1
 
     @property
     def state_width(self) -> int:
-        """Keys and values of every layer, 2 N D; features, D, where those do not stay valid."""
+        """Keys and values of every layer, 2 N D; the features, D, where those do not stay valid."""
         return self.model.state_width if self._keeps_keys else self.dim
 
     def step(self, x_CD: Tensor, past_CPE: Tensor, mask_CP: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -112,7 +112,7 @@ class IciiaMethod(Adaptive):
         return self.model.classifier(encoded_CD), own_CE
 
     def macs(self, images: int) -> int:
-        """(6 S D^2 / G + 2 S^2 D) N; causal attention, which needs half of the square, counts as a full one."""
+        """(6 S D^2 / G + 2 S^2 D) N; causal attention, which needs half of the square, is counted as full."""
         return attention_macs(images, self.dim, self.groups, self.num_layers)
 
     def streaming_macs(self, images: int) -> int | None:
@@ -120,5 +120,5 @@ class IciiaMethod(Adaptive):
         return streaming_attention_macs(images, self.dim, self.groups, self.num_layers) if self._keeps_keys else None
 
     def num_parameters(self) -> int:
-        """Encoder only: the classifier takes the place of the backbone's."""
+        """The encoder's; the classifier replaces the backbone's."""
         return sum(p.numel() for p in self.model.layers.parameters())

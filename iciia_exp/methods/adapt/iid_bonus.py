@@ -1,13 +1,12 @@
 """IID bonus: log-odds added to the hypothesis that a client has all classes, so that such clients lose nothing.
 
-After one image a client with all classes looks like any other, so whatever is gained on clients with few classes is
-lost on it in part. `choose_iid_bonus` asks val images, dealt at random into clients with all classes, how careful
-a method has to be after 1, 2, 3, 5 and 7 images, to answer such clients as well as the backbone does.
+After one image a client with all classes looks like any other, so a method that gains on clients with few classes loses
+on it. `choose_iid_bonus` finds the least bonus after 1, 2, 3, 5 and 7 images with which val images, dealt at random
+into clients with all classes, are classified as well as by the backbone.
 
-In a client with all classes the past says nothing, so what an image shows is all that there is to know of it: it has
-each class with the probability that the method, calibrated on val clients, gives it by itself. What an answer
-is worth is therefore counted by those probabilities and not by the image's label, whose chance would make two samples
-of some thousand images differ by a nat and more in what they ask for.
+In a client with all classes the past carries no information: an image has each class with the probability that the
+method, calibrated on val clients, gives it by itself. Accuracy and log-loss are expectations under those probabilities,
+not counts of labels: with labels, two samples of some thousand images would differ by a nat or more in the bonus.
 
 Legend: C clients, S images of a client, D features, K classes, M images, T targets in all.
 """
@@ -26,17 +25,17 @@ from iciia_exp.seeding import generator
 
 __all__ = ["LENGTHS", "choose_iid_bonus", "iid_bonus_after"]
 
-#: Longest past of each value of a iid_bonus; no past belongs to the first, and after the last there is none.
+#: Longest past of each value of an iid_bonus; no past counts as the first, and beyond the last the bonus is 0.
 LENGTHS = (1, 2, 3, 5, 7)
 
 _GRID, _FINER = tuple(map(float, range(9))), (0.5, 0.25)  # in nats
 _TOLERATED = 0.002  # of accuracy, and of log-loss in nats
-_IMAGES, _DRAWS = 16_384, 20  # of clients to try a length on, at most, and of how many clients an image is
+_IMAGES, _DRAWS = 16_384, 20  # images of a length's clients at most, and clients of each image
 _AT_ONCE = 1024  # images
 
 
 def iid_bonus_after(iid_bonus_J: Tensor, n: Tensor) -> Tensor:
-    """Return the iid_bonus after ``n`` images, of the same shape; ``caution_J`` has a value for each of `LENGTHS`."""
+    """Return the iid_bonus after ``n`` images, of the shape of ``n``, from its values at `LENGTHS`."""
     bounds = torch.tensor([length + 0.5 for length in LENGTHS], device=n.device)
     return torch.cat([iid_bonus_J, iid_bonus_J.new_zeros(1)])[torch.bucketize(n, bounds)]
 
@@ -52,7 +51,7 @@ def _images(batches: Sequence[ClientBatch]) -> Tensor:
 
 
 def _mixed_clients(images: int, size: int) -> Tensor:
-    """Return which of ``images`` >= ``size`` images clients with all classes have, [C, size]; no client one twice."""
+    """Return the numbers of the images of clients with all classes, [C, size], different ones in each."""
     rng, each = generator("caution", size), images // size
     draws = min(_DRAWS, -(-_IMAGES // (each * size)))
     rows = [rng.permutation(images)[: each * size].reshape(each, size) for _ in range(draws)]
@@ -66,27 +65,27 @@ def choose_iid_bonus(
     head: Callable[[Tensor], Tensor],
     batches: Sequence[ClientBatch],
 ) -> dict[str, Any]:
-    """Set each value to the least with which neither accuracy nor log-loss is expected to be below the backbone's.
+    """Set each value to the least with which clients with all classes are expected to lose nothing.
 
-    On clients with all classes, by more than 0.2 points or 0.002 nats; in quarters of a nat, below the first whole
-    number that is enough. Where nothing is enough, because it is not the prior that harms, it is the least whole number
-    from which on a nat more takes away no more than that; where there are too few val images, 0.
+    They lose nothing where accuracy and log-loss are within 0.2 points and 0.002 nats of the backbone's. Values are
+    whole numbers of nats, refined to quarters. Where no value is enough, because it is not the prior that harms, the
+    least one is taken from which on another nat gains no more than that; with too few val images, 0.
 
     Args:
-        caution_J: what is set, in place; ``stream`` reads it.
+        iid_bonus_J: the values, set in place; ``stream`` reads them.
         stream: from features [C, S, D] to every image's logits after those before it, [C, S, K].
-        facts: task, sizes, and the backbone's classifier.
+        head: the backbone's classifier.
         batches: val clients.
     """
     iid_bonus_J.zero_()
     x_MD = _images(batches)
     if len(x_MD) <= LENGTHS[-1]:
         return {}
-    iid_bonus_J.fill_(_GRID[-1])  # of an image by itself: as of a client with all classes
+    iid_bonus_J.fill_(_GRID[-1])  # the posterior of an image by itself, as in a client with all classes
     alone_MK = torch.cat([stream(x_1D)[:, 0] for x_1D in x_MD.unsqueeze(1).split(_AT_ONCE)]).softmax(-1)
 
     def expected(logits: Callable[[Tensor], Tensor], rows_CS: Tensor, first: int) -> tuple[float, float]:
-        """Return accuracy and log-loss of the answers to each client's images from the ``first`` on."""
+        """Return the expected accuracy and log-loss of each client's images from the ``first`` on."""
         right, losses = [], []
         for rows in rows_CS.split(_AT_ONCE // rows_CS.shape[1]):
             log_p_TK = logits(x_MD[rows])[:, first:].flatten(0, 1).log_softmax(-1)

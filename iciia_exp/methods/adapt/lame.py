@@ -1,11 +1,11 @@
-"""LAME: images that are near each other among the client's images should have the same answer.
+"""LAME: similar images of a client get similar posteriors.
 
 Source: Boudiaf, Mueller, Ben Ayed and Bertinetto 2022, "Parameter-free Online Test-time Adaptation". From posteriors p
-and a graph W, in which every image points to its nearest neighbours among the client's images, repeat
+and a graph W of each image's nearest neighbours among the client's images, iterate
 
     y_i  =  softmax(log p_i + lambda sum over j of W_ij y_j)
 
-The graph of the k nearest neighbours (k = 5, lambda = 1) is the one the paper settles on.
+The paper settles on the k nearest neighbours with k = 5 and lambda = 1.
 
 Legend: C clients, S images of a client, D features, K classes, I iterations.
 """
@@ -25,7 +25,7 @@ __all__ = ["Lame", "nearest_neighbours"]
 
 
 def nearest_neighbours(x_CSD: Tensor, real_CS: Tensor, neighbours: int) -> Tensor:
-    """Return 1 at [c, i, j] where j is among the nearest real images to i, itself excepted; float [C, S, S]."""
+    """Return 1 at [c, i, j] where j is one of the nearest real images of i other than itself, float [C, S, S]."""
     C, S, _ = x_CSD.shape
     if neighbours == 0 or S == 1:
         return x_CSD.new_zeros(C, S, S)
@@ -43,9 +43,9 @@ class Lame(WholeChunks):
     Args:
         facts: task, sizes, and the backbone's classifier.
         calibrator: ``none`` (published), ``temperature`` or ``bcts``.
-        neighbours: k of the graph; 0 is the backbone itself.
+        neighbours: k of the graph; 0 gives the backbone's posteriors.
         weight: lambda.
-        iterations: I; it has long settled by then.
+        iterations: I; the default is well past convergence.
     """
 
     name = "lame"
@@ -65,7 +65,7 @@ class Lame(WholeChunks):
         self.iterations = check_int("iterations", iterations, 1)
 
     def together(self, x_CSD: Tensor, real_CS: Tensor, b_CSK: Tensor) -> Tensor:
-        """Return the logits that the graph leaves, [C, S, K]."""
+        """Return the logits of the last iteration, [C, S, K]."""
         log_p_CSK = b_CSK.log_softmax(-1)
         edges_CSS = self.weight * nearest_neighbours(x_CSD, real_CS, self.neighbours)
         logits_CSK = log_p_CSK

@@ -1,12 +1,15 @@
-"""Prior EM: the client's class prior by expectation-maximisation, from the backbone's posteriors alone.
+"""Prior EM and prior MAP: the client's class prior by expectation-maximisation, from the backbone's posteriors alone.
 
 Source: Saerens, Latinne and Decaestecker 2002, "Adjusting the outputs of a classifier to new a priori probabilities: a
 simple procedure" (Neural Computation 14). With posteriors p_i under a source prior s, a client's prior pi is where
 
     pi_k = mean over images i of  pi_k p_ik / s_k  /  sum over j of pi_j p_ij / s_j
 
-and the answer for an image is proportional to pi_k p_ik / s_k. The images of a client decide its prior together, the
-target among them. Of a multi-label task every attribute has a prior of its own, present or absent.
+and the posterior of an image is proportional to pi_k p_ik / s_k. All images of a client decide its prior, the target
+included. In a multi-label task every attribute has a prior of its own.
+
+Maximum likelihood excludes every class that the few images of a client do not show. `PriorMAP` smooths the M-step by a
+Dirichlet prior whose mean is the prior of all clients; its strength is chosen on val clients.
 
 Legend: C clients, S images of a client, K classes, I iterations.
 """
@@ -17,28 +20,28 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from iciia_exp.errors import check_int
+from iciia_exp.errors import check_float, check_int
 from iciia_exp.methods.adapt.base import in_parts, real_images
 from iciia_exp.methods.adapt.training_free import TrainingFree
 from iciia_exp.methods.base import Facts
 from iciia_exp.tasks import MULTI_LABEL
 
-__all__ = ["EMMethod", "PriorEM", "estimate_prior"]
+__all__ = ["PriorEM", "PriorMAP", "estimate_prior"]
 
-# No class becomes impossible: log-loss would be infinite where it comes after all.
+# Least prior of a class, so that the log-loss stays finite.
 _LEAST = 1e-8
 
 
 def estimate_prior(
     log_likelihood_CSK: Tensor, real_CS: Tensor, start_K: Tensor, strength: Tensor, iterations: int
 ) -> Tensor:
-    """Return every client's prior, [C, K], by so many steps of EM; two matrix products each, 2 S K together.
+    """Return every client's prior, [C, K], by EM; an iteration is two matrix products, 2 S K MACs together.
 
     Args:
         log_likelihood_CSK: log p_ik / s_k, up to a constant of each image.
         real_CS: 1 for a real image, 0 for padding.
-        start_K: the prior to start from, towards which the result is drawn.
-        strength: as by how many images it is drawn there: the mode under a Dirichlet prior; 0 is maximum likelihood.
+        start_K: the prior to start from, and the mean of the Dirichlet prior.
+        strength: of the Dirichlet prior, in images; 0 is maximum likelihood.
         iterations: I.
     """
     likelihood_CSK = (log_likelihood_CSK - log_likelihood_CSK.amax(-1, keepdim=True)).exp()
@@ -53,11 +56,11 @@ def estimate_prior(
 
 
 class EMMethod(TrainingFree):
-    """Posteriors under a prior that EM finds in the images of each client; 0 is the strength of maximum likelihood.
+    """Posteriors under each client's class prior, estimated by EM. The strength 0 is maximum likelihood.
 
     Args:
         facts: task, sizes, and the backbone's classifier.
-        calibrator: ``none``, ``temperature`` or ``bcts``; the likelihoods must mean what they say.
+        calibrator: ``none``, ``temperature`` or ``bcts``; EM needs calibrated likelihoods.
         iterations: I.
     """
 
@@ -81,7 +84,7 @@ class EMMethod(TrainingFree):
         return log_likelihood_CSK + prior_CK.clamp(min=_LEAST).log().unsqueeze(1)
 
     def _attributes(self, b_CSK: Tensor, real_CS: Tensor) -> Tensor:
-        """Every attribute of a client is a problem with two classes."""
+        """EM of every attribute as a task with two classes."""
         source_K = self.calibrator.log_source.exp()
         log_odds_CSK = b_CSK - source_K.logit()  # of the likelihoods of presence and absence
         two_CKS2 = torch.stack([F.logsigmoid(-log_odds_CSK), F.logsigmoid(log_odds_CSK)], -1).transpose(1, 2)
@@ -108,11 +111,11 @@ class EMMethod(TrainingFree):
         return whole(b_CSK, real_CS)[:, -1], b_CK
 
     def macs(self, images: int) -> int:
-        """2 S K I; twice that of a multi-label task, whose attributes have two classes."""
+        """2 S K I; twice that for a multi-label task, whose attributes have two classes."""
         return (4 if self.task == MULTI_LABEL else 2) * images * self.num_classes * self.iterations
 
     def streaming_macs(self, images: int) -> int | None:
-        """The same: EM starts again with every image, on posteriors that were kept."""
+        """The same: EM starts again with every image, on the kept posteriors."""
         return self.macs(images)
 
 
@@ -120,9 +123,26 @@ class PriorEM(EMMethod):
     """Posteriors under the prior of maximum likelihood.
 
     Args:
-        facts: task, sizes, and the backbone's classifier.
-        calibrator: ``none``, ``temperature`` or ``bcts``; the likelihoods must mean what they say.
-        iterations: I.
+        facts, calibrator, iterations: as of `EMMethod`.
     """
 
     name = "prior_em"
+
+
+class PriorMAP(EMMethod):
+    """Posteriors under the most probable prior of each client.
+
+    Args:
+        facts, calibrator, iterations: as of `EMMethod`.
+        strength: of the Dirichlet prior, in images; null is chosen on val clients.
+    """
+
+    name = "prior_map"
+
+    def __init__(
+        self, facts: Facts, calibrator: str = "bcts", iterations: int = 50, strength: float | None = None
+    ) -> None:
+        super().__init__(facts, calibrator, iterations)
+        self.strength.fill_(1.0 if strength is None else check_float("strength", strength, 0.0))
+        if strength is None:
+            self.grids = {"strength": (0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0)}

@@ -1,8 +1,8 @@
-"""Smoothed prior: one step towards the client's class prior, posteriors times their smoothed mean.
+"""Smoothed prior: posteriors times their smoothed mean over the client's images.
 
 Source: the prior correction of ROID (Marsden, Döbler and Yang 2024, "Universal Test-time Adaptation through Weight
 Ensembling, Diversity Weighting, and Prior Correction"). With the mean q of the posteriors over the batch, here over a
-client's images, and gamma = max(1 / S, 1 / K) / max_k q_k, the answer is proportional to
+client's images, and gamma = max(1 / S, 1 / K) / max_k q_k, the corrected posterior is proportional to
 
     p_k (q_k + gamma) / (1 + gamma K)
 
@@ -11,12 +11,12 @@ Legend: C clients, S images of a client, K classes.
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from iciia_exp.methods.adapt.base import real_images
 from iciia_exp.methods.adapt.training_free import TrainingFree
-from iciia_exp.methods.base import Facts
 from iciia_exp.tasks import SINGLE_LABEL
 
 __all__ = ["SmoothedPrior"]
@@ -32,9 +32,6 @@ class SmoothedPrior(TrainingFree):
 
     name = "smoothed_prior"
     tasks = (SINGLE_LABEL,)
-
-    def __init__(self, facts: Facts, calibrator: str = "none") -> None:
-        super().__init__(facts, calibrator)
 
     def forward(self, x_CSD: Tensor, mask_CS: Tensor | None = None) -> Tensor:
         """Return log-posteriors corrected by each client's mean, [C, S, K]."""
@@ -56,15 +53,14 @@ class SmoothedPrior(TrainingFree):
     def step(self, x_CD: Tensor, past_CPE: Tensor, mask_CP: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Return the logits of one more image, [C, K], and its log-posteriors."""
         log_p_CSK = self.calibrated(x_CD.unsqueeze(1)).log_softmax(-1)
-        whole_CSK = F.pad(past_CPE, (0, 0, 0, 1))
-        whole_CSK[:, -1:] = log_p_CSK
-        real_CS = real_images(whole_CSK, None if mask_CP is None else F.pad(mask_CP, (0, 1), value=True))
-        return self._corrected(whole_CSK, real_CS)[:, -1], log_p_CSK[:, 0]
+        all_CSK = torch.cat([past_CPE, log_p_CSK], 1)
+        real_CS = real_images(all_CSK, None if mask_CP is None else F.pad(mask_CP, (0, 1), value=True))
+        return self._corrected(all_CSK, real_CS)[:, -1], log_p_CSK[:, 0]
 
     def macs(self, images: int) -> int:
-        """Sums and products of posteriors, S K of each, which no cost here counts: 0."""
+        """0: elementwise sums and products of posteriors are not counted."""
         return 0
 
     def streaming_macs(self, images: int) -> int | None:
-        """Nothing that is counted."""
+        """0, as `macs`."""
         return 0

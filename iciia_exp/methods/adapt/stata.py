@@ -1,15 +1,16 @@
-"""StatA: a Gaussian mixture on the client's features, whose statistics are anchored to those of the cloud.
+"""StatA: a Gaussian mixture on the client's features, its statistics anchored to the cloud's.
 
 Source: Zanella, Fuchs, De Vleeschouwer and Ben Ayed 2025, "Realistic Test-Time Adaptation of Vision-Language Models".
-There the anchors come from text, here from the training clients: means mu'_k of the classes and a shared diagonal
-variance s' of features of length 1. With the backbone's posteriors p, a graph w of near images, and assignments z,
+In the paper the anchors come from text, here from the training clients: means mu'_k of the classes and a shared
+diagonal variance s' of features of length 1. With the backbone's posteriors p, a graph w of similar images, and
+assignments z,
 
     z_i    ~  p_i exp(log N(f_i; mu, s) + sum over j of w_ij z_j)
     mu_k   =  (sum over i of z_ik f_i + alpha mu'_k) / (n_k + alpha)          n_k = sum over i of z_ik
     s      =  (sum over i, k of z_ik (f_i - mu_k)^2 + alpha sum over k of (s' + (mu'_k - mu_k)^2)) / (S + alpha K)
 
-in turn, which minimises the paper's objective: alpha weighs the divergence of every class's Gaussian from its anchor.
-No client's means are ever formed: they are known by z, and only their products with the client's images are needed.
+in turn. This minimises the paper's objective, in which alpha weighs the divergence of each class's Gaussian from its
+anchor. The means of a client are never formed: only their products with its images are needed, which follow from z.
 
 Legend: C clients, S images of a client, D features, K classes, I iterations, J steps of the assignments in each.
 """
@@ -29,7 +30,7 @@ from iciia_exp.tasks import SINGLE_LABEL
 
 __all__ = ["StatA"]
 
-#: Training images that the anchors are read from, at most.
+#: Largest number of training images for the anchors.
 _ANCHOR_IMAGES = 300_000
 
 
@@ -40,11 +41,11 @@ class StatA(WholeChunks):
         facts: task, sizes, and the backbone's classifier.
         calibrator: ``none`` (published), ``temperature`` or ``bcts``.
         anchor: alpha.
-        neighbours: near images that an image points to.
-        iterations: I; settled by then wherever the Gaussians do not drown the classifier.
+        neighbours: number of similar images of each image in the graph.
+        iterations: I; enough to converge wherever the Gaussians do not dominate the classifier.
         steps: J.
-        sharpness: factor of log N; 1 is published. A Gaussian of many features outshouts any classifier; null chooses
-            it on val clients.
+        sharpness: factor of log N; 1 is published. The log-density of many features dominates any classifier; null
+            chooses the factor on val clients.
     """
 
     name = "stata"

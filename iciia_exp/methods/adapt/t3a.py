@@ -1,12 +1,13 @@
-"""T3A: class prototypes made of the classifier's weights and the client's own images, by their pseudo-labels.
+"""T3A: class prototypes from the classifier's weights and the client's pseudo-labelled images.
 
 Source: Iwasawa and Matsuo 2021, "Test-Time Classifier Adjustment Module for Model-Agnostic Domain Generalization". The
-supports of a class are its weight vector and the images the classifier takes for it, all of length 1; the M surest of
-them (by the entropy of the classifier's posterior) make its prototype, their mean, of length 1; the answer is the
-image's product with the prototypes. Its scale, which the paper needs not but log-loss does, is fitted on val
-clients.
+supports of a class are its weight vector and the images that the classifier assigns to it, all of length 1. The mean of
+the M supports of lowest entropy (of the classifier's posterior), normalised to length 1, is its prototype. The logits
+are the image's products with the prototypes, times a scale that is fitted on val clients for the log-loss; the paper
+has none.
 
-No client's prototypes are ever formed, only their products with its images: with the weights once, and with each other.
+The prototypes of a client are never formed, only their products with its images: those with the weights and with each
+other.
 
 Legend: C clients, S images of a client, D features, K classes, M supports.
 """
@@ -39,7 +40,7 @@ class T3A(WholeChunks):
 
     Args:
         facts: task, sizes, and the backbone's classifier.
-        supports: M, the surest supports of a class that count.
+        supports: M, supports of a class.
     """
 
     name = "t3a"
@@ -52,7 +53,7 @@ class T3A(WholeChunks):
         super().__init__(facts)
         self.supports = check_int("supports", supports, 1)
         self.register_buffer("log_scale", torch.zeros(()))
-        # of the weights' own answers, as supports; as in the paper a class's weights count as one of its own
+        # entropy of the weights as supports of their class, as in the paper
         self.register_buffer("entropy", _entropy(self.head(self.head.weight)).detach())
 
     def together(self, x_CSD: Tensor, real_CS: Tensor, b_CSK: Tensor) -> Tensor:

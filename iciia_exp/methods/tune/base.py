@@ -1,4 +1,4 @@
-"""Personal methods: what they have learned belongs to one client, and serves no other.
+"""Personal methods: what they learn from a client's labels serves that client alone.
 
 Legend: C clients, S images of a client, K classes.
 """
@@ -11,7 +11,7 @@ __all__ = ["Personal"]
 
 
 class Personal(Method):
-    """A method with something of its own for every client of the partition; a batch says whose images they are."""
+    """A method with parameters of its own for every client of the partition, chosen by a batch's client numbers."""
 
     #: An image's logits depend on its client, not on other images.
     causal = True

@@ -1,12 +1,12 @@
 """Fine-tuning: every client's own linear classifier, trained on its own labelled images.
 
 Source: a baseline of ICIIA (ACML 2024, PMLR 260:223-238), section 4: from the backbone's classifier, SGD, batches of
-16, rate 0.01, gradients clipped at 5, until a client's own validation images have not been better for 10 epochs. It
-needs what clients are not asked for, labels, and is refused where test clients have none.
+16, rate 0.01, gradients clipped at 5, stopped when the accuracy on the client's own val images has not improved for 10
+epochs. It needs labels, which clients are not asked for, and is refused where test clients have none.
 
-All clients are trained at once. A classifier that gradient steps change from W moves within the span of its client's
-features, W + A^T F, so that A [images, K] is trained and products of features are all that is needed: the same steps,
-without a classifier of D x K for every client.
+All clients are trained at once. Gradient steps move a classifier from W within the span of its client's features,
+W + A^T F. So A [images, K] is trained, by products of features alone: the same steps, without a classifier of D x K for
+every client.
 
 Legend: C clients, n images of a client, D features, K classes, T test images in all.
 """
@@ -29,7 +29,7 @@ from iciia_exp.tasks import SINGLE_LABEL
 
 __all__ = ["FineTune"]
 
-# Numbers of a batch of clients that are trained at once.
+# Size of the Gram matrices of the clients that are trained at once, in numbers.
 _NUMBERS = 1 << 24
 
 
@@ -42,7 +42,7 @@ class FineTune(Personal):
         batch_size: images of a step, in the order of the client's images.
         clip_norm: largest norm of a gradient.
         epochs: at most.
-        patience: stop after so many epochs without a better accuracy on the client's val images.
+        patience: epochs without a better accuracy on the client's val images before training stops.
     """
 
     name = "finetune"
@@ -68,14 +68,14 @@ class FineTune(Personal):
         self.clip_norm = check_float("clip_norm", clip_norm, 0.0, open_low=True)
         self.epochs, self.patience = check_int("epochs", epochs, 1), check_int("patience", patience, 1)
         self.head = copy_of(facts.head, trained=False)
-        # answers to the test images, not a classifier of D x K for every client: (client, image) and logits
+        # logits of the test images by (client, image), not a classifier of D x K for every client
         self.register_buffer("keys", torch.zeros(0, 2, dtype=torch.int64))
         self.register_buffer("kept_logits", torch.zeros(0, self.num_classes))
         resize_on_load(self, "keys", "kept_logits")
 
     @torch.no_grad()
     def learn(self, cloud: CloudView, fit: Fit) -> Record:
-        """Train every client's classifier, and classify its test images, which it sees without their labels."""
+        """Train every client's classifier, and classify its test images, whose labels it does not see."""
         self.eval()
         devices = cloud.devices
         lengths = devices.lengths("train")
@@ -144,12 +144,12 @@ class FineTune(Personal):
         return right_Cm.sum(1) / batch.mask_CS.sum(1).clamp(min=1)
 
     def logits(self, batch: ClientBatch, causal: bool = False) -> Tensor:
-        """Return what the classifiers of the batch's clients answer to their test images, [C, S, K].
+        """Return the logits of the clients' classifiers for their test images, [C, S, K].
 
-        The backbone's answers stand in for the images of val clients that no classifier was asked about.
+        For images without such logits, those of val clients, they are the backbone's.
         """
         if batch.image_CS is None:
-            raise UserError(f"{self.name}: answers the partition's test images alone")
+            raise UserError(f"{self.name}: classifies the test images of its partition alone")
         wide = int(max(self.keys[:, 1].max(), batch.image_CS.max())) + 1 if len(self.keys) else 1
         known_T = self.keys[:, 0] * wide + self.keys[:, 1]
         asked_CS = batch.client_C[:, None] * wide + batch.image_CS
@@ -158,11 +158,11 @@ class FineTune(Personal):
         return torch.where(found_CS.unsqueeze(2), self.kept_logits[place_CS], self.head(batch.x_CSD))
 
     def macs(self, images: int) -> int:
-        """Nothing is added: the client's classifier takes the place of the backbone's."""
+        """0: the client's classifier replaces the backbone's."""
         return 0
 
     def streaming_macs(self, images: int) -> int | None:
-        """Nothing is added."""
+        """0, as `macs`."""
         return 0
 
     def state_bytes(self, images: int) -> int:
@@ -170,5 +170,5 @@ class FineTune(Personal):
         return 4 * self.num_classes * (self.dim + 1)
 
     def num_parameters(self) -> int:
-        """Of one client: its classifier."""
+        """Those of one client's classifier."""
         return self.num_classes * (self.dim + 1)

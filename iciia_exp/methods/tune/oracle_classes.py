@@ -1,4 +1,4 @@
-"""Oracle: the backbone, told which classes the client has. No method can know, so it is shown apart and never ranked.
+"""Oracle: the backbone's classifier restricted to the classes of the client; shown apart and never ranked.
 
 Legend: C clients, S images of a client, K classes.
 """
@@ -18,12 +18,12 @@ from iciia_exp.tasks import SINGLE_LABEL
 
 __all__ = ["OracleClasses"]
 
-#: What is left of a forbidden class's logit: no class is impossible, so that log-loss stays a number.
+#: Logit of the other classes; finite, so that the log-loss is.
 FORBIDDEN = -30.0
 
 
 class OracleClasses(Personal):
-    """The backbone's classifier without the classes that none of the client's test images has.
+    """The backbone's classifier, restricted to the classes of the client's test images.
 
     Args:
         facts: task, sizes, and the backbone's classifier.
@@ -49,24 +49,24 @@ class OracleClasses(Personal):
         return {}
 
     def logits(self, batch: ClientBatch, causal: bool = False) -> Tensor:
-        """Return the backbone's logits, other classes than the client's own all but forbidden, [C, S, K]."""
+        """Return the backbone's logits, those of other classes than the client's replaced, [C, S, K]."""
         b_CSK = self.head(batch.x_CSD)
         has_CK = self.has.to(b_CSK.device)[batch.client_C]
-        # a client without test images is told nothing
+        # a client without test images keeps all classes
         return b_CSK.masked_fill(~(has_CK | ~has_CK.any(1, keepdim=True)).unsqueeze(1), FORBIDDEN)
 
     def macs(self, images: int) -> int:
-        """Nothing is added."""
+        """0."""
         return 0
 
     def streaming_macs(self, images: int) -> int | None:
-        """Nothing is added."""
+        """0."""
         return 0
 
     def state_bytes(self, images: int) -> int:
-        """Nothing is kept: it has been told."""
+        """0: nothing is kept."""
         return 0
 
     def num_parameters(self) -> int:
-        """Nothing is added."""
+        """0."""
         return 0

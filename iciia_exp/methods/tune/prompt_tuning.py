@@ -1,8 +1,8 @@
 """Prompt tuning: a learned vector for every client beside a shared classifier.
 
 Source: a baseline of ICIIA (ACML 2024, PMLR 260:223-238), section 4: logits = W f + b + W_p e_u + b_p with e_u of
-width D/2 for client u, W and b from the backbone's classifier, all trained together. It needs labelled images of the
-test clients and is refused where they have none.
+width D/2 for client u, W and b initialised from the backbone's classifier, all trained together. It needs labelled
+images of the test clients and is refused where they have none.
 
 Legend: C clients, S images of a client, D features, K classes.
 """
@@ -27,8 +27,8 @@ class PromptTuning(Personal):
     """A vector for every client of the partition.
 
     Args:
-        facts: task, sizes, and the backbone's classifier, where the shared one starts.
-        width: of the vectors; null is D/2, chosen in the paper among D/4 to 4 D.
+        facts: task, sizes, and the backbone's classifier, from which the shared one is initialised.
+        width: of the vectors; null is D/2, which the paper chose among D/4 to 4 D.
     """
 
     name = "prompt_tuning"
@@ -62,7 +62,7 @@ class PromptTuning(Personal):
         return self.num_classes * self.width
 
     def streaming_macs(self, images: int) -> int | None:
-        """Nothing: that part is a bias, ready before the image."""
+        """0: that part is a bias, computed before the image arrives."""
         return 0
 
     def state_bytes(self, images: int) -> int:
@@ -70,5 +70,5 @@ class PromptTuning(Personal):
         return 4 * self.width
 
     def num_parameters(self) -> int:
-        """The map of the vectors and one of them; the classifier takes the place of the backbone's."""
+        """Those of the map and of one vector; the classifier replaces the backbone's."""
         return sum(p.numel() for p in self.prompt.parameters()) + self.width

@@ -12,10 +12,10 @@ from PIL import Image
 from iciia_exp.config.settings import Evaluation
 from iciia_exp.data.clients import Clients, Ragged
 from iciia_exp.engine.evaluation.attribution import CASES, attribution_table, thumbnail
-from iciia_exp.engine.evaluation.setup import Setup
+from iciia_exp.engine.evaluation.history import Setup
 from iciia_exp.methods.adapt.client_types import ClientTypesMethod
+from iciia_exp.methods.adapt.heads import LinearHead
 from iciia_exp.methods.adapt.iciia import IciiaMethod
-from iciia_exp.methods.adapt.linear_head import LinearHead
 from iciia_exp.methods.adapt.prior_em import PriorEM
 from iciia_exp.methods.base import Facts
 from iciia_exp.models.iciia import ICIIA

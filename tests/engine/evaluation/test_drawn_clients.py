@@ -11,13 +11,15 @@ from iciia_exp.config.settings import Evaluation
 from iciia_exp.data.client_mix import ClientMix
 from iciia_exp.data.drawn_clients import drawn_clients
 from iciia_exp.engine.evaluation.drawn_clients import drawn_clients_table
-from iciia_exp.engine.evaluation.setup import Setup
+from iciia_exp.engine.evaluation.history import Setup
 from iciia_exp.engine.execute import execute
 from iciia_exp.errors import ConfigError, UserError
-from iciia_exp.methods.adapt.backbone import BackboneOnly
+from iciia_exp.methods.adapt.heads import BackboneOnly
 from iciia_exp.methods.base import Facts
 from iciia_exp.results.columns import DRAWN_TYPES
 from tests.making.cloud import small_cloud
+
+pytestmark = pytest.mark.usefixtures("undrawn")
 
 METHODS = sorted(p.stem for p in (CONF_DIR / "method").glob("*.yaml"))
 OWN_LABELS = ("finetune", "prompt_tuning")

@@ -9,8 +9,7 @@ from iciia_exp.config.settings import Evaluation
 from iciia_exp.data.batches import FeatureBatches
 from iciia_exp.data.clients import Clients, Ragged
 from iciia_exp.data.sequences import prefix_sequences, stream_orders
-from iciia_exp.engine.evaluation.history import history_table
-from iciia_exp.engine.evaluation.setup import Setup
+from iciia_exp.engine.evaluation.history import Setup, history_table
 from iciia_exp.methods.adapt.iciia import IciiaMethod
 from iciia_exp.methods.base import Facts
 from iciia_exp.results.summary import ALL

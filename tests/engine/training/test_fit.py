@@ -47,9 +47,7 @@ def run(tmp_path):
             ),
             DataLoader(data, batch_size=None, sampler=ClientBatchSampler(clients["val"], 4, 2)),
         ]
-        record = fit(
-            module, *loaders, seed=3, folder=tmp_path / folder, trainer_config=TRAINER, loggers=[], title="test"
-        )
+        record = fit(module, *loaders, seed=3, folder=tmp_path / folder, trainer_config=TRAINER, loggers=[])
         last = torch.load(tmp_path / folder / "last.ckpt", weights_only=True)["state_dict"]
         return module.method.state_dict() | {f"last.{name}": t for name, t in last.items()}, record
 

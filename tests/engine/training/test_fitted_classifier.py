@@ -17,6 +17,8 @@ from iciia_exp.models import linear_probe
 from tests.making.extraction import HEAD, ROLES
 from tests.making.folder import write_table
 
+pytestmark = pytest.mark.usefixtures("undrawn")
+
 
 def test_the_classifier_never_sees_val_or_test_images(folder, monkeypatch):
     seen = []

@@ -15,8 +15,7 @@ from iciia_exp.methods.adapt.calibration import fit_calibrator
 from iciia_exp.methods.adapt.class_prior import cluster_histograms
 from iciia_exp.methods.adapt.client_prior import ClientPrior, ClientPriorMethod
 from iciia_exp.methods.adapt.client_types import ClientTypes, ClientTypesMethod
-from iciia_exp.methods.adapt.prior_em import PriorEM
-from iciia_exp.methods.adapt.prior_map import PriorMAP
+from iciia_exp.methods.adapt.prior_em import PriorEM, PriorMAP
 from iciia_exp.methods.adapt.smoothed_prior import SmoothedPrior
 from iciia_exp.methods.base import Facts
 from iciia_exp.tasks import MULTI_LABEL, SINGLE_LABEL
