@@ -1,7 +1,7 @@
-"""Backbone split: images that only the backbone learns from.
+"""Backbone split: images that only the backbone is trained on.
 
-A network's features of images it was trained on look more certain than those of new images. A method that learns from
-the former learns what the latter will not show, so a backbone trained here can have images of its own.
+The features of a network are more certain for its own training images than for new images, so methods should be
+trained on other images than the backbone.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import numpy as np
 import pandas as pd
 
+from iciia_exp.data.clients import rank_within
 from iciia_exp.errors import ConfigError
 from iciia_exp.seeding import generator
 
@@ -18,8 +19,9 @@ __all__ = ["reserve_for_backbone"]
 def reserve_for_backbone(table: pd.DataFrame, share: float) -> pd.DataFrame:
     """Return a dataset's table with ``share`` of its train images moved to the split ``backbone``.
 
-    By owner where every train image has one, so that no client's images are on both sides; else image by image, the
-    same share of every class. The same images whatever the seeds of a run, so that runs can be compared.
+    Whole owners if every train image has an owner, otherwise the same share of the images of every class. The images
+    do not depend on the seeds of a run, so that runs can be compared. A share that moves no image, or all images,
+    raises `ConfigError`.
     """
     if not share:
         return table
@@ -34,11 +36,9 @@ def reserve_for_backbone(table: pd.DataFrame, share: float) -> pd.DataFrame:
         chosen = rows[taken[numbers]]
     else:
         label = table["label"].iloc[rows]
-        kinds = np.zeros(len(rows), dtype=np.int64) if label.dtype == object else label.to_numpy()
-        order = np.lexsort((rng.random(len(rows)), kinds))
-        counts = np.bincount(kinds)
-        position = np.arange(len(rows)) - np.repeat(np.cumsum(counts) - counts, counts)  # within the class
-        chosen = rows[order[position < np.round(share * np.repeat(counts, counts))]]
+        classes = np.zeros(len(rows), dtype=np.int64) if label.dtype == object else label.to_numpy()
+        rank = rank_within(classes, rng.random(len(rows)))
+        chosen = rows[rank < np.round(share * np.bincount(classes))[classes]]
     if not 0 < len(chosen) < len(rows):
         raise ConfigError("reserve", share, f"leaves the backbone {len(chosen)} of {len(rows)} train images")
     split = table["split"].to_numpy(dtype=object).copy()

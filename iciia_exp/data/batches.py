@@ -1,6 +1,6 @@
-"""Client batches: chunks of a client's images, padded, many clients to a batch.
+"""Client batches: padded chunks of the images of several clients.
 
-Legend: C chunks of a batch (each of one client), S images of a chunk, D features.
+Legend: C chunks of a batch, each of one client, S images of a chunk, D features.
 """
 
 from __future__ import annotations
@@ -14,12 +14,12 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 
-from iciia_exp.data.clients import Ragged
+from iciia_exp.data.clients import Ragged, positions
 from iciia_exp.seeding import generator
 
 __all__ = ["ClientBatch", "ClientBatchSampler", "FeatureBatches", "cut_chunks", "pack"]
 
-#: Batches within which chunks are sorted by length.
+#: Number of batches within which chunks are sorted by length.
 WINDOW = 32
 
 
@@ -28,9 +28,9 @@ class ClientBatch(NamedTuple):
 
     x_CSD: Tensor  # float32, zero where padded
     y_CS: Tensor  # int64 [C, S], of a multi-label task uint8 [C, S, K]; 0 where padded
-    mask_CS: Tensor  # bool, True = a real image
+    mask_CS: Tensor  # bool, False where padded
     client_C: Tensor  # int64, number of the client in its partition
-    #: the backbone's logits by a classifier that was not fitted on the image, [C, S, K]; None where it has no other
+    #: the backbone's logits [C, S, K] from a classifier that was not fitted on the image; None if it has no other
     backbone_CSK: Tensor | None = None
     image_CS: Tensor | None = None  # int64, number of the image in the dataset, -1 where padded
 
@@ -40,43 +40,33 @@ class ClientBatch(NamedTuple):
 
 
 class ClientIndex(NamedTuple):
-    """What the sampler asks for: image numbers (-1 = padding) and whose they are."""
+    """Image numbers of a batch, padded with -1, and their clients."""
 
     index_CS: np.ndarray
     client_C: np.ndarray
 
 
 def cut_chunks(ragged: Ragged, size: int, order: np.ndarray | None = None) -> ClientIndex:
-    """Cut every client's images into chunks of ``size``; the last of a client may be short.
+    """Cut every client's images into chunks of ``size`` (S); the last chunk of a client may be short.
 
-    Args:
-        ragged: image numbers by client.
-        size: S, images of a chunk.
-        order: optional permutation of positions in ``ragged.values`` that keeps every client's images together.
-
-    Returns:
-        Image numbers [chunks, S] padded with -1, and the client of each chunk.
+    ``order`` is a permutation of positions in ``ragged.values``, within each client. Returns image numbers [chunks, S],
+    padded with -1, and the client of each chunk.
     """
     values = ragged.values if order is None else ragged.values[order]
     chunks = -(-ragged.lengths // size)
     client_C = np.repeat(np.arange(len(ragged)), chunks)
     index_CS = np.full((len(client_C), size), -1, dtype=np.int64)
-    position = np.arange(len(values)) - np.repeat(ragged.offsets[:-1], ragged.lengths)  # within the client
+    position = positions(ragged.lengths)
     first_chunk = np.cumsum(chunks) - chunks
     index_CS[np.repeat(first_chunk, ragged.lengths) + position // size, position % size] = values
     return ClientIndex(index_CS, client_C)
 
 
 def pack(lengths_C: np.ndarray, order_C: np.ndarray, batch_size: int, rng: np.random.Generator) -> np.ndarray:
-    """Return an order of chunks in which those of a batch are about equally long, so that little is padded.
+    """Return an order of chunks with similar lengths in each batch, which needs little padding.
 
-    Chunks move by at most `WINDOW` batches; chunks that are all of one length keep their order.
-
-    Args:
-        lengths_C: images of every chunk.
-        order_C: the order to start from.
-        batch_size: chunks of a batch.
-        rng: shuffles the batches of a window.
+    The chunks have ``lengths_C`` images and start in ``order_C``. They move by at most `WINDOW` batches, which are
+    shuffled by ``rng``; chunks of equal length keep their order.
     """
     if batch_size == 1 or (lengths_C == lengths_C[:1]).all():
         return order_C
@@ -84,13 +74,13 @@ def pack(lengths_C: np.ndarray, order_C: np.ndarray, batch_size: int, rng: np.ra
     for start in range(0, len(order_C), WINDOW * batch_size):
         window = order_C[start : start + WINDOW * batch_size]
         window = window[np.argsort(-lengths_C[window], kind="stable")]
-        whole = len(window) // batch_size * batch_size
-        parts += [window[:whole].reshape(-1, batch_size)[rng.permutation(whole // batch_size)].ravel(), window[whole:]]
+        batches, last = np.split(window, [len(window) // batch_size * batch_size])
+        parts += [rng.permutation(batches.reshape(-1, batch_size)).ravel(), last]
     return np.concatenate(parts)
 
 
 class ClientBatchSampler(Sampler[ClientIndex]):
-    """Yields batches of chunks; the order depends on (seed, epoch) alone, so a resumed run continues it.
+    """Yields batches of chunks in an order that depends on (seed, epoch) only, so that a resumed run continues it.
 
     Args:
         ragged: image numbers by client.
@@ -99,10 +89,10 @@ class ClientBatchSampler(Sampler[ClientIndex]):
         shuffle: draw a new order of chunks each epoch.
         shuffle_images: also draw a new order of each client's images before cutting (published: false).
         seed: seed of the orders.
-        draw: gives an epoch's sequences from a generator, in the place of chunks of ``ragged``
-            (`iciia_exp.data.client_mix`), and how many they are.
-        rank, world_size: this process and the number of processes; each gets its share of every batch. When
-            shuffling, the last batch is filled up from the first so that all processes take equally many steps.
+        draw: function from a generator to the sequences of an epoch, used in place of chunks of ``ragged``
+            (`iciia_exp.data.client_mix`), and their number.
+        rank, world_size: number of this process and number of processes; each gets its share of every batch. When
+            shuffling, chunks of the first batch fill up the last, so that all processes have equally many steps.
     """
 
     def __init__(
@@ -125,7 +115,7 @@ class ClientBatchSampler(Sampler[ClientIndex]):
         self._chunks = int((-(-ragged.lengths // images)).sum()) if draw is None else draw[1]
 
     def set_epoch(self, epoch: int) -> None:
-        """Choose the epoch's order; Lightning calls it before each epoch."""
+        """Set the epoch, which decides the order; called by Lightning."""
         self.epoch = epoch
 
     def __len__(self) -> int:
@@ -133,31 +123,27 @@ class ClientBatchSampler(Sampler[ClientIndex]):
 
     def __iter__(self) -> Iterator[ClientIndex]:
         rng = generator("client_batches", self.seed, self.epoch)
-        index_CS, client_C = self._chunks_of_an_epoch(rng)
+        if self.draw is not None:
+            index_CS, client_C = self.draw[0](rng)
+        else:
+            order = self.ragged.shuffled(rng) if self.shuffle_images else None
+            index_CS, client_C = cut_chunks(self.ragged, self.images, order)
         chunk_order = rng.permutation(len(client_C)) if self.shuffle else np.arange(len(client_C))
         chunk_order = pack((index_CS >= 0).sum(1), chunk_order, self.batch_size, rng)
         if self.shuffle and self.world_size > 1:
             short = -len(chunk_order) % self.world_size
             chunk_order = np.concatenate([chunk_order, chunk_order[:short]])
         for start in range(0, len(chunk_order), self.batch_size):
-            mine = chunk_order[start : start + self.batch_size][self.rank :: self.world_size]
-            if len(mine):
-                yield ClientIndex(index_CS[mine], client_C[mine])
-
-    def _chunks_of_an_epoch(self, rng: np.random.Generator) -> ClientIndex:
-        if self.draw is not None:
-            return self.draw[0](rng)
-        order = None
-        if self.shuffle_images:
-            order = self.ragged.shuffled(rng)
-        return cut_chunks(self.ragged, self.images, order)
+            chunks = chunk_order[start : start + self.batch_size][self.rank :: self.world_size]
+            if len(chunks):
+                yield ClientIndex(index_CS[chunks], client_C[chunks])
 
 
 def _read_ahead(features: np.ndarray, rows: np.ndarray) -> None:
-    """Ask the system for the pages of all ``rows`` at once; changes no value.
+    """Request the memory pages of all ``rows`` of a memory-mapped array at once; changes no value.
 
-    Rows of a memory-mapped array that are not in memory yet would be read one after the other, each with its
-    neighbours that nobody wants: some tens of times slower (benchmarks/bench_store.py).
+    Otherwise missing rows are read one by one, with their neighbours, which is some tens of times slower
+    (benchmarks/bench_store.py).
     """
     mapped = getattr(features, "_mmap", None)
     if mapped is None or not features.flags.c_contiguous or not hasattr(mmap, "MADV_WILLNEED"):
@@ -170,12 +156,12 @@ def _read_ahead(features: np.ndarray, rows: np.ndarray) -> None:
 
 
 class FeatureBatches(Dataset[ClientBatch]):
-    """Gathers a `ClientBatch` from stored features for each `ClientIndex`; use with ``DataLoader(batch_size=None)``.
+    """Reads the `ClientBatch` of a `ClientIndex` from stored features; use with ``DataLoader(batch_size=None)``.
 
     Args:
         features: [M, D] array, memory-mapped or in memory, float16 or float32.
         labels: int64 [M], or uint8 [M, K] of a multi-label task.
-        logits: of some images, [R, K], and their numbers, int64 [R]; for `ClientBatch.backbone_CSK`.
+        logits: logits [R, K] of some images, and their numbers, int64 [R], for `ClientBatch.backbone_CSK`.
     """
 
     def __init__(
@@ -190,9 +176,7 @@ class FeatureBatches(Dataset[ClientBatch]):
     def __getitem__(self, index: ClientIndex) -> ClientBatch:
         index_CS, client_C = index
         mask_CS = index_CS >= 0
-        used = (
-            int(np.flatnonzero(mask_CS.any(axis=0)).max(initial=-1)) + 1
-        )  # do not carry columns that are padding for all
+        used = int(np.flatnonzero(mask_CS.any(axis=0)).max(initial=-1)) + 1  # without columns of padding only
         index_CS, mask_CS = index_CS[:, :used], mask_CS[:, :used]
         rows = index_CS[mask_CS]
         _read_ahead(self.features, rows)

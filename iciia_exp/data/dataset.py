@@ -15,46 +15,40 @@ from typing import Any, ClassVar
 import numpy as np
 import pandas as pd
 
+from iciia_exp.data.readers.files import open_image
 from iciia_exp.digest import digest
 from iciia_exp.errors import ConfigError, UserError
 from iciia_exp.tasks import MULTI_LABEL, SINGLE_LABEL, Task
 
-__all__ = [
-    "SPLITS",
-    "TABLE_COLUMNS",
-    "ImageDataset",
-    "MissingFiles",
-    "dense_labels",
-    "existing_root",
-    "table_digest",
-    "wrong_folder",
-]
+__all__ = ["SPLITS", "TABLE_COLUMNS", "ImageDataset", "ImageFiles", "MissingFiles", "dense_labels", "table_digest"]
 
-# What an image may be used for. `backbone`: training the backbone only; `train`: training methods; `val`:
-# choosing epochs, gates and hyper-parameters; `test`: reported numbers.
+# The use of an image. `backbone`: training the backbone only; `train`: training methods; `val`: choosing epochs, gates
+# and hyper-parameters; `test`: reported numbers.
 SPLITS = ("backbone", "train", "val", "test")
 
 TABLE_COLUMNS = ("label", "split", "owner", "parent")
 
 
 class MissingFiles(ConfigError):
-    """A dataset's files are not where the configuration says. Stages that only read stored features go on without."""
+    """The files of a dataset are missing. Stages that only read stored features do not need them."""
 
 
 class ImageDataset(ABC):
     """Images (or clips, or vectors) by number, with labels, splits, owners and parent categories in ``table``.
 
-    A subclass must be cheap to construct: arguments are checked there, files are read in `load_table`, `class_names`
-    and `__getitem__`. It works as a map-style dataset for `torch.utils.data.DataLoader` and can be pickled.
+    It is a map-style dataset for `torch.utils.data.DataLoader` and can be pickled. The constructor of a subclass checks
+    its arguments and is cheap; `load_table`, `class_names` and `__getitem__` read files.
     """
 
     #: Short name for folders and tables.
     name: ClassVar[str]
     #: One of `iciia_exp.tasks.TASKS`.
     task: Task = SINGLE_LABEL
-    #: Constructor arguments that change no number (paths, download flags): left out of digests. What the files
-    #: themselves say goes into `fingerprint`.
+    #: Constructor arguments that change no number (paths, download flags) and are left out of digests. The content of
+    #: the files is in `fingerprint`.
     cosmetic: ClassVar[frozenset[str]] = frozenset()
+    #: Attributes with open files, which are not pickled: every process opens its own.
+    open_files: ClassVar[frozenset[str]] = frozenset()
 
     @property
     @abstractmethod
@@ -72,12 +66,14 @@ class ImageDataset(ABC):
 
     @abstractmethod
     def __getitem__(self, index: int) -> Any:
-        """Return one image in the form that the backbone's transform takes.
+        """Return one image for the backbone's transform; called by several threads at once.
 
         A PIL image, a uint8 array [frames, height, width, 3] for a clip, or a float32 array. A file that is missing or
-        cannot be decoded raises whatever its reader raises; extraction decides what becomes of it. Several threads call
-        this at once.
+        cannot be decoded raises the exception of its reader, which extraction handles.
         """
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name not in self.open_files}
 
     @property
     def num_classes(self) -> int:
@@ -85,40 +81,39 @@ class ImageDataset(ABC):
         return len(self.class_names)
 
     def shown_names(self) -> Sequence[str]:
-        """Return what a person would call the classes, where their names are numbers of a catalogue; for pictures."""
+        """Return readable names of the classes, for figures."""
         return self.class_names
 
     @property
     def has_backbone_images(self) -> bool:
-        """Whether the dataset itself sets images aside for the backbone's training."""
+        """Whether the dataset itself reserves images for the training of the backbone."""
         return bool((self.table["split"] == "backbone").any())
 
     @cached_property
     def _paths(self) -> np.ndarray:
-        return self.table["path"].to_numpy(dtype=object)  # a look-up in a table takes 40 us, a third of decoding
+        return self.table["path"].to_numpy(dtype=object)  # a look-up in the table takes 40 us, a third of decoding
 
     def path(self, index: int) -> str:
         """Return the path of an image's file, relative to the dataset's folder."""
         return self._paths[index]
 
     def describe(self, index: int) -> str:
-        """Return what a person would call an image: its path, or its number."""
+        """Return a readable name of an image: its path, or its number."""
         return self.path(index) if "path" in self.table else f"image {index}"
 
     def fingerprint(self) -> Any:
-        """Return plain values that change when the files do, and not when they are moved; goes into digests."""
+        """Return plain values for digests; they change with the content of the files, not with their place."""
         return None
 
     def backbone_arguments(self) -> dict[str, Any]:
-        """Return arguments that only the dataset knows and that a network of its own kind needs."""
+        """Return constructor arguments of the backbone that depend on the dataset."""
         return {}
 
     @cached_property
     def table(self) -> pd.DataFrame:
         """The checked table; row numbers are image numbers."""
         table = self.load_table()
-        missing = [c for c in TABLE_COLUMNS if c not in table.columns]
-        if missing:
+        if missing := [c for c in TABLE_COLUMNS if c not in table.columns]:
             raise ValueError(f"{type(self).__name__}.load_table lacks the columns {missing}")
         if unknown := set(table["split"].unique()) - set(SPLITS):
             raise ValueError(f"{type(self).__name__}.load_table has splits {sorted(unknown)}, not among {SPLITS}")
@@ -131,15 +126,27 @@ class ImageDataset(ABC):
         return len(self.table)
 
 
+class ImageFiles(ImageDataset):
+    """A dataset of image files; the column ``path`` of its table is relative to ``root``."""
+
+    root: Path
+
+    def __getitem__(self, index: int) -> Any:
+        """Return one image as RGB, in its own size."""
+        return open_image(self.root / self.path(index))
+
+    def fingerprint(self) -> Any:
+        """Return a digest of the table (paths, labels, splits, owners, parents), and the classes."""
+        return [table_digest(self.table), *self.class_names]
+
+
 def dense_labels(label: pd.Series, task: str, num_classes: int) -> np.ndarray:
     """Return the labels of a table as an array: int64 [M], or uint8 [M, K] of a multi-label task."""
     if task != MULTI_LABEL:
         return label.to_numpy(dtype=np.int64)
     dense_MK = np.zeros((len(label), num_classes), dtype=np.uint8)
-    lengths = label.map(len).to_numpy()
-    if lengths.sum():
-        columns = np.concatenate([np.asarray(row, dtype=np.int64) for row in label if len(row)])
-        dense_MK[np.repeat(np.arange(len(label)), lengths), columns] = 1
+    classes = label.reset_index(drop=True).explode().dropna()
+    dense_MK[classes.index, classes.to_numpy(dtype=np.int64)] = 1
     return dense_MK
 
 
@@ -151,26 +158,26 @@ def table_digest(table: pd.DataFrame) -> str:
     return digest([len(table), list(map(str, table.columns)), str((hashes * weights).sum(dtype=np.uint64))])
 
 
-def existing_root(root: str | Path | None, what: str, tree: str, key: str = "root") -> Path:
-    """Return the folder of a dataset, or raise an error that says what it is and how it must look.
-
-    Args:
-        root: what the user gave; None where it is missing.
-        what: the dataset in words, with where to get it.
-        tree: the expected layout, one path per line.
-        key: name of the constructor's argument.
-    """
+def existing_root(root: str | Path | None, what: str, tree: str) -> Path:
+    """Return the folder of a dataset, or raise an error with the dataset in words and the expected layout."""
+    hint = f"give the folder of {what}, laid out as\n{textwrap.indent(tree, '  ')}"
     if root is None:
-        raise MissingFiles(key, "null", f"give the folder of {what}, laid out as\n{textwrap.indent(tree, '  ')}")
+        raise MissingFiles("root", "null", hint)
     path = Path(root).expanduser()
     if not path.is_dir():
         problem = "is not a folder" if path.exists() else "there is no such folder"
-        raise MissingFiles(
-            key, path, f"{problem}; give the folder of {what}, laid out as\n{textwrap.indent(tree, '  ')}"
-        )
+        raise MissingFiles("root", path, f"{problem}; {hint}")
     return path
 
 
 def wrong_folder(path: Path, problem: str, tree: str) -> UserError:
-    """Return the error for a folder that is not what it should be: what is wrong, and the expected layout."""
+    """Return the error for a folder with another layout than ``tree``."""
     return UserError(f"{path}: {problem}; expected\n{textwrap.indent(tree, '  ')}")
+
+
+def check_layout(folder: Path, tree: str, *names: str) -> None:
+    """Raise `UserError` if a file, or a folder (a name with a final slash), is missing."""
+    for name in names:
+        if not ((folder / name).is_dir() if name.endswith("/") else (folder / name).is_file()):
+            kind = "folder" if name.endswith("/") else "file"
+            raise wrong_folder(folder, f"has no {kind} {name.rstrip('/')}", tree)

@@ -1,4 +1,4 @@
-"""Drawn clients: clients of types that the partition does not have, from its test images."""
+"""Drawn clients: test clients of types that the partition does not have, from its test images."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ __all__ = ["clients_in_order", "drawn_clients"]
 
 
 def drawn_clients(clients: Clients, labels: np.ndarray, number: int, images: int, client_type: str) -> Clients:
-    """Return so many test clients of a type, with so many images each in an order."""
+    """Return ``number`` test clients of a type with ``images`` ordered images each."""
     size = number / int((-(-clients.test.lengths // images)).sum())
     if client_type == "homogeneous":
         mix = ClientMix(0.0, homogeneous=1.0, size=size)
@@ -30,9 +30,9 @@ def drawn_clients(clients: Clients, labels: np.ndarray, number: int, images: int
 
 
 def clients_in_order(index_CS: np.ndarray, client_type: str) -> Clients:
-    """Return a client of each row of image numbers, with these test images in this order and no others."""
+    """Return a client for each row of image numbers, with these test images in this order."""
     number, images = index_CS.shape
-    test = Ragged(np.arange(number + 1) * images, index_CS.reshape(-1))
-    nobody = Ragged(np.zeros(number + 1, np.int64), np.empty(0, np.int64))
+    test = Ragged.from_lengths(np.full(number, images), index_CS.ravel())
     names = np.array([f"{client_type}-{i}" for i in range(number)], dtype=object)
-    return Clients(names, np.full(number, client_type, dtype=object), nobody, nobody, test, in_time=True)
+    types, empty = np.full(number, client_type, dtype=object), Ragged.empty(number)
+    return Clients(names, types, empty, empty, test, in_time=True)

@@ -1,4 +1,4 @@
-"""Image batches: transformed images, labels and numbers for backbones, without those that cannot be read.
+"""Image batches: transformed images, labels and numbers for backbones, without unreadable images.
 
 Legend: B images of a batch, K classes.
 """
@@ -21,7 +21,7 @@ __all__ = ["ImageBatch", "ImageBlocks", "TransformedImages", "collate", "readabl
 
 
 class ImageBatch(NamedTuple):
-    """A batch of images that could be read, and what is known of those that could not."""
+    """The readable images of a batch, and the problems of the others."""
 
     images: Tensor  # [B, ...]
     labels: Tensor  # int64 [B], of a multi-label task uint8 [B, K]
@@ -30,7 +30,7 @@ class ImageBatch(NamedTuple):
 
 
 class Sample(NamedTuple):
-    """One image; None where it could not be read."""
+    """One image; None if it cannot be read."""
 
     image: Tensor | None
     label: np.ndarray
@@ -39,14 +39,13 @@ class Sample(NamedTuple):
 
 
 class TransformedImages(Dataset[Sample]):
-    """The images ``rows`` of a dataset, through a backbone's transform; use with `collate`.
+    """The images ``rows`` of a dataset after a backbone's transform; use with `collate`.
 
     Args:
-        dataset: where the images come from.
-        transform: from an image to a tensor.
-        rows: numbers of the images.
-        labels: of all images of the dataset, [M] or [M, K].
-        on_bad_image: ``skip`` hands problems on to the batch, ``error`` raises them.
+        dataset, rows: the dataset, and numbers of its images.
+        transform: function from an image to a tensor.
+        labels: labels of all images of the dataset, [M] or [M, K].
+        on_bad_image: ``skip`` reports problems in the batch, ``error`` raises them.
     """
 
     def __init__(
@@ -65,28 +64,23 @@ class TransformedImages(Dataset[Sample]):
 
     def __getitem__(self, index: int) -> Sample:
         row = int(self.rows[index])
-        try:
-            return Sample(self.transform(self.dataset[row]), self.labels[row], row, None)
-        except UserError:
-            raise
-        except Exception as error:  # decoders raise many kinds
-            problem = _problem(error, what := self.dataset.describe(row))
-            if self.on_bad_image == "error":
-                hint = "repair it, or leave such images out with features.on_bad_image=skip"
-                raise UserError(f"{what}: cannot be read ({problem}); {hint}") from error
-            return Sample(None, self.labels[row], row, problem)
+        image, problem = _read(self.dataset, self.transform, row)
+        if problem is not None and self.on_bad_image == "error":
+            hint = "repair it, or leave such images out with features.on_bad_image=skip"
+            raise UserError(f"{self.dataset.describe(row)}: cannot be read ({problem}); {hint}")
+        return Sample(image, self.labels[row], row, problem)
 
 
 class ImageBlocks(Dataset[ImageBatch]):
-    """Batches with the same images whatever is left to do and whoever does it.
+    """Fixed blocks of images, for features that are equal to the last digit after a resumed or distributed extraction.
 
-    The last digits of a feature depend on how many images go through the network at once. So a batch is always a
-    whole block, the images ``block * size`` to ``(block + 1) * size - 1``. Use with ``DataLoader(batch_size=None)``.
+    The last digits of a feature depend on the size of the batch, so a batch is always a whole block: the images
+    ``block * size`` to ``(block + 1) * size - 1``. Use with ``DataLoader(batch_size=None)``.
 
     Args:
         images: all images of a dataset, by number.
         blocks: numbers of the blocks.
-        size: images of a block; the dataset's last may have fewer.
+        size: images of a block; the last block of the dataset may have fewer.
     """
 
     def __init__(self, images: TransformedImages, blocks: np.ndarray, size: int) -> None:
@@ -101,33 +95,35 @@ class ImageBlocks(Dataset[ImageBatch]):
 
     @property
     def num_images(self) -> int:
-        """Images of all blocks together."""
+        """Number of images of all blocks."""
         return int(np.minimum(self.size, len(self.images) - self.blocks * self.size).sum())
 
 
 def readable(dataset: ImageDataset, transform: Callable[[Any], Tensor], rows: Iterable[int]) -> tuple[int, Tensor]:
-    """Return the number of the first image of ``rows`` that can be read, and the image, transformed."""
-    tried, problem = 0, ""
-    for row in rows:
-        try:
-            return int(row), transform(dataset[int(row)])
-        except UserError:
-            raise
-        except Exception as error:
-            tried += 1
-            problem = problem or f"; the first: {(what := dataset.describe(int(row)))}: {_problem(error, what)}"
-    raise UserError(f"none of the {tried} images tried could be read{problem}")
+    """Return the number of the first readable image of ``rows``, and the transformed image."""
+    problems: list[str] = []
+    for row in map(int, rows):
+        image, problem = _read(dataset, transform, row)
+        if image is not None:
+            return row, image
+        problems.append(f"; the first: {dataset.describe(row)}: {problem}")
+    raise UserError(f"none of the {len(problems)} images tried could be read{''.join(problems[:1])}")
 
 
-def _problem(error: Exception, what: str) -> str:
-    """Return an error in words, without the folders above the image ``what``: they may move."""
-    text = getattr(error, "strerror", None) or first_line(error)
-    text = re.sub(rf"""(['"])[^'"]*{re.escape(what)}""", lambda found: found[1] + what, text)
-    return f"{type(error).__name__}: {text}"
+def _read(dataset: ImageDataset, transform: Callable[[Any], Tensor], row: int) -> tuple[Tensor | None, str | None]:
+    """Return a transformed image, or the problem in words, without the folders above the image, which may move."""
+    try:
+        return transform(dataset[row]), None
+    except UserError:
+        raise
+    except Exception as error:  # decoders raise many kinds
+        name, text = dataset.describe(row), getattr(error, "strerror", None) or first_line(error)
+        text = re.sub(rf"""(['"])[^'"]*{re.escape(name)}""", lambda found: found[1] + name, text)
+        return None, f"{type(error).__name__}: {text}"
 
 
 def _stack(images: Sequence[Tensor]) -> Tensor:
-    """Stack images; photographs stay as decoders leave them, channels last in memory, which networks like best."""
+    """Stack images; photographs stay channels last in memory, as decoders give them, which is fastest."""
     last = images[0].movedim(0, -1)
     if last.ndim == 3 and last.is_contiguous() and not images[0].is_contiguous():
         return torch.stack([image.movedim(0, -1) for image in images]).movedim(-1, 1)
@@ -135,7 +131,7 @@ def _stack(images: Sequence[Tensor]) -> Tensor:
 
 
 def collate(samples: Sequence[Sample]) -> ImageBatch:
-    """Stack the images that could be read."""
+    """Stack the readable images."""
     good = [s for s in samples if s.image is not None]
     bad = [(s.row, s.problem or "") for s in samples if s.image is None]
     images = _stack([s.image for s in good]) if good else torch.empty(0)  # type: ignore[misc]

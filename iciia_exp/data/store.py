@@ -2,11 +2,10 @@
 
     manifest.json      format version, arrays (shape, dtype), backbone, weights digest, transform, D, K, MACs
     features.npy       [M, D] float16 or float32
-    images.parquet     one row per image: the dataset's table, and `bad`: could not be read, its features are zeros
-    head.safetensors   the backbone's classifier: weight [K, D], bias [K]; absent if one is fitted on these features
+    images.parquet     one row per image: the dataset's table, and `bad`: the image is unreadable, its features are 0
+    head.safetensors   the backbone's classifier: weight [K, D], bias [K]; absent if it is fitted on these features
 
-``manifest.json`` is written last: a folder without it is not a store. More arrays per image (tokens, logits) are more
-entries of ``arrays``.
+``manifest.json`` is written last: a folder without it is not a store.
 
 Legend: M images, D features, K classes.
 """
@@ -39,25 +38,26 @@ _FEATURES = "features.npy"
 
 @dataclass(frozen=True)
 class FeatureStore:
-    """A finished store, opened for reading. Nothing is read before it is asked for."""
+    """A finished store, opened for reading; arrays and tables are read when they are used."""
 
     path: Path
     manifest: dict[str, Any]
 
     @classmethod
     def open(cls, path: Path) -> FeatureStore:
-        """Open the store at ``path``; a missing, foreign or damaged one is a `UserError` that says so."""
+        """Open the store at ``path``; a missing, unknown or damaged store raises `UserError`."""
         if not finished_folder(path):
             raise UserError(f"{path}: no feature store there (manifest.json is missing)")
         manifest = read_json(path / "manifest.json")
-        if manifest.get("format") != FORMAT:
-            found = manifest.get("format")
+        if (found := manifest.get("format")) != FORMAT:
             raise UserError(f"{path}: a store of format {found}, this version reads {FORMAT}; delete it and repeat")
-        if not isinstance(manifest.get("arrays"), dict):
-            raise UserError(f"{path}/manifest.json: arrays: expected an object; delete its folder and repeat")
-        for key in ("dim", "num_classes"):
-            if not isinstance(manifest.get(key), int):
-                raise UserError(f"{path}/manifest.json: {key}: expected a number; delete its folder and repeat")
+        for key, kind, expected in (
+            ("arrays", dict, "an object"),
+            ("dim", int, "a number"),
+            ("num_classes", int, "a number"),
+        ):
+            if not isinstance(manifest.get(key), kind):
+                raise UserError(f"{path}/manifest.json: {key}: expected {expected}; delete its folder and repeat")
         return cls(path, manifest)
 
     @property
@@ -72,56 +72,48 @@ class FeatureStore:
 
     @property
     def macs(self) -> int | None:
-        """Multiply-accumulates of the backbone and its classifier for one image; None where they are unknown."""
+        """Multiply-accumulates of the backbone and its classifier for one image; None if unknown."""
         return self.manifest["macs"]
 
     def array(self, name: str = "features") -> np.ndarray:
-        """Memory-map one array; pages are read as they are used."""
-        path = self.path / f"{name}.npy"  # never a path that the manifest gives
+        """Return an array, memory-mapped."""
+        path = self.path / f"{name}.npy"  # not a path from the manifest, which could be anywhere
         try:
             array = np.load(path, mmap_mode="r")
         except (OSError, ValueError, EOFError) as error:
             raise UserError(f"{path}: cannot be read ({first_line(error)}); delete its folder") from error
-        described = self.manifest.get("arrays", {}).get(name)
-        if described != {"shape": list(array.shape), "dtype": str(array.dtype)}:
+        if self.manifest["arrays"].get(name) != {"shape": list(array.shape), "dtype": str(array.dtype)}:
             raise UserError(f"{path}: not the array that manifest.json describes; delete its folder")
         return array
 
     @cached_property
     def table(self) -> pd.DataFrame:
-        """The dataset's table, one row per image, as its dataset gave it."""
+        """The table of the dataset, one row per image."""
         table = pd.read_parquet(self.path / "images.parquet").drop(columns="bad")
         text = [name for name in ("split", "owner", "parent", "path") if name in table]
-        for name in text:
-            column = table[name].astype(object)
-            table[name] = column.where(column.notna(), None)
-        return table
+        columns = table[text].astype(object)
+        return table.assign(**columns.where(columns.notna(), None))
 
     @cached_property
     def bad(self) -> np.ndarray:
-        """Whether an image could not be read, bool [M]."""
+        """Whether an image is unreadable, bool [M]."""
         return pd.read_parquet(self.path / "images.parquet", columns=["bad"])["bad"].to_numpy()
 
 
 class FeatureWriter:
-    """Writes features row by row into a folder under construction; a killed extraction continues where it was.
+    """Writes features row by row into the folder of a new store; a killed extraction can be resumed.
 
-    Rows count as done only after their features are on disk, so at most the last ``flush_seconds`` of work is repeated.
-    Several processes may write at once, each with its own ``rank`` and rows; `prepare` comes before all of them.
-
-    Args:
-        folder: where the store is being made.
-        rank: number of this process.
-        flush_seconds: time between flushes.
+    Rows are marked as done after their features are on disk, so at most the last ``flush_seconds`` of work is repeated.
+    Several processes can write at once, each with its own number ``rank`` and rows, after one call of `prepare`.
     """
 
     def __init__(self, folder: Path, rank: int = 0, flush_seconds: float = 10.0) -> None:
         self.folder, self.flush_seconds = folder, flush_seconds
         self._features = np.lib.format.open_memmap(folder / _FEATURES, mode="r+")
-        own = folder / f"done.{rank}.npy"
-        if not own.is_file():
-            np.save(own, np.zeros(len(self._features), dtype=bool))
-        self._done = np.lib.format.open_memmap(own, mode="r+")
+        done = folder / f"done.{rank}.npy"
+        if not done.is_file():
+            np.save(done, np.zeros(len(self._features), dtype=bool))
+        self._done = np.lib.format.open_memmap(done, mode="r+")
         self._bad_path = folder / f"bad.{rank}.jsonl"
         self._pending: list[np.ndarray] = []
         self._bad: list[tuple[int, str]] = []
@@ -129,9 +121,9 @@ class FeatureWriter:
 
     @staticmethod
     def prepare(folder: Path, images: int, dim: int, dtype: str) -> None:
-        """Make room for the features, unless what a killed extraction left there fits.
+        """Create the array of features, or keep that of a killed extraction if it has the same shape and type.
 
-        Images that it could not read count as not done: they may have been repaired since.
+        Unreadable images are marked as not done, because they may have been repaired.
         """
         path = folder / _FEATURES
         try:
@@ -142,21 +134,20 @@ class FeatureWriter:
                 for flags in done:
                     flags[again] = False
                     flags.flush()
-                for noted in folder.glob("bad.*.jsonl"):
-                    noted.unlink()
+                for file in folder.glob("bad.*.jsonl"):
+                    file.unlink()
                 return
         except (OSError, ValueError, EOFError):  # absent, or cut off by a kill
             pass
         need, free = images * dim * np.dtype(dtype).itemsize, shutil.disk_usage(folder).free
         if need > free:
             raise UserError(f"{folder}: the features need {need / 1e9:.1f} GB, the disk has {free / 1e9:.1f} GB free")
-        for stale in (*folder.glob("done.*.npy"), *folder.glob("bad.*.jsonl")):
-            stale.unlink()
+        _delete_marks(folder)
         np.lib.format.open_memmap(path, mode="w+", dtype=dtype, shape=(images, dim)).flush()
 
     @staticmethod
     def remaining(folder: Path) -> np.ndarray:
-        """Return the numbers of the images still to do, by no process done yet."""
+        """Return the numbers of the images that no process has done."""
         left = np.ones(len(np.load(folder / _FEATURES, mmap_mode="r")), dtype=bool)
         for path in folder.glob("done.*.npy"):
             left &= ~np.load(path)
@@ -164,19 +155,18 @@ class FeatureWriter:
 
     @staticmethod
     def bad_images(folder: Path) -> dict[int, str]:
-        """Return the problems of the images that could not be read, by image number."""
+        """Return the problems of the unreadable images, by image number."""
         problems = {}
         for path in folder.glob("bad.*.jsonl"):
             for line in path.read_text(encoding="utf-8").splitlines():
-                with contextlib.suppress(json.JSONDecodeError):  # cut off by a kill: not marked as done either
+                with contextlib.suppress(json.JSONDecodeError):  # cut off by a kill; not marked as done either
                     row, problem = json.loads(line)
                     problems[int(row)] = problem
         return dict(sorted(problems.items()))
 
     def write(self, rows: np.ndarray, features: np.ndarray) -> None:
         """Store the features [len(rows), D] of the images ``rows``."""
-        if not np.isfinite(features).all():
-            bad = rows[~np.isfinite(features).all(axis=1)]
+        if len(bad := rows[~np.isfinite(features).all(axis=1)]):
             first = bad[:3].tolist()
             raise UserError(f"the backbone gave features that are not finite for {len(bad)} images, first {first}")
         if self._features.dtype == np.float16 and (largest := np.abs(features).max(initial=0)) > np.finfo("f2").max:
@@ -187,14 +177,14 @@ class FeatureWriter:
             self.flush()
 
     def write_bad(self, bad: Sequence[tuple[int, str]]) -> None:
-        """Note images that could not be read; their features are zero."""
+        """Record unreadable images; their features are zero."""
         rows = np.array([row for row, _ in bad], dtype=np.int64)
         self._features[rows] = 0
         self._bad.extend(bad)
         self._pending.append(rows)
 
     def flush(self) -> None:
-        """Bring what was written to disk, then mark it as done."""
+        """Write the features to disk, then mark their images as done."""
         self._features.flush()
         if self._bad:
             with open(self._bad_path, "a", encoding="utf-8") as file:
@@ -210,7 +200,7 @@ class FeatureWriter:
 
     @staticmethod
     def finish(folder: Path, table: pd.DataFrame, head: dict[str, Any] | None, manifest: dict[str, Any]) -> None:
-        """Write the table, the classifier and, last, the manifest."""
+        """Write the table, the classifier and finally the manifest."""
         features = np.load(folder / _FEATURES, mmap_mode="r")
         if len(left := FeatureWriter.remaining(folder)):
             raise RuntimeError(f"{len(left)} of {len(features)} images have no features yet")
@@ -221,6 +211,10 @@ class FeatureWriter:
         if head is not None:
             save_tensors(folder / "head.safetensors", {name: head[name] for name in ("weight", "bias")})
         entry = {"shape": list(features.shape), "dtype": str(features.dtype)}
-        for path in (*folder.glob("done.*.npy"), *folder.glob("bad.*.jsonl")):
-            path.unlink()
+        _delete_marks(folder)
         write_json(folder / "manifest.json", {"format": FORMAT, "arrays": {"features": entry}, **manifest})
+
+
+def _delete_marks(folder: Path) -> None:
+    for path in (*folder.glob("done.*.npy"), *folder.glob("bad.*.jsonl")):
+        path.unlink()

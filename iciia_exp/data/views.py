@@ -1,7 +1,7 @@
-"""Views: who may read which images and labels.
+"""Views: access of the cloud and of the devices to images and labels.
 
-The cloud reads the labelled train and val images of its clients, and never a test image. A device reads its own images:
-those for training with their labels, those that it is tested on without.
+The cloud reads the labelled train and val images of its clients, and never a test image. A device reads its own train
+and val images with their labels and its own test images without.
 
 Legend: C clients, S images of a client, D features, K classes.
 """
@@ -21,20 +21,20 @@ from iciia_exp.seeding import generator
 
 __all__ = ["CloudView", "Devices"]
 
-# What a role is called in seeds: the order of its chunks is that of the first release.
+# Names of roles in seeds, from the first release: they decide the order of the chunks.
 _SEEDS = {"val": "selection"}
 
 
 class CloudView(Dataset[ClientBatch]):
-    """What the cloud may read: features and labels of the clients' train and val images.
+    """Access of the cloud: features and labels of the clients' train and val images.
 
     Args:
         clients: the partition.
         batches: features and labels of all images.
         num_classes: K.
         images: S, images of a chunk.
-        draw_val: yields batches of val clients drawn like the training clients; by default the val clients' chunks.
-        test_labels: whether the method asks for them (an oracle).
+        draw_val: yields batches of val clients drawn like the training clients; None: the val clients' chunks.
+        test_labels: whether the method may read the labels of test images (an oracle).
     """
 
     def __init__(
@@ -46,9 +46,8 @@ class CloudView(Dataset[ClientBatch]):
         draw_val: Callable[[], Iterator[ClientBatch]] | None = None,
         test_labels: bool = False,
     ) -> None:
-        nobody = Ragged(np.zeros(len(clients) + 1, np.int64), np.empty(0, np.int64))
         #: The partition without its test images.
-        self.clients = replace(clients, test=nobody)
+        self.clients = replace(clients, test=Ragged.empty(len(clients)))
         self.num_classes, self.images = num_classes, images
         self.devices = Devices(clients, batches)
         self._batches, self._draw_val = batches, draw_val
@@ -58,9 +57,9 @@ class CloudView(Dataset[ClientBatch]):
             self._readable[clients[role].values] = True
 
     def __getitem__(self, index: ClientIndex) -> ClientBatch:
-        """Return features and labels of train and val images; others are refused."""
+        """Return features and labels of train and val images; other images raise `PermissionError`."""
         if not self._readable[index.index_CS[index.index_CS >= 0]].all():
-            raise PermissionError("the cloud reads train and val images alone")
+            raise PermissionError("the cloud reads only train and val images")
         return self._batches[index]
 
     def class_counts(self, role: str) -> np.ndarray:
@@ -68,13 +67,13 @@ class CloudView(Dataset[ClientBatch]):
         return _class_counts(self.clients[role], self._batches.labels, self.num_classes)
 
     def test_class_counts(self) -> np.ndarray:
-        """Return the same of the test images, for a method that asks for their labels."""
+        """Return the class counts of the test images, for an oracle."""
         if self._test is None:
             raise PermissionError("the cloud reads no label of a test image")
         return _class_counts(self._test, self._batches.labels, self.num_classes)
 
     def chunks(self, role: str, batch_size: int = 64, most_images: int | None = None) -> Iterator[ClientBatch]:
-        """Yield batches of chunks in a random order, always the same, until there were ``most_images`` images."""
+        """Yield batches of chunks in a fixed random order, until ``most_images`` images are reached."""
         index_CS, client_C = cut_chunks(self.clients[role], self.images)
         order, images = generator("cloud", _SEEDS.get(role, role)).permutation(len(client_C)), 0
         for start in range(0, len(order), batch_size):
@@ -90,12 +89,7 @@ class CloudView(Dataset[ClientBatch]):
 
 
 class Devices:
-    """What each device may read: its own images, labels of train and val alone.
-
-    Args:
-        clients: the partition.
-        batches: features and labels of all images.
-    """
+    """Access of each device: its own images, with the labels of train and val; arguments as in `CloudView`."""
 
     def __init__(self, clients: Clients, batches: FeatureBatches) -> None:
         self._clients, self._batches = clients, batches
@@ -108,24 +102,17 @@ class Devices:
         return self._clients[role].lengths
 
     def require_own_labels(self, method: str) -> None:
-        """Raise a `UserError` where a device that is tested has no labelled train images of its own."""
+        """Raise a `UserError` if a device with test images has no train images."""
         without = (self.lengths("test") > 0) & (self.lengths("train") == 0)
         if without.any():
-            first, count = self._clients.ids[without][0], int(without.sum())
-            raise UserError(
-                f"method={method}: learns from labelled images of the test clients themselves; {count:,} of them "
-                f"({first}, say) have none in train: choose a partition that splits within clients"
-            )
+            problem = f"{without.sum():,} of them ({self._clients.ids[without][0]}, say) have none in train"
+            hint = "choose a partition that splits within clients"
+            raise UserError(f"method={method}: learns from labelled images of the test clients; {problem}: {hint}")
 
     def images(self, role: str, numbers: np.ndarray) -> ClientBatch:
         """Return all images of a role of some devices, a device a row; labels of test images are 0."""
         ragged = self._clients[role]
-        whole = cut_chunks(ragged, max(1, int(ragged.lengths.max())))
-        index_CS = np.full((len(numbers), whole.index_CS.shape[1]), -1, dtype=np.int64)
-        row_of = np.full(len(ragged), -1)
-        row_of[whole.client_C] = np.arange(len(whole.client_C))
-        there = row_of[numbers] >= 0
-        index_CS[there] = whole.index_CS[row_of[numbers][there]]
+        index_CS = ragged.padded(numbers, int(ragged.lengths[numbers].max(initial=0)))
         batch = self._batches[ClientIndex(index_CS, numbers)]
         return batch._replace(y_CS=batch.y_CS * 0) if role == "test" else batch
 

@@ -1,8 +1,8 @@
-"""Digits: scikit-learn's embedded handwritten digits, seen through a noisy sensor.
+"""Digits: scikit-learn's handwritten digits with added noise.
 
-1,797 real scans of 8x8 pixels (UCI "Optical Recognition of Handwritten Digits", test part), shipped inside
-scikit-learn: no download. Gaussian noise, drawn once per image from a fixed seed, makes a single image ambiguous, as
-far or dark images are for a large model; otherwise there would be nothing to gain from a client's other images.
+1,797 scans of 8x8 pixels (UCI "Optical Recognition of Handwritten Digits", test part), part of scikit-learn: no
+download. Gaussian noise, drawn once per image from a fixed seed, makes a single image ambiguous, so that the other
+images of a client help.
 """
 
 from __future__ import annotations
@@ -21,16 +21,16 @@ __all__ = ["Digits"]
 
 IMAGES = 1797
 
-# Parent categories by the strokes of the digit, for clients by parent category.
-_PARENTS = {"loops": (0, 6, 8, 9), "curves": (2, 3, 5), "straight": (1, 4, 7)}
+# Parent categories of the digits 0 to 9, by their strokes.
+_PARENTS = ["loops", "straight", "curves", "curves", "straight", "curves", "loops", "straight", "loops", "loops"]
 
 
 class Digits(ImageDataset):
     """8x8 digits with sensor noise.
 
     Args:
-        noise_std: standard deviation of the noise, in units of the full scale of a pixel (0 black, 1 white).
-            Nothing is clipped: a sensor's noise goes both ways.
+        noise_std: standard deviation of the noise, in units of the full scale of a pixel (0 black, 1 white). Pixels
+            are not clipped.
         seed: seed of the noise and of the assignment of images to splits.
         sizes: number of images for the backbone's training, the methods' training, val and test; disjoint.
     """
@@ -60,11 +60,9 @@ class Digits(ImageDataset):
         return images[order], digits.target[order].astype(np.int64)
 
     def load_table(self) -> pd.DataFrame:
-        """Return label, split and the parent category by stroke; the digits' writers are not recorded."""
+        """Return label, split and the parent category by stroke; the writers are unknown."""
         labels = self._data[1]
-        parents = np.empty(10, dtype=object)
-        for parent, classes in _PARENTS.items():
-            parents[list(classes)] = parent
+        parents = np.array(_PARENTS, dtype=object)
         splits = np.repeat(np.array(SPLITS, dtype=object), [self.sizes[s] for s in SPLITS])
         return pd.DataFrame({"label": labels, "split": splits, "owner": None, "parent": parents[labels]})
 

@@ -1,4 +1,4 @@
-"""Precomputed features: the user's own vectors (CLIP, DINO) with a CSV file that describes them.
+"""Precomputed features: the user's own vectors (CLIP, DINO), described by a CSV file.
 
 Legend: M images, D features.
 """
@@ -6,7 +6,7 @@ Legend: M images, D features.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -26,10 +26,10 @@ _TREE = """\
 <root>/images.csv                       one row per vector, in the same order, with a column label
                                         and any of split, owner, parent and time"""
 _NPY = ("float16", "float32", "float64")
-# Types in .safetensors files, by the names that NumPy or PyTorch have for them.
+# Names in NumPy or PyTorch of the types in .safetensors files.
 _SAFETENSORS = {"F16": "float16", "BF16": "bfloat16", "F32": "float32", "F64": "float64"}
 
-#: Vectors that the fingerprint reads.
+#: Number of vectors in the fingerprint.
 SAMPLE = 4096
 
 
@@ -37,20 +37,21 @@ class Features(ImageDataset):
     """Vectors in place of images, for the backbone `iciia_exp.models.backbones.precomputed.Precomputed`.
 
     The CSV file has one row per vector, in the same order. Columns: ``label`` (names, or whole numbers), and any of
-    ``split`` (train, val or val, test, backbone), ``owner``, ``parent`` and ``time`` (numbers, or ISO dates).
+    ``split`` (train, val, test, backbone), ``owner``, ``parent`` and ``time`` (numbers, or ISO dates).
 
     Args:
-        root: folder of both files; null where both are absolute paths.
-        file: the vectors [M, D], ``.npy`` or ``.safetensors``; read piece by piece, never whole.
+        root: folder of both files; null if both are absolute paths.
+        file: the vectors [M, D], ``.npy`` or ``.safetensors``; never read as a whole.
         csv: the CSV file.
-        shares: of the splits where the file names none, adding up to 1. By owner where there are owners, elsewhere
+        shares: shares of the splits, with sum 1, for a file without splits. By owner if there are owners, otherwise
             class by class (`iciia_exp.data.readers.metadata.deal_splits`).
-        key: name of the tensor in a ``.safetensors`` file; null: the only one with two axes.
-        seed: seed of those splits.
+        key: name of the tensor in a ``.safetensors`` file; null: the only tensor with two axes.
+        seed: seed of these splits.
     """
 
     name = "features"
-    cosmetic = frozenset({"root", "file", "csv", "key", "shares", "seed"})  # `fingerprint` has what they lead to
+    cosmetic = frozenset({"root", "file", "csv", "key", "shares", "seed"})  # their effect is in `fingerprint`
+    open_files = frozenset({"_vectors"})
 
     def __init__(
         self,
@@ -76,17 +77,10 @@ class Features(ImageDataset):
                 raise MissingFiles(name, path, "there is no such file")
         self.file, self.csv, self.key = paths["file"], paths["csv"], key
 
-    def __getstate__(self) -> dict[str, Any]:
-        """Leave open files out: a memory map would be copied whole."""
-        return {k: v for k, v in self.__dict__.items() if k != "_vectors"}
-
-    # ---- vectors
-
     @cached_property
     def _vectors(self) -> _Vectors:
-        kind = _Npy if self.file.suffix == ".npy" else _Safetensors
         try:
-            return kind(self.file, self.key)
+            return _open_npy(self.file) if self.file.suffix == ".npy" else _open_safetensors(self.file, self.key)
         except (OSError, ValueError, EOFError) as error:
             raise UserError(f"{self.file}: cannot be read ({first_line(error)})") from error
 
@@ -98,96 +92,69 @@ class Features(ImageDataset):
         """Return D."""
         return {"dim": self._vectors.shape[1]}
 
-    # ---- the table
-
     @cached_property
     def _described(self) -> tuple[pd.DataFrame, tuple[str, ...]]:
-        """The table and the names of the classes."""
         metadata, (images, _) = read_metadata(self.csv), self._vectors.shape
         if len(metadata) != images:
-            raise UserError(
-                f"{self.csv}: has {len(metadata):,} rows, and {self.file} has {images:,} vectors; "
-                "there must be one row per vector, in the same order"
-            )
+            problem = f"has {len(metadata):,} rows, and {self.file} has {images:,} vectors"
+            raise UserError(f"{self.csv}: {problem}; there must be one row per vector, in the same order")
         return image_table(metadata, self.shares, self.seed, self.csv)
 
     @property
     def class_names(self) -> tuple[str, ...]:
-        """Labels of the CSV file, sorted: by number where all are numbers, else by name."""
+        """Labels of the CSV file, sorted by value if all are whole numbers, otherwise by name."""
         return self._described[1]
 
     def load_table(self) -> pd.DataFrame:
-        """Return label, split, owner, parent and, where the CSV file has it, time."""
+        """Return label, split, owner, parent and, if the CSV file has it, time."""
         return self._described[0]
 
     def fingerprint(self) -> list[Any]:
         """Return shape and type of the vectors, a digest of at most 4,096 of them, and one of the table."""
-        vectors = self._vectors
-        rows = np.unique(np.linspace(0, vectors.shape[0] - 1, min(SAMPLE, vectors.shape[0])).astype(np.int64))
+        vectors, images = self._vectors, self._vectors.shape[0]
         content = hashlib.sha256()
-        for row in rows:
+        for row in np.unique(np.linspace(0, images - 1, min(SAMPLE, images)).astype(np.int64)):
             content.update(vectors.row(int(row)).astype("<f4").tobytes())
         table = table_digest(self._described[0])
         return [list(vectors.shape), vectors.dtype, content.hexdigest()[:12], table, list(self.class_names)]
 
 
 class _Vectors:
-    """A file of vectors, opened: ``shape``, ``dtype`` by name, and rows as float32."""
+    """An open file of vectors."""
 
-    shape: tuple[int, int]
-    dtype: str
-
-    def __init__(self, file: Path, key: str | None) -> None:
-        raise NotImplementedError
-
-    def row(self, index: int) -> np.ndarray:
-        raise NotImplementedError
-
-
-class _Npy(_Vectors):
-    def __init__(self, file: Path, key: str | None) -> None:
-        self._array = np.load(file, mmap_mode="r", allow_pickle=False)
-        native = self._array.dtype.newbyteorder("=")
-        self.shape = _two_axes(file, self._array.shape)
-        self.dtype = _floats(file, str(native), _NPY)
-
-    def row(self, index: int) -> np.ndarray:
-        return np.array(self._array[index], dtype=np.float32)  # a copy, in memory
+    def __init__(
+        self, file: Path, shape: Sequence[int], dtype: str, dtypes: Sequence[str], row: Callable[[int], np.ndarray]
+    ) -> None:
+        if len(shape) != 2 or 0 in shape:
+            raise UserError(f"{file}: the vectors must be an array [images, features], not {list(shape)}")
+        if dtype not in dtypes:
+            raise UserError(f"{file}: the vectors must be {', '.join(dtypes[:-1])} or {dtypes[-1]}, not {dtype}")
+        self.shape, self.dtype, self.row = shape, dtype, row
 
 
-class _Safetensors(_Vectors):
-    def __init__(self, file: Path, key: str | None) -> None:
-        from safetensors import SafetensorError, safe_open
-
-        try:
-            self._file = safe_open(file, framework="pt")  # NumPy has no bfloat16
-        except SafetensorError as error:
-            raise ValueError(first_line(error)) from error
-        shapes = {name: tuple(self._file.get_slice(name).get_shape()) for name in self._file.keys()}  # noqa: SIM118
-        if key is None:
-            matrices = [name for name, shape in shapes.items() if len(shape) == 2]
-            if len(matrices) != 1:
-                found = ", ".join(f"{name} {list(shape)}" for name, shape in shapes.items())
-                raise UserError(f"{file}: name the tensor to read by dataset.key; it has {found or 'none'}")
-            key = matrices[0]
-        if key not in shapes:
-            raise UserError(f"{file}: has no tensor {key} (dataset.key), only {', '.join(shapes) or 'none'}")
-        self._slice = self._file.get_slice(key)
-        self.shape = _two_axes(file, shapes[key])
-        kind = self._slice.get_dtype()
-        self.dtype = _floats(file, _SAFETENSORS.get(kind, kind), tuple(_SAFETENSORS.values()))
-
-    def row(self, index: int) -> np.ndarray:
-        return self._slice[int(index)].float().numpy()
+def _open_npy(file: Path) -> _Vectors:
+    array = np.load(file, mmap_mode="r", allow_pickle=False)
+    dtype = str(array.dtype.newbyteorder("="))
+    return _Vectors(file, array.shape, dtype, _NPY, lambda index: np.array(array[index], dtype=np.float32))
 
 
-def _two_axes(file: Path, shape: tuple[int, ...]) -> tuple[int, int]:
-    if len(shape) != 2 or 0 in shape:
-        raise UserError(f"{file}: the vectors must be an array [images, features], not {list(shape)}")
-    return shape[0], shape[1]
+def _open_safetensors(file: Path, key: str | None) -> _Vectors:
+    from safetensors import SafetensorError, safe_open
 
-
-def _floats(file: Path, dtype: str, known: tuple[str, ...]) -> str:
-    if dtype not in known:
-        raise UserError(f"{file}: the vectors must be {', '.join(known[:-1])} or {known[-1]}, not {dtype}")
-    return dtype
+    try:
+        tensors = safe_open(file, framework="pt")  # NumPy has no bfloat16
+    except SafetensorError as error:
+        raise ValueError(first_line(error)) from error
+    shapes = {name: tuple(tensors.get_slice(name).get_shape()) for name in tensors.keys()}  # noqa: SIM118
+    if key is None:
+        matrices = [name for name, shape in shapes.items() if len(shape) == 2]
+        if len(matrices) != 1:
+            found = ", ".join(f"{name} {list(shape)}" for name, shape in shapes.items())
+            raise UserError(f"{file}: name the tensor to read by dataset.key; it has {found or 'none'}")
+        key = matrices[0]
+    if key not in shapes:
+        raise UserError(f"{file}: has no tensor {key} (dataset.key), only {', '.join(shapes) or 'none'}")
+    rows = tensors.get_slice(key)
+    dtype = _SAFETENSORS.get(rows.get_dtype(), rows.get_dtype())
+    dtypes = tuple(_SAFETENSORS.values())
+    return _Vectors(file, shapes[key], dtype, dtypes, lambda index: rows[int(index)].float().numpy())

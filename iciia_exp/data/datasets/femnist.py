@@ -1,13 +1,13 @@
 """FEMNIST: handwritten digits and letters by 3,597 writers, from LEAF's JSON.
 
 Source: S. Caldas et al., "LEAF: A Benchmark for Federated Settings", arXiv:1812.01097,
-https://github.com/TalwalkarLab/leaf (data/femnist); the pictures are NIST Special Database 19. Published with ICIIA:
-817,851 images, split within each writer 90 to 10 (``./preprocess.sh -s niid --sf 1.0 -k 0 -t sample``).
+https://github.com/TalwalkarLab/leaf (data/femnist); the images are from NIST Special Database 19. Published with
+ICIIA: 817,851 images, split within each writer 90 to 10 (``./preprocess.sh -s niid --sf 1.0 -k 0 -t sample``).
 
-The JSON is gigabytes of text. It is converted once, file by file, into a folder of the cache that is named after the
-names and sizes of the files:
+The gigabytes of JSON are converted once, file by file, into a folder of the cache, named after a digest of the names
+and sizes of the files:
 
-    manifest.json    number of images, and the files they come from; written last
+    manifest.json    number of images, and the JSON files; written last
     images.npy       uint8 [M, 28, 28], memory-mapped; a pixel is k of LEAF's k / 255
     table.parquet    label, split, owner
 
@@ -40,33 +40,33 @@ WHAT = "FEMNIST as LEAF's preprocess.sh leaves it (https://github.com/TalwalkarL
 
 TREE = """data/train/<name>.json
 data/test/<name>.json
-(both made by ./preprocess.sh -s niid --sf 1.0 -k 0 -t sample; the folder data itself will do, too)"""
+(both made by ./preprocess.sh -s niid --sf 1.0 -k 0 -t sample; the folder data itself also works)"""
 
 # LEAF's order of the labels.
 _NAMES = string.digits + string.ascii_uppercase + string.ascii_lowercase
 
 SIDE = 28
 
-# Of the prepared folder.
+# Format of the converted data.
 FORMAT = 1
 
 
 class Femnist(ImageDataset):
-    """28x28 pictures of 62 characters, dark on white; the writer is the owner, LEAF's train and test are the splits.
+    """28x28 images of 62 characters, dark on white; the owner is the writer, the splits are LEAF's train and test.
 
     Args:
         root: LEAF's folder data/femnist, its folder data, or any folder with train and test; see `TREE`.
-        num_classes: of LEAF's labels (digits, capitals, small letters), how many the data has; 10 are the digits.
-        cache_dir: where the converted data goes, below ``datasets``; None is the user's cache directory.
+        num_classes: number of LEAF's labels (digits, capitals, small letters) in the data; 10 for the digits.
+        cache_dir: folder of the converted data, in a folder ``datasets``; None: the user's cache directory.
     """
 
     name = "femnist"
     cosmetic: ClassVar[frozenset[str]] = frozenset({"root", "cache_dir"})
+    open_files: ClassVar[frozenset[str]] = frozenset({"_images"})
 
     def __init__(self, root: str | Path | None, num_classes: int = len(_NAMES), cache_dir: str | None = None) -> None:
-        self.root = existing_root(root, WHAT, TREE)
-        #: the folder that holds train and test
-        self.data = find_data(self.root, TREE)
+        #: the folder with train and test
+        self.root = find_data(existing_root(root, WHAT, TREE), TREE)
         self._names = tuple(_NAMES[: check_int("num_classes", num_classes, 2, len(_NAMES))])
         self.cache_dir = resolve_cache_dir(cache_dir)
 
@@ -76,12 +76,12 @@ class Femnist(ImageDataset):
         return self._names
 
     def load_table(self) -> pd.DataFrame:
-        """Return the images in the order of LEAF's files, train first; converts the files if that was not done."""
+        """Return the images in the order of LEAF's files, train first; converts the files at the first call."""
         table = pd.read_parquet(self._prepared / "table.parquet")
         if len(beyond := table[table["label"] >= self.num_classes]):
             label, owner = beyond["label"].iloc[0], beyond["owner"].iloc[0]
             problem = f"user {owner} has label {label} ({_NAMES[label]}), but there are num_classes={self.num_classes}"
-            raise UserError(f"{self.data}: {problem}; set num_classes to at least {table['label'].max() + 1}")
+            raise UserError(f"{self.root}: {problem}; set num_classes to at least {table['label'].max() + 1}")
         return table.astype({"split": object, "owner": object}).assign(parent=None)
 
     def __getitem__(self, index: int) -> np.ndarray:
@@ -94,11 +94,10 @@ class Femnist(ImageDataset):
 
     @cached_property
     def _files(self) -> list[tuple[str, Path]]:
-        return list_files(self.data, TREE)
+        return list_files(self.root, TREE)
 
     @cached_property
     def _prepared(self) -> Path:
-        """The folder of the converted data; made if need be."""
         folder = self.cache_dir / "datasets" / f"femnist-{digest([FORMAT, self.fingerprint()])}"
         make_folder(folder, "the converted FEMNIST", lambda partial: _convert(self._files, partial))
         return folder
@@ -107,13 +106,9 @@ class Femnist(ImageDataset):
     def _images(self) -> np.ndarray:
         return np.load(self._prepared / "images.npy", mmap_mode="r")
 
-    def __getstate__(self) -> dict[str, Any]:
-        """Leave the memory map out: pickled, it would carry all pixels; each process opens its own."""
-        return {k: v for k, v in self.__dict__.items() if k != "_images"}
-
 
 def _pack(x: list[Any], y: list[Any]) -> tuple[np.ndarray, np.ndarray]:
-    """Return a writer's images, uint8 [n, 28, 28], and labels, int64 [n]; raises `ValueError` for wrong ones."""
+    """Return a writer's images, uint8 [n, 28, 28], and labels, int64 [n]; invalid data raises `ValueError`."""
     pixels = SIDE * SIDE
     lengths = [len(image) if isinstance(image, list) else 0 for image in x]
     if wrong := [i for i, length in enumerate(lengths) if length != pixels]:
@@ -123,7 +118,7 @@ def _pack(x: list[Any], y: list[Any]) -> tuple[np.ndarray, np.ndarray]:
     except (TypeError, ValueError) as error:
         raise ValueError(f"x has pixels that are not numbers ({error})") from error
     images = np.rint(levels)
-    good = (np.abs(levels - images) < 0.01) & (images >= 0) & (images <= 255)  # never true of NaN
+    good = (np.abs(levels - images) < 0.01) & (images >= 0) & (images <= 255)  # false for NaN
     if not good.all():
         pixel = levels[~good][0] / 255
         raise ValueError(f"x has a pixel {pixel:g}, must be 0 to 1 in steps of 1/255 (0 black, 1 white)")
@@ -136,11 +131,11 @@ def _pack(x: list[Any], y: list[Any]) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _convert(files: list[tuple[str, Path]], partial: Path) -> None:
-    """Convert LEAF's files into the folder ``partial``, each on its own, then join them; continues where it was."""
+    """Convert LEAF's files one by one into the folder ``partial``, then join them; an earlier conversion is resumed."""
     log.info("converting %d files of FEMNIST, once; this takes a few minutes", len(files))
     parts = [partial / f"part_{i}.npz" for i in range(len(files))]
     for i, ((split, path), part) in enumerate(zip(files, parts, strict=True), start=1):
-        if part.is_file():  # left, whole, by an earlier conversion that was stopped
+        if part.is_file():  # complete, from an earlier conversion
             continue
         users = read_users(path, _pack)
         images, labels = zip(*users.values(), strict=True) if users else ((), ())
@@ -149,7 +144,7 @@ def _convert(files: list[tuple[str, Path]], partial: Path) -> None:
                 file,
                 images=np.concatenate([np.empty((0, SIDE, SIDE), dtype=np.uint8), *images]),
                 label=np.concatenate([np.empty(0, dtype=np.int64), *labels]),
-                owner=np.repeat(np.array(list(users), dtype=str), [len(own) for own in labels]),
+                owner=np.repeat(np.array(list(users), dtype=str), [len(label) for label in labels]),
             )
         log.info("FEMNIST: %d of %d files converted (%s of %s)", i, len(files), path.name, split)
 
@@ -161,15 +156,13 @@ def _convert(files: list[tuple[str, Path]], partial: Path) -> None:
     table = pd.concat(tables, ignore_index=True)
     if table.empty:
         raise UserError(f"{files[0][1].parent.parent}: LEAF's {len(files)} files hold no images; make them again")
-    joined = np.lib.format.open_memmap(
-        partial / "images.npy", mode="w+", dtype=np.uint8, shape=(len(table), SIDE, SIDE)
-    )
+    shape = len(table), SIDE, SIDE
+    joined = np.lib.format.open_memmap(partial / "images.npy", mode="w+", dtype=np.uint8, shape=shape)
     first = 0
-    for part in parts:
+    for part, rows in zip(parts, tables, strict=True):
         with np.load(part) as arrays:
-            images_n = arrays["images"]
-        joined[first : first + len(images_n)] = images_n
-        first += len(images_n)
+            joined[first : first + len(rows)] = arrays["images"]
+        first += len(rows)
     joined.flush()
     with atomic_write(partial / "table.parquet", "wb") as file:
         table.to_parquet(file, index=False)

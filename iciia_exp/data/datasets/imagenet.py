@@ -1,8 +1,7 @@
-"""ImageNet-1K (ILSVRC 2012): the whole set or some of its classes, as it lies on disk.
+"""ImageNet-1K (ILSVRC 2012), all classes or some of them.
 
-The paper's ImageNet experiment: train images train methods, validation images are the reported test, and parent
-categories make clients (ICIIA, ACML 2024, PMLR 260:223-238, section 4). The validation images may lie in class
-folders, or flat as they are distributed, with one of the annotations that come with them.
+In the paper's experiment, methods are trained on the train images and tested on the validation images, and the clients
+are made from parent categories (ICIIA, ACML 2024, PMLR 260:223-238, section 4).
 """
 
 from __future__ import annotations
@@ -10,17 +9,15 @@ from __future__ import annotations
 import logging
 import re
 from functools import cached_property
-from itertools import chain
 from pathlib import Path
 from typing import ClassVar
 
 import numpy as np
 import pandas as pd
-from PIL import Image
 
-from iciia_exp.data.dataset import ImageDataset, existing_root, table_digest, wrong_folder
-from iciia_exp.data.readers.files import existing_file, few, list_folders, list_images, open_image, read_csv
-from iciia_exp.data.readers.parents import IMAGENET_PARENTS, PARENTS_FORM, read_parents
+from iciia_exp.data.dataset import ImageFiles, check_layout, existing_root, table_digest, wrong_folder
+from iciia_exp.data.readers.files import few, list_folders, list_images, read_csv
+from iciia_exp.data.readers.parents import IMAGENET_PARENTS, parents_file, read_parents
 from iciia_exp.errors import UserError
 
 __all__ = ["ImageNet"]
@@ -39,35 +36,34 @@ val/ILSVRC2012_val_<number>.JPEG
 and LOC_val_solution.csv, or the devkit's ILSVRC2012_validation_ground_truth.txt and meta.mat, in val or beside it
 (both also under ILSVRC/Data/CLS-LOC)"""
 
-# Where train and val may lie under the root: there, or as Kaggle's archive unpacks.
+# Folders of train and val under the root; the second is that of Kaggle's archive.
 _PLACES = ("", "ILSVRC/Data/CLS-LOC")
 
 _DEVKIT = "ILSVRC2012_devkit_t12/data"
 
 
-class ImageNet(ImageDataset):
+class ImageNet(ImageFiles):
     """ImageNet's train images (split ``train``) and validation images (split ``test``).
 
-    Classes are the folders of train, by wnid in sorted order, which for all 1,000 is the order of pre-trained heads.
+    The classes are the folders of train, sorted by wnid; for all 1,000 classes this is the order of pre-trained heads.
 
     Args:
-        root: folder with train and val; see `TREE`.
-        parents: CSV table of parent categories by class (`iciia_exp.data.readers.parents`); None is the package's own,
+        root: folder with train and val; see `TREE`. The images of val are in class folders, or in one folder with one
+            of the annotation files that are distributed with them.
+        parents: CSV table of parent categories by class (`iciia_exp.data.readers.parents`); None: the package's table,
             made from WordNet.
     """
 
     name = "imagenet"
-    cosmetic: ClassVar[frozenset[str]] = frozenset({"root", "parents"})  # the table holds what they say
+    cosmetic: ClassVar[frozenset[str]] = frozenset({"root", "parents"})  # their content is in the table
 
     def __init__(self, root: str | Path | None, parents: str | Path | None = None) -> None:
-        given = existing_root(root, WHAT, TREE)
-        self._given = given
-        #: the folder that holds train and val; paths are relative to it
-        self.root = next((p for place in _PLACES if ((p := given / place) / "train").is_dir()), given)
-        for part in ("train", "val"):
-            if not (self.root / part).is_dir():
-                raise wrong_folder(self.root, f"has no folder {part}", TREE)
-        self.parents = None if parents is None else existing_file("parents", parents, PARENTS_FORM)
+        self._given = existing_root(root, WHAT, TREE)
+        places = (self._given / place for place in _PLACES)
+        #: the folder with train and val
+        self.root = next((place for place in places if (place / "train").is_dir()), self._given)
+        check_layout(self.root, TREE, "train/", "val/")
+        self.parents = parents_file(parents)
 
     @cached_property
     def class_names(self) -> tuple[str, ...]:
@@ -75,10 +71,8 @@ class ImageNet(ImageDataset):
         folder = self.root / "train"
         names = list_folders(folder)
         if not names:
-            packed = (
-                " (unpack the .tar archives, each into a folder of its name)" if list(folder.glob("n*.tar")) else ""
-            )
-            raise wrong_folder(folder, f"has no class folders{packed}", TREE)
+            hint = " (unpack the .tar archives, each into a folder of its name)" if any(folder.glob("n*.tar")) else ""
+            raise wrong_folder(folder, f"has no class folders{hint}", TREE)
         if strange := [n for n in names if not re.fullmatch(r"n\d{8}", n)]:
             hint = "for classes of other names use dataset=folder"
             raise wrong_folder(folder, f"has folders that are not wnids ({few(strange)}); {hint}", TREE)
@@ -87,39 +81,24 @@ class ImageNet(ImageDataset):
     def load_table(self) -> pd.DataFrame:
         """Return the train images by class and name, then the validation images likewise."""
         number = {wnid: i for i, wnid in enumerate(self.class_names)}
-        train = [list_images(self.root / "train" / wnid) for wnid in self.class_names]
-        if empty := [w for w, images in zip(self.class_names, train, strict=True) if not images]:
+        train = {wnid: list_images(self.root / "train" / wnid) for wnid in self.class_names}
+        if empty := [wnid for wnid, images in train.items() if not images]:
             raise wrong_folder(self.root / "train", f"has class folders without images ({few(empty)})", TREE)
         val, wnids = self._validation()
         if strange := sorted(set(wnids) - set(number)):
             problem = f"has images of {len(strange)} classes that train lacks ({few(strange)})"
             raise wrong_folder(self.root / "val", problem, TREE)
-        # one order of the images, however the validation images are laid out
+        rows = [(number[wnid], "train", f"train/{wnid}/{image}") for wnid, images in train.items() for image in images]
+        # the order of the validation images does not depend on their layout
         order = sorted((number[w], v.rsplit("/", 1)[-1], v) for w, v in zip(wnids, val, strict=True))
-        val_labels = [label for label, _, _ in order]
-        parents = np.array(self._parents(), dtype=object)
-        counts = [len(images) for images in train]
-        labels = np.concatenate([np.repeat(np.arange(len(train)), counts), val_labels])
-        paths = chain(
-            (f"train/{w}/{i}" for w, images in zip(number, train, strict=True) for i in images),
-            (v for _, _, v in order),
-        )
-        return pd.DataFrame(
-            {
-                "label": labels,
-                "split": np.repeat(np.array(["train", "test"], dtype=object), [sum(counts), len(val)]),
-                "owner": None,
-                "parent": parents[labels],
-                "path": list(paths),
-            }
-        )
-
-    def __getitem__(self, index: int) -> Image.Image:
-        """Return one image as RGB, in its own size."""
-        return open_image(self.root / self.path(index))
+        rows += [(label, "test", path) for label, _, path in order]
+        table = pd.DataFrame(rows, columns=["label", "split", "path"], dtype=object)
+        table["label"] = table["label"].astype(np.int64)
+        parents = np.array(self._parents(), dtype=object)[table["label"]]
+        return table.assign(owner=None, parent=parents)[["label", "split", "owner", "parent", "path"]]
 
     def fingerprint(self) -> str:
-        """Return a digest of the table: which files there are, with label, split and parent."""
+        """Return a digest of the table (paths, labels, splits, parents)."""
         return table_digest(self.table)
 
     def _parents(self) -> list[str | None]:
@@ -131,15 +110,14 @@ class ImageNet(ImageDataset):
         return parents
 
     def shown_names(self) -> list[str]:
-        """Return the classes' names in WordNet, where they are of ImageNet."""
+        """Return the classes' names in WordNet, if they are classes of ImageNet."""
         from timm.data import ImageNetInfo  # late: it imports torch
 
-        known = ImageNetInfo("imagenet-22k")
-        names = set(known.label_names())
-        return [known.label_name_to_description(w) if w in names else w for w in self.class_names]
+        wordnet = ImageNetInfo("imagenet-22k")
+        names = set(wordnet.label_names())
+        return [wordnet.label_name_to_description(w) if w in names else w for w in self.class_names]
 
     def _validation(self) -> tuple[list[str], list[str]]:
-        """Return the validation images' paths and wnids."""
         images = list_images(self.root / "val")
         folders = list_folders(self.root / "val")
         if folders not in ([], ["images"]):  # Tiny ImageNet keeps its images in val/images
@@ -158,7 +136,7 @@ class ImageNet(ImageDataset):
         return [f"val/{i}" for i in images], [wnid_of[n] for n in names]
 
     def _annotation(self) -> tuple[Path, dict[str, str]]:
-        """Return the file that gives flat validation images their class, and wnids by name without extension."""
+        """Return the annotation file of validation images in one folder, and wnids by name without extension."""
         folders = [self.root / "val", self.root, self._given]
         folders += [f / _DEVKIT for f in folders]
         readers = {
@@ -174,18 +152,16 @@ class ImageNet(ImageDataset):
 
 
 def _read_solution(file: Path) -> dict[str, str]:
-    """Read Kaggle's annotation: a row per image, with its boxes, each with the wnid in front."""
-    table = read_csv(file)
-    if lacking := [c for c in ("ImageId", "PredictionString") if c not in table]:
-        raise UserError(f"{file}: lacks the column {lacking[0]}; expected ImageId,PredictionString")
+    """Read Kaggle's annotation: a row per image, with the wnid before each box."""
+    table = read_csv(file, ("ImageId", "PredictionString"))
     return dict(zip(table["ImageId"], table["PredictionString"].str.split(n=1).str[0], strict=True))
 
 
 def _read_devkit(file: Path) -> dict[str, str]:
-    """Read the devkit's annotation: line i holds the class number of image i, whose wnid is in meta.mat."""
+    """Read the devkit's annotation: line i has the class number of image i, and meta.mat the wnid of every class."""
     meta = file.with_name("meta.mat")
     if not meta.is_file():
-        raise UserError(f"{meta}: there is no such file; copy it from the devkit's folder data, it tells the classes")
+        raise UserError(f"{meta}: there is no such file; copy it from the devkit's folder data, for the class names")
     from scipy.io import loadmat
 
     try:
@@ -198,7 +174,7 @@ def _read_devkit(file: Path) -> dict[str, str]:
 
 
 def _read_tiny(file: Path) -> dict[str, str]:
-    """Read Tiny ImageNet's annotation: lines of file name, wnid and box, parted by tabs."""
+    """Read Tiny ImageNet's annotation: lines of file name, wnid and box, separated by tabs."""
     lines = [line.split("\t") for line in file.read_text(encoding="utf-8").splitlines() if line]
     if any(len(line) < 2 for line in lines):
         raise UserError(f"{file}: expected lines of file name, tab, wnid")

@@ -15,10 +15,9 @@ from typing import ClassVar
 
 import numpy as np
 import pandas as pd
-from PIL import Image
 
-from iciia_exp.data.dataset import ImageDataset, existing_root, table_digest, wrong_folder
-from iciia_exp.data.readers.files import few, list_folders, list_images, open_image, read_csv
+from iciia_exp.data.dataset import ImageFiles, check_layout, existing_root, wrong_folder
+from iciia_exp.data.readers.files import check_distinct, few, list_folders, list_images, read_csv
 from iciia_exp.errors import UserError
 
 __all__ = ["INaturalist"]
@@ -31,22 +30,22 @@ WHAT = (
 TREE = """train_val2019/<supercategory>/<category>/<image>.jpg
 client_data_mapping/train.csv (columns client_id,sample_path,label_name,label_id)
 client_data_mapping/test.csv
-client_data_mapping/val.csv (need not be there)"""
+client_data_mapping/val.csv (optional)"""
 
 IMAGES = "train_val2019"
 
-# Where FedScale's archive may have been unpacked.
+# Places of the unpacked archive of FedScale.
 _MAPPINGS = ("client_data_mapping", "inaturalist/client_data_mapping")
 
-# FedScale's files and what they are here; in this order.
+# FedScale's files, in this order, and their splits.
 _SPLITS = {"train.csv": "train", "val.csv": "val", "test.csv": "test"}
 
 
-class INaturalist(ImageDataset):
-    """Photographs of 1,010 species; the photographer is the owner, the supercategory (Plants, Birds, ...) the parent.
+class INaturalist(ImageFiles):
+    """Photographs of 1,010 species; the owner is the photographer, the parent the supercategory (Plants, Birds, ...).
 
-    An image's class is the folder that it lies in, as FedScale's own reader has it. Client numbers count within their
-    file, so that a client of train.csv is never one of test.csv: an owner is, for example, ``train-17``.
+    The class of an image is its folder, as in FedScale's reader. Client numbers are unique within their file only, so
+    an owner is, for example, ``train-17``.
 
     Args:
         root: folder with train_val2019 and client_data_mapping; see `TREE`.
@@ -57,15 +56,11 @@ class INaturalist(ImageDataset):
 
     def __init__(self, root: str | Path | None) -> None:
         self.root = existing_root(root, WHAT, TREE)
-        if not (self.root / IMAGES).is_dir():
-            raise wrong_folder(self.root, f"has no folder {IMAGES}", TREE)
-        found = [self.root / place for place in _MAPPINGS if (self.root / place).is_dir()]
-        if not found:
-            raise wrong_folder(self.root, f"has no folder {_MAPPINGS[0]}", TREE)
-        self._mapping = found[0]
-        for file, split in _SPLITS.items():
-            if split != "val" and not (self._mapping / file).is_file():
-                raise wrong_folder(self._mapping, f"has no file {file}", TREE)
+        check_layout(self.root, TREE, f"{IMAGES}/")
+        place = next((place for place in _MAPPINGS if (self.root / place).is_dir()), _MAPPINGS[0])
+        check_layout(self.root, TREE, f"{place}/")
+        self._mapping = self.root / place
+        check_layout(self._mapping, TREE, "train.csv", "test.csv")
 
     @property
     def class_names(self) -> Sequence[str]:
@@ -74,40 +69,26 @@ class INaturalist(ImageDataset):
 
     def load_table(self) -> pd.DataFrame:
         """Return the images of train.csv, val.csv and test.csv, in the order of these files."""
-        label = {category: i for i, category in enumerate(self._above)}
         parts = []
         for file, split in _SPLITS.items():
             path = self._mapping / file
             if not path.is_file():
                 continue
-            mapping = read_csv(path)
-            if lacking := [c for c in ("client_id", "sample_path") if c not in mapping]:
-                problem = f"has no column {lacking[0]}, only {', '.join(mapping.columns)}"
-                raise UserError(f"{path}: {problem}; expected client_id,sample_path,label_name,label_id")
+            mapping = read_csv(path, ("client_id", "sample_path"))
             if len(empty := np.flatnonzero((mapping["client_id"] == "") | (mapping["sample_path"] == ""))):
-                raise UserError(
-                    f"{path}: client_id or sample_path is empty in {len(empty)} rows, first in {empty[0] + 2}"
-                )
+                problem = f"client_id or sample_path is empty in {len(empty)} rows, first in {empty[0] + 2}"
+                raise UserError(f"{path}: {problem}")
             categories, names = self._places(path, mapping["sample_path"])
             owner = f"{split}-" + mapping["client_id"]
             parts.append(pd.DataFrame({"category": categories, "name": names, "split": split, "owner": owner}))
-        self.__dict__.pop("_category_of", None)  # large, and of no further use
+        self.__dict__.pop("_category_of", None)  # large, and not used again
         images = pd.concat(parts, ignore_index=True).astype(object)
         above = images["category"].map(self._above)
         paths = IMAGES + "/" + above + "/" + images["category"] + "/" + images["name"]
-        if (twice := paths.duplicated()).any():
-            raise UserError(f"{self._mapping}: {twice.sum()} images are listed twice ({few(paths[twice])})")
-        labels = images["category"].map(label).to_numpy(dtype=np.int64)
+        check_distinct(self._mapping, paths, "images")
+        labels = pd.Index(list(self._above)).get_indexer(pd.Index(images["category"])).astype(np.int64)
         columns = {"label": labels, "split": images["split"], "owner": images["owner"], "parent": above, "path": paths}
         return pd.DataFrame(columns)
-
-    def __getitem__(self, index: int) -> Image.Image:
-        """Return one image as RGB, in its own size."""
-        return open_image(self.root / self.path(index))
-
-    def fingerprint(self) -> list[str]:
-        """Return a digest of the table, which images there are, with class, split and owner, and the classes."""
-        return [table_digest(self.table), *self.class_names]
 
     @cached_property
     def _above(self) -> dict[str, str]:
@@ -126,12 +107,12 @@ class INaturalist(ImageDataset):
 
     @cached_property
     def _category_of(self) -> dict[str, str]:
-        """The category of every image on disk, by file name; only asked for where the mapping has no folders."""
+        """The category of every image on disk, by file name; used if the mapping has no folders."""
         folder = self.root / IMAGES
         return {name: c for c, above in self._above.items() for name in list_images(folder / above / c)}
 
     def _places(self, path: Path, sample_paths: pd.Series) -> tuple[list[str], list[str]]:
-        """Return category and file name of every image of a mapping, given as path (from any folder) or as name."""
+        """Return the categories and file names of a mapping's images, given as paths (from any folder) or as names."""
         parts = [text.replace("\\", "/").rsplit("/", 2)[-2:] for text in sample_paths]
         names = [part[-1] for part in parts]
         categories = [part[0] if len(part) == 2 else self._category_of.get(part[0], "") for part in parts]

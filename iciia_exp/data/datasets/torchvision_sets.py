@@ -10,7 +10,7 @@ import pickle
 import textwrap
 import warnings
 from abc import abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cached_property
 from http.client import HTTPException
@@ -30,30 +30,27 @@ __all__ = ["CIFAR10", "CIFAR100", "FashionMNIST", "TorchvisionSet", "download_ro
 # Torchvision's own splits by the value of its argument `train`.
 _TRAIN = {"train": True, "test": False}
 
-# What torchvision raises where a checksum is wrong or, for the files that it does not check, a size.
+# Torchvision's errors for a wrong checksum or, in files that it does not check, a wrong size.
 _DAMAGED = (OSError, EOFError, LookupError, RuntimeError, TypeError, ValueError, AssertionError, pickle.UnpicklingError)
 
 
 def download_root(root: str | Path | None, download: bool, what: str, tree: str) -> Path:
-    """Return the folder of a dataset that can be downloaded: it must exist, or be named where ``download`` is set."""
+    """Return the folder of a dataset; with ``download``, it need not exist."""
     if not check_bool("download", download):
         return existing_root(root, what, tree)
     if root is None:
-        raise ConfigError("root", "null", "give data_dir=FOLDER, where the download goes; it is created if need be")
+        raise ConfigError("root", "null", "give data_dir=FOLDER for the download; it is created if needed")
     path = Path(root).expanduser()
     if path.exists() and not path.is_dir():
-        raise ConfigError("root", path, "is not a folder; the download needs one, or a name for a new one")
+        raise ConfigError("root", path, "is not a folder; the download needs a folder, existing or new")
     return path
 
 
 @contextmanager
 def downloading(what: str, root: Path, bring: Mapping[str, Path]) -> Iterator[None]:
-    """Let one process at a time download, and turn what goes wrong into one error that says how to do without.
+    """Download in one process at a time into ``root``; an error names the files to copy without a network.
 
-    Args:
-        what: the dataset in words.
-        root: its folder; it is made.
-        bring: where each file of the download comes from, and where it goes.
+    ``bring`` has the place of every file by its URL; ``what`` is the dataset in words.
     """
     try:
         root.mkdir(parents=True, exist_ok=True)
@@ -61,26 +58,26 @@ def downloading(what: str, root: Path, bring: Mapping[str, Path]) -> Iterator[No
             yield
     except (OSError, RuntimeError, HTTPException) as error:  # a URLError is an OSError
         files = "\n".join(f"{url}\n  as {path}" for url, path in bring.items())
-        problem = " ".join(str(error).split())  # torchvision's errors go over several lines
-        raise UserError(
-            f"{root}: {what} could not be downloaded ({problem}); where there is no network, bring\n"
-            f"{textwrap.indent(files, '  ')}\nand repeat the command"
-        ) from error
+        problem = " ".join(str(error).split())  # torchvision's errors have several lines
+        hint = f"without a network, copy\n{textwrap.indent(files, '  ')}\nand repeat the command"
+        raise UserError(f"{root}: {what} could not be downloaded ({problem}); {hint}") from error
 
 
 class TorchvisionSet(ImageDataset):
     """A dataset of torchvision with a training and a test part.
 
     Args:
-        root: folder that holds torchvision's folder of the dataset.
-        download: let torchvision download what is missing into ``root`` when the dataset is first read, and unpack
-            archives that lie there already.
+        root: folder with torchvision's folder of the dataset.
+        download: let torchvision download missing files into ``root`` when the dataset is first read, and unpack
+            archives in ``root``.
     """
 
     cosmetic = frozenset({"root", "download"})  # the content is always the same
     has_backbone_images = False
 
-    #: The dataset in words, with where to get it.
+    #: Name of torchvision's class.
+    source: ClassVar[str]
+    #: The dataset in words, with its URL.
     what: ClassVar[str]
     #: Its files below ``root``.
     files: ClassVar[tuple[str, ...]]
@@ -90,13 +87,14 @@ class TorchvisionSet(ImageDataset):
         self.root = download_root(root, download, self.what, self._tree)
 
     @property
-    @abstractmethod
-    def _source(self) -> Callable[..., Any]:
-        """Torchvision's class, imported only when it is needed."""
+    def _source(self) -> Any:
+        from torchvision import datasets  # late: the import is slow
+
+        return getattr(datasets, self.source)
 
     @abstractmethod
     def _bring(self) -> dict[str, Path]:
-        """Return where each file of the download comes from, and where it goes."""
+        """Return the place of every file of the download by its URL."""
 
     @abstractmethod
     def _parents(self) -> Sequence[str]:
@@ -104,7 +102,7 @@ class TorchvisionSet(ImageDataset):
 
     @property
     def _tree(self) -> str:
-        hint = "or set dataset.download=true, which also unpacks an archive that lies there"
+        hint = "or set dataset.download=true, which also unpacks an archive in that folder"
         return "\n".join([*(f"<root>/{file}" for file in self.files), hint])
 
     @cached_property
@@ -131,22 +129,20 @@ class TorchvisionSet(ImageDataset):
         return tuple(self._parts["train"].classes)
 
     def load_table(self) -> pd.DataFrame:
-        """Return label, torchvision's split and the parent category; the images have no owners."""
-        labels = {split: np.asarray(part.targets, dtype=np.int64) for split, part in self._parts.items()}
-        label = np.concatenate(list(labels.values()))
-        split = np.repeat(np.array(list(labels), dtype=object), [len(own) for own in labels.values()])
-        parents = np.array(self._parents(), dtype=object)
-        return pd.DataFrame({"label": label, "split": split, "owner": None, "parent": parents[label]})
+        """Return labels, torchvision's splits and parent categories; the images have no owners."""
+        parts = {split: pd.DataFrame({"label": part.targets}) for split, part in self._parts.items()}
+        table = pd.concat(parts, names=["split"]).reset_index("split").astype({"label": np.int64, "split": object})
+        return table.assign(owner=None, parent=np.array(self._parents(), dtype=object)[table["label"]])
 
     def __getitem__(self, index: int) -> Image:
         """Return one image: RGB of 32x32 pixels, or grey (L) of 28x28 with the object bright on black."""
-        first = len(self._parts["train"])
-        return self._parts["train"][index][0] if index < first else self._parts["test"][index - first][0]
+        train, test = self._parts["train"], self._parts["test"]
+        return train[index][0] if index < len(train) else test[index - len(train)][0]
 
 
 @contextmanager
 def _old_pickles() -> Iterator[None]:
-    """Keep NumPy 2.4.0 to 2.4.4 silent about the form of arrays that Python 2 pickled."""
+    """Silence a warning of NumPy 2.4.0 to 2.4.4 for arrays pickled by Python 2."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=r"dtype\(\): align should be passed")
         yield
@@ -155,7 +151,7 @@ def _old_pickles() -> Iterator[None]:
 class CIFAR10(TorchvisionSet):
     """60,000 photographs of 32x32 pixels in 10 classes: 50,000 to train, 10,000 to test. Parents: animal, vehicle."""
 
-    name = "cifar10"
+    name, source = "cifar10", "CIFAR10"
     num_classes = 10
     what = "CIFAR-10 (python version, https://www.cs.toronto.edu/~kriz/cifar.html)"
     files = tuple(
@@ -165,15 +161,8 @@ class CIFAR10(TorchvisionSet):
 
     _VEHICLES = frozenset({"airplane", "automobile", "ship", "truck"})
 
-    @property
-    def _source(self) -> Callable[..., Any]:
-        from torchvision import datasets
-
-        return datasets.CIFAR10
-
     def _bring(self) -> dict[str, Path]:
-        source: Any = self._source
-        return {source.url: self.root / source.filename}
+        return {self._source.url: self.root / self._source.filename}
 
     def _parents(self) -> Sequence[str]:
         return ["vehicle" if name in self._VEHICLES else "animal" for name in self.class_names]
@@ -182,24 +171,18 @@ class CIFAR10(TorchvisionSet):
 class CIFAR100(CIFAR10):
     """60,000 photographs of 32x32 pixels in 100 classes: 50,000 to train, 10,000 to test. Parents: its superclasses."""
 
-    name = "cifar100"
+    name, source = "cifar100", "CIFAR100"
     num_classes = 100
     what = "CIFAR-100 (python version, https://www.cs.toronto.edu/~kriz/cifar.html)"
     files = tuple(f"cifar-100-python/{file}" for file in ("train", "test", "meta"))
 
-    @property
-    def _source(self) -> Callable[..., Any]:
-        from torchvision import datasets
-
-        return datasets.CIFAR100
-
     def _read(self, file: str) -> dict[str, Any]:
-        # unpickling can run code: `load_table` comes here after torchvision has compared the checksums
+        # unpickling can run code: torchvision has compared the checksums before
         with open(self.root / "cifar-100-python" / file, "rb") as stream, _old_pickles():
             return pickle.load(stream, encoding="latin1")
 
     def _parents(self) -> Sequence[str]:
-        """Return the superclass of every class: torchvision leaves the coarse labels unread."""
+        """Return the superclass of every class; torchvision does not read the coarse labels."""
         names, train = self._read("meta")["coarse_label_names"], self._read("train")
         coarse = dict(zip(train["fine_labels"], train["coarse_labels"], strict=True))
         return [names[coarse[fine]] for fine in range(self.num_classes)]
@@ -211,7 +194,7 @@ class FashionMNIST(TorchvisionSet):
     Parents: tops, shoes and other, each of at least three kinds.
     """
 
-    name = "fashion_mnist"
+    name, source = "fashion_mnist", "FashionMNIST"
     num_classes = 10
     what = "Fashion-MNIST (https://github.com/zalandoresearch/fashion-mnist)"
     files = tuple(
@@ -224,16 +207,9 @@ class FashionMNIST(TorchvisionSet):
         **dict.fromkeys(("Trouser", "Dress", "Bag"), "other"),
     }
 
-    @property
-    def _source(self) -> Callable[..., Any]:
-        from torchvision import datasets
-
-        return datasets.FashionMNIST
-
     def _bring(self) -> dict[str, Path]:
-        source: Any = self._source
-        raw = self.root / "FashionMNIST" / "raw"
-        return {source.mirrors[0] + file: raw / file for file, _ in source.resources}
+        folder, url = self.root / "FashionMNIST" / "raw", self._source.mirrors[0]
+        return {url + file: folder / file for file, _ in self._source.resources}
 
     def _parents(self) -> Sequence[str]:
         return [self._PARENTS[name] for name in self.class_names]

@@ -1,12 +1,14 @@
 """Owner partition: every owner of images (user, writer, photographed person) is a client.
 
-Source of the rules: ICIIA (ACML 2024, PMLR 260:223-238), section 4. iNaturalist and CelebA are split by client, FEMNIST
-within client; 20 % of the train clients, or of each client's train images, are for val.
+Source: ICIIA (ACML 2024, PMLR 260:223-238), section 4. iNaturalist and CelebA are split by client, FEMNIST within
+client; 20 % of the train clients, or of each client's train images, are used for val.
 
 Legend: M images of the dataset, N images in use, C clients.
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import numpy as np
 import pandas as pd
@@ -16,45 +18,40 @@ from iciia_exp.data.partitions.base import Partition, draw_share
 from iciia_exp.errors import ConfigError, check_choice, check_float, check_int
 from iciia_exp.seeding import generator
 
-__all__ = ["Owner", "deal_images", "deal_owners", "give_val", "most_frequent"]
+__all__ = ["Owner", "deal_owners", "give_val", "most_frequent"]
 
 TRAIN, VAL, TEST = range(len(ROLES))
 
 
 def most_frequent(rows_N: np.ndarray, values_N: np.ndarray, rows: int) -> np.ndarray:
-    """Return the most frequent value (0, 1, ...) of every row, the smallest of several, or -1 for a row without any."""
+    """Return the most frequent value (0, 1, ...) of every row, the smallest in a tie, or -1 for an empty row."""
     number = int(values_N.max()) + 1 if len(values_N) else 1
     pairs, counts = np.unique(rows_N * number + values_N, return_counts=True)
     best = np.full(rows, -1, dtype=np.int64)
-    order = np.lexsort((-(pairs % number), counts))  # the last one to be written stays
+    order = np.lexsort((-(pairs % number), counts))  # the last assignment counts
     best[pairs[order] // number] = pairs[order] % number
     return best
 
 
-def deal_owners(types_C: np.ndarray, test_share: float, val_share: float, rng: np.random.Generator) -> np.ndarray:
-    """Return a role for every client, int64 [C]: a type of three or more clients has clients of all roles.
+def draw_roles(
+    strata_N: np.ndarray, test_share: float, val_share: float, order_of: Callable[[np.ndarray], np.ndarray]
+) -> np.ndarray:
+    """Return a role for every element, int64 [N]; a stratum of three or more elements has all roles.
 
-    Smaller types are dealt out together. ``val_share`` is a share of the clients that are not for testing.
+    ``val_share`` is a share of the elements that are not for testing; ``order_of`` gives an order for `draw_share`.
     """
+    roles_N = np.full(len(strata_N), TRAIN)
+    roles_N[draw_share(strata_N, test_share, order_of(np.arange(len(strata_N))), spare=2)] = TEST
+    rest = np.flatnonzero(roles_N == TRAIN)
+    roles_N[rest[draw_share(strata_N[rest], val_share, order_of(rest))]] = VAL
+    return roles_N
+
+
+def deal_owners(types_C: np.ndarray, test_share: float, val_share: float, rng: np.random.Generator) -> np.ndarray:
+    """Return a role for every client, int64 [C], at random within each type; types of less than three are pooled."""
     small_C = np.bincount(types_C)[types_C] < len(ROLES)
     strata_C = np.where(small_C, 0, types_C + 1)
-    roles_C = np.full(len(types_C), TRAIN)
-    roles_C[draw_share(strata_C, test_share, rng.random(len(types_C)), spare=2)] = TEST
-    rest = np.flatnonzero(roles_C == TRAIN)
-    roles_C[rest[draw_share(strata_C[rest], val_share, rng.random(len(rest)))]] = VAL
-    return roles_C
-
-
-def deal_images(client_N: np.ndarray, order_N: np.ndarray, test_share: float, val_share: float) -> np.ndarray:
-    """Return a role for every image, int64 [N]: of each client, the last are for testing, those before for val.
-
-    A client of three or more images has some of every role. ``val_share`` is a share of what is not for testing.
-    """
-    roles_N = np.full(len(client_N), TRAIN)
-    roles_N[draw_share(client_N, test_share, order_N, spare=2)] = TEST
-    rest = np.flatnonzero(roles_N == TRAIN)
-    roles_N[rest[draw_share(client_N[rest], val_share, order_N[rest])]] = VAL
-    return roles_N
+    return draw_roles(strata_C, test_share, val_share, lambda clients: rng.random(len(clients)))
 
 
 def give_val(
@@ -62,8 +59,7 @@ def give_val(
 ) -> np.ndarray:
     """Return roles with a share of train moved to val, int64 [N].
 
-    Of the train clients, at random, where no client has both train and test images; else of each client's train images,
-    the last.
+    If no client has both train and test images: random train clients; otherwise the last train images of each client.
     """
     roles_N = roles_N.copy()
     train = np.flatnonzero(roles_N == TRAIN)
@@ -82,20 +78,18 @@ def give_val(
 class Owner(Partition):
     """Every owner of images is a client; its type is the most frequent parent category of its images, or "owner".
 
-    Images of a client are in the order of the table's ``time`` where it has that column, in random order otherwise, and
-    where times are equal; unknown times come last.
+    The images of a client are in the order of the column ``time`` if the table has one, unknown times last; without it,
+    and for equal times, in random order.
 
     Args:
         split: ``given``: the dataset's own splits; an owner with train and test images has both. ``client``: owners are
-            dealt out to train, val and test, so that every parent category with at least three owners has
-            clients of each; the dataset's own splits do not count, except that its backbone's images stay out.
-            ``within``: each owner's images are dealt out likewise, the latest for testing.
-        min_images: owners with fewer images, train, val and test together, are left out. With ``within`` at
-            least 3 count, one of each.
-        test_share: of the owners (``client``) or of each owner's images (``within``); ``given`` has its own.
-        val_share: of what is not for testing, likewise. With ``given`` it counts where the dataset has no
-            val images: of the train owners, if no owner has both train and test images, else of each owner's
-            train images.
+            assigned to train, val and test, so that every parent category with at least three owners has clients of
+            each; the dataset's own splits are ignored, except that images for the backbone are left out. ``within``:
+            the images of each owner are assigned likewise, the latest for testing.
+        min_images: owners with fewer images, train, val and test together, are left out; ``within`` needs at least 3.
+        test_share: share of the owners (``client``) or of each owner's images (``within``); unused with ``given``.
+        val_share: share of the rest, likewise. ``given`` uses it if the dataset has no val images: a share of the
+            train owners if no owner has both train and test images, otherwise of each owner's train images.
         seed: seed of the partition.
     """
 
@@ -107,11 +101,10 @@ class Owner(Partition):
         val_share: float = 0.2,
         seed: int = 0,
     ) -> None:
+        super().__init__(val_share, seed)
         self.split = check_choice("split", split, ("given", "client", "within"))
         self.min_images = check_int("min_images", min_images, 1)
         self.test_share = check_float("test_share", test_share, 0.0, 0.9, open_low=True)
-        self.val_share = check_float("val_share", val_share, 0.0, 0.9, open_low=True)
-        self.seed = check_int("seed", seed, 0)
 
     def assign(self, table: pd.DataFrame, num_classes: int) -> Clients:
         """Return the clients; raises `ConfigError` for an image without an owner or a role without a client."""
@@ -128,8 +121,8 @@ class Owner(Partition):
         if not large_C.any():
             problem = f"every owner has fewer than {least} images, the largest {images_C.max(initial=0)}"
             raise ConfigError("min_images", self.min_images, problem)
-        used, client_N = used[large_C[client_N]], (np.cumsum(large_C) - 1)[client_N[large_C[client_N]]]
-        names = names[large_C]
+        large_N = large_C[client_N]
+        used, client_N, names = used[large_N], (np.cumsum(large_C) - 1)[client_N[large_N]], names[large_C]
 
         rng = generator("owner", self.seed)
         time_N = table["time"].to_numpy(dtype=np.float64)[used] if "time" in table else np.zeros(len(used))
@@ -138,7 +131,7 @@ class Owner(Partition):
         parent_N, parents = pd.factorize(table["parent"].iloc[used], sort=True)  # -1 where unknown
         types_C = most_frequent(client_N[parent_N >= 0], parent_N[parent_N >= 0], len(names))
         if self.split == "within":
-            roles_N = deal_images(client_N, order_N, self.test_share, self.val_share)
+            roles_N = draw_roles(client_N, self.test_share, self.val_share, lambda images: order_N[images])
         elif self.split == "client":
             roles_N = deal_owners(types_C + 1, self.test_share, self.val_share, rng)[client_N]
         else:

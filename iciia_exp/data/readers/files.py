@@ -1,24 +1,27 @@
-"""Files: finding and opening images, and reading the tables beside them."""
+"""File readers: folders of images, images, and CSV tables."""
 
 from __future__ import annotations
 
+import csv
 import os
-from collections.abc import Iterable
+import warnings
+from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 from PIL import Image
 
 from iciia_exp.errors import ConfigError, UserError, first_line
 
-__all__ = ["EXTENSIONS", "existing_file", "few", "list_folders", "list_images", "open_image", "read_csv"]
+__all__ = ["check_distinct", "existing_file", "few", "list_folders", "list_images", "open_image", "read_csv"]
 
-#: Of image files, in any case.
+#: Extensions of image files, in lower case.
 EXTENSIONS = (".jpeg", ".jpg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".ppm", ".pgm")
 
 
 def list_folders(folder: Path) -> list[str]:
-    """Return the names of the folders in a folder, sorted; hidden ones are left out."""
+    """Return the names of the folders in a folder, sorted, without hidden folders."""
     with os.scandir(folder) as entries:
         return sorted(e.name for e in entries if not e.name.startswith(".") and e.is_dir())
 
@@ -26,8 +29,8 @@ def list_folders(folder: Path) -> list[str]:
 def list_images(folder: Path) -> list[str]:
     """Return the image files in a folder and the folders below, sorted, relative to it, with ``/``.
 
-    Files are known by their extension (`EXTENSIONS`); hidden files are left out. Nothing is asked about a file beyond
-    its name: on a network disk, a million questions take an hour.
+    Files are recognized by their extension (`EXTENSIONS`); hidden files are left out. No file is asked for more than
+    its name: on a network disk, a million requests take an hour.
     """
     found: list[str] = []
     waiting = [(str(folder), "")]
@@ -47,29 +50,43 @@ def list_images(folder: Path) -> list[str]:
 
 
 def open_image(path: Path) -> Image.Image:
-    """Return an image file's exact pixels as RGB; raises what Pillow raises where it is missing or damaged."""
+    """Return an image file as RGB; Pillow raises an error for a missing or damaged file."""
     with Image.open(path) as image:
         return image.convert("RGB")
 
 
-def read_csv(path: Path) -> pd.DataFrame:
-    """Return a CSV file as text, without blanks around it; raises `UserError` where it is no such file."""
+def read_csv(path: Path, required: Sequence[str] = ()) -> pd.DataFrame:
+    """Return a CSV file with a header as stripped text; missing cells are empty.
+
+    A file that is missing, not a CSV file, or without a required column raises `UserError`.
+    """
+    options: dict[str, Any] = {"dtype": object, "keep_default_na": False, "encoding": "utf-8-sig", "index_col": False}
     try:
-        table = pd.read_csv(path, dtype=object, keep_default_na=False, encoding="utf-8-sig", skipinitialspace=True)
-    except ValueError as error:
-        raise UserError(f"{path}: is not a CSV file ({first_line(error)})") from error
-    if not isinstance(table.index, pd.RangeIndex):  # pandas takes what is too much for names of rows
-        raise UserError(
-            f"{path}: is not a CSV file (rows have more cells than the header; put texts with commas in quotes)"
-        )
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", pd.errors.ParserWarning)
+            table = pd.read_csv(path, skipinitialspace=True, **options)
+    except FileNotFoundError as error:
+        raise UserError(f"{path}: there is no such file; it must be a CSV file with a header") from error
+    except (OSError, ValueError, csv.Error, pd.errors.ParserWarning) as error:
+        problem = first_line(error)
+        if isinstance(error, pd.errors.ParserWarning):
+            problem = "rows have more cells than the header; put texts with commas in quotes"
+        raise UserError(f"{path}: cannot be read as a comma-separated UTF-8 file ({problem})") from error
     table.columns = table.columns.str.strip()
-    for column in table:
-        table[column] = table[column].fillna("").str.strip()
-    return table
+    if lacking := [column for column in required if column not in table]:
+        header = ", ".join(table.columns)
+        raise UserError(f"{path}: has no column {lacking[0]}, only {header}; expected {','.join(required)}")
+    return table.fillna("").apply(lambda column: column.str.strip())
+
+
+def check_distinct(source: Path, values: pd.Series, what: str, hint: str = "") -> None:
+    """Raise `UserError` if a value occurs more than once."""
+    if (repeated := values.duplicated()).any():
+        raise UserError(f"{source}: {repeated.sum()} {what} are listed twice ({few(values[repeated])}){hint}")
 
 
 def existing_file(key: str, path: str | Path, what: str) -> Path:
-    """Return the path of a file that a constructor's argument ``key`` names, or raise an error that says ``what``."""
+    """Return the path of an existing file; an error names the argument ``key`` and says ``what`` the file must be."""
     file = Path(path).expanduser()
     if not file.is_file():
         problem = "is not a file" if file.exists() else "there is no such file"
@@ -78,7 +95,7 @@ def existing_file(key: str, path: str | Path, what: str) -> Path:
 
 
 def few(names: Iterable[object], show: int = 3) -> str:
-    """Return the first names of many, for a message.
+    """Return the first names of a list, for a message.
 
     >>> few(["a", "b", "c", "d", "e"])
     'a, b, c and 2 more'

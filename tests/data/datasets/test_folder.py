@@ -233,7 +233,7 @@ def test_wrong_folders_are_named(tmp_path, change, message):
     ("columns", "message"),
     [
         ({"file": ["a"]}, "unknown column 'file'; rename or remove it; known: path"),
-        ({"path": ["apple/000.jpg", "apple/../apple/000.jpg"]}, r"has 1 paths twice \(apple/000.jpg\)"),
+        ({"path": ["apple/000.jpg", "apple/../apple/000.jpg"]}, r"1 paths are listed twice \(apple/000.jpg\)"),
         ({"path": ["apple/000.jpg", "../other.jpg"]}, r"lie in it \(../other.jpg\)"),
         ({"path": ["apple/000.jpg", None]}, "path is empty in 1 of 2 rows"),
         ({"label": ["a", "b"]}, "has no column 'path'"),

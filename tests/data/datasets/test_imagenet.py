@@ -160,7 +160,11 @@ def _empty(folder):
             lambda r: (r / "LOC_val_solution.csv").unlink(),
             "val: has neither class folders nor an annotation",
         ),
-        ("solution", lambda r: (r / "LOC_val_solution.csv").write_text("a,b\n"), "lacks the column ImageId"),
+        (
+            "solution",
+            lambda r: (r / "LOC_val_solution.csv").write_text("a,b\n"),
+            "has no column ImageId, only a, b; expected ImageId,PredictionString",
+        ),
         (
             "solution",
             lambda r: write_image(r / "val/ILSVRC2012_val_00050000.JPEG", 0),

@@ -77,18 +77,18 @@ def test_every_partition_by_class_falls_back(client_type):
 
 def test_parents_of_a_column_with_gaps():
     frame = pd.DataFrame({"label": [2, 0, 1, 0], "parent": ["b", None, "a", "b"]})
-    codes, names = parents_of_classes(frame, 3, ConfigError("by", "parent", "{problem}"))
+    codes, names = parents_of_classes(frame, 3, "by", "parent", "use by=class")
     assert (codes.tolist(), names) == ([1, 0, 1], ["a", "b"])
 
 
 def test_largest_remainders_come_first():
-    pools = {"train": np.zeros(60), "val": np.zeros(17), "test": np.zeros(23)}
+    sizes = {"train": 60, "val": 17, "test": 23}
     lacking = "no {role}"
-    assert share_out(10, pools, "n", lacking) == {"train": 6, "val": 2, "test": 2}
-    assert share_out(7, pools, "n", lacking) == {"train": 4, "val": 1, "test": 2}
+    assert share_out(10, sizes, "n", lacking) == {"train": 6, "val": 2, "test": 2}
+    assert share_out(7, sizes, "n", lacking) == {"train": 4, "val": 1, "test": 2}
     with pytest.raises(ConfigError, match="n=2: would leave no val; use at least 6"):
-        share_out(2, pools, "n", lacking)
-    assert share_out(6, pools, "n", lacking)["val"] == 1
+        share_out(2, sizes, "n", lacking)
+    assert share_out(6, sizes, "n", lacking)["val"] == 1
 
 
 def test_numbers_are_as_wide_as_needed():

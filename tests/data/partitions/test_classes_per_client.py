@@ -98,7 +98,7 @@ def test_within_gives_one_client_the_same_classes_everywhere():
         ({"classes_per_client": 11}, "classes_per_client", "10 classes; use 1 to 10"),
         ({"classes_per_client": 5, "by": "parent"}, "classes_per_client", "use 1 to 4"),
         ({"classes_per_client": 0}, "classes_per_client", "at least 1"),
-        ({"classes_per_client": 3, "images_per_client": 2}, "images_per_client", "at least 3 images"),
+        ({"classes_per_client": 3, "images_per_client": 2}, "images_per_client", "at least 3 .one image of each class"),
         ({"images_per_client": 2000}, "images_per_client", "do not fill one client"),
         ({"images_per_client": 2, "split": "within"}, "images_per_client", "without val images; use at least"),
         ({"by": "clas"}, "by", "did you mean class"),

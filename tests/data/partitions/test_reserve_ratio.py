@@ -6,7 +6,7 @@ import pytest
 
 from iciia_exp.data.clients import ROLES
 from iciia_exp.data.partitions import ParentCategory, ReserveRatio
-from iciia_exp.data.partitions.reserve_ratio import mix_samples
+from iciia_exp.data.partitions.parent_category import mix_samples
 from iciia_exp.errors import ConfigError
 
 CHUNKS = {"train_chunk": 20, "test_chunk": 10}
