@@ -54,7 +54,7 @@ class SweepReport(Callback):
         """Print the report."""
         global _status
         from iciia_exp.engine.terminal import console, result_table, setup_logging
-        from iciia_exp.results.labels import base_of
+        from iciia_exp.results.labels import base_of, grouped
         from iciia_exp.results.plots import accuracy_vs_overhead
 
         setup_logging()
@@ -67,9 +67,7 @@ class SweepReport(Callback):
                 rows.append(read_json(Path(path) / "results.json"))
         out = console()
         out.print()
-        by_base: dict[Any, list[dict[str, Any]]] = {}
-        for row in rows:
-            by_base.setdefault(base_of(row), []).append(row)
+        by_base = grouped(rows, base_of)
         for number, (base, group) in enumerate(by_base.items()):
             plot = "accuracy_vs_overhead.png"
             if len(by_base) > 1:  # other clients or another backbone: their accuracies do not belong in one table

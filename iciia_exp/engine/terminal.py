@@ -11,7 +11,8 @@ import pandas as pd
 from rich.console import Console
 from rich.table import Table
 
-from iciia_exp.results.labels import label_of, unique_rows, varying
+from iciia_exp.results.columns import cell
+from iciia_exp.results.tables import settings
 
 __all__ = ["console", "partition_table", "result_table", "setup_logging"]
 
@@ -56,39 +57,6 @@ def partition_table(statistics: pd.DataFrame) -> Table:
     return table
 
 
-def _percent(value: float | None, digits: int = 1) -> str:
-    return "–" if value is None else f"{100 * value:.{digits}f}"
-
-
-def _overhead(value: float | None) -> str:
-    if value is None:
-        return "–"
-    return "0" if value == 0 else f"{value:.2g} %" if value < 10 else f"{value:,.0f} %"
-
-
-def _cells(rows: Sequence[dict[str, Any]], several: bool, keys: dict[str, list[str]]) -> list[str]:
-    """Return the cells of a line, averaged over runs that differ in seeds alone."""
-    frame = pd.DataFrame(list(rows))
-    mean = frame.mean(numeric_only=True)
-
-    def spread(key: str) -> str:
-        if len(frame) > 1:
-            return f" ± {100 * frame[key].std(ddof=1) / len(frame) ** 0.5:.1f}"
-        return f" [{100 * mean[f'{key}_low']:+.1f}, {100 * mean[f'{key}_high']:+.1f}]" if key == "gain" else ""
-
-    return [
-        label_of(rows[0], keys),
-        *[str(len(rows))] * several,
-        _percent(mean["accuracy"]) + spread("accuracy"),
-        f"{100 * mean['gain']:+.1f}" + spread("gain"),
-        _percent(mean["client_accuracy"]),
-        _percent(mean["worst_decile"]),
-        f"{_percent(mean['harmed_share'])} ({_percent(mean['harmed_share_by_chance'])})",
-        _overhead(rows[0]["overhead_percent"]),
-        _overhead(rows[0]["per_image_overhead_percent"]),
-    ]
-
-
 def result_table(rows: Sequence[dict[str, Any]]) -> Table:
     """Return a table in percent: a line of the backbone, and a line per setting, averaged over seeds.
 
@@ -105,16 +73,17 @@ def result_table(rows: Sequence[dict[str, Any]]) -> Table:
     averages = ("client\naccuracy", "worst\ndecile", "harmed\n(chance)")
     for name in ("runs",) * several + ("accuracy", gain, *averages, "over-\nhead", "per\nimage"):
         table.add_column(name, justify="right", overflow="fold")
-    keys = varying(rows)
-    bases = list({r["partition_digest"]: r for r in rows}.values())
+    bases = list({row["partition_digest"]: row for row in rows}.values())
     base = pd.DataFrame(bases).mean(numeric_only=True)
-    cells = [_percent(base[f"backbone_{k}"]) for k in ("accuracy", "client_accuracy", "worst_decile")]
+    cells = [cell(base, f"backbone_{key}") for key in ("accuracy", "client_accuracy", "worst_decile")]
     name = f"{rows[0]['backbone']} alone"
     table.add_row(name, *[str(len(bases))] * several, cells[0], "", cells[1], cells[2], "", "0", "0")
-    settings: dict[str, list[dict[str, Any]]] = {}
-    for row in unique_rows(rows):  # a run that several jobs asked for counts once
+    for _, row in settings(list(rows)).sort_values("sequence_macs", kind="stable").iterrows():
         if row["method"] != "backbone":
-            settings.setdefault(row["setting_digest"], []).append(row)
-    for _, runs in sorted(settings.items(), key=lambda item: item[1][0]["sequence_macs"]):
-        table.add_row(*_cells(runs, several, keys))
+            plain = row[["accuracy", "client_accuracy", "worst_decile"]]  # without errors
+            cells = [cell(row if row["runs"] > 1 else plain, "accuracy"), cell(row, "gain", "gain")]
+            cells += [cell(plain, key) for key in ("client_accuracy", "worst_decile")]
+            cells += [cell(row, "harmed_share", "harm")]
+            cells += [cell(row, key, "cost") for key in ("overhead_percent", "per_image_overhead_percent")]
+            table.add_row(row["label"], *[str(row["runs"])] * several, *cells)
     return table

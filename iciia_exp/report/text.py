@@ -5,41 +5,15 @@ Accuracies are in percent, costs in percent of the backbone's cost of one image.
 
 from __future__ import annotations
 
-import numpy as np
 import pandas as pd
 
-from iciia_exp.results.columns import COLUMNS
+from iciia_exp.results.columns import COLUMNS, cell
 from iciia_exp.results.summary import ALL
 from iciia_exp.results.tables import history_of
 
 __all__ = ["by_history", "csv", "latex", "markdown", "note", "summary"]
 
 _LATEX = {"%": r"\%", "_": r"\_", "±": r"$\pm$", "–": "--", "*": "$^*$", "#": r"\#"}
-
-
-def _cell(row: pd.Series, key: str, form: str = "percent") -> str:
-    """Return a figure as text, in one of the forms of `iciia_exp.results.columns.COLUMNS`."""
-    value = row.get(key)
-    if pd.isna(value):
-        return "–"
-    if form == "number":
-        return f"{value:,}"
-    if form == "cost":
-        return "0" if value == 0 else f"{value:.2g} %" if value < 10 else f"{value:,.0f} %"
-    if form == "bytes":
-        for unit in ("B", "KiB", "MiB"):
-            if value < 1024:
-                return f"{value:.0f} {unit}"
-            value /= 1024
-        return f"{value:.1f} GiB"
-    if form == "harm":
-        return f"{100 * value:.1f} ({100 * row[f'{key}_by_chance']:.1f})"
-    scale, digits, sign = (1, 2, "") if form == "nats" else (100, 1, "+" if form == "gain" else "")
-    text = f"{scale * value:{sign}.{digits}f}"
-    error, low, high = (row.get(f"{key}_{end}", np.nan) for end in ("se", "low", "high"))
-    if pd.notna(error):
-        return f"{text} ± {scale * error:.{digits}f}"
-    return text if pd.isna(low) else f"{text} [{scale * low:{sign}.{digits}f}, {scale * high:{sign}.{digits}f}]"
 
 
 def summary(table: pd.DataFrame) -> pd.DataFrame:
@@ -52,12 +26,12 @@ def summary(table: pd.DataFrame) -> pd.DataFrame:
     base = {title: "0" if form in ("cost", "number", "bytes") else "" for title, (_, form) in COLUMNS.items()}
     for title, (key, form) in COLUMNS.items():
         if f"backbone_{key}" in mean:
-            base[title] = _cell(mean, f"backbone_{key}", form)
+            base[title] = cell(mean, f"backbone_{key}", form)
     base |= {"method": f"{table['backbone'].iloc[0]} alone", "runs": ""}
-    base["published"] = _cell(table.iloc[0], "published_backbone")
+    base["published"] = cell(table.iloc[0], "published_backbone")
     lines = [base]
     for _, row in table[table["method"] != "backbone"].iterrows():
-        cells = {title: _cell(row, key, form) for title, (key, form) in COLUMNS.items()}
+        cells = {title: cell(row, key, form) for title, (key, form) in COLUMNS.items()}
         lines.append({"method": row["label"] + " *" * bool(row["front"]), **cells})
     text = pd.DataFrame(lines, columns=pd.Index(["method", *COLUMNS]))
     published = table[["published", "published_backbone"]].notna().any(axis=None)
@@ -90,7 +64,7 @@ def by_history(table: pd.DataFrame, client_type: str | None = None) -> pd.DataFr
         if row["method"] != "backbone":
             labels["client_accuracy"] = row["label"]
         for key, label in labels.items():
-            cells = {"all" if n == ALL else str(n): _cell(values, key) for n, values in found.iterrows()}
+            cells = {"all" if n == ALL else str(n): cell(values, key) for n, values in found.iterrows()}
             lines.append({"images before": label, **cells})
     return pd.DataFrame(lines).fillna("–") if lines else None
 

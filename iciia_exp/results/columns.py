@@ -1,8 +1,11 @@
-"""Columns: the figures of a run, and which of them tables show, seeds average and wandb logs."""
+"""Columns: the figures of a run, which of them tables show, seeds average and wandb logs, and their printed form."""
 
 from __future__ import annotations
 
-__all__ = ["AVERAGED", "COLUMNS", "DRAWN_TYPES", "SHARED", "SUMMARY"]
+import numpy as np
+import pandas as pd
+
+__all__ = ["AVERAGED", "COLUMNS", "DRAWN_TYPES", "SHARED", "SUMMARY", "cell"]
 
 #: Types of the clients in ``drawn_clients.parquet`` (`iciia_exp.engine.evaluation.drawn_clients`).
 DRAWN_TYPES = ("random_classes", "homogeneous", "drifting")
@@ -51,3 +54,28 @@ SUMMARY = {
     **{f"backbone/{key}": f"backbone_{key}" for key in ("accuracy", "client_accuracy")},
     **{f"cost/{key}": key for key in _COST},
 }
+
+
+def cell(row: pd.Series, key: str, form: str = "percent") -> str:
+    """Return a figure as text, in one of the forms of `COLUMNS`."""
+    value = row.get(key)
+    if pd.isna(value):
+        return "–"
+    if form == "number":
+        return f"{value:,}"
+    if form == "cost":
+        return "0" if value == 0 else f"{value:.2g} %" if value < 10 else f"{value:,.0f} %"
+    if form == "bytes":
+        for unit in ("B", "KiB", "MiB"):
+            if value < 1024:
+                return f"{value:.0f} {unit}"
+            value /= 1024
+        return f"{value:.1f} GiB"
+    if form == "harm":
+        return f"{100 * value:.1f} ({100 * row[f'{key}_by_chance']:.1f})"
+    scale, digits, sign = (1, 2, "") if form == "nats" else (100, 1, "+" if form == "gain" else "")
+    text = f"{scale * value:{sign}.{digits}f}"
+    error, low, high = (row.get(f"{key}_{end}", np.nan) for end in ("se", "low", "high"))
+    if pd.notna(error):
+        return f"{text} ± {scale * error:.{digits}f}"
+    return text if pd.isna(low) else f"{text} [{scale * low:{sign}.{digits}f}, {scale * high:{sign}.{digits}f}]"

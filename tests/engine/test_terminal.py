@@ -9,7 +9,7 @@ from iciia_exp.engine.terminal import result_table
 from iciia_exp.results.labels import base_of
 
 ROW = {
-    "name": "x", "backbone": "small_cnn", "method": "iciia",
+    "name": "x", "dataset": "digits", "num_classes": 10, "backbone": "small_cnn", "method": "iciia",
     "epochs": 3, "groups": 4, "heads": 2, "num_layers": 1, "digest": "d0",
     "setting_digest": "s", "partition_digest": "p", "accuracy": 0.9, "gain": 0.1, "gain_low": 0.05, "gain_high": 0.15,
     "client_accuracy": 0.91, "worst_decile": 0.5, "harmed_share": 0.02, "harmed_share_by_chance": 0.03,
