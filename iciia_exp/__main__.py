@@ -1,7 +1,5 @@
 """Command line: ``python -m iciia_exp`` composes a configuration with Hydra and runs it."""
 
-from __future__ import annotations
-
 import os
 import sys
 

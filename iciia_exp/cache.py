@@ -1,7 +1,5 @@
 """Cache: ``python -m iciia_exp.cache`` lists and cleans the datasets, backbones and features that runs share."""
 
-from __future__ import annotations
-
 import argparse
 import os
 import shutil

@@ -5,8 +5,6 @@ Sections: accuracy against overhead, group sweep, history, clients, attribution,
 workspace as wandb stores it and needs no network.
 """
 
-from __future__ import annotations
-
 import argparse
 import sys
 from typing import Any

@@ -1,7 +1,5 @@
 """Digests: names of artifacts from the plain values that made them."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Machine: threads, memory and processes."""
 
-from __future__ import annotations
-
 import contextlib
 import ctypes
 import os

@@ -1,7 +1,5 @@
 """Seeds derived from seeds, so that resuming at an epoch repeats what an uninterrupted run would have drawn."""
 
-from __future__ import annotations
-
 import numpy as np
 
 __all__ = ["derive_seed", "generator"]

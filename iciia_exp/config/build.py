@@ -1,7 +1,5 @@
 """Build: instantiate checked configurations. No other module instantiates."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Callable
 from typing import Any, TypeVar

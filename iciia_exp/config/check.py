@@ -1,7 +1,5 @@
 """Check: keys against signatures, stable names of targets, and the part of a configuration that counts in digests."""
 
-from __future__ import annotations
-
 import inspect
 from collections.abc import Callable
 from typing import Any

@@ -1,7 +1,5 @@
 """Hydra errors: one line that names the nearest valid key or option."""
 
-from __future__ import annotations
-
 import re
 import sys
 from collections.abc import Iterator

@@ -1,7 +1,5 @@
 """Paths: where the configuration lies on disk."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 __all__ = ["CONF_DIR"]

@@ -1,7 +1,5 @@
 """Settings: values of the groups `features`, `training`, `evaluation` and `logger`."""
 
-from __future__ import annotations
-
 import logging
 import netrc
 import os

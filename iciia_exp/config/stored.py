@@ -4,8 +4,6 @@ Names are looked up among this package's classes, installed plug-ins (entry poin
 Nothing is imported because a file says so.
 """
 
-from __future__ import annotations
-
 import importlib
 import inspect
 import math

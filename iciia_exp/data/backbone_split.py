@@ -4,8 +4,6 @@ The features of a network are more certain for its own training images than for 
 trained on other images than the backbone.
 """
 
-from __future__ import annotations
-
 import numpy as np
 import pandas as pd
 

@@ -5,8 +5,6 @@ A module trained on few client types memorizes them; clients with other classes 
 Legend: C clients (sequences), S images of a client, K classes, M images of the dataset.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import replace
 

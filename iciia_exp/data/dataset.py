@@ -3,8 +3,6 @@
 Legend: M images, K classes.
 """
 
-from __future__ import annotations
-
 import textwrap
 from abc import ABC, abstractmethod
 from collections.abc import Sequence

@@ -1,7 +1,5 @@
 """Drawn clients: test clients of types that the partition does not have, from its test images."""
 
-from __future__ import annotations
-
 import numpy as np
 
 from iciia_exp.data.client_mix import ClientMix

@@ -3,8 +3,6 @@
 Legend: B images of a batch, K classes.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple

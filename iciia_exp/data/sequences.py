@@ -9,8 +9,6 @@ Clients with too few images are not in the longer histories.
 Legend: C clients, B sequences of a batch, S images of a sequence.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from typing import NamedTuple
 

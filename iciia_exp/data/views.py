@@ -6,8 +6,6 @@ and val images with their labels and its own test images without.
 Legend: C clients, S images of a client, D features, K classes.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 

@@ -1,7 +1,5 @@
 """Dataset facts: class names, fingerprint and the like, cached so that later stages run without the dataset's files."""
 
-from __future__ import annotations
-
 import json
 import logging
 from collections.abc import Callable

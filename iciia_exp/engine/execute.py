@@ -1,7 +1,5 @@
 """Execute: make the missing artifacts of an experiment's stage, and show the results."""
 
-from __future__ import annotations
-
 import logging
 from pathlib import Path
 from typing import Any

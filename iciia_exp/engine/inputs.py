@@ -1,7 +1,5 @@
 """Inputs: configuration, dataset and artifacts of an experiment, as training and evaluation read them."""
 
-from __future__ import annotations
-
 import logging
 from abc import ABC, abstractmethod
 from functools import cached_property

@@ -5,8 +5,6 @@
 Everything that can change a number, and nothing else, goes into the ``science`` of an artifact.
 """
 
-from __future__ import annotations
-
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any

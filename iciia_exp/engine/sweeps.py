@@ -4,8 +4,6 @@ A job that fails is recorded and the others go on. Each job leaves one file ``jo
 folder, so that this works the same in one process, in several and on a cluster.
 """
 
-from __future__ import annotations
-
 import contextlib
 import logging
 from pathlib import Path

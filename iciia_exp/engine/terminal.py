@@ -1,7 +1,5 @@
 """Terminal: log lines and tables on standard output."""
 
-from __future__ import annotations
-
 import logging
 import sys
 from collections.abc import Sequence

@@ -12,8 +12,6 @@ Names in a wandb run:
 - the artifact ``results-<digest>``: the files that `iciia_exp.report` reads.
 """
 
-from __future__ import annotations
-
 import io
 import json
 import logging

@@ -4,8 +4,6 @@ PyTorch draws a random number for every value, on one thread: with many groups t
 ICIIA. Here a 64-bit number decides for four values.
 """
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F

@@ -1,7 +1,5 @@
 """Grouped projection with shuffle, in the forms that a CPU computes fastest."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable
 

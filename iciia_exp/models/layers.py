@@ -9,8 +9,6 @@ and values of the others kept.
 Legend: C clients, S images of a client, P images of its past, D features, H heads, G groups, M vectors.
 """
 
-from __future__ import annotations
-
 import math
 
 import torch

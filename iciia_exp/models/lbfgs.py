@@ -1,7 +1,5 @@
 """L-BFGS: minimises a smooth loss of a few numbers."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 
 import torch

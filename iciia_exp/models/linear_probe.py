@@ -3,8 +3,6 @@
 Legend: M images, D features, K classes.
 """
 
-from __future__ import annotations
-
 import math
 import warnings
 from typing import Any

@@ -7,8 +7,6 @@ Source: the baselines of ICIIA (ACML 2024, PMLR 260:223-238), section 4, and Con
 Legend: C clients, S images of a client, D features, G groups.
 """
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F

@@ -8,8 +8,6 @@ regularised linear classifier; with it, the ensemble of the two is better (docs/
 Legend: M images, B of them in a batch, D features, K classes, W hidden units.
 """
 
-from __future__ import annotations
-
 import numpy as np
 import torch
 from torch import Tensor, nn

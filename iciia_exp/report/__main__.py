@@ -1,7 +1,5 @@
 """``python -m iciia_exp.report FOLDER``: tables and figures over finished runs, from their results alone."""
 
-from __future__ import annotations
-
 import argparse
 import sys
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Figures of a report: accuracy by overhead, groups and history, and the gain per client."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from itertools import islice
 from typing import Any

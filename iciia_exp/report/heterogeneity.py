@@ -1,7 +1,5 @@
 """Heterogeneity: accuracy of the same settings on partitions that differ in one number."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 

@@ -1,7 +1,5 @@
 """HTML page: one self-contained file with sortable tables, figures, and the clients and examples of every run."""
 
-from __future__ import annotations
-
 import base64
 import io
 import json

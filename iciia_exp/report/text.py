@@ -3,8 +3,6 @@
 Accuracies are in percent, costs in percent of the backbone's cost of one image.
 """
 
-from __future__ import annotations
-
 import pandas as pd
 
 from iciia_exp.results.columns import COLUMNS, cell

@@ -1,7 +1,5 @@
 """Columns: the figures of a run, which of them tables show, seeds average and wandb logs, and their printed form."""
 
-from __future__ import annotations
-
 import numpy as np
 import pandas as pd
 

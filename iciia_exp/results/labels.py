@@ -1,7 +1,5 @@
 """Labels: the name of a run in a table or plot, and the runs that one table may compare."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 

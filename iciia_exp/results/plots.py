@@ -1,7 +1,5 @@
 """Plots: gain per client, accuracy by history, accuracy against overhead, examples, and the parts of a figure."""
 
-from __future__ import annotations
-
 import io
 from collections.abc import Sequence
 from pathlib import Path

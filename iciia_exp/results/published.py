@@ -5,8 +5,6 @@ standard errors are over the seeds of the raw results released with the paper; a
 belongs to the heterogeneity experiment and is empty elsewhere. Fine-tuning was published with one run.
 """
 
-from __future__ import annotations
-
 from functools import cache
 from importlib.resources import files
 from typing import Any

@@ -5,8 +5,6 @@ Everything is computed from integer counts per client, so clients, batches and p
 Legend: C clients, U client types (with the same counts), R bootstrap resamples.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 import numpy as np

@@ -1,7 +1,5 @@
 """Tables: finished runs, settings with their seeds averaged, and accuracy by length of history."""
 
-from __future__ import annotations
-
 import json
 import re
 from collections.abc import Iterable, Iterator

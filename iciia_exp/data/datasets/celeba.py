@@ -8,8 +8,6 @@ is 38 attributes at once, as published with ICIIA (ACML 2024, PMLR 260:223-238):
 option ``-k 5`` leaves out those with exactly 5, too.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path

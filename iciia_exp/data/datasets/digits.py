@@ -5,8 +5,6 @@ download. Gaussian noise, drawn once per image from a fixed seed, makes a single
 images of a client help.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from functools import cached_property
 

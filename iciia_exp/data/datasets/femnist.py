@@ -14,8 +14,6 @@ and sizes of the files:
 Legend: M images, n images of one writer in one file.
 """
 
-from __future__ import annotations
-
 import logging
 import string
 from collections.abc import Sequence

@@ -1,7 +1,5 @@
 """Image folder: the user's own images in class folders, with optional split folders and an optional CSV table."""
 
-from __future__ import annotations
-
 import logging
 import posixpath
 from collections.abc import Mapping

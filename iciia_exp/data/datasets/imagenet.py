@@ -4,8 +4,6 @@ In the paper's experiment, methods are trained on the train images and tested on
 are made from parent categories (ICIIA, ACML 2024, PMLR 260:223-238, section 4).
 """
 
-from __future__ import annotations
-
 import logging
 import re
 from functools import cached_property

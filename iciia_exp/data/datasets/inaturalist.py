@@ -6,8 +6,6 @@ https://github.com/SymbioticLab/FedScale (benchmark/dataset/inaturalist). Publis
 and 394 to test, 193,210 images, 1,010 species.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path

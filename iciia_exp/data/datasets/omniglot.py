@@ -7,8 +7,6 @@ A client is a writer. The writers of each alphabet are assigned to splits, so ev
 every writer in one.
 """
 
-from __future__ import annotations
-
 import io
 import os
 import re

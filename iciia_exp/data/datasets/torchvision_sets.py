@@ -4,8 +4,6 @@ Sources: A. Krizhevsky, "Learning Multiple Layers of Features from Tiny Images",
 a Novel Image Dataset for Benchmarking Machine Learning Algorithms", 2017.
 """
 
-from __future__ import annotations
-
 import pickle
 import textwrap
 import warnings

@@ -6,8 +6,6 @@ https://www.crcv.ucf.edu/data/UCF101.php. Needs PyAV: ``pip install iciia_exp[vi
 Legend: F frames of a clip.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Sequence
 from functools import cached_property

@@ -3,8 +3,6 @@
 Legend: M images of the dataset, N elements of a set, K classes.
 """
 
-from __future__ import annotations
-
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import TypeVar

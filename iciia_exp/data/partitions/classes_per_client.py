@@ -3,8 +3,6 @@
 Legend: M images of the dataset, K classes, R roles.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 
 import numpy as np

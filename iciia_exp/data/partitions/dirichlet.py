@@ -8,8 +8,6 @@ over the clients, so that clients differ in size.)
 Legend: M images of the dataset, C clients, S images of a client, R roles, K classes.
 """
 
-from __future__ import annotations
-
 import numpy as np
 import pandas as pd
 

@@ -3,8 +3,6 @@
 Legend: M images of the dataset, K classes, k classes of one parent category.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import numpy as np

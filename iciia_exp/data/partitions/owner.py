@@ -6,8 +6,6 @@ client; 20 % of the train clients, or of each client's train images, are used fo
 Legend: M images of the dataset, N images in use, C clients.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 
 import numpy as np

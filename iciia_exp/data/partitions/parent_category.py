@@ -6,8 +6,6 @@ the published numbers, mixes samples; the text of the paper mixes clients.
 Legend: M images of the dataset, K classes.
 """
 
-from __future__ import annotations
-
 from collections import Counter
 from collections.abc import Mapping, Sequence
 

@@ -1,7 +1,5 @@
 """File readers: folders of images, images, and CSV tables."""
 
-from __future__ import annotations
-
 import csv
 import os
 import warnings

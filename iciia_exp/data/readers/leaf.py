@@ -6,8 +6,6 @@ Source: S. Caldas et al., "LEAF: A Benchmark for Federated Settings", arXiv:1812
 https://github.com/TalwalkarLab/leaf.
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Callable
 from pathlib import Path

@@ -3,8 +3,6 @@
 All functions except `read_metadata` are pure functions of columns of text, with None for an empty cell.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Collection, Mapping
 from pathlib import Path

@@ -7,8 +7,6 @@ University, all rights reserved; licence beside the table). The table for UCF101
 https://www.crcv.ucf.edu/data/UCF101.php and of figure 2 of arXiv:1212.0402.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from pathlib import Path
 

@@ -11,8 +11,6 @@ examples are not mistaken for frequencies.
 Legend: T targets, S images of a sequence (the target last), D features, K classes.
 """
 
-from __future__ import annotations
-
 import io
 import logging
 from collections.abc import Callable, Sequence

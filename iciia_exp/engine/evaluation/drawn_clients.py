@@ -12,8 +12,6 @@ by the column ``type``.
 Legend: C clients, S images of each.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from copy import copy
 from dataclasses import replace

@@ -1,7 +1,5 @@
 """Evaluation of a run: every test client, every length of history, drawn clients, examples, plots."""
 
-from __future__ import annotations
-
 import time
 from pathlib import Path
 from typing import Any

@@ -5,8 +5,6 @@ A causal method gives every length of ``stream`` in one pass; any other gets the
 Legend: C clients, B sequences of a batch, S images of a sequence, L lengths, M images, T targets, K classes.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial

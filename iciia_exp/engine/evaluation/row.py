@@ -1,7 +1,5 @@
 """Result row: ``results.json``, flat, and the table ``clients.parquet``."""
 
-from __future__ import annotations
-
 import platform
 import subprocess
 from datetime import UTC, datetime

@@ -1,7 +1,5 @@
 """Callbacks: seeded steps, divergence, early stopping and checkpoints that survive a kill."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

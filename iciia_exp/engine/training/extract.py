@@ -3,8 +3,6 @@
 Legend: B images of a batch, D features, K classes, M images of the dataset.
 """
 
-from __future__ import annotations
-
 import logging
 import os
 import time

@@ -1,7 +1,5 @@
 """Extractor: the Lightning module and callback that write the features of the images that are left."""
 
-from __future__ import annotations
-
 import logging
 import time
 from contextlib import ExitStack

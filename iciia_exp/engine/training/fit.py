@@ -1,7 +1,5 @@
 """Fit: train a module with Lightning, resuming after a kill."""
 
-from __future__ import annotations
-
 import sys
 from pathlib import Path
 from typing import Any

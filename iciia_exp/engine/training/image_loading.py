@@ -3,8 +3,6 @@
 Legend: B images of a batch, D features.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator
 from typing import Any
 

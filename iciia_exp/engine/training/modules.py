@@ -6,8 +6,6 @@ every epoch, and all randomness comes from (seed, epoch, step).
 Legend: B images, C clients, S images of a client, D features, K classes.
 """
 
-from __future__ import annotations
-
 from functools import partial
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Backbone stages: train the network, extract features, fit a classifier on them."""
 
-from __future__ import annotations
-
 import logging
 import time
 import warnings

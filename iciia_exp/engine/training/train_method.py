@@ -1,7 +1,5 @@
 """Method training: the run of an experiment, on the clients' stored features."""
 
-from __future__ import annotations
-
 import logging
 import shutil
 from collections.abc import Callable, Iterator

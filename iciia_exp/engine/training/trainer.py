@@ -1,7 +1,5 @@
 """Trainer: Lightning's Trainer from the `trainer` group, quiet and interruptible."""
 
-from __future__ import annotations
-
 import logging
 import signal
 import warnings

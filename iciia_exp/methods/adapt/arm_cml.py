@@ -7,8 +7,6 @@ every other method: context D -> h -> h -> c, prediction [D + c] -> D -> K, ReLU
 Legend: C clients, S images of a client, P images of its past, D features, K classes, c context, h hidden units.
 """
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F

@@ -3,8 +3,6 @@
 Legend: C clients, S images of a client, P images of its past, E numbers kept of a past image, D features, K classes.
 """
 
-from __future__ import annotations
-
 from abc import abstractmethod
 from collections.abc import Callable
 

@@ -8,8 +8,6 @@ is a likelihood.
 Legend: C clients, S images of a client, K classes, T images in all.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 import torch

@@ -6,8 +6,6 @@ A `ClassPrior` is a part of `client_types` and `client_prior`, which correct the
 Legend: C clients, S images of a client, P images of its past, E numbers kept of one, D features, K classes, T types.
 """
 
-from __future__ import annotations
-
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from typing import ClassVar

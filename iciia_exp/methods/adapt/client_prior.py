@@ -17,8 +17,6 @@ Legend: C clients, S images of a client, P images of its past, E numbers kept of
 clients.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 

@@ -11,8 +11,6 @@ types and draws its images independently. Types beyond the training clients' are
 Legend: C clients, S images of a client, P images of its past, K classes, T types.
 """
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

@@ -6,8 +6,6 @@ features of images in place of patches: each image attends to itself and to the 
 Legend: S images of a client, D features, N layers, G groups.
 """
 
-from __future__ import annotations
-
 from torch import nn
 
 from iciia_exp.methods.adapt.encoder import EncoderMethod

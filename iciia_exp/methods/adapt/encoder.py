@@ -7,8 +7,6 @@ better than `ConvAcrossImages`.
 Legend: C clients, S images of a client, D features, K classes, N layers, G groups.
 """
 
-from __future__ import annotations
-
 from abc import abstractmethod
 from typing import Any
 

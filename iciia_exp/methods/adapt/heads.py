@@ -1,7 +1,5 @@
 """Head methods: a linear classifier on each image alone, the backbone's own or one that is trained further."""
 
-from __future__ import annotations
-
 from torch import Tensor
 
 from iciia_exp.data.views import CloudView

@@ -3,8 +3,6 @@
 Source: ICIIA (ACML 2024, PMLR 260:223-238).
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

@@ -5,8 +5,6 @@ that of all images; the gates f and g read, beside the rest, how probable it is 
 client. The prior takes from the past what posteriors can say of its classes; the encoder adds what features say.
 """
 
-from __future__ import annotations
-
 from typing import ClassVar
 
 from iciia_exp.errors import ConfigError

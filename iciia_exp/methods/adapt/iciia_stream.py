@@ -5,8 +5,6 @@ Ours, on the published encoder (ACML 2024, PMLR 260:223-238) with causal attenti
 images of even classes (one step of Saerens, Latinne and Decaestecker 2002).
 """
 
-from __future__ import annotations
-
 from typing import ClassVar
 
 from iciia_exp.methods.adapt.image_classifier import ImageClassifier

@@ -11,8 +11,6 @@ not counts of labels: with labels, two samples of some thousand images would dif
 Legend: C clients, S images of a client, D features, K classes, M images, T targets in all.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from typing import Any
 

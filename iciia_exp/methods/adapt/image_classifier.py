@@ -6,8 +6,6 @@ classifier is chosen on val images.
 Legend: M images, D features, K classes, W hidden units.
 """
 
-from __future__ import annotations
-
 import numpy as np
 import torch
 from torch import Tensor, nn

@@ -10,8 +10,6 @@ The paper settles on the k nearest neighbours with k = 5 and lambda = 1.
 Legend: C clients, S images of a client, D features, K classes, I iterations.
 """
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 from torch.nn import functional as F

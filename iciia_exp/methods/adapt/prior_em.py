@@ -14,8 +14,6 @@ Dirichlet prior whose mean is the prior of all clients; its strength is chosen o
 Legend: C clients, S images of a client, K classes, I iterations.
 """
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 from torch.nn import functional as F

@@ -9,8 +9,6 @@ client's images, and gamma = max(1 / S, 1 / K) / max_k q_k, the corrected poster
 Legend: C clients, S images of a client, K classes.
 """
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 from torch.nn import functional as F

@@ -15,8 +15,6 @@ anchor. The means of a client are never formed: only their products with its ima
 Legend: C clients, S images of a client, D features, K classes, I iterations, J steps of the assignments in each.
 """
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 from torch.nn import functional as F

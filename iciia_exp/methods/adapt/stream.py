@@ -20,8 +20,6 @@ Legend: C clients, S images of a client, P images of its past, E numbers kept of
 G groups, J knots, T images in all.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable
 from typing import Any
 

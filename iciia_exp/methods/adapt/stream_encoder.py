@@ -3,8 +3,6 @@
 Legend: C clients, S images of a client, P images of its past, e numbers kept of one, D features, K classes, N layers.
 """
 
-from __future__ import annotations
-
 from torch import Tensor, nn
 
 from iciia_exp.cost import attention_macs, streaming_attention_macs

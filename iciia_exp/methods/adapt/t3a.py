@@ -12,8 +12,6 @@ other.
 Legend: C clients, S images of a client, D features, K classes, M supports.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import torch

@@ -3,8 +3,6 @@
 Legend: C clients, S images of a client, D features, K classes.
 """
 
-from __future__ import annotations
-
 from abc import abstractmethod
 from collections.abc import Sequence
 from typing import ClassVar

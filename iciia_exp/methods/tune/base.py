@@ -3,8 +3,6 @@
 Legend: C clients, S images of a client, K classes.
 """
 
-from __future__ import annotations
-
 from iciia_exp.methods.base import Method
 
 __all__ = ["Personal"]

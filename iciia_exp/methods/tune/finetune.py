@@ -11,8 +11,6 @@ every client.
 Legend: C clients, n images of a client, D features, K classes, T test images in all.
 """
 
-from __future__ import annotations
-
 from typing import ClassVar
 
 import numpy as np

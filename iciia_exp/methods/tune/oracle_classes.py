@@ -3,8 +3,6 @@
 Legend: C clients, S images of a client, K classes.
 """
 
-from __future__ import annotations
-
 from typing import ClassVar
 
 import torch

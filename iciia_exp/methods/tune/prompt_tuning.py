@@ -7,8 +7,6 @@ images of the test clients and is refused where they have none.
 Legend: C clients, S images of a client, D features, K classes.
 """
 
-from __future__ import annotations
-
 from typing import ClassVar
 
 import torch

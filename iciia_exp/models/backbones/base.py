@@ -3,8 +3,6 @@
 Legend: B images of a batch, D features, K classes.
 """
 
-from __future__ import annotations
-
 from abc import ABC, abstractmethod
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence

@@ -5,8 +5,6 @@ torchvision nor timm has it; layers have the names of the usual PyTorch conversi
 fc8), so that such files load with ``backbone.weights=FILE``.
 """
 
-from __future__ import annotations
-
 from collections import OrderedDict
 from typing import Any
 

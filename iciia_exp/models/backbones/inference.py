@@ -3,8 +3,6 @@
 MobileNetV2 at 128 px on two CPU cores: about 3 times the images per second (benchmarks/bench_extraction.py).
 """
 
-from __future__ import annotations
-
 from collections import Counter
 from contextlib import ExitStack
 from typing import Any

@@ -3,8 +3,6 @@
 Source: Caldas et al., "LEAF: A Benchmark for Federated Settings" (arXiv:1812.01097); ICIIA (ACML 2024), supplement.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

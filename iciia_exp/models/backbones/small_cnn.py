@@ -1,7 +1,5 @@
 """Small CNN: a convolutional network for small images, trained in seconds to minutes."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import numpy as np

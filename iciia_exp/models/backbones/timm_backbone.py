@@ -1,7 +1,5 @@
 """timm: its models as backbones, https://github.com/huggingface/pytorch-image-models."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from typing import Any
 from urllib.parse import urlparse

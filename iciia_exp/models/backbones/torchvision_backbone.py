@@ -1,7 +1,5 @@
 """torchvision: its classification models as backbones, https://docs.pytorch.org/vision/stable/models.html."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """Weights of backbones: files, downloads, and the rows of a classifier that a dataset needs."""
 
-from __future__ import annotations
-
 import os
 import socket
 from collections.abc import Callable, Mapping, Sequence
