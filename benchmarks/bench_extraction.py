@@ -181,6 +181,6 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    from iciia_exp.engine.training.progress import progress_bar
+    from iciia_exp.engine.terminal import progress_bar
 
     main()

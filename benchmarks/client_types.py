@@ -27,10 +27,9 @@ import pandas as pd
 from iciia_exp import Run
 from iciia_exp.config.settings import Evaluation
 from iciia_exp.data.batches import FeatureBatches
-from iciia_exp.data.client_mix import ClientMix, unseen
+from iciia_exp.data.client_mix import ClientMix, clients_in_order, unseen
 from iciia_exp.data.clients import Clients
 from iciia_exp.data.dataset import dense_labels
-from iciia_exp.data.drawn_clients import clients_in_order
 from iciia_exp.engine.evaluation.history import Setup, history_table
 from iciia_exp.methods.adapt.heads import BackboneOnly
 from iciia_exp.methods.adapt.prior_em import PriorEM

@@ -14,6 +14,7 @@ __all__ = [
     "check_choice",
     "check_float",
     "check_int",
+    "did_you_mean",
     "first_line",
     "nearest",
     "within",
@@ -79,6 +80,12 @@ def nearest(word: str, choices: Iterable[str]) -> str | None:
         leaf = difflib.get_close_matches(word, list(by_leaf), n=1, cutoff=0.7)
         found = [by_leaf[leaf[0]]] if leaf else []
     return found[0] if found else None
+
+
+def did_you_mean(word: str, choices: Iterable[str], otherwise: str) -> str:
+    """Return a question with the choice most like ``word``, or ``otherwise`` when nothing is close."""
+    near = nearest(word, choices)
+    return f"did you mean {near}?" if near else otherwise
 
 
 def check_int(key: str, value: Any, low: int, high: int | None = None, why: str = "") -> int:

@@ -19,7 +19,7 @@ from iciia_exp.config.settings import Evaluation, Extraction, Training
 from iciia_exp.data.client_mix import ClientMix
 from iciia_exp.data.dataset import ImageDataset, MissingFiles
 from iciia_exp.data.partitions import Partition
-from iciia_exp.errors import ConfigError, UserError, check_choice, check_int, first_line, nearest
+from iciia_exp.errors import ConfigError, UserError, check_choice, check_int, did_you_mean, first_line
 from iciia_exp.methods.base import Method
 from iciia_exp.models.backbones.base import BackboneSpec
 
@@ -146,8 +146,7 @@ def _named(aliases: dict[str, str], function: Callable[[], _Made]) -> _Made:
 def _check_top_level(config: DictConfig) -> None:
     for key in map(str, config):
         if key not in TOP_LEVEL:
-            near = nearest(key, [k for k in dotted_keys(config) if k != key])
-            hint = f"did you mean {near}?" if near else f"valid: {', '.join(TOP_LEVEL)}"
+            hint = did_you_mean(key, [k for k in dotted_keys(config) if k != key], f"valid: {', '.join(TOP_LEVEL)}")
             raise UserError(f"{key}: no such key; {hint}")
     for key in TOP_LEVEL:
         if key not in config or (key in GROUPS and config[key] is None):

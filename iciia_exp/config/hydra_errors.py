@@ -8,7 +8,7 @@ from hydra.errors import ConfigCompositionException, MissingConfigException, Ove
 from omegaconf import DictConfig
 
 from iciia_exp.config.paths import CONF_DIR
-from iciia_exp.errors import UserError, first_line, nearest
+from iciia_exp.errors import UserError, did_you_mean, first_line
 
 __all__ = ["dotted_keys", "explain", "option_names"]
 
@@ -55,8 +55,7 @@ def _keys() -> list[str]:
 
 
 def _did_you_mean(word: str, choices: list[str], listed: str) -> str:
-    near = nearest(word, choices)
-    return f"did you mean {near}?" if near else f"{listed}: {', '.join(choices)}"
+    return did_you_mean(word, choices, f"{listed}: {', '.join(choices)}")
 
 
 def explain(error: Exception) -> str:
@@ -82,8 +81,7 @@ def explain(error: Exception) -> str:
             return f"{key}: add a plus sign, +{key}=NAME; valid: {', '.join(option_names(key))}"
         if re.search(r"No match in the defaults list", text):
             return f"{key}: no such key; {_did_you_mean(key, _groups(), 'the groups are')}"
-        near = nearest(key, _keys())
-        return f"{key}: no such key; " + (f"did you mean {near}?" if near else "see python -m iciia_exp --help")
+        return f"{key}: no such key; {did_you_mean(key, _keys(), 'see python -m iciia_exp --help')}"
     if match := re.search(r"Ambiguous value for argument '([^']+)'", text):
         return f"{match.group(1)}: several values are a sweep; add -m (or write key=[a,b] for a list)"
     if isinstance(error, OverrideParseException):

@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 from hydra.utils import get_object
 
 from iciia_exp.config.check import identity, parameters_of
-from iciia_exp.errors import ConfigError, UserError, first_line, nearest
+from iciia_exp.errors import ConfigError, UserError, did_you_mean, first_line
 
 __all__ = ["Plugins", "restore", "store"]
 
@@ -81,8 +81,7 @@ def _class_of(stored: Any, base: type[_Base], plugins: Plugins) -> type[_Base]:
     if stored["name"] not in classes:  # entry points are searched last: it takes longer than loading a run
         classes |= {identity(c): c for c in _installed(base)}
     if stored["name"] not in classes:
-        near = nearest(stored["name"], classes)
-        hint = f"did you mean {near}?" if near else "name the plug-in that it comes from: plugins=[...]"
+        hint = did_you_mean(stored["name"], classes, "name the plug-in that it comes from: plugins=[...]")
         raise UserError(f"{stored['name']!r}: no such {base.__name__} in this package or its plug-ins; {hint}")
     return classes[stored["name"]]
 

@@ -81,22 +81,17 @@ def ensure(goal: Artifact, kinds: Collection[str]) -> Path:
         goal: the artifact.
         kinds: kinds that may be made now; `NotMade` names the first missing artifact of another kind.
     """
-    if goal.finished:
-        _report(goal, made=False)
-        return goal.folder
-    if goal.kind not in kinds:
-        raise NotMade(_first_missing(goal))
-    for need in goal.needs:
-        if not need.finished:
-            ensure(need, kinds)
-    what = f"{goal.kind} {goal.label}"
-    _report(goal, make_folder(goal.folder, what, goal.make, goal.last, goal.in_place))
-    return goal.folder
-
-
-def _report(goal: Artifact, made: bool) -> None:
+    made = False
+    if not goal.finished:
+        if goal.kind not in kinds:
+            raise NotMade(_first_missing(goal))
+        for need in goal.needs:
+            if not need.finished:
+                ensure(need, kinds)
+        made = make_folder(goal.folder, f"{goal.kind} {goal.label}", goal.make, goal.last, goal.in_place)
     if goal.report is not None:
         goal.report(goal.folder, made)
+    return goal.folder
 
 
 def _first_missing(goal: Artifact) -> Artifact:

@@ -1,7 +1,6 @@
 """Inputs: configuration, dataset and artifacts of an experiment, as training and evaluation read them."""
 
 import logging
-from abc import ABC, abstractmethod
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -31,44 +30,24 @@ __all__ = ["Inputs"]
 log = logging.getLogger(__name__)
 
 
-class Inputs(ABC):
+class Inputs:
     """What training and evaluation read. Labels and owners come from the feature store once it is there.
 
     Args:
         experiment: the checked configuration. The method's settings are checked against the dataset's sizes here.
     """
 
+    #: Artifacts (`iciia_exp.engine.stages.Stages`): None for a backbone or classifier that is not trained here.
+    backbone: Artifact | None
+    features: Artifact
+    head: Artifact | None
+    run: Artifact
+    evaluation: Artifact
+
     def __init__(self, experiment: Experiment) -> None:
         self.experiment = experiment
         self.facts = DatasetFacts(experiment)
         self.method_config = self._canonical_method()
-
-    # ---- artifacts
-
-    @property
-    @abstractmethod
-    def backbone(self) -> Artifact | None:
-        """The trained backbone; None where it is not trained here (``backbone.train: all``)."""
-
-    @property
-    @abstractmethod
-    def features(self) -> Artifact:
-        """The features of the dataset's images."""
-
-    @property
-    @abstractmethod
-    def head(self) -> Artifact | None:
-        """The classifier fitted on the features; None unless ``backbone.train: head``."""
-
-    @property
-    @abstractmethod
-    def run(self) -> Artifact:
-        """The trained method."""
-
-    @property
-    @abstractmethod
-    def evaluation(self) -> Artifact:
-        """The results of the run, in the run's folder."""
 
     @property
     def base(self) -> Artifact:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from iciia_exp.config.check import science
+from iciia_exp.config.experiment import Experiment
 from iciia_exp.digest import file_digest
 from iciia_exp.engine.graph import Artifact
 from iciia_exp.engine.inputs import Inputs
@@ -21,16 +22,22 @@ __all__ = ["Stages"]
 class Stages(Inputs):
     """The artifacts of an experiment. Building the graph computes nothing and raises errors of the configuration."""
 
-    @cached_property
-    def backbone(self) -> Artifact | None:
+    def __init__(self, experiment: Experiment) -> None:
+        super().__init__(experiment)
+        self.backbone = self._backbone()
+        self.features = self._features()
+        self.head = self._head()
+        self.run = self._run()
+        self.evaluation = self._evaluation()
+
+    def _backbone(self) -> Artifact | None:
         """The trained backbone; None unless ``backbone.train: all``."""
         if self.experiment.backbone.train != "all":
             return None
         make = partial(train_backbone.train_backbone, self)
         return self._shared("backbone", self._network, make, report=train_backbone.report_backbone)
 
-    @cached_property
-    def features(self) -> Artifact:
+    def _features(self) -> Artifact:
         """The features of the dataset's images."""
         spec, extraction = self.experiment.backbone, science(self.experiment.config["features"])
         parts = {
@@ -46,8 +53,7 @@ class Stages(Inputs):
         make, report = partial(train_backbone.make_features, self), partial(train_backbone.report_features, self)
         return self._shared("features", parts, make, needs, report)
 
-    @cached_property
-    def head(self) -> Artifact | None:
+    def _head(self) -> Artifact | None:
         """The classifier fitted on the features; None unless ``backbone.train: head``."""
         if self.experiment.backbone.train != "head":
             return None
@@ -55,8 +61,7 @@ class Stages(Inputs):
         make, report = partial(train_backbone.fit_head, self), partial(train_backbone.report_head, self)
         return self._shared("head", parts, make, (self.features,), report)
 
-    @cached_property
-    def run(self) -> Artifact:
+    def _run(self) -> Artifact:
         """The trained method. Without training by gradients neither recipe nor seed is part of its digest."""
         e, training = self.experiment, self.experiment.training
         parts = {
@@ -88,8 +93,7 @@ class Stages(Inputs):
             report=train_method.report_run,
         )
 
-    @cached_property
-    def evaluation(self) -> Artifact:
+    def _evaluation(self) -> Artifact:
         """The results of the run, in the run's folder."""
 
         def make(folder: Path) -> None:

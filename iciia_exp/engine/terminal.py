@@ -1,18 +1,20 @@
-"""Terminal: log lines and tables on standard output."""
+"""Terminal: log lines and tables on standard output, progress bars on standard error."""
 
 import logging
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import pandas as pd
 from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
 from iciia_exp.results.columns import cell
 from iciia_exp.results.tables import settings
 
-__all__ = ["console", "partition_table", "result_table", "setup_logging"]
+__all__ = ["console", "fraction_bar", "partition_table", "progress_bar", "result_table", "setup_logging"]
 
 
 def console() -> Console:
@@ -85,3 +87,26 @@ def result_table(rows: Sequence[dict[str, Any]]) -> Table:
             cells += [cell(row, key, "cost") for key in ("overhead_percent", "per_image_overhead_percent")]
             table.add_row(row["label"], *[str(row["runs"])] * several, *cells)
     return table
+
+
+def progress_bar(visible: bool = True) -> Progress:
+    """Return a transient progress bar on standard error, hidden where that is no terminal."""
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(bar_width=None),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[note]}"),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+    )
+    return Progress(
+        *columns, console=Console(file=sys.stderr), transient=True, disable=not (visible and sys.stderr.isatty())
+    )
+
+
+@contextmanager
+def fraction_bar(title: str) -> Iterator[Callable[[float], None]]:
+    """Show a bar; yield a function that sets the share of the work that is done."""
+    with progress_bar() as bar:
+        task = bar.add_task(title, total=100, note="%")
+        yield lambda share: bar.update(task, completed=round(100 * share))

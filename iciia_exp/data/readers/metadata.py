@@ -12,7 +12,7 @@ import pandas as pd
 
 from iciia_exp.data.dataset import SPLITS
 from iciia_exp.data.readers.files import read_csv
-from iciia_exp.errors import ConfigError, UserError, check_choice, check_float, nearest
+from iciia_exp.errors import ConfigError, UserError, check_choice, check_float, did_you_mean
 from iciia_exp.seeding import generator
 
 __all__ = ["COLUMNS", "check_shares", "image_table", "read_metadata"]
@@ -30,8 +30,7 @@ _SPLITS = {
 
 
 def _hint(name: str, choices: Collection[str], otherwise: str) -> str:
-    near = nearest(name, choices)
-    return f"did you mean {near}?" if near else f"{otherwise} {', '.join(choices)}"
+    return did_you_mean(name, choices, f"{otherwise} {', '.join(choices)}")
 
 
 def read_metadata(path: Path, required: Collection[str] = ("label",), extra: Collection[str] = ()) -> pd.DataFrame:

@@ -138,7 +138,7 @@ def attribution_table(
         ``thumbnail`` (PNG or JPEG). Empty if no client has two test images, or the method uses no other image.
     """
     method, head, batches, clients = setup.method, setup.head, setup.batches, setup.clients
-    device, task = setup.device, setup.task
+    device, task = setup.device, setup.method.task
     if not isinstance(method, Adaptive) or not method.state_width or not options.examples or images < 2:
         return pd.DataFrame()
     rng = generator("retrieval")

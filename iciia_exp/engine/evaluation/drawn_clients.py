@@ -19,7 +19,7 @@ from dataclasses import replace
 import pandas as pd
 
 from iciia_exp.config.settings import Evaluation
-from iciia_exp.data.drawn_clients import drawn_clients
+from iciia_exp.data.client_mix import drawn_clients
 from iciia_exp.engine.evaluation.history import Setup, history_table
 from iciia_exp.results.columns import DRAWN_TYPES
 

@@ -16,8 +16,8 @@ from iciia_exp.engine.evaluation.drawn_clients import drawn_clients_table
 from iciia_exp.engine.evaluation.history import Setup, history_table
 from iciia_exp.engine.evaluation.row import client_table, result_row
 from iciia_exp.engine.inputs import Inputs
+from iciia_exp.engine.terminal import fraction_bar
 from iciia_exp.engine.training.modules import MethodModule
-from iciia_exp.engine.training.progress import fraction_bar
 from iciia_exp.engine.training.trainer import interruptible, make_trainer, quiet_lightning
 from iciia_exp.errors import UserError
 from iciia_exp.results.plots import accuracy_vs_history, accuracy_vs_overhead, draw_examples, gain_per_client

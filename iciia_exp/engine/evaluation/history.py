@@ -43,11 +43,6 @@ class Setup:
     clients: Clients
     device: torch.device | str = "cpu"
 
-    @property
-    def task(self) -> Task:
-        """The method's task."""
-        return self.method.task
-
 
 def history_table(
     setup: Setup,
@@ -75,7 +70,7 @@ def history_table(
     compact = Ragged(np.concatenate([[0], np.cumsum(sizes)]), test.values[chosen_C[test.row_numbers]])
     lengths = [n for n in options.history_lengths if (compact.lengths > n).any()]
     keys = [(name, n) for name in protocols for n in [*lengths, ALL]]
-    counts = _Counts(keys, len(numbers), setup.task, head.out_features, torch.device(device))
+    counts = _Counts(keys, len(numbers), setup.method.task, head.out_features, torch.device(device))
 
     def orders() -> Iterable[Sequences]:
         return stream_orders(compact, options.history_orders, options.history_longest, 0, clients.in_time)
@@ -83,7 +78,7 @@ def history_table(
     steps: list[tuple[list[tuple[str, int]], Callable[[], Iterator[ClientIndex]]]] = []
     tokens = 1024 if counts.device.type == "cpu" else 1 << 15  # of a batch: a CPU's cache is small
     if "stream" in protocols and method.causal:  # one pass gives every image's logits after those before it
-        steps.append(([key for key in keys if key[0] == "stream"], partial(_whole, orders, tokens)))
+        steps.append(([key for key in keys if key[0] == "stream"], partial(_cut, orders, ALL, tokens)))
     elif "stream" in protocols:
         steps += [([("stream", n)], partial(_cut, orders, n, tokens)) for n in [*lengths, ALL]]
     if "prefix" in protocols:
@@ -170,11 +165,6 @@ class _Counts:
         correct = {f: getattr(c, f"{f}_C") for f in ("backbone_correct", "method_correct", "both_correct")}
         losses = {f: getattr(c, f"{f}_C") for f in ("backbone_loss", "method_loss")}
         return pd.DataFrame({**columns, **correct, **losses})
-
-
-def _whole(orders: Callable[[], Iterable[Sequences]], tokens: int) -> Iterator[ClientIndex]:
-    for sequences in orders():
-        yield from by_length(sequences, tokens=tokens)
 
 
 def _cut(orders: Callable[[], Iterable[Sequences]], length: int, tokens: int) -> Iterator[ClientIndex]:

@@ -15,9 +15,8 @@ from torch.utils.data import DataLoader
 from iciia_exp.config.settings import Extraction
 from iciia_exp.data.images import ImageBatch, ImageBlocks, TransformedImages, readable
 from iciia_exp.data.store import FeatureWriter
-from iciia_exp.engine.terminal import setup_logging
+from iciia_exp.engine.terminal import progress_bar, setup_logging
 from iciia_exp.engine.training.image_loading import ThreadedFeatures, image_loader, images_per_step
-from iciia_exp.engine.training.progress import progress_bar
 from iciia_exp.engine.training.trainer import quiet_lightning
 from iciia_exp.errors import UserError
 from iciia_exp.models.backbones.base import Backbone

@@ -8,8 +8,7 @@ import torch
 from iciia_exp import Run
 from iciia_exp.config.paths import CONF_DIR
 from iciia_exp.config.settings import Evaluation
-from iciia_exp.data.client_mix import ClientMix
-from iciia_exp.data.drawn_clients import drawn_clients
+from iciia_exp.data.client_mix import ClientMix, drawn_clients
 from iciia_exp.engine.evaluation.drawn_clients import drawn_clients_table
 from iciia_exp.engine.evaluation.history import Setup
 from iciia_exp.engine.execute import execute
