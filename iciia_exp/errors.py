@@ -8,16 +8,8 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any, TypeVar
 
 __all__ = [
-    "ConfigError",
-    "UserError",
-    "check_bool",
-    "check_choice",
-    "check_float",
-    "check_int",
-    "did_you_mean",
-    "first_line",
-    "nearest",
-    "within",
+    *("ConfigError", "UserError", "check_bool", "check_choice", "check_float", "check_int", "did_you_mean"),
+    *("first_line", "nearest", "within"),
 ]
 
 _Made = TypeVar("_Made")

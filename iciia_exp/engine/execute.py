@@ -35,7 +35,11 @@ def execute(stages: Stages, brief: bool = False) -> dict[str, Any] | None:
     stage, run = stages.experiment.stage, stages.run
     if "evaluation" in KINDS[stage] and stages.evaluation.finished:
         log.info("%s: finished before", _shown(run.folder))
-        _log_in_wandb_sweep(stages)
+        from iciia_exp.engine.tracking import in_wandb_sweep
+
+        if stages.experiment.tracking.wandb and in_wandb_sweep():  # the sweep's agent waits for a run
+            stages.tracker.results(read_json(stages.evaluation.folder / "results.json"), stages.evaluation.folder)
+            stages.tracker.close()
         return _results(stages, brief)
     if process_rank() > 0:  # of several processes started by torchrun or srun, which share the extraction alone
         logging.getLogger("iciia_exp").setLevel(logging.ERROR)  # only the first process logs
@@ -112,16 +116,6 @@ def _share_features(stages: Stages) -> None:
 def _shown(path: Path) -> Path:
     """Return ``path`` relative to the working directory where it is below it."""
     return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
-
-
-def _log_in_wandb_sweep(stages: Stages) -> None:
-    """Log the results of a finished run again for an agent of ``wandb sweep``, which waits for a run."""
-    from iciia_exp.engine.tracking import in_wandb_sweep
-
-    if stages.experiment.tracking.wandb and in_wandb_sweep():
-        folder = stages.evaluation.folder
-        stages.tracker.results(read_json(folder / "results.json"), folder)
-        stages.tracker.close()
 
 
 def _results(stages: Stages, brief: bool) -> dict[str, Any]:

@@ -22,7 +22,7 @@ from iciia_exp.data.sequences import Sequences, by_length, prefix_sequences, str
 from iciia_exp.machine import side_by_side
 from iciia_exp.methods.base import Method
 from iciia_exp.results.counts import ClientCountsMetric, Outcomes, outcomes
-from iciia_exp.results.summary import ALL
+from iciia_exp.results.summary import ALL, COUNTS
 from iciia_exp.seeding import generator
 from iciia_exp.tasks import Task
 
@@ -162,9 +162,7 @@ class _Counts:
         lengths = np.array([n for _, n in self.keys])
         columns = {"protocol": names[key], "history": lengths[key], "client": ids[client], "client_type": types[client]}
         columns |= {"targets": c.images_C, "decisions": c.decisions_C}
-        correct = {f: getattr(c, f"{f}_C") for f in ("backbone_correct", "method_correct", "both_correct")}
-        losses = {f: getattr(c, f"{f}_C") for f in ("backbone_loss", "method_loss")}
-        return pd.DataFrame({**columns, **correct, **losses})
+        return pd.DataFrame(columns | {name: getattr(c, f"{name}_C") for name in COUNTS if name != "images"})
 
 
 def _cut(orders: Callable[[], Iterable[Sequences]], length: int, tokens: int) -> Iterator[ClientIndex]:

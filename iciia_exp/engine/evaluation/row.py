@@ -19,7 +19,7 @@ from iciia_exp.digest import digest
 from iciia_exp.engine.inputs import Inputs
 from iciia_exp.methods.base import Ask, Method
 from iciia_exp.results.labels import REPORTED
-from iciia_exp.results.summary import ClientCounts, summarise
+from iciia_exp.results.summary import COUNTS, ClientCounts, summarise
 
 __all__ = ["client_table", "git_revision", "result_row"]
 
@@ -37,9 +37,9 @@ def git_revision() -> str | None:
 
 
 def client_table(clients: Clients, numbers: np.ndarray, counts: ClientCounts, labels: np.ndarray) -> pd.DataFrame:
-    """Return one row per test client; ``numbers`` are the clients that ``counts`` speaks of.
+    """Return one row per test client; ``numbers`` are the numbers of the clients in ``counts``.
 
-    ``decisions`` is what correct decisions are out of: images, times attributes of a multi-label task.
+    ``decisions`` is the number of decisions: images, times attributes in a multi-label task.
     """
     return pd.DataFrame(
         {
@@ -48,11 +48,7 @@ def client_table(clients: Clients, numbers: np.ndarray, counts: ClientCounts, la
             "images": counts.images_C,
             "decisions": counts.decisions_C,
             "classes": clients.classes_per_client(labels, "test")[numbers],
-            "backbone_correct": counts.backbone_correct_C,
-            "method_correct": counts.method_correct_C,
-            "both_correct": counts.both_correct_C,
-            "backbone_loss": counts.backbone_loss_C,
-            "method_loss": counts.method_loss_C,
+            **{name: getattr(counts, f"{name}_C") for name in COUNTS if name != "images"},
         }
     )
 

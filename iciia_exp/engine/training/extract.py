@@ -123,8 +123,10 @@ def extract(
     if with_head:
         good = np.ones(images, dtype=bool)
         good[list(bad)] = False
+        splits = table["split"].to_numpy()
+        parts = {str(split): np.flatnonzero((splits == split) & good) for split in pd.unique(splits)}
         features = np.load(folder / "features.npy", mmap_mode="r")
-        manifest["accuracy"] = head_accuracy(dataset.task, features, labels, head, _split_rows(table, good))
+        manifest["accuracy"] = head_accuracy(dataset.task, features, labels, head, parts)
     FeatureWriter.finish(folder, table, head if with_head else None, manifest)
 
 
@@ -170,12 +172,6 @@ def _report_bad(dataset: ImageDataset, bad: dict[int, str], images: int) -> list
     return listed
 
 
-def _split_rows(table: pd.DataFrame, good: np.ndarray) -> dict[str, np.ndarray]:
-    splits = table["split"].to_numpy()
-    parts = {str(s): np.flatnonzero((splits == s) & good) for s in pd.unique(splits)}
-    return {s: rows for s, rows in parts.items() if len(rows)}
-
-
 def head_accuracy(
     task: Task,
     features: np.ndarray,
@@ -184,9 +180,9 @@ def head_accuracy(
     parts: dict[str, np.ndarray],
     step: int = 65536,
 ) -> dict[str, float]:
-    """Return the accuracy of a classifier by itself on each part of the images."""
+    """Return the accuracy of a classifier by itself on each part of the images that has any."""
     accuracy = {}
-    for name, rows in parts.items():
+    for name, rows in ((name, rows) for name, rows in parts.items() if len(rows)):
         right, decisions = 0, 0
         for at in range(0, len(rows), step):
             some = rows[at : at + step]

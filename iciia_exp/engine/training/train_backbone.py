@@ -159,7 +159,7 @@ def fit_head(inputs: Inputs, folder: Path) -> None:
         for name, array in (("out_of_fold", logits), ("out_of_fold_images", rows)):
             with atomic_write(folder / f"{name}.npy", "wb") as file:
                 np.save(file, array)
-    parts = {"fitted": rows, **{r: inputs.clients[r].values for r in ROLES if len(inputs.clients[r].values)}}
+    parts = {"fitted": rows, **{r: inputs.clients[r].values for r in ROLES}}
     parts = {name: numbers[~store.bad[numbers]] for name, numbers in parts.items()}
     manifest = {
         "format": 1,

@@ -180,8 +180,7 @@ class ClientPriorMethod(PriorMethod):
     """The backbone's posteriors under the client prior.
 
     Args:
-        facts: task, sizes, and the backbone's classifier.
-        prior: the class prior.
+        facts, prior: as of `PriorMethod`.
     """
 
     name = "client_prior"

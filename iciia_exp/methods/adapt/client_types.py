@@ -63,8 +63,7 @@ class ClientTypesMethod(PriorMethod):
     """The backbone's posteriors under the prior of client types.
 
     Args:
-        facts: task, sizes, and the backbone's classifier.
-        prior: the class prior.
+        facts, prior: as of `PriorMethod`.
     """
 
     name = "client_types"

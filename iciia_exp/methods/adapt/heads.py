@@ -14,7 +14,7 @@ class HeadMethod(PerImage):
 
     def __init__(self, facts: Facts) -> None:
         super().__init__(facts)
-        self.head = copy_of(facts.head, trained=True)
+        self.head = copy_of(facts.head, trained=self.trainable)
 
     def forward(self, x_CSD: Tensor, mask_CS: Tensor | None = None) -> Tensor:
         """Return the classifier's logits of every image by itself, [C, S, K]."""
@@ -40,10 +40,6 @@ class BackboneOnly(HeadMethod):
 
     name = "backbone"
     trainable = False
-
-    def __init__(self, facts: Facts) -> None:
-        super().__init__(facts)
-        self.requires_grad_(False)
 
     def learn(self, cloud: CloudView, fit: Fit) -> Record:
         """Learn nothing."""
