@@ -12,6 +12,8 @@ import pytest
 
 from iciia_exp.__main__ import main
 
+pytestmark = pytest.mark.usefixtures("undrawn")
+
 
 def command(*overrides, **environment):
     env = {**os.environ, **environment}
@@ -71,7 +73,7 @@ def test_killed_for_real_and_repeated(tmp_path, stages, small):
     """SIGKILL in the middle of the method's training; the repeated command ends as if nothing had happened."""
     from iciia_exp.engine.execute import execute
 
-    longer = ("training.recipe.epochs=400", "training.recipe.patience=0")
+    longer = ("training.recipe.epochs=150", "training.recipe.patience=0")
     process = command(*small, *longer)
     deadline = time.monotonic() + 120
     while not list(Path("outputs").glob("digits/*/checkpoints/last.ckpt")):

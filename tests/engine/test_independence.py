@@ -24,6 +24,7 @@ def numbers(row):
     return {k: v for k, v in row.items() if not k.startswith("seconds") and k != "finished"}
 
 
+@pytest.mark.usefixtures("undrawn")
 @pytest.mark.parametrize("train", [(), HEAD], ids=["all", "head"])
 def test_training_and_evaluation_need_no_files_of_the_dataset(folder, root, train, capsys, tmp_path):
     want = execute(folder(*train, f"output_dir={tmp_path}/with_files"))
@@ -129,6 +130,7 @@ def test_a_runs_files_do_not_depend_on_its_neighbours(stages, tmp_path):
         assert one.read_bytes() == other.read_bytes(), name
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_a_run_whose_evaluation_is_lost_is_evaluated_again(stages):
     row = execute(stages())
     shutil.rmtree(stages().evaluation.folder)

@@ -23,6 +23,8 @@ from iciia_exp.engine.training import train_backbone as backbones
 from iciia_exp.engine.training import train_method
 from iciia_exp.errors import UserError
 
+pytestmark = pytest.mark.usefixtures("undrawn")
+
 
 @pytest.fixture(autouse=True)
 def logged():
@@ -123,7 +125,6 @@ KILLS = {
 
 
 @pytest.mark.parametrize("where", KILLS)
-@pytest.mark.usefixtures("undrawn")
 def test_killed_in_any_stage_and_repeated(stages, tmp_path, monkeypatch, where):
     whole = stages(f"cache_dir={tmp_path}/whole", f"output_dir={tmp_path}/whole")
     want = execute(whole)

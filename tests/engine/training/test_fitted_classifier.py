@@ -105,7 +105,7 @@ def test_methods_are_trained_on_logits_as_of_new_images(folder, monkeypatch):
     logits, numbers = out_of_fold(stages)
     assert set(numbers) == set(stages.clients.train.values)
     assert logits.shape == (len(numbers), stages.num_classes)
-    train, val = made
+    *_, train, val = made  # after the perceptron's
     (batch, *_) = train
     assert batch.backbone_CSK.shape == (*batch.mask_CS.shape, stages.num_classes)
     (batch, *_) = val
