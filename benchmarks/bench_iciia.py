@@ -299,7 +299,8 @@ def session(options: argparse.Namespace) -> None:
 
 def imagenet(options: argparse.Namespace) -> None:
     """Train on synthetic features of ImageNet's size: seconds of an epoch, and of 20."""
-    device, images, dim = options.device, options.images, 1280
+    device, dim = options.device, 1280
+    images = max(options.images, 64 * options.clients[-1] * S)
     x = torch.randn(images, dim, dtype=torch.float16 if device == "cuda" else torch.float32, device=device)
     y = torch.randint(0, K, (images,), device=device)
     for groups in (1, 256):

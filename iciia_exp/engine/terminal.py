@@ -74,8 +74,9 @@ def result_table(rows: Sequence[dict[str, Any]]) -> Table:
     for name in ("runs",) * several + ("accuracy", gain, *averages, "over-\nhead", "per\nimage"):
         table.add_column(name, justify="right", overflow="fold")
     bases = list({row["partition_digest"]: row for row in rows}.values())
-    base = pd.DataFrame(bases).mean(numeric_only=True)
-    cells = [cell(base, f"backbone_{key}") for key in ("accuracy", "client_accuracy", "worst_decile")]
+    keys = [f"backbone_{key}" for key in ("accuracy", "client_accuracy", "worst_decile")]
+    base = pd.DataFrame(bases)[keys].mean()  # without errors
+    cells = [cell(base, key) for key in keys]
     name = f"{rows[0]['backbone']} alone"
     table.add_row(name, *[str(len(bases))] * several, cells[0], "", cells[1], cells[2], "", "0", "0")
     for _, row in settings(list(rows)).sort_values("sequence_macs", kind="stable").iterrows():

@@ -15,6 +15,7 @@ ROW = {
     "client_accuracy": 0.91, "worst_decile": 0.5, "harmed_share": 0.02, "harmed_share_by_chance": 0.03,
     "overhead_percent": 160.0, "sequence_macs": 1600, "per_image_overhead_percent": 10.0, "backbone_accuracy": 0.8,
     "backbone_client_accuracy": 0.81, "backbone_worst_decile": 0.4,
+    "backbone_accuracy_low": 0.7, "backbone_accuracy_high": 0.85, "accuracy_low": 0.85, "accuracy_high": 0.95,
 }  # fmt: skip
 
 

@@ -131,6 +131,17 @@ def test_a_method_without_a_cost_cannot_exist():
         Free()
 
 
+def test_mixed_precision_trains(method):
+    if not method.trainable:
+        return
+    (batch,) = small_cloud(D, K).chunks("train")
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = method.train().training_loss(batch)
+    loss.backward()
+    assert loss.isfinite()
+    assert all(p.grad.isfinite().all() for p in method.parameters() if p.grad is not None)
+
+
 def test_baselines_start_from_the_backbone_s_head():
     head = nn.Linear(D, K)
     x = torch.randn(2, 3, D)

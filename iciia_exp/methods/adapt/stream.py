@@ -211,7 +211,10 @@ class StreamMethod(Adaptive):
 
     @torch.no_grad()
     def _inferred(self, b_CSK: Tensor, real_CS: Tensor, causal: bool) -> tuple[Tensor, Tensor] | None:
-        return None if self.prior is None else self.prior.log_prior(self.prior.calibrator(b_CSK), real_CS, causal)
+        if self.prior is None:
+            return None
+        with torch.autocast(b_CSK.device.type, enabled=False):  # likelihoods of many images need float32
+            return self.prior.log_prior(self.prior.calibrator(b_CSK.float()), real_CS.float(), causal)
 
     def _parts(
         self, x_CSD: Tensor, mask_CS: Tensor | None, b_CSK: Tensor | None = None, causal: bool = True
