@@ -8,6 +8,9 @@ from iciia_exp.artifacts import partial_folder, read_json
 from iciia_exp.engine.graph import NotMade, ensure
 from iciia_exp.engine.stages import Stages
 from iciia_exp.engine.terminal import console, partition_table, result_table
+from iciia_exp.engine.tracking import in_wandb_sweep
+from iciia_exp.engine.training.train_backbone import make_features
+from iciia_exp.engine.training.train_method import draw_clients
 from iciia_exp.errors import UserError
 from iciia_exp.machine import process_rank
 
@@ -35,8 +38,6 @@ def execute(stages: Stages, brief: bool = False) -> dict[str, Any] | None:
     stage, run = stages.experiment.stage, stages.run
     if "evaluation" in KINDS[stage] and stages.evaluation.finished:
         log.info("%s: finished before", _shown(run.folder))
-        from iciia_exp.engine.tracking import in_wandb_sweep
-
         if stages.experiment.tracking.wandb and in_wandb_sweep():  # the sweep's agent waits for a run
             stages.tracker.results(read_json(stages.evaluation.folder / "results.json"), stages.evaluation.folder)
             stages.tracker.close()
@@ -92,7 +93,6 @@ def _goals(stages: Stages) -> list[Any]:
 def _check(stages: Stages) -> None:
     """Raise errors of partition and trainer before the first long computation."""
     from iciia_exp.engine.training.extract import extraction_trainer
-    from iciia_exp.engine.training.train_method import draw_clients
     from iciia_exp.engine.training.trainer import make_trainer, quiet_lightning
 
     e = stages.experiment
@@ -106,8 +106,6 @@ def _check(stages: Stages) -> None:
 
 def _share_features(stages: Stages) -> None:
     """Take part in an extraction; the first process holds its lock."""
-    from iciia_exp.engine.training.train_backbone import make_features
-
     if stages.backbone is not None and not stages.backbone.finished:
         raise UserError("features.devices: train the backbone first, with stage=backbone in one process")
     make_features(stages, partial_folder(stages.features.folder))

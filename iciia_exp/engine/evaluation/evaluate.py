@@ -37,8 +37,8 @@ def evaluate(inputs: Inputs, folder: Path) -> None:
     module = MethodModule(run.method, run.head, e.training.recipe, len(clients))
     loader = DataLoader(batches, batch_size=None, sampler=ClientBatchSampler(clients.test, e.images, 64))
     with quiet_lightning():
-        # every client, and in float32 as everything that is served
-        trainer = make_trainer(e.config["trainer"] | {"precision": "32-true"}, limit_test_batches=None)
+        exact = e.config["trainer"] | {"precision": "32-true"}  # as in serving
+        trainer = make_trainer(exact, limit_test_batches=None)  # every client
         with interruptible(trainer):
             trainer.test(module, loader, verbose=False)
     numbers, counts = module.test_counts.counts()
