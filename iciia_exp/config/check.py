@@ -11,14 +11,12 @@ from iciia_exp.errors import ConfigError, UserError, nearest
 __all__ = ["check_keys", "flatten", "identity", "parameters_of", "science", "target_of", "trainer_science"]
 
 #: Arguments of Lightning's Trainer that change no number; all others count.
-_TRAINER_COSMETIC = frozenset(
-    {
-        *("accelerator", "devices", "num_nodes", "strategy"),
-        *("logger", "callbacks", "default_root_dir", "profiler", "log_every_n_steps", "enable_autolog_hparams"),
-        *("enable_checkpointing", "enable_progress_bar", "enable_model_summary", "barebones"),
-        *("detect_anomaly", "deterministic", "benchmark", "num_sanity_val_steps", "use_distributed_sampler"),
-    }
-)
+_TRAINER_COSMETIC = {
+    *("accelerator", "devices", "num_nodes", "strategy"),
+    *("logger", "callbacks", "default_root_dir", "profiler", "log_every_n_steps", "enable_autolog_hparams"),
+    *("enable_checkpointing", "enable_progress_bar", "enable_model_summary", "barebones"),
+    *("detect_anomaly", "deterministic", "benchmark", "num_sanity_val_steps", "use_distributed_sampler"),
+}
 
 _HYDRA_KEYS = ("_target_", "_partial_", "_recursive_", "_convert_")
 

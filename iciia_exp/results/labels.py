@@ -6,13 +6,11 @@ from typing import Any
 __all__ = ["REPORTED", "base_of", "grouped", "label_of", "unique_rows", "varying"]
 
 #: Settings of an evaluation that add tables and plots to a run and change none of its numbers.
-REPORTED = frozenset(
-    f"evaluation.{key}"
-    for key in (
-        *("history_lengths", "history_orders", "history_longest", "history_clients"),
-        *("drawn_clients", "examples", "neighbours", "pixels"),
-    )
-)
+REPORTED = {
+    *("evaluation.history_lengths", "evaluation.history_orders", "evaluation.history_longest"),
+    *("evaluation.history_clients", "evaluation.drawn_clients"),
+    *("evaluation.examples", "evaluation.neighbours", "evaluation.pixels"),
+}
 
 
 def grouped(rows: Iterable[dict[str, Any]], key: Callable[[dict[str, Any]], Any]) -> dict[Any, list[dict[str, Any]]]:

@@ -112,6 +112,10 @@ def parent_clients(
     return clients_of(entries)
 
 
+def _chunks(train: int, test: int) -> dict[str, int]:
+    return {"train": check_int("train_chunk", train, 2), "test": check_int("test_chunk", test, 1)}
+
+
 class ParentCategory(Partition):
     """Every client has train, val and test images of one parent category.
 
@@ -138,10 +142,7 @@ class ParentCategory(Partition):
         seed: int = 0,
     ) -> None:
         super().__init__(val_share, seed)
-        self.chunks = {
-            "train": check_int("train_chunk", train_chunk, 2),
-            "test": check_int("test_chunk", test_chunk, 1),
-        }
+        self.chunks = _chunks(train_chunk, test_chunk)
         self.val_by = check_choice("val_by", val_by, ("image", "owner"))
 
     def assign(self, table: pd.DataFrame, num_classes: int) -> Clients:
@@ -195,7 +196,7 @@ def mix_clients(
     return result
 
 
-class ReserveRatio(ParentCategory):
+class ReserveRatio(Partition):
     """Clients of `ParentCategory`, as for ImageNet, with a share of the images or clients mixed over all parents.
 
     With ``ratio=1`` the clients are the same as with `ParentCategory` and the same seed; with ``ratio=0`` all are
@@ -222,7 +223,8 @@ class ReserveRatio(ParentCategory):
         val_share: float = 0.2,
         seed: int = 0,
     ) -> None:
-        super().__init__(train_chunk, test_chunk, val_share, seed=seed)
+        super().__init__(val_share, seed)
+        self.chunks = _chunks(train_chunk, test_chunk)
         self.ratio = check_float("ratio", ratio, 0.0, 1.0)
         self.of = check_choice("of", of, ("samples", "clients"))
 

@@ -58,8 +58,7 @@ def history_table(
         progress: called with the share that is done.
         protocols: which ones.
     """
-    method, head, batches, clients = setup.method, setup.head, setup.batches, setup.clients
-    device = setup.device
+    method, head, batches, clients, device = setup.method, setup.head, setup.batches, setup.clients, setup.device
     test, numbers = clients.test, np.flatnonzero(clients.test.lengths)
     if len(numbers) > options.history_clients:  # every client is many sequences
         drawn = generator("history_clients").permutation(len(numbers))[: options.history_clients]
