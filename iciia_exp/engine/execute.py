@@ -4,6 +4,9 @@ import logging
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch import nn
+
 from iciia_exp.artifacts import partial_folder, read_json
 from iciia_exp.engine.graph import NotMade, ensure
 from iciia_exp.engine.stages import Stages
@@ -91,11 +94,13 @@ def _goals(stages: Stages) -> list[Any]:
 
 
 def _check(stages: Stages) -> None:
-    """Raise errors of partition and trainer before the first long computation."""
+    """Raise errors of method, partition and trainer before the first long computation."""
     from iciia_exp.engine.training.extract import extraction_trainer
     from iciia_exp.engine.training.trainer import make_trainer, quiet_lightning
 
     e = stages.experiment
+    with torch.random.fork_rng(devices=[]):
+        stages.new_method(nn.Linear(stages.dim, stages.num_classes))
     if e.method_class.trainable:
         draw_clients(stages, stages.clients, "train")
     with quiet_lightning():

@@ -7,7 +7,6 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-import torch
 from torch import nn
 
 from iciia_exp.config.build import build
@@ -21,7 +20,7 @@ from iciia_exp.digest import file_digest
 from iciia_exp.engine.dataset_facts import DatasetFacts
 from iciia_exp.engine.graph import Artifact
 from iciia_exp.errors import ConfigError, UserError
-from iciia_exp.methods.base import Facts
+from iciia_exp.methods.base import Facts, Method
 from iciia_exp.models.backbones.base import Backbone
 from iciia_exp.serving.run import Run
 
@@ -34,7 +33,7 @@ class Inputs:
     """What training and evaluation read. Labels and owners come from the feature store once it is there.
 
     Args:
-        experiment: the checked configuration. The method's settings are checked against the dataset's sizes here.
+        experiment: the checked configuration.
     """
 
     #: Artifacts (`iciia_exp.engine.stages.Stages`): None for a backbone or classifier that is not trained here.
@@ -101,6 +100,11 @@ class Inputs:
         """Build the backbone with its initial weights."""
         e, names, more = self.experiment, self.facts.class_names, self.facts.backbone_arguments
         return e.named(lambda: e.backbone.initial(names, **more), "backbone")
+
+    def new_method(self, head: nn.Linear) -> Method:
+        """Build the method behind a classifier, with fresh weights."""
+        facts = Facts(self.experiment.dataset_class.task, head, tuple(self.facts.class_names))
+        return build(self.method_config, "method", facts=facts)
 
     def open_store(self) -> FeatureStore:
         """Open the features; with ``features.on_bad_image=error`` unreadable images raise."""
@@ -169,8 +173,4 @@ class Inputs:
         if e.dataset_class.task not in method.tasks:
             problem = f"knows {' and '.join(method.tasks)} tasks; this dataset's is {e.dataset_class.task}"
             raise ConfigError("method", method.name, problem)
-        config = {"_target_": e.config["method"]["_target_"], **canonical}
-        facts = Facts(e.dataset_class.task, nn.Linear(dim, self.num_classes), tuple(self.facts.class_names))
-        with torch.random.fork_rng(devices=[]):  # wrong settings raise here, before hours of work
-            build(config, "method", facts=facts)
-        return config
+        return {"_target_": e.config["method"]["_target_"], **canonical}

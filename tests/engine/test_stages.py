@@ -95,17 +95,6 @@ def test_the_same_numbers_every_time(stages, tmp_path):
     )
 
 
-def test_mixed_precision_trains_and_the_evaluation_is_in_float32(stages):
-    made = stages("method=iciia_prior", "method.image.perceptron=4", "trainer.precision=bf16-mixed")
-    execute(made)
-    run = Run.load(made.run.folder)
-    first = made.clients.test[int(np.flatnonzero(made.clients.test.lengths)[0])]
-    assert 0 < len(first) <= run.images
-    x, y = torch.from_numpy(run.features.array()[first].copy()), torch.from_numpy(made.labels[first])
-    want = run.method.task.log_loss(run.method(x[None])[0], y).sum()
-    assert run.clients["method_loss"][0] == pytest.approx(float(want), rel=1e-4)
-
-
 def test_seeds_are_their_own(stages):
     base, seed, partition = stages(), stages("seed=1"), stages("partition.seed=1")
     rows = [execute(p) for p in (base, seed, partition)]

@@ -1,5 +1,6 @@
 import shutil
 
+import numpy as np
 import pytest
 import torch
 
@@ -50,6 +51,17 @@ def test_it_is_the_method_that_was_evaluated(finished):
             right = sum(int((run.predict(features[c]).argmax(-1) == labels[c]).sum()) for c in rows.split(run.images))
             correct[run.partition.ids[i]] = right
     assert correct == dict(zip(run.clients["client"], run.clients["method_correct"], strict=True))
+
+
+def test_mixed_precision_trains_and_the_evaluation_is_in_float32(stages):
+    made = stages("method=iciia_prior", "method.image.perceptron=4", "trainer.precision=bf16-mixed")
+    execute(made)
+    run = Run.load(made.run.folder)
+    first = made.clients.test[int(np.flatnonzero(made.clients.test.lengths)[0])]
+    assert 0 < len(first) <= run.images
+    x, y = torch.from_numpy(run.features.array()[first].copy()), torch.from_numpy(made.labels[first])
+    want = run.method.task.log_loss(run.method(x[None])[0], y).sum()
+    assert run.clients["method_loss"][0] == pytest.approx(float(want), rel=1e-4)
 
 
 def test_wrong_features_are_refused(finished):

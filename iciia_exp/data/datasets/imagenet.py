@@ -167,7 +167,7 @@ def _read_devkit(file: Path) -> dict[str, str]:
         wnid_of = dict(zip(synsets["ILSVRC2012_ID"].tolist(), synsets["WNID"].tolist(), strict=True))
         numbers = [int(line) for line in file.read_text(encoding="utf-8").split()]
         return {f"ILSVRC2012_val_{i:08d}": str(wnid_of[number]) for i, number in enumerate(numbers, 1)}
-    except (KeyError, ValueError, IndexError, NotImplementedError) as error:
+    except (KeyError, ValueError, IndexError, NotImplementedError) as error:  # the last: SciPy, of MATLAB 7.3 files
         raise UserError(f"{file}: does not fit {meta} ({error}); copy both from the same devkit") from error
 
 

@@ -15,14 +15,13 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from iciia_exp.artifacts import atomic_write, read_json, write_json
-from iciia_exp.config.build import build
 from iciia_exp.config.stored import store as store_config
 from iciia_exp.data.batches import ClientBatch, ClientBatchSampler, ClientIndex, FeatureBatches
 from iciia_exp.data.clients import Clients, Ragged
 from iciia_exp.data.views import CloudView
 from iciia_exp.engine.inputs import Inputs
 from iciia_exp.engine.training.train_backbone import backbone_head, in_epochs, out_of_fold
-from iciia_exp.methods.base import Ask, Facts, Method, Record
+from iciia_exp.methods.base import Ask, Record
 from iciia_exp.models.backbones.weights import known_classes
 from iciia_exp.recipe import Recipe
 from iciia_exp.seeding import derive_seed, generator
@@ -43,10 +42,9 @@ def train_method(inputs: Inputs, folder: Path) -> None:
     clients.save(folder / "partition.parquet")
     statistics = clients.statistics(inputs.labels)
     write_json(folder / "partition.json", {row["role"]: row for row in statistics.to_dict("records")})
-    head, task = backbone_head(inputs, store), e.dataset_class.task
+    head = backbone_head(inputs, store)
     torch.manual_seed(derive_seed("method", e.seed))
-    facts = Facts(task, head, tuple(inputs.facts.class_names))
-    method: Method = build(inputs.method_config, "method", facts=facts)
+    method = inputs.new_method(head)
     known = e.client_mix.known(clients)
     batches = FeatureBatches(store.array(), inputs.labels)
     asks = e.method_class.asks
@@ -55,14 +53,11 @@ def train_method(inputs: Inputs, folder: Path) -> None:
     if Ask.CLIENT_LABELS in asks:
         cloud.devices.require_own_labels(method.name)
 
-    record: Record = {
-        "epochs": 0,
-        "seconds": 0.0,
-        **method.learn(cloud, _Fit(inputs, clients, batches, cloud, head, folder / "checkpoints")),
-    }
+    fit = _Fit(inputs, clients, batches, cloud, head, folder / "checkpoints")
+    record: Record = {"epochs": 0, "seconds": 0.0, **method.learn(cloud, fit)}
     write_json(folder / "training.json", record)
     stored = {
-        "task": task,
+        "task": e.dataset_class.task,
         "class_names": inputs.facts.class_names,
         "images": training.images,
         "features": store.path.name,

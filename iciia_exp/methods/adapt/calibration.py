@@ -19,7 +19,7 @@ from iciia_exp.methods.base import Facts, Record
 from iciia_exp.models.lbfgs import minimise
 from iciia_exp.tasks import MULTI_LABEL, Task
 
-__all__ = ["CALIBRATORS", "VAL_IMAGES", "Calibrator", "choose", "first_images", "fit_calibrator", "mean_log_loss"]
+__all__ = ["VAL_IMAGES", "Calibrator", "choose", "first_images", "fit_calibrator", "mean_log_loss", "of_images"]
 
 CALIBRATORS = ("none", "temperature", "bcts")
 
@@ -27,12 +27,19 @@ CALIBRATORS = ("none", "temperature", "bcts")
 VAL_IMAGES = 20_000
 
 
-def first_images(batches: Iterable[ClientBatch], most: int = VAL_IMAGES) -> Iterator[ClientBatch]:
+def first_images(batches: Iterable[ClientBatch], most: int) -> Iterator[ClientBatch]:
     """Yield the first batches, until they have ``most`` images."""
     for batch in batches:
         yield batch
         if (most := most - int(batch.mask_CS.sum())) <= 0:
             return
+
+
+def of_images(batches: Sequence[ClientBatch], values: Callable[[ClientBatch], Tensor]) -> tuple[Tensor, Tensor]:
+    """Return ``values`` [C, S, ...] and labels of the batches' images without padding, [T, ...] and [T]."""
+    parts = [(values(batch)[batch.mask_CS], batch.y_CS[batch.mask_CS]) for batch in batches]
+    values_T, y_T = (torch.cat(part) for part in zip(*parts, strict=True))
+    return values_T, y_T
 
 
 def fit_calibrator(task: Task, b_TK: Tensor, y_T: Tensor, calibrator: str) -> tuple[Tensor, Tensor]:
@@ -90,8 +97,7 @@ class Calibrator(nn.Module):
             classify: from features [..., D] to the logits that are calibrated, [..., K].
             batches: val clients.
         """
-        b_TK = torch.cat([classify(batch.x_CSD)[batch.mask_CS] for batch in batches])
-        y_T = torch.cat([batch.y_CS[batch.mask_CS] for batch in batches])
+        b_TK, y_T = of_images(batches, lambda batch: classify(batch.x_CSD))
         log_temperature, bias = fit_calibrator(self.task, b_TK, y_T, self.kind)
         self.log_temperature.copy_(log_temperature)
         self.bias.copy_(bias)

@@ -18,7 +18,7 @@ from iciia_exp.data.batches import ClientBatch
 from iciia_exp.data.views import CloudView
 from iciia_exp.errors import UserError, check_float, check_int
 from iciia_exp.methods.adapt.base import Adaptive, in_parts, real_images
-from iciia_exp.methods.adapt.calibration import Calibrator, choose, first_images, mean_log_loss
+from iciia_exp.methods.adapt.calibration import VAL_IMAGES, Calibrator, choose, mean_log_loss
 from iciia_exp.methods.base import Facts, Fit, Part, Record, copy_of, make_part, resize_on_load
 from iciia_exp.tasks import SINGLE_LABEL
 
@@ -186,7 +186,7 @@ class PriorMethod(Adaptive):
         """Read the training clients' class histograms, then calibrate on val clients."""
         self.prior.read(cloud)
         self.eval()
-        chosen = self.calibrate(list(first_images(cloud.chunks("val"))))
+        chosen = self.calibrate(list(cloud.chunks("val", most_images=VAL_IMAGES)))
         return {"calibration": chosen} if chosen else {}
 
     def calibrate(self, batches: Sequence[ClientBatch]) -> Record:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from iciia_exp.data.views import CloudView
 from iciia_exp.errors import check_int
-from iciia_exp.methods.adapt.calibration import VAL_IMAGES
+from iciia_exp.methods.adapt.calibration import VAL_IMAGES, of_images
 from iciia_exp.methods.base import Facts, Fit, copy_of
 from iciia_exp.models.perceptron import Perceptron, ensemble_weights
 from iciia_exp.tasks import SINGLE_LABEL
@@ -61,8 +61,7 @@ class ImageClassifier(nn.Module):
         fit(self.perceptron, rows, Perceptron.recipe(len(rows)))
         self.known_classes.copy_(torch.from_numpy(cloud.class_counts("train").any(0)))
         if val := list(cloud.chunks("val", most_images=VAL_IMAGES)):
-            x_MD = torch.cat([batch.x_CSD[batch.mask_CS] for batch in val])
-            y = torch.cat([batch.y_CS[batch.mask_CS] for batch in val])
+            x_MD, y = of_images(val, lambda batch: batch.x_CSD)
             with torch.no_grad():
                 logits = self.head(x_MD), self.perceptron(x_MD)
             self.ensemble_weight.copy_(ensemble_weights(self.task, *logits, y))

@@ -32,7 +32,7 @@ from iciia_exp.data.batches import ClientBatch
 from iciia_exp.data.views import CloudView
 from iciia_exp.errors import within
 from iciia_exp.methods.adapt.base import Adaptive, real_images
-from iciia_exp.methods.adapt.calibration import first_images
+from iciia_exp.methods.adapt.calibration import VAL_IMAGES, first_images
 from iciia_exp.methods.adapt.class_prior import ClassPrior
 from iciia_exp.methods.adapt.iciia import IciiaMethod
 from iciia_exp.methods.adapt.image_classifier import ImageClassifier
@@ -117,7 +117,7 @@ class StreamMethod(Adaptive):
         self.image.learn(cloud, fit)
         if self.prior is not None:
             self.prior.read(cloud)
-            self.prior.calibrate(self.image.eval(), list(first_images(cloud.chunks("val"))))
+            self.prior.calibrate(self.image.eval(), list(cloud.chunks("val", most_images=VAL_IMAGES)))
         self.train()
 
     def training_loss(self, batch: ClientBatch) -> Tensor:

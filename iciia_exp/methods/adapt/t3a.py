@@ -20,7 +20,7 @@ from torch.nn import functional as F
 
 from iciia_exp.data.batches import ClientBatch
 from iciia_exp.errors import check_int
-from iciia_exp.methods.adapt.calibration import fit_calibrator
+from iciia_exp.methods.adapt.calibration import fit_calibrator, of_images
 from iciia_exp.methods.adapt.training_free import WholeChunks
 from iciia_exp.methods.base import Facts, Record
 from iciia_exp.tasks import SINGLE_LABEL
@@ -98,8 +98,7 @@ class T3A(WholeChunks):
         self.log_scale.zero_()
         if not batches:
             return {}
-        logits_TK = torch.cat([self.logits(batch)[batch.mask_CS] for batch in batches])
-        y_T = torch.cat([batch.y_CS[batch.mask_CS] for batch in batches])
+        logits_TK, y_T = of_images(batches, self.logits)
         log_temperature, _ = fit_calibrator(self.task, logits_TK, y_T, "temperature")
         self.log_scale.copy_(-log_temperature)
         return {"images": len(y_T), "scale": round(float(self.log_scale.exp()), 4)}

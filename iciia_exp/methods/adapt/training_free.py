@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from iciia_exp.data.batches import ClientBatch
 from iciia_exp.data.views import CloudView
 from iciia_exp.methods.adapt.base import Adaptive, in_parts, real_images
-from iciia_exp.methods.adapt.calibration import Calibrator, choose, first_images, mean_log_loss
+from iciia_exp.methods.adapt.calibration import VAL_IMAGES, Calibrator, choose, mean_log_loss
 from iciia_exp.methods.base import Facts, Fit, Record, copy_of
 
 __all__ = ["TrainingFree", "WholeChunks"]
@@ -41,7 +41,7 @@ class TrainingFree(Adaptive):
         """Read the cloud's statistics, then calibrate on val clients."""
         self.read(cloud)
         self.eval()
-        chosen = self.calibrate(list(first_images(cloud.chunks("val"))))
+        chosen = self.calibrate(list(cloud.chunks("val", most_images=VAL_IMAGES)))
         return {"calibration": chosen} if chosen else {}
 
     def read(self, cloud: CloudView) -> None:
