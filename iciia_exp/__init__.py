@@ -1,6 +1,7 @@
 """Client-adaptive image recognition: ICIIA and its rivals, trained once and evaluated on every client.
 
 ``python -m iciia_exp --help`` shows the commands; ``run_experiment(*overrides)`` is the same from Python;
+``client_data(*overrides)`` returns its client batches as a Lightning data module;
 ``Run.load(path)`` rebuilds a trained method from its run directory;
 ``ClientSession(run)`` serves a client's images one after the other.
 """
@@ -8,10 +9,10 @@
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
-__all__ = ["ClientSession", "Run", "__version__", "predict_together", "run_experiment"]
+__all__ = ["ClientSession", "Run", "__version__", "client_data", "predict_together", "run_experiment"]
 
 if TYPE_CHECKING:
-    from iciia_exp.engine.jobs import run_experiment
+    from iciia_exp.engine.jobs import client_data, run_experiment
     from iciia_exp.serving.run import Run
     from iciia_exp.serving.session import ClientSession, predict_together
 
@@ -22,10 +23,10 @@ def __getattr__(name: str) -> Any:
         from iciia_exp.serving.run import Run
 
         return Run
-    if name == "run_experiment":
-        from iciia_exp.engine.jobs import run_experiment
+    if name in ("client_data", "run_experiment"):
+        from iciia_exp.engine import jobs
 
-        return run_experiment
+        return getattr(jobs, name)
     if name in ("ClientSession", "predict_together"):
         from iciia_exp.serving import session
 

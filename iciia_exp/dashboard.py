@@ -84,7 +84,7 @@ def main(arguments: list[str] | None = None) -> int:
         if options.dry_run:
             print(made._to_model().spec.model_dump_json(by_alias=True, indent=2))
             return 0
-        from iciia_exp.config.settings import wandb_logged_in
+        from iciia_exp.engine.tracking import wandb_logged_in
 
         if not wandb_logged_in():
             raise UserError("wandb: no API key on this machine; `wandb login` first, or --dry-run")

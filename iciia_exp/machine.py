@@ -13,7 +13,7 @@ import torch
 
 from iciia_exp.errors import UserError, first_line
 
-__all__ = ["keep_freed_memory", "plain_errors", "process_count", "process_rank", "side_by_side"]
+__all__ = ["keep_freed_memory", "plain_errors", "process_count", "process_rank", "side_by_side", "wait_for_others"]
 
 _Item = TypeVar("_Item")
 _Made = TypeVar("_Made")
@@ -93,6 +93,12 @@ def _rank_and_count() -> tuple[int, int]:
 def process_rank() -> int:
     """Return the rank of this process if torchrun or srun started several, else 0."""
     return _rank_and_count()[0]
+
+
+def wait_for_others() -> None:
+    """Wait until all processes that train together are here."""
+    if torch.distributed.is_initialized():
+        torch.distributed.barrier()
 
 
 def process_count() -> int:

@@ -101,5 +101,5 @@ SMALL = (
     "partition.deals=1",
     "training.recipe.epochs=3",
     "evaluation.history_orders=2",
-    "training.recipe.lr=0.003",
+    "optimizer.lr=0.003",
 )

@@ -1,6 +1,7 @@
 """Every command in README and docs: those of the package run on small settings, the others exist as they are typed."""
 
 import contextlib
+import json
 import re
 import shlex
 import subprocess
@@ -17,9 +18,9 @@ from iciia_exp.__main__ import main
 from iciia_exp.artifacts import read_json
 from iciia_exp.cache import main as cache_main
 from iciia_exp.config.check import check_keys
-from iciia_exp.config.experiment import GROUPS
 from iciia_exp.report.__main__ import main as report_main
 from tests.engine.test_experiments import EXPERIMENTS, offline_weights  # noqa: F401
+from tests.making.config import targets
 from tests.making.vectors import make_vectors
 
 ROOT = Path(__file__).parents[1]
@@ -31,7 +32,8 @@ def commands(start):
     """Return the commands of all pages that begin so: lines of blocks without a language, and pieces of code in text."""
     found = []
     for text in TEXTS.values():
-        blocks = re.findall(r"^```(?:sh|bash)?\n(.*?)^```", text, re.S | re.M)
+        fenced = re.findall(r"^```(\w*)\n(.*?)^```", text, re.S | re.M)
+        blocks = [block for language, block in fenced if language in ("", "sh", "bash")]
         prose = re.sub(r"^```.*?^```", "", text, flags=re.S | re.M)
         lines = [line for block in blocks for line in block.replace("\\\n", " ").splitlines()]
         lines += re.findall(r"`([^`\n]+)`", prose)
@@ -107,8 +109,8 @@ def test_a_command_of_the_package_works(command, compose, small, cache, tmp_path
     if any(word in command for word in NEEDS_MORE):  # a GPU, a cluster, weights; large ones run in test_experiments.py
         for job in jobs:
             config = compose(*plain, *job)
-            for group in GROUPS:
-                check_keys(OmegaConf.to_container(config[group], resolve=False), group)
+            for node in targets(OmegaConf.to_container(config, resolve=False)):
+                check_keys(node, "")
         return
     size = ("logger=csv", "trainer=smoke", *more) if make is not None else small
     fewer = ("hydra.sweeper.n_trials=2",) if "search=optuna" in command else ()
@@ -129,7 +131,7 @@ def test_what_a_reader_brings_works_as_the_page_shows(tmp_path, monkeypatch, cap
     from sklearn.datasets import load_digits
 
     blocks = re.findall(r"^```(?:python|yaml)\n# file: (\S+)\n(.*?)^```", TEXTS["extend.md"], re.S | re.M)
-    assert len(blocks) == 10
+    assert len(blocks) == 13
     for name, text in blocks:
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text(text)
@@ -139,7 +141,8 @@ def test_what_a_reader_brings_works_as_the_page_shows(tmp_path, monkeypatch, cap
     monkeypatch.syspath_prepend(str(tmp_path))
     for command in (c for c in MAIN if "--config-dir" in c):
         arguments = shlex.split(command)[3:]
-        monkeypatch.setattr(sys, "argv", ["iciia_exp", *arguments, "logger=csv", "training.recipe.epochs=2"])
+        more = ["training.recipe.epochs=2", *["logger=csv"] * ("logger=" not in command)]
+        monkeypatch.setattr(sys, "argv", ["iciia_exp", *arguments, *more])
         with contextlib.suppress(SystemExit):
             main()
         out, err = capsys.readouterr()
@@ -148,6 +151,10 @@ def test_what_a_reader_brings_works_as_the_page_shows(tmp_path, monkeypatch, cap
     rows = [read_json(path) for path in tmp_path.glob("outputs/mine/*/*/results.json")]
     assert {row["method"] for row in rows} == {"mean_prior", "iciia", "iciia_prior"}
     assert all(row["gain"] > 0 for row in rows if row["method"] == "mean_prior")
+    (lines,) = tmp_path.glob("outputs/mine/*/lines.jsonl")
+    told = [json.loads(line) for line in lines.read_text().splitlines()]
+    assert sum("train/gradient_norm" in line for line in told) == 2
+    assert 0 < told[-1]["test/accuracy"] < 1
 
 
 @pytest.fixture(scope="module")

@@ -34,7 +34,7 @@ SETTING = (
     *(
         "training.recipe.epochs=4",
         "training.recipe.batch_size=2",
-        "training.recipe.lr=0.003",
+        "optimizer.lr=0.003",
         "training.train_images=20",
     ),
     *("evaluation.history_orders=2", "evaluation.history_lengths=[0,1,3]", "evaluation.drawn_clients=20"),

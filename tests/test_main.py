@@ -73,7 +73,7 @@ def test_killed_for_real_and_repeated(tmp_path, stages, small):
     """SIGKILL in the middle of the method's training; the repeated command ends as if nothing had happened."""
     from iciia_exp.engine.execute import execute
 
-    longer = ("training.recipe.epochs=150", "training.recipe.patience=0")
+    longer = ("training.recipe.epochs=150", "training.patience=1000")
     process = command(*small, *longer)
     deadline = time.monotonic() + 120
     while not list(Path("outputs").glob("digits/*/checkpoints/last.ckpt")):
@@ -104,8 +104,8 @@ def call(monkeypatch, *arguments):
     [
         (["grups=3"], "grups: no such key; did you mean groups?"),
         (
-            ["training.recipe.optimzer=sgd"],
-            "training.recipe.optimzer: no such key; did you mean training.recipe.optimizer?",
+            ["training.recipe.epoks=2"],
+            "training.recipe.epoks: no such key; did you mean training.recipe.epochs?",
         ),
         (["+partition.clases=3"], "partition.clases: no such key"),
         (["lr=3"], "lr: no such key; did you mean"),

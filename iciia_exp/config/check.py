@@ -8,7 +8,10 @@ from hydra.utils import get_object
 
 from iciia_exp.errors import ConfigError, UserError, nearest
 
-__all__ = ["check_keys", "flatten", "identity", "parameters_of", "science", "target_of", "trainer_science"]
+__all__ = [
+    *("callbacks_science", "check_keys", "flatten", "identity", "of_library", "parameters_of", "science", "target_of"),
+    "trainer_science",
+]
 
 #: Arguments of Lightning's Trainer that change no number; all others count.
 _TRAINER_COSMETIC = {
@@ -17,6 +20,15 @@ _TRAINER_COSMETIC = {
     *("enable_checkpointing", "enable_progress_bar", "enable_model_summary", "barebones"),
     *("detect_anomaly", "deterministic", "benchmark", "num_sanity_val_steps", "use_distributed_sampler"),
 }
+
+#: Callbacks of Lightning that change no number.
+_OBSERVERS = {
+    *("LearningRateMonitor", "DeviceStatsMonitor", "ThroughputMonitor", "ModelSummary", "RichModelSummary"),
+    *("TQDMProgressBar", "RichProgressBar"),
+}
+
+#: Packages whose classes have no other stable name than their own, and no settings that the project calls cosmetic.
+_LIBRARIES = ("lightning", "pytorch_lightning", "torch", "timm")
 
 _HYDRA_KEYS = ("_target_", "_partial_", "_recursive_", "_convert_")
 
@@ -39,14 +51,19 @@ def parameters_of(target: Callable[..., Any]) -> dict[str, inspect.Parameter]:
 
 def check_keys(node: dict[str, Any], path: str) -> None:
     """Raise for keys that are not in the target's signature, here and in nested targets."""
-    parameters = parameters_of(target_of(node, path))
+    target = target_of(node, path)
+    parameters, any_key = parameters_of(target), _takes_any_key(target)
     for key, value in node.items():
-        if key not in parameters and key not in _HYDRA_KEYS:
+        if key not in parameters and key not in _HYDRA_KEYS and not any_key:
             near = nearest(str(key), parameters)
             hint = f"did you mean {path}.{near}?" if near else f"valid: {', '.join(parameters)}"
             raise UserError(f"{path}.{key}: no such key; {hint}")
         if isinstance(value, dict) and "_target_" in value:
             check_keys(value, f"{path}.{key}")
+
+
+def _takes_any_key(target: Callable[..., Any]) -> bool:
+    return any(p.kind is inspect.Parameter.VAR_KEYWORD for p in inspect.signature(target).parameters.values())
 
 
 def identity(target: Any) -> str:
@@ -69,15 +86,36 @@ def science(node: Any) -> Any:
         return node
     if "_target_" not in node:
         return {k: science(v) for k, v in node.items()}
-    target = get_object(node["_target_"])
-    cosmetic: frozenset[str] = getattr(target, "cosmetic", frozenset())
+    cosmetic: frozenset[str] = frozenset()
+    if of_library(node["_target_"]):
+        name = node["_target_"].rsplit(".", 1)[-1]
+    else:
+        target = get_object(node["_target_"])
+        name, cosmetic = identity(target), getattr(target, "cosmetic", frozenset())
     values = {k: science(v) for k, v in node.items() if k not in cosmetic and not k.startswith("_")}
-    return {"_target_": identity(target), **values}
+    return {"_target_": name, **values}
 
 
 def trainer_science(config: dict[str, Any]) -> dict[str, Any]:
-    """Return the trainer's arguments that can change a number."""
-    return {k: v for k, v in config.items() if k not in _TRAINER_COSMETIC and not k.startswith("_")}
+    """Return the trainer's arguments that can change a number, its devices left out."""
+    kept = {k: v for k, v in config.items() if k not in _TRAINER_COSMETIC and not k.startswith("_")}
+    if (target := config.get("_target_", "")).rsplit(".", 1)[-1] != "Trainer":
+        kept["_target_"] = identity(get_object(target))
+    return kept
+
+
+def of_library(target: str) -> bool:
+    """Whether a target is Lightning's, PyTorch's or timm's: known by its name.
+
+    Importing Lightning takes seconds, which a finished run does not need.
+    """
+    return target.partition(".")[0] in _LIBRARIES
+
+
+def callbacks_science(nodes: dict[str, Any]) -> list[Any]:
+    """Return the callbacks that can change a number: all but Lightning's that only observe."""
+    found = [science(node) for node in nodes.values()]
+    return [node for node in found if node["_target_"] not in _OBSERVERS]
 
 
 def flatten(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:

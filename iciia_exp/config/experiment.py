@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -13,7 +13,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from iciia_exp.artifacts import resolve_cache_dir
 from iciia_exp.config.build import build, with_path
-from iciia_exp.config.check import check_keys, flatten, target_of
+from iciia_exp.config.check import check_keys, flatten, of_library, target_of
 from iciia_exp.config.hydra_errors import dotted_keys
 from iciia_exp.config.settings import Evaluation, Extraction, Training
 from iciia_exp.data.client_mix import ClientMix
@@ -28,8 +28,8 @@ __all__ = ["GROUPS", "STAGES", "TOP_LEVEL", "Experiment"]
 STAGES = ("all", "backbone", "features", "train", "evaluate")
 
 GROUPS = (
-    *("dataset", "backbone", "features", "partition", "method", "client_mix", "training", "evaluation", "trainer"),
-    "logger",
+    *("dataset", "backbone", "features", "partition", "method", "client_mix", "optimizer", "scheduler", "callbacks"),
+    *("training", "evaluation", "trainer", "logger"),
 )
 TOP_LEVEL = (*GROUPS, "name", "seed", "num_layers", "heads", "groups", "data_dir", "stage", "output_dir", "cache_dir")
 
@@ -40,12 +40,14 @@ _Made = TypeVar("_Made")
 class Experiment:
     """The objects of a configuration; wrong keys and values raise when it is built.
 
-    The trainer is not among them: importing Lightning takes seconds, and a finished run does not need it
-    (`iciia_exp.engine.training.trainer.make_trainer` checks it).
+    Trainer, callbacks and loggers are not among them: importing Lightning takes seconds, and a finished run does not
+    need it. The engine builds and checks them before the first computation.
     """
 
     #: The whole configuration, resolved.
     config: dict[str, Any]
+    #: The overrides that it was composed with, as on the command line.
+    overrides: tuple[str, ...]
     name: str
     seed: int
     stage: str
@@ -60,14 +62,18 @@ class Experiment:
     client_mix: ClientMix
     training: Training
     evaluation: Evaluation
-    tracking: Any
     method_class: type[Method]
     #: Keys of groups that repeat a top-level key, and that key, which errors name (``dataset.root``: ``data_dir``).
     aliases: dict[str, str]
 
     @classmethod
-    def from_config(cls, config: DictConfig) -> Experiment:
-        """Check a composed configuration and build its objects; raises `UserError`."""
+    def from_config(cls, config: DictConfig, overrides: Sequence[str] = ()) -> Experiment:
+        """Check a composed configuration and build its objects; raises `UserError`.
+
+        Args:
+            config: the composed configuration.
+            overrides: that it was composed with; they are only recorded.
+        """
         _check_top_level(config)
         try:
             plain: dict[str, Any] = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)  # type: ignore[assignment]
@@ -91,9 +97,13 @@ class Experiment:
         name = str(plain["name"])
         if not re.fullmatch(r"[\w.\-]+", name) or not name.strip("."):
             raise ConfigError("name", name, "is a folder's name: letters, digits, '.', '_' and '-' only")
-        check_keys(plain["method"], "method")
+        for group in ("method", "optimizer", "scheduler"):
+            check_keys(plain[group], group)
+        for group in ("callbacks", "logger"):
+            _check_nodes(plain[group], group)
         return cls(
             config=plain,
+            overrides=tuple(overrides),
             name=name,
             seed=check_int("seed", plain["seed"], 0),
             stage=check_choice("stage", plain["stage"], STAGES),
@@ -107,7 +117,6 @@ class Experiment:
             client_mix=built("client_mix"),
             training=built("training"),
             evaluation=built("evaluation"),
-            tracking=built("logger"),
             method_class=target_of(plain["method"], "method"),  # type: ignore[arg-type]
             aliases=aliases,
         )
@@ -141,6 +150,17 @@ def _named(aliases: dict[str, str], function: Callable[[], _Made]) -> _Made:
         if error.key in aliases:
             raise error.at(aliases[error.key]) from error
         raise
+
+
+def _check_nodes(nodes: Any, group: str) -> None:
+    """Raise unless a group is a dictionary of nodes, each with a target."""
+    if not isinstance(nodes, dict):
+        raise ConfigError(group, nodes, f"must hold objects by name; choose one of its options, or {group}=none")
+    for name, node in nodes.items():
+        if not isinstance(node, dict) or not isinstance(node.get("_target_"), str):
+            raise ConfigError(f"{group}.{name}", node, f"has no _target_; leave it out with ~{group}.{name}")
+        if not of_library(node["_target_"]):
+            target_of(node, f"{group}.{name}")
 
 
 def _check_top_level(config: DictConfig) -> None:

@@ -13,8 +13,15 @@ from iciia_exp.errors import UserError, did_you_mean, first_line
 __all__ = ["dotted_keys", "explain", "option_names"]
 
 
-#: Groups of the first release, and their replacements.
+#: Groups and keys of earlier releases, and their replacements.
 _RENAMED = {
+    "training.recipe.lr": "optimizer.lr",
+    "training.recipe.weight_decay": "optimizer.weight_decay",
+    "training.recipe.momentum": "optimizer.momentum",
+    "training.recipe.optimizer": "the group optimizer (optimizer=sgd)",
+    "training.recipe.schedule": "the group scheduler (scheduler=onecycle)",
+    "training.recipe.patience": "training.patience",
+    "logger.mode": "logger.wandb.mode",
     "protocol": "training (recipe, images, shuffle_images) and evaluation (history_..., drawn_clients, cost_images)",
     "retrieval": "part of evaluation (examples, neighbours, pixels)",
 }
@@ -75,8 +82,9 @@ def explain(error: Exception) -> str:
         return f"{group}: no such group; {_did_you_mean(group, _groups(), 'valid')}"
     if match := re.search(r"Could not override '([^']+)'", text):
         key = match.group(1)
-        if (group := key.split(".")[0]) in _RENAMED:
-            return f"{key}: no such key; {group} is now {_RENAMED[group]}"
+        for old, new in _RENAMED.items():
+            if f"{key}.".startswith(f"{old}."):
+                return f"{key}: no such key; {old} is now {new}"
         if key in _groups():  # a group that is not in the defaults list
             return f"{key}: add a plus sign, +{key}=NAME; valid: {', '.join(option_names(key))}"
         if re.search(r"No match in the defaults list", text):

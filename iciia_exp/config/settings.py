@@ -1,18 +1,15 @@
-"""Settings: values of the groups `features`, `training`, `evaluation` and `logger`."""
+"""Settings: values of the groups `features`, `training` and `evaluation`."""
 
-import logging
-import netrc
 import os
 from collections.abc import Sequence
-from typing import ClassVar, Literal
-from urllib.parse import urlparse
+from typing import Any, ClassVar
 
-from iciia_exp.errors import check_bool, check_choice, check_int
+import torch
+
+from iciia_exp.errors import ConfigError, check_bool, check_choice, check_int
 from iciia_exp.recipe import Recipe
 
-__all__ = ["HISTORY_LENGTHS", "MODES", "Evaluation", "Extraction", "Tracking", "Training", "wandb_logged_in"]
-
-log = logging.getLogger(__name__)
+__all__ = ["HISTORY_LENGTHS", "Evaluation", "Extraction", "Training"]
 
 HISTORY_LENGTHS = (0, 1, 2, 3, 5, 10, 15, 30)
 
@@ -66,19 +63,50 @@ class Training:
     """Settings of a method's training, on chunks of a client's images that see each other.
 
     Args:
-        recipe: optimiser, schedule and number of epochs; ``batch_size`` counts clients.
+        recipe: optimiser, scheduler and number of epochs; ``batch_size`` counts clients.
         images: S, images of a chunk on val clients, and by default in training and evaluation.
         train_images: images of a chunk in training; null is ``images``.
         shuffle_images: cut each client's train images in a new order every epoch (published: false).
+        patience: epochs without a better val accuracy before training stops; the value of
+            ``callbacks.early_stopping.patience``.
+        num_workers: processes that gather batches of stored features; 0 gathers them in the main process.
+        prefetch_factor: batches that each of them gathers ahead; null is PyTorch's default.
+        pin_memory: whether batches are gathered in page-locked memory; null: if they go to a GPU.
     """
 
+    cosmetic: ClassVar[frozenset[str]] = frozenset({"num_workers", "prefetch_factor", "pin_memory", "patience"})
+
     def __init__(
-        self, recipe: Recipe, images: int = 16, train_images: int | None = None, shuffle_images: bool = True
+        self,
+        recipe: Recipe,
+        images: int = 16,
+        train_images: int | None = None,
+        shuffle_images: bool = True,
+        patience: int = 10,
+        num_workers: int = 0,
+        prefetch_factor: int | None = None,
+        pin_memory: bool | None = None,
     ) -> None:
         self.recipe = recipe
         self.images = check_int("images", images, 1)
         self.train_images = self.images if train_images is None else check_int("train_images", train_images, 1)
         self.shuffle_images = check_bool("shuffle_images", shuffle_images)
+        self.patience = check_int("patience", patience, 0)
+        self.num_workers = check_int("num_workers", num_workers, 0)
+        self.prefetch_factor = None if prefetch_factor is None else check_int("prefetch_factor", prefetch_factor, 1)
+        if prefetch_factor is not None and not num_workers:
+            raise ConfigError("prefetch_factor", prefetch_factor, "needs processes that gather: num_workers above 0")
+        self.pin_memory = None if pin_memory is None else check_bool("pin_memory", pin_memory)
+
+    @property
+    def loading(self) -> dict[str, Any]:
+        """Arguments of a ``DataLoader`` of client batches."""
+        return {
+            "num_workers": self.num_workers,
+            "prefetch_factor": self.prefetch_factor,
+            "pin_memory": torch.cuda.is_available() if self.pin_memory is None else self.pin_memory,
+            "persistent_workers": self.num_workers > 0,
+        }
 
 
 class Evaluation:
@@ -122,59 +150,3 @@ class Evaluation:
         self.examples = check_int("examples", examples, 0)
         self.neighbours = check_int("neighbours", neighbours, 1)
         self.pixels = check_int("pixels", pixels, 8)
-
-
-MODES = ("auto", "online", "offline", "disabled")
-
-
-def wandb_logged_in() -> bool:
-    """Whether wandb would find an API key (environment or netrc) without asking for one."""
-    if os.environ.get("WANDB_API_KEY"):
-        return True
-    host = urlparse(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).hostname or "api.wandb.ai"
-    files = [os.environ["NETRC"]] if os.environ.get("NETRC") else ["~/.netrc", "~/_netrc"]
-    for file in files:
-        try:
-            if netrc.netrc(os.path.expanduser(file)).authenticators(host):
-                return True
-        except (OSError, netrc.NetrcParseError):
-            continue
-    return False
-
-
-class Tracking:
-    """Settings of the loggers of a run.
-
-    Args:
-        wandb: log to wandb as well.
-        project, entity: of wandb.
-        mode: ``auto``: online if this machine is logged in, else offline; ``online``, ``offline`` or ``disabled``.
-            The environment variable WANDB_MODE goes before ``auto``.
-        tags: for wandb; backbone, dataset and method are always among them.
-    """
-
-    def __init__(
-        self,
-        wandb: bool = False,
-        project: str = "iciia_exp",
-        entity: str | None = None,
-        mode: str = "auto",
-        tags: list[str] | None = None,
-    ) -> None:
-        self.wandb = check_bool("wandb", wandb)
-        self.project, self.entity, self.tags = project, entity, list(tags or [])
-        self.mode = check_choice("mode", mode, MODES)
-
-    def resolved_mode(self) -> Literal["online", "offline", "disabled"]:
-        """Return ``online``, ``offline`` or ``disabled``; none of them prompts the user."""
-        mode = self.mode
-        if mode == "auto":
-            mode = {"dryrun": "offline", "run": "online"}.get(m := os.environ.get("WANDB_MODE", ""), m)
-            if mode not in MODES[1:]:
-                mode = "online" if wandb_logged_in() else "offline"
-        if mode == "online" and not wandb_logged_in():
-            log.warning(
-                "wandb: no API key on this machine, logging offline (`wandb login`, then `wandb sync` uploads it)"
-            )
-            mode = "offline"
-        return mode

@@ -91,8 +91,8 @@ class ClientBatchSampler(Sampler[ClientIndex]):
         seed: seed of the orders.
         draw: function from a generator to the sequences of an epoch, used in place of chunks of ``ragged``
             (`iciia_exp.data.client_mix`), and their number.
-        rank, world_size: number of this process and number of processes; each gets its share of every batch. When
-            shuffling, chunks of the first batch fill up the last, so that all processes have equally many steps.
+        rank, world_size: number of this process and number of processes; each gets its share of every batch. All have
+            equally many steps: one without a chunk of the last batch gets a chunk without images.
     """
 
     def __init__(
@@ -130,13 +130,12 @@ class ClientBatchSampler(Sampler[ClientIndex]):
             index_CS, client_C = cut_chunks(self.ragged, self.images, order)
         chunk_order = rng.permutation(len(client_C)) if self.shuffle else np.arange(len(client_C))
         chunk_order = pack((index_CS >= 0).sum(1), chunk_order, self.batch_size, rng)
-        if self.shuffle and self.world_size > 1:
-            short = -len(chunk_order) % self.world_size
-            chunk_order = np.concatenate([chunk_order, chunk_order[:short]])
         for start in range(0, len(chunk_order), self.batch_size):
             chunks = chunk_order[start : start + self.batch_size][self.rank :: self.world_size]
             if len(chunks):
                 yield ClientIndex(index_CS[chunks], client_C[chunks])
+            else:
+                yield ClientIndex(np.full((1, self.images), -1, dtype=np.int64), client_C[:1])
 
 
 def _read_ahead(features: np.ndarray, rows: np.ndarray) -> None:

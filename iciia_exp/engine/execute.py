@@ -1,21 +1,22 @@
 """Execute: make the missing artifacts of an experiment's stage, and show the results."""
 
 import logging
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from iciia_exp.artifacts import partial_folder, read_json
-from iciia_exp.engine.graph import NotMade, ensure
+from iciia_exp.artifacts import read_json
+from iciia_exp.engine.graph import Artifact, NotMade, ensure
 from iciia_exp.engine.stages import Stages
-from iciia_exp.engine.terminal import console, partition_table, result_table
+from iciia_exp.engine.terminal import console, log_file, partition_table, result_table
 from iciia_exp.engine.tracking import in_wandb_sweep
-from iciia_exp.engine.training.train_backbone import make_features
+from iciia_exp.engine.training.processes import check_processes, join, only_first_logs, training_processes
 from iciia_exp.engine.training.train_method import draw_clients
 from iciia_exp.errors import UserError
-from iciia_exp.machine import process_rank
+from iciia_exp.machine import process_count, process_rank
 
 __all__ = ["execute"]
 
@@ -41,22 +42,36 @@ def execute(stages: Stages, brief: bool = False) -> dict[str, Any] | None:
     stage, run = stages.experiment.stage, stages.run
     if "evaluation" in KINDS[stage] and stages.evaluation.finished:
         log.info("%s: finished before", _shown(run.folder))
-        if stages.experiment.tracking.wandb and in_wandb_sweep():  # the sweep's agent waits for a run
+        if in_wandb_sweep() and stages.tracker.wandb:  # the sweep's agent waits for a run
             stages.tracker.results(read_json(stages.evaluation.folder / "results.json"), stages.evaluation.folder)
             stages.tracker.close()
         return _results(stages, brief)
-    if process_rank() > 0:  # of several processes started by torchrun or srun, which share the extraction alone
-        logging.getLogger("iciia_exp").setLevel(logging.ERROR)  # only the first process logs
-        if "features" in KINDS[stage] and not stages.features.finished:
-            _share_features(stages)
+    if process_rank() > 0:  # of several processes that torchrun or srun started
+        only_first_logs()
+        for goal in _shared(stages):
+            join(goal)
         return None
     _check(stages)
-    log.info("%s", _shown(run.folder))
-    if not brief:
-        console().print(partition_table(stages.clients.statistics(stages.labels)))
-    failed = True
+    in_run = stage in ("train", "evaluate", "all")
+    with log_file(run.folder / "run.log") if in_run else nullcontext():
+        log.info("%s", _shown(run.folder))
+        if not brief:
+            console().print(partition_table(stages.clients.statistics(stages.labels)))
+        _make(stages)
+    return _results(stages, brief) if "evaluation" in KINDS[stage] else None
+
+
+def _make(stages: Stages) -> None:
+    """Make the missing artifacts of the stage."""
+    stage, spec = stages.experiment.stage, stages.experiment.backbone
+    if stage in ("all", "backbone") and spec.train == "none":
+        log.info("backbone: %s, nothing to train", spec.name)
+    failed, shared = True, _shared(stages)
     try:
         for goal in _goals(stages):
+            if not shared and torch.distributed.is_initialized():  # the other processes have ended
+                torch.distributed.destroy_process_group()
+            shared = [other for other in shared if other is not goal]
             try:
                 ensure(goal, _kinds(stages))
             except NotMade as error:
@@ -68,7 +83,6 @@ def execute(stages: Stages, brief: bool = False) -> dict[str, Any] | None:
         failed = False
     finally:
         stages.tracker.close(failed)
-    return _results(stages, brief) if "evaluation" in KINDS[stage] else None
 
 
 def _kinds(stages: Stages) -> tuple[str, ...]:
@@ -79,9 +93,7 @@ def _kinds(stages: Stages) -> tuple[str, ...]:
 
 def _goals(stages: Stages) -> list[Any]:
     """Return the artifacts to ensure, in order; those before the last are there for their log lines."""
-    stage, spec = stages.experiment.stage, stages.experiment.backbone
-    if stage in ("all", "backbone") and spec.train == "none":
-        log.info("backbone: %s, nothing to train", spec.name)
+    stage = stages.experiment.stage
     network = stages.backbone if stage == "backbone" or not stages.features.finished else None
     goals: dict[str, list[Any]] = {
         "backbone": [network, stages.features if stages.head else None, stages.head],
@@ -93,8 +105,18 @@ def _goals(stages: Stages) -> list[Any]:
     return [goal for goal in goals[stage] if goal is not None]
 
 
+def _shared(stages: Stages) -> list[Artifact]:
+    """Return the unfinished artifacts of the stage that all processes of torchrun or srun make together."""
+    e = stages.experiment
+    kinds = ["features"]
+    if process_count() > 1 and training_processes(e.config["trainer"]) > 1:
+        kinds += ["backbone", "run"] if e.method_class.trainable else ["backbone"]
+    return [goal for goal in _goals(stages) if goal.kind in kinds and not goal.finished]
+
+
 def _check(stages: Stages) -> None:
-    """Raise errors of method, partition and trainer before the first long computation."""
+    """Raise errors of method, partition, trainer, callbacks and loggers before the first long computation."""
+    from iciia_exp.engine.training.callbacks import configured
     from iciia_exp.engine.training.extract import extraction_trainer
     from iciia_exp.engine.training.trainer import make_trainer, quiet_lightning
 
@@ -103,17 +125,13 @@ def _check(stages: Stages) -> None:
         stages.new_method(nn.Linear(stages.dim, stages.num_classes))
     if e.method_class.trainable:
         draw_clients(stages, stages.clients, "train")
+    configured(e.config["callbacks"])
+    stages.tracker.prepare()
+    check_processes(e.config["trainer"])
     with quiet_lightning():
         make_trainer(e.config["trainer"])
         if not stages.features.finished:
             extraction_trainer(e.config["trainer"], e.extraction)
-
-
-def _share_features(stages: Stages) -> None:
-    """Take part in an extraction; the first process holds its lock."""
-    if stages.backbone is not None and not stages.backbone.finished:
-        raise UserError("features.devices: train the backbone first, with stage=backbone in one process")
-    make_features(stages, partial_folder(stages.features.folder))
 
 
 def _shown(path: Path) -> Path:

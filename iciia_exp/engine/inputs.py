@@ -19,6 +19,7 @@ from iciia_exp.data.store import FeatureStore
 from iciia_exp.digest import file_digest
 from iciia_exp.engine.dataset_facts import DatasetFacts
 from iciia_exp.engine.graph import Artifact
+from iciia_exp.engine.training.processes import training_processes
 from iciia_exp.errors import ConfigError, UserError
 from iciia_exp.methods.base import Facts, Method
 from iciia_exp.models.backbones.base import Backbone
@@ -141,7 +142,7 @@ class Inputs:
 
         e = self.experiment
         return Tracker(
-            e.tracking,
+            e.config["logger"],
             self.run.folder,
             run_id=self.run.digest,
             name=self.run.folder.name,
@@ -152,8 +153,13 @@ class Inputs:
 
     @cached_property
     def trainer_science(self) -> dict[str, Any]:
-        """Arguments of the trainer that can change a number."""
-        return trainer_science(self.experiment.config["trainer"])
+        """Arguments of the trainer that can change a number, and the number of processes if there are several.
+
+        Each process draws other dropout masks.
+        """
+        config = self.experiment.config["trainer"]
+        processes = training_processes(config)
+        return trainer_science(config) | ({"processes": processes} if processes > 1 else {})
 
     @cached_property
     def weights_digest(self) -> str | None:

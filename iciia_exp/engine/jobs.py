@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import time
 import traceback
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,9 +18,10 @@ from iciia_exp.errors import UserError, first_line
 
 if TYPE_CHECKING:
     from iciia_exp.engine.stages import Stages
+    from iciia_exp.engine.training.data_module import ClientDataModule
     from iciia_exp.serving.run import Run
 
-__all__ = ["run_experiment", "run_job", "take_failure"]
+__all__ = ["client_data", "run_experiment", "run_job", "take_failure"]
 
 log = logging.getLogger(__name__)
 
@@ -42,9 +44,10 @@ def run_job(config: DictConfig) -> float | None:
     global _failure
     setup_logging()
     hydra = HydraConfig.get()
+    overrides = list(hydra.overrides.task)
     if hydra.mode != RunMode.MULTIRUN:
         try:
-            row = _execute(config)[1]
+            row = _execute(config, overrides)[1]
         except UserError as error:
             _failure = error
             return None
@@ -53,13 +56,12 @@ def run_job(config: DictConfig) -> float | None:
     from iciia_exp.engine.sweeps import record_job
 
     folder, number = Path(hydra.sweep.dir).resolve(), int(hydra.job.num)
-    overrides = list(hydra.overrides.task)
     log.info("\njob %s: %s", number, " ".join(overrides) or "no overrides")
     start = time.monotonic()
     outcome: dict[str, Any] = {"status": "failed", "evaluation_dir": None, "error": "interrupted"}
     row = None
     try:
-        stages, row = _execute(config, brief=True)
+        stages, row = _execute(config, overrides, brief=True)
         outcome = {"status": "done", "evaluation_dir": str(stages.evaluation.folder), "error": None}
     except Exception as error:
         text = error if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
@@ -81,6 +83,37 @@ def run_experiment(*overrides: str) -> Run:
     Raises:
         UserError: names a wrong override and a right one.
     """
+    config = _composed(overrides)
+    if config.stage not in ("all", "evaluate"):
+        raise UserError(f"stage={config.stage}: gives no finished run; leave stage out, or use the command line")
+    stages, _ = _execute(config, overrides)
+    return stages.load_run(stages.evaluation.folder)
+
+
+def client_data(*overrides: str) -> ClientDataModule:
+    """Return the client batches of an experiment as a Lightning data module, for a Trainer and modules of your own.
+
+    >>> data = client_data("dataset=digits", "partition=dirichlet")  # doctest: +SKIP
+    >>> lightning.Trainer(max_epochs=5).fit(MyModule(), data)        # doctest: +SKIP
+
+    Features that are missing are extracted first. Batches are those of the experiment's training: chunks of
+    ``training.images`` images, ``training.recipe.batch_size`` clients at a time.
+
+    Args:
+        overrides: as on the command line, one value each.
+
+    Raises:
+        UserError: names a wrong override and a right one.
+    """
+    from iciia_exp.engine.training.train_method import data_of
+
+    for stage in ("backbone", "features"):
+        stages, _ = _execute(_composed((*overrides, f"stage={stage}")), overrides, brief=True)
+    return data_of(stages)
+
+
+def _composed(overrides: Sequence[str]) -> DictConfig:
+    """Compose the configuration; raises a `UserError` for wrong overrides."""
     from hydra import compose, initialize_config_dir
     from hydra.errors import HydraException
     from omegaconf.errors import OmegaConfBaseException
@@ -94,18 +127,15 @@ def run_experiment(*overrides: str) -> Run:
             config = compose("config", overrides=list(overrides))
     except (HydraException, OmegaConfBaseException) as error:
         raise UserError(explain(error)) from error
-    if config.stage not in ("all", "evaluate"):
-        raise UserError(f"stage={config.stage}: gives no finished run; leave stage out, or use the command line")
-    stages, _ = _execute(config)
-    return stages.load_run(stages.evaluation.folder)
+    return config
 
 
-def _execute(config: DictConfig, brief: bool = False) -> tuple[Stages, dict[str, Any] | None]:
+def _execute(config: DictConfig, overrides: Sequence[str], brief: bool = False) -> tuple[Stages, dict[str, Any] | None]:
     from iciia_exp.config.experiment import Experiment
     from iciia_exp.engine.execute import execute
     from iciia_exp.engine.stages import Stages
 
-    experiment = Experiment.from_config(config)
+    experiment = Experiment.from_config(config, overrides)
     try:
         stages = Stages(experiment)
         return stages, execute(stages, brief)

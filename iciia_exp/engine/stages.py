@@ -9,12 +9,13 @@ from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
-from iciia_exp.config.check import science
+from iciia_exp.config.check import callbacks_science, science
 from iciia_exp.config.experiment import Experiment
 from iciia_exp.digest import file_digest
 from iciia_exp.engine.graph import Artifact
 from iciia_exp.engine.inputs import Inputs
 from iciia_exp.engine.training import train_backbone, train_method
+from iciia_exp.engine.training.processes import in_processes
 
 __all__ = ["Stages"]
 
@@ -34,7 +35,7 @@ class Stages(Inputs):
         """The trained backbone; None unless ``backbone.train: all``."""
         if self.experiment.backbone.train != "all":
             return None
-        make = partial(train_backbone.train_backbone, self)
+        make = partial(in_processes, self, "backbone", train_backbone.train_backbone)
         return self._shared("backbone", self._network, make, report=train_backbone.report_backbone)
 
     def _features(self) -> Artifact:
@@ -78,6 +79,7 @@ class Stages(Inputs):
                 "train_images": training.train_images,
                 "shuffle_images": training.shuffle_images,
                 "client_mix": None if e.client_mix.plain else science(e.config["client_mix"]),
+                "callbacks": callbacks_science(e.config["callbacks"]),
                 "trainer": self.trainer_science,
                 "seed": e.seed,
             }
@@ -85,7 +87,9 @@ class Stages(Inputs):
             "run",
             e.method_class.name,
             parts,
-            partial(train_method.train_method, self),
+            partial(in_processes, self, "run", train_method.train_method)
+            if e.method_class.trainable
+            else partial(train_method.train_method, self),
             e.output_dir / e.name,
             (self.base,),
             last="weights.safetensors",

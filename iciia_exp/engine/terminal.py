@@ -4,6 +4,7 @@ import logging
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import pandas as pd
@@ -14,7 +15,7 @@ from rich.table import Table
 from iciia_exp.results.columns import cell
 from iciia_exp.results.tables import settings
 
-__all__ = ["console", "fraction_bar", "partition_table", "progress_bar", "result_table", "setup_logging"]
+__all__ = ["console", "fraction_bar", "log_file", "partition_table", "progress_bar", "result_table", "setup_logging"]
 
 
 def console() -> Console:
@@ -42,6 +43,25 @@ def setup_logging() -> None:
     logger.propagate = False
     if not any(isinstance(h, _Stdout) for h in logger.handlers):
         logger.addHandler(_Stdout())
+
+
+@contextmanager
+def log_file(path: Path) -> Iterator[None]:
+    """Append the package's log messages to a file, with their time; an error that ends the block with its traceback."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handler = logging.FileHandler(path, encoding="utf-8", delay=True)
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    logger = logging.getLogger("iciia_exp")
+    logger.addHandler(handler)
+    try:
+        yield
+    except BaseException as error:
+        trace = type(error), error, error.__traceback__
+        handler.handle(logger.makeRecord(logger.name, logging.ERROR, __file__, 0, "stopped", (), trace))
+        raise
+    finally:
+        logger.removeHandler(handler)
+        handler.close()
 
 
 def partition_table(statistics: pd.DataFrame) -> Table:

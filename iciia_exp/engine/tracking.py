@@ -1,4 +1,4 @@
-"""Loggers: CSV always, wandb on request; a failing logger never stops a run.
+"""Loggers of a run: Lightning's, from the group `logger`; a failing logger never stops a run.
 
 Names in a wandb run:
 
@@ -9,37 +9,31 @@ Names in a wandb run:
 - curves: ``train/loss``, ``val/accuracy``, ``val/log_loss`` over ``epoch``; ``history/client_accuracy``,
   ``history/worst_decile``, ``history/log_loss`` and the backbone's over ``history/images``;
 - the chart ``accuracy_vs_overhead``, a point per run; images ``plots/...``; tables ``clients`` and ``attribution``;
-- the artifact ``results-<digest>``: the files that `iciia_exp.report` reads.
+- the artifact ``results-<digest>``, the files that `iciia_exp.report` reads, and with ``log_model`` the artifact
+  ``model-<digest>``, the trained method.
+
+Other loggers get the curves of training and the numbers of the summary.
 """
 
-import io
-import json
 import logging
+import netrc
 import os
-from collections.abc import Callable, Hashable, Iterator, Mapping
+from collections.abc import Callable
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlparse
 
-import numpy as np
-import pandas as pd
-
-from iciia_exp.config.settings import Tracking
-from iciia_exp.errors import first_line
+from iciia_exp.config.build import build
+from iciia_exp.config.check import check_keys, flatten, parameters_of, target_of
+from iciia_exp.errors import ConfigError, check_bool, check_choice, first_line
 from iciia_exp.results.columns import SUMMARY
-from iciia_exp.results.labels import label_of
-from iciia_exp.results.summary import ALL
-from iciia_exp.results.tables import averages_by_history, read_table
 
-__all__ = ["METRICS", "Tracker", "in_wandb_sweep"]
+__all__ = ["METRICS", "MODES", "Tracker", "in_wandb_sweep", "wandb_logged_in", "wandb_mode"]
 
 log = logging.getLogger(__name__)
 
-
-#: Largest number of rows of a table in wandb; of more clients evenly spaced ones are logged.
-TABLE_ROWS = 10_000
-
-
-#: Step and summary of each metric.
+#: Step and summary of each metric in wandb.
 METRICS: dict[str, dict[str, str]] = {
     "epoch": {},
     "train/*": {"step_metric": "epoch"},
@@ -49,82 +43,171 @@ METRICS: dict[str, dict[str, str]] = {
     "history/*": {"step_metric": "history/images"},
 }
 
+MODES = ("auto", "online", "offline", "disabled")
+
+#: Arguments of Lightning's ``WandbLogger`` that are not arguments of ``wandb.init``.
+_LOGGER_ALONE = ("prefix", "checkpoint_name", "add_file_policy")
+
+#: Methods of a logger that Lightning calls.
+_CALLED = ("log_metrics", "log_hyperparams", "log_graph", "save", "finalize", "after_save_checkpoint")
+
 
 def in_wandb_sweep() -> bool:
     """Whether an agent of ``wandb sweep`` started this process."""
     return bool(os.environ.get("WANDB_SWEEP_ID"))
 
 
-class Tracker:
-    """The loggers of one run, opened on first use and closed by `close`.
+def wandb_logged_in() -> bool:
+    """Whether wandb would find an API key (environment or netrc) without asking for one."""
+    if os.environ.get("WANDB_API_KEY"):
+        return True
+    host = urlparse(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).hostname or "api.wandb.ai"
+    files = [os.environ["NETRC"]] if os.environ.get("NETRC") else ["~/.netrc", "~/_netrc"]
+    for file in files:
+        try:
+            if netrc.netrc(os.path.expanduser(file)).authenticators(host):
+                return True
+        except (OSError, netrc.NetrcParseError):
+            continue
+    return False
 
-    A failure inside wandb is reported once and turns wandb off; the run goes on.
+
+def wandb_mode(mode: str) -> Any:
+    """Return ``online``, ``offline`` or ``disabled``; none of them prompts the user.
+
+    The environment variable WANDB_MODE takes precedence over ``mode``. ``auto`` is ``online`` if this machine is logged
+    in, else ``disabled``; ``online`` without a login is ``offline``.
+    """
+    check_choice("logger.wandb.mode", mode, MODES)
+    given = os.environ.get("WANDB_MODE", "")
+    given = {"dryrun": "offline", "run": "online"}.get(given, given)
+    mode = given if given in MODES[1:] else mode
+    if mode == "auto":
+        return "online" if wandb_logged_in() else "disabled"
+    if mode == "online" and not wandb_logged_in():
+        log.warning("wandb: no API key on this machine, logging offline (`wandb login`, then `wandb sync` uploads it)")
+        return "offline"
+    return mode
+
+
+class Tracker:
+    """The loggers of one run, built by `prepare`, opened on first use and closed by `close`.
+
+    A failure inside a logger is reported once and turns that logger off; the run goes on.
+
+    Args:
+        nodes: configurations of the loggers, by name.
+        run_dir: the run's folder, where loggers write by default.
+        run_id, name, group, tags: of the wandb run.
+        config: the whole configuration, which loggers record.
     """
 
     def __init__(
-        self, tracking: Tracking, run_dir: Path, *, run_id: str, name: str, group: str, tags: list[str], config: dict
+        self,
+        nodes: dict[str, dict[str, Any]],
+        run_dir: Path,
+        *,
+        run_id: str,
+        name: str,
+        group: str,
+        tags: list[str],
+        config: dict[str, Any],
     ) -> None:
-        self.tracking, self.run_dir = tracking, run_dir
-        self._init: dict[str, Any] = {
-            "name": name,
-            "group": group,
-            "job_type": "train",
-            "tags": [*tags, *tracking.tags],
-            "config": config,
-            "project": tracking.project,
-            "entity": tracking.entity,
-            "dir": str(run_dir),
-        }
+        self.nodes, self.run_dir, self.config = nodes, run_dir, config
+        self._init: dict[str, Any] = {"name": name, "group": group, "job_type": "train", "config": config}
+        self._init |= {"dir": str(run_dir), "tags": tags}
         if not in_wandb_sweep():  # an agent of `wandb sweep` has an id from the server
             self._init |= {"id": run_id, "resume": "allow"}
         self._run: Any = None
-        self._off = not tracking.wandb
+        self._loggers: dict[str, Any] | None = None
+        self._off: set[str] = set()
 
-    def _guard(self, what: str, action: Callable[[], Any]) -> Any:
-        if self._off:
+    def prepare(self) -> None:
+        """Build the loggers; raises errors of their configuration. wandb starts on first use."""
+        if self._loggers is not None:
+            return
+        from lightning.pytorch.loggers import Logger
+
+        loggers: dict[str, Any] = {}
+        for name, node in self.nodes.items():
+            target: Any = target_of(node, f"logger.{name}")
+            if not (isinstance(target, type) and issubclass(target, Logger)):
+                problem = "must be one of Lightning's loggers (lightning.pytorch.loggers)"
+                raise ConfigError(f"logger.{name}._target_", node["_target_"], problem)
+            if name == self.wandb:
+                check_keys(node, f"logger.{name}")
+                check_choice(f"logger.{name}.mode", node.get("mode", "auto"), MODES)
+                check_bool(f"logger.{name}.log_model", node.get("log_model", False))
+                continue
+            fill = {"save_dir": str(self.run_dir)} if "save_dir" in parameters_of(target) else {}
+            logger = build(fill | node, f"logger.{name}")
+            for method in _CALLED:
+                call = getattr(logger, method)
+                setattr(logger, method, partial(self._guard, name, "logging", call))
+            loggers[name] = logger
+        self._loggers = loggers
+
+    @cached_property
+    def wandb(self) -> str | None:
+        """Name of the wandb logger, if there is one."""
+        from lightning.pytorch.loggers import WandbLogger
+
+        targets: dict[str, Any] = {name: target_of(node, f"logger.{name}") for name, node in self.nodes.items()}
+        names = [name for name, t in targets.items() if isinstance(t, type) and issubclass(t, WandbLogger)]
+        if len(names) > 1:
+            raise ConfigError(f"logger.{names[1]}", names[1], f"logger.{names[0]} logs to wandb already; leave one out")
+        return names[0] if names else None
+
+    def _guard(self, name: str, what: str, action: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        if name in self._off:
             return None
         try:
-            return action()
+            return action(*args, **kwargs)
         except Exception as error:  # the results are on disk anyway
-            self._off = True
+            self._off.add(name)
             why = f"{type(error).__name__}: {first_line(error)}"
-            log.warning("wandb: %s failed (%s); the run goes on without it", what, why)
+            log.warning("%s: %s failed (%s); the run goes on without it", name, what, why)
             return None
 
     def _start(self) -> Any:
+        """Return the wandb run, started if need be; None if wandb is disabled."""
+        assert self.wandb is not None
         if self._run is None:
             import wandb
 
-            mode = self.tracking.resolved_mode()
+            node = {
+                k: v for k, v in self.nodes[self.wandb].items() if k not in (*_LOGGER_ALONE, "_target_", "log_model")
+            }
+            mode = wandb_mode("offline" if node.pop("offline", False) else node.pop("mode", "auto"))
             if mode == "disabled":
-                self._off = True
+                self._off.add(self.wandb)
                 return None
+            node = {k: v for k, v in node.items() if v is not None}
+            init = self._init | node | {"tags": [*self._init["tags"], *node.get("tags", ())]}
             settings = wandb.Settings(silent=True, console="off", init_timeout=30)
             try:
-                self._run = wandb.init(**self._init, mode=mode, settings=settings)
+                self._run = wandb.init(**init, mode=mode, settings=settings)
             except Exception as error:
                 if mode != "online":
                     raise
                 log.warning("wandb: no connection (%s), logging offline", first_line(error))
-                self._run = wandb.init(**self._init, mode="offline", settings=settings)
+                self._run = wandb.init(**init, mode="offline", settings=settings)
             for name, options in METRICS.items():
                 self._run.define_metric(name, **options)
         return self._run
 
     def loggers(self) -> list[Any]:
         """Return the Lightning loggers for a training."""
-        from lightning.pytorch.loggers import CSVLogger, WandbLogger
-
-        loggers: list[Any] = [CSVLogger(self.run_dir, name="csv")]  # a resumed training gets its next version
-        if (run := self._guard("start", self._start)) is not None:
-
-            class Guarded(WandbLogger):
-                """Metrics go to wandb through the tracker's guard."""
-
-                def log_metrics(inner, metrics: Any, step: int | None = None) -> None:
-                    self._guard("logging", lambda: super(Guarded, inner).log_metrics(metrics, step))
-
-            if (logger := self._guard("start", lambda: Guarded(experiment=run))) is not None:
+        self.prepare()
+        assert self._loggers is not None
+        loggers = list(self._loggers.values())  # CSV: a resumed training gets its next version
+        name = self.wandb
+        if name is not None and (run := self._guard(name, "start", self._start)) is not None:
+            node = self.nodes[name]
+            more = {key: node[key] for key in _LOGGER_ALONE if key in node}
+            logger = self._guard(name, "start", target_of(node, f"logger.{name}"), experiment=run, **more)
+            if logger is not None:
+                logger.log_metrics = partial(self._guard, name, "logging", logger.log_metrics)
                 loggers.append(logger)
         return loggers
 
@@ -135,17 +218,28 @@ class Tracker:
             row: of ``results.json``.
             folder: of the evaluation; the rest is read from it.
         """
+        self.prepare()
+        summary = {key: row[name] for key, name in SUMMARY.items() if row.get(name) is not None}
+        for logger in (self._loggers or {}).values():
+            if type(logger).__name__ != "CSVLogger":  # the same numbers as in results.json
+                logger.log_hyperparams(flatten(self.config))
+                logger.log_metrics(summary)
+                logger.finalize("success")
+        if self.wandb is not None:
+            self._guard(self.wandb, "logging the results", self._send, summary, row, folder)
 
-        def send() -> None:
-            if (run := self._start()) is None:
-                return
-            run.summary.update({key: row[name] for key, name in SUMMARY.items() if row.get(name) is not None})
-            for step in _history(folder):
-                run.log(step)
-            run.log({**_charts(row), **_media(folder)})
-            run.log_artifact(_artifact(folder, row))
+    def _send(self, summary: dict[str, Any], row: dict[str, Any], folder: Path) -> None:
+        from iciia_exp.engine.wandb_media import charts, history, media, model_artifact, results_artifact
 
-        self._guard("logging the results", send)
+        if (run := self._start()) is None:
+            return
+        run.summary.update(summary)
+        for step in history(folder):
+            run.log(step)
+        run.log({**charts(row), **media(folder)})
+        run.log_artifact(results_artifact(folder, row))
+        if self.wandb is not None and self.nodes[self.wandb].get("log_model"):
+            run.log_artifact(model_artifact(self.run_dir, row))
 
     def close(self, failed: bool = False) -> None:
         """Finish the wandb run, if there is one."""
@@ -155,86 +249,3 @@ class Tracker:
                 run.finish(exit_code=int(failed))
             except Exception as error:
                 log.warning("wandb: finishing failed (%s: %s)", type(error).__name__, error)
-
-
-def _history(folder: Path) -> Iterator[dict[str, Any]]:
-    """Yield metrics by length of history (``history/...``, with the step ``history/images``)."""
-    if (data := read_table(folder / "history.parquet")) is not None:
-        for n, found in averages_by_history(data).iterrows():
-            if n != ALL:
-                yield {"history/images": n, **{f"history/{name}": float(value) for name, value in found.items()}}
-
-
-def _charts(row: dict[str, Any]) -> dict[str, Any]:
-    """Return this run's point in the chart of accuracy against overhead."""
-    import wandb
-
-    table = wandb.Table(columns=["run", "overhead, %", "accuracy, %"])
-    if row["overhead_percent"] is not None:
-        table.add_data(label_of(row, {}), row["overhead_percent"], 100 * row["accuracy"])
-    return {
-        "accuracy_vs_overhead": wandb.plot.scatter(
-            table, "overhead, %", "accuracy, %", title="Accuracy against overhead (published convention)"
-        )
-    }
-
-
-def _media(folder: Path) -> dict[str, Any]:
-    """Return the plots, a table with a row per client (at most 10,000), and one with the attribution examples."""
-    import wandb
-
-    media: dict[str, Any] = {
-        f"plots/{path.stem}": wandb.Image(str(path)) for path in sorted((folder / "plots").glob("*.png"))
-    }
-    shown = clients = pd.read_parquet(folder / "clients.parquet")
-    if len(clients) > TABLE_ROWS:
-        log.info("wandb: its table has every %.1fth of %s clients", len(clients) / TABLE_ROWS, f"{len(clients):,}")
-        shown = clients.iloc[np.linspace(0, len(clients) - 1, TABLE_ROWS).round().astype(int)]
-    rows = shown.to_dict("split")["data"]  # plain values: several times as fast as from a frame
-    media["clients"] = wandb.Table(columns=[str(c) for c in clients], data=rows)
-    if (examples := read_table(folder / "attribution.parquet")) is not None:
-        media["attribution"] = _attribution(examples)
-    return media
-
-
-def _attribution(examples: pd.DataFrame) -> Any:
-    """Return a table of examples: target, predictions, and the most influential images of the client."""
-    import wandb
-    from PIL import Image
-
-    def picture(row: Mapping[Hashable, Any], caption: str) -> Any:
-        if row["thumbnail"] is None:
-            return caption
-        return wandb.Image(Image.open(io.BytesIO(row["thumbnail"])), caption=caption)
-
-    others = int(examples["rank"].max())
-    columns = ["case", "client", "truth", "target", "before", "after"]
-    table = wandb.Table(columns=[*columns, *(f"image {i}" for i in range(1, others + 1))])
-    for _, rows in examples.groupby("example"):
-        target, *rest = rows.sort_values("rank").to_dict("records")
-        answers = [
-            f"{target[f'{who}_prediction']} ({100 * target[f'{who}_confidence']:.0f} %)"
-            for who in ("backbone", "method")
-        ]
-        images = []
-        for other in rest:
-            share = "" if np.isnan(other["weight"]) else f"{100 * other['weight']:.0f} %, "
-            images.append(picture(other, f"{other['truth']}: {share}{other['influence']:+.2f}"))
-        images += [None] * (others - len(images))
-        known = target["case"], target["client"], target["truth"], picture(target, target["truth"])
-        table.add_data(*known, *answers, *images)
-    return table
-
-
-def _artifact(folder: Path, row: dict[str, Any]) -> Any:
-    """Return the files that a report reads as the artifact ``results-<digest>``."""
-    import wandb
-
-    facts = {key: row.get(key) for key in ("method", "dataset", "backbone", "accuracy", "gain", "overhead_percent")}
-    artifact = wandb.Artifact(f"results-{row['digest']}", type="results", metadata=facts)
-    with artifact.new_file("results.json") as file:
-        json.dump(row, file, indent=2)
-    for name in ("clients", "history", "drawn_clients", "attribution"):
-        if (path := folder / f"{name}.parquet").is_file():
-            artifact.add_file(str(path))
-    return artifact

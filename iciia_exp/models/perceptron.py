@@ -8,6 +8,8 @@ regularised linear classifier; with it, the ensemble of the two is better (docs/
 Legend: M images, B of them in a batch, D features, K classes, W hidden units.
 """
 
+from functools import partial
+
 import numpy as np
 import torch
 from torch import Tensor, nn
@@ -60,7 +62,8 @@ class Perceptron(nn.Module):
         """Return the recipe for a number of images: AdamW, 3,000 steps of 256 images, in 8 to 100 epochs."""
         size = min(_BATCH, images)
         passes = int(np.clip(_STEPS * size // images, _FEWEST_PASSES, _MOST_PASSES))
-        return Recipe("adamw", _RATE, passes, size, weight_decay=_DECAY, schedule="onecycle")
+        adamw = partial(torch.optim.AdamW, lr=_RATE, weight_decay=_DECAY, fused=True)
+        return Recipe(adamw, torch.optim.lr_scheduler.OneCycleLR, passes, size)
 
     @property
     def macs(self) -> int:

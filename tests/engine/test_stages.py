@@ -246,7 +246,8 @@ def test_a_damaged_backbone_is_named(stages):
 
 def test_the_published_protocol_runs(stages):
     row = execute(stages("training=published", "training.recipe.epochs=2"))
-    assert row["config.training.recipe.optimizer"] == "sgd"
+    assert row["config.optimizer"] == "SGD"
+    assert row["config.scheduler"] == "ConstantLR"
 
 
 def test_a_long_extraction_says_how_long_before_it_starts(stages, monkeypatch, capsys):
@@ -296,12 +297,18 @@ def test_the_published_partition_runs(compose, small):
     assert row["test_images"] == 100  # every test image counts once
 
 
-@pytest.mark.parametrize("key", ["training.recipe", "backbone.recipe"])
-def test_a_training_that_diverges_is_an_error_that_names_the_rate(stages, key):
-    made = stages(f"{key}.optimizer=sgd", f"{key}.lr=1e12", f"{key}.schedule=constant", "training.recipe.clip_norm=0")
-    with pytest.raises(UserError, match=rf"^{key}\.lr=1000000000000\.0: training diverged"):
-        execute(made)
-    assert not (made.run.folder / "weights.safetensors").exists()
+OPTIONS = [("optimizer", "sgd"), ("scheduler", "constant")]
+
+
+@pytest.mark.parametrize("where", ["", "@backbone.recipe."])
+def test_a_training_that_diverges_is_an_error_that_names_the_rate(stages, where):
+    key = f"{where.removeprefix('@')}optimizer"
+    groups = [f"{group}{where}{group if where else ''}={option}" for group, option in OPTIONS]
+    made = stages(*groups, f"{key}.lr=1e12", "training.recipe.clip_norm=0")
+    for _ in range(2):  # also when repeated
+        with pytest.raises(UserError, match=rf"^{key}\.lr=1000000000000\.0: training diverged"):
+            execute(made)
+        assert not (made.run.folder / "weights.safetensors").exists()
 
 
 @pytest.mark.parametrize("clip", [0, 1])

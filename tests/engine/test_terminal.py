@@ -58,8 +58,7 @@ def test_nothing_is_cut_off_in_a_narrow_terminal(width):
 
 def test_settings_that_differ_are_told_apart():
     rows = [
-        ROW
-        | {"digest": str(lr), "setting_digest": str(lr), "config.training.recipe.lr": lr, "config.backbone.seed": lr}
+        ROW | {"digest": str(lr), "setting_digest": str(lr), "config.optimizer.lr": lr, "config.backbone.seed": lr}
         for lr in (0.1, 0.01)
     ]
     *_, first, second = lines(rows, 140)

@@ -10,10 +10,9 @@ import pandas as pd
 import pytest
 
 from iciia_exp import Run
-from iciia_exp.config.settings import Tracking, wandb_logged_in
 from iciia_exp.engine.execute import execute
 from iciia_exp.engine.terminal import setup_logging
-from iciia_exp.engine.tracking import METRICS
+from iciia_exp.engine.tracking import METRICS, wandb_logged_in, wandb_mode
 from iciia_exp.errors import ConfigError
 from iciia_exp.results.columns import SUMMARY
 from iciia_exp.results.labels import label_of
@@ -34,7 +33,7 @@ def inspect(run_dir):
 
 
 def test_an_offline_run_holds_everything(stages):
-    made = stages("logger=wandb", "logger.tags=[mine]")
+    made = stages("logger=wandb", "logger.wandb.tags=[mine]", "logger.wandb.log_model=true")
     row = execute(made)
     text = inspect(made.run.folder)
     for key in SUMMARY:
@@ -71,6 +70,7 @@ def test_an_offline_run_holds_everything(stages):
     assert len(pictures) == kept["thumbnail"].nunique()
     (chart,) = [json.loads(Path(p).read_text()) for p in glob(f"{media}/table/accuracy_vs_overhead*.json")]
     assert chart["data"] == [[label_of(row, {}), row["overhead_percent"], 100 * row["accuracy"]]]
+    assert set(held[f"model-{row['digest']}"]) == {"run.json", "config.yaml", "weights.safetensors"}
     kept_files = {f"{name}.parquet" for name in ("clients", "history", "attribution")} | {"results.json"}
     assert set(held[f"results-{row['digest']}"]) == kept_files
 
@@ -136,9 +136,10 @@ def test_no_connection_falls_back_to_offline(stages, monkeypatch, capsys):
             raise wandb.errors.CommError("network is unreachable")
         return original(*args, mode=mode, **kwargs)
 
+    monkeypatch.delenv("WANDB_MODE")
     monkeypatch.setenv("WANDB_API_KEY", "x" * 40)
     monkeypatch.setattr(wandb, "init", init)
-    execute(stages("logger=wandb", "logger.mode=online"))
+    execute(stages("logger=wandb", "logger.wandb.mode=online"))
     assert modes == ["online", "offline"]
     assert "no connection" in capsys.readouterr().out
 
@@ -146,29 +147,24 @@ def test_no_connection_falls_back_to_offline(stages, monkeypatch, capsys):
 def test_mode_never_asks(monkeypatch, tmp_path):
     monkeypatch.delenv("WANDB_MODE")
     assert not wandb_logged_in()
-    assert Tracking(wandb=True).resolved_mode() == "offline"
-    assert Tracking(wandb=True, mode="online").resolved_mode() == "offline"  # no key: it would ask for one
+    assert wandb_mode("auto") == "disabled"
+    assert wandb_mode("online") == "offline"  # no key: it would ask for one
     monkeypatch.setenv("WANDB_MODE", "disabled")
-    assert Tracking(wandb=True).resolved_mode() == "disabled"
+    assert wandb_mode("online") == "disabled"
     monkeypatch.delenv("WANDB_MODE")
     (tmp_path / "netrc").write_text("machine api.wandb.ai login user password secret\n")
     (tmp_path / "netrc").chmod(0o600)
     monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
     assert wandb_logged_in()
-    assert Tracking(wandb=True).resolved_mode() == "online"
+    assert wandb_mode("auto") == wandb_mode("online") == "online"
     monkeypatch.setenv("WANDB_BASE_URL", "https://wandb.example.org")
     assert not wandb_logged_in()
     monkeypatch.setenv("WANDB_API_KEY", "k")
     assert wandb_logged_in()
     monkeypatch.setenv("WANDB_MODE", "offline")
-    assert Tracking(wandb=True).resolved_mode() == "offline"
-
-
-def test_arguments():
+    assert wandb_mode("auto") == "offline"
     with pytest.raises(ConfigError, match="mode=on: must be one of"):
-        Tracking(mode="on")
-    with pytest.raises(ConfigError, match="wandb=1"):
-        Tracking(wandb=1)
+        wandb_mode("on")
 
 
 def test_csv_of_a_resumed_training_keeps_both_parts(stages, monkeypatch):

@@ -6,10 +6,10 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-from torch.utils.data import DataLoader
+from lightning.pytorch.callbacks import Checkpoint
 
 from iciia_exp.artifacts import atomic_write, read_json, write_json
-from iciia_exp.data.batches import ClientBatchSampler, FeatureBatches
+from iciia_exp.data.batches import FeatureBatches
 from iciia_exp.data.clients import Clients
 from iciia_exp.engine.evaluation.attribution import attribution_table
 from iciia_exp.engine.evaluation.drawn_clients import drawn_clients_table
@@ -17,8 +17,10 @@ from iciia_exp.engine.evaluation.history import Setup, history_table
 from iciia_exp.engine.evaluation.row import client_table, result_row
 from iciia_exp.engine.inputs import Inputs
 from iciia_exp.engine.terminal import fraction_bar
+from iciia_exp.engine.training.callbacks import configured
+from iciia_exp.engine.training.data_module import ClientDataModule
 from iciia_exp.engine.training.modules import MethodModule
-from iciia_exp.engine.training.trainer import interruptible, make_trainer, quiet_lightning
+from iciia_exp.engine.training.trainer import interruptible, make_trainer, on_one_device, quiet_lightning
 from iciia_exp.errors import UserError
 from iciia_exp.results.plots import accuracy_vs_history, accuracy_vs_overhead, draw_examples, gain_per_client
 from iciia_exp.results.summary import ClientCounts
@@ -35,12 +37,13 @@ def evaluate(inputs: Inputs, folder: Path) -> None:
     clients = inputs.readable_clients(store)
     batches = FeatureBatches(store.array(), inputs.labels)
     module = MethodModule(run.method, run.head, e.training.recipe, len(clients))
-    loader = DataLoader(batches, batch_size=None, sampler=ClientBatchSampler(clients.test, e.images, 64))
+    data = ClientDataModule(clients, batches, e.images, loading=e.training.loading)
+    callbacks = [c for c in configured(e.config["callbacks"]).values() if not isinstance(c, Checkpoint)]
     with quiet_lightning():
-        exact = e.config["trainer"] | {"precision": "32-true"}  # as in serving
-        trainer = make_trainer(exact, limit_test_batches=None)  # every client
+        exact = on_one_device(e.config["trainer"]) | {"precision": "32-true"}  # as in serving
+        trainer = make_trainer(exact, callbacks=callbacks)
         with interruptible(trainer):
-            trainer.test(module, loader, verbose=False)
+            trainer.test(module, data, verbose=False)
     numbers, counts = module.test_counts.counts()
     _require_finite(clients, numbers, counts)
     table = client_table(clients, numbers, counts, inputs.labels)

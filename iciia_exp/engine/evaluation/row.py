@@ -1,6 +1,7 @@
 """Result row: ``results.json``, flat, and the table ``clients.parquet``."""
 
 import platform
+import re
 import subprocess
 from datetime import UTC, datetime
 from importlib.metadata import version
@@ -61,13 +62,17 @@ def _settings(inputs: Inputs) -> dict[str, Any]:
     groups["training"] = {"images": e.training.images}
     if e.method_class.trainable:
         groups["training"] = science(e.config["training"]) | {"train_images": e.training.train_images}
+        groups |= {name: groups["training"]["recipe"].pop(name) for name in ("optimizer", "scheduler")}
+        groups["callbacks"] = science(e.config["callbacks"])
         groups["trainer"] = inputs.trainer_science
         if not e.client_mix.plain:
             groups["client_mix"] = science(e.config["client_mix"])
     if e.client_mix.unseen_types:
         groups.setdefault("client_mix", {"unseen_types": e.client_mix.unseen_types})
     settings = flatten(groups | {"method": science(inputs.method_config)})
-    return {k: v for k, v in settings.items() if not k.endswith("_target_")}
+    # of these the class is a setting: `optimizer` is SGD
+    named = {k: re.sub(r"((?:optimizer|scheduler)|callbacks\.\w+)\._target_$", r"\1", k) for k in settings}
+    return {named[k]: v for k, v in settings.items() if not named[k].endswith("_target_")}
 
 
 def result_row(

@@ -132,11 +132,14 @@ def extract(
 
 def extraction_trainer(config: dict[str, Any], extraction: Extraction, *callbacks: pl.Callback) -> pl.Trainer:
     """Return the trainer of the `trainer` group with the devices and the precision of extraction."""
+    devices, num_nodes = extraction.devices, extraction.num_nodes
+    if process_count() > 1 and devices * num_nodes == 1:  # torchrun or srun started the processes of the training
+        devices, num_nodes = config.get("devices", 1), config.get("num_nodes", 1)
     config = {k: v for k, v in config.items() if k not in ("devices", "num_nodes", "strategy")}
     if extraction.precision is not None:
         config["precision"] = extraction.precision
-    more: dict[str, Any] = {"devices": extraction.devices, "num_nodes": extraction.num_nodes}
-    wanted, started = extraction.devices * extraction.num_nodes, process_count()
+    more: dict[str, Any] = {"devices": devices, "num_nodes": num_nodes}
+    wanted, started = devices * num_nodes, process_count()
     if started > 1 and started != wanted:
         problem = f"{started} processes were started; devices times num_nodes must be as many"
         raise ConfigError("features.devices", extraction.devices, problem)
@@ -147,9 +150,7 @@ def extraction_trainer(config: dict[str, Any], extraction: Extraction, *callback
         # one process starts the others, unless torchrun or srun has: they need not repeat the whole command
         more["strategy"] = "ddp" if started > 1 else "ddp_spawn"
     try:
-        return make_trainer(
-            config, True, callbacks=list(callbacks), inference_mode=True, limit_predict_batches=None, **more
-        )
+        return make_trainer(config, callbacks=list(callbacks), inference_mode=True, limit_predict_batches=None, **more)
     except UserError as error:
         if wanted == 1:
             raise

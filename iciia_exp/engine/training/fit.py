@@ -1,74 +1,93 @@
 """Fit: train a module with Lightning, resuming after a kill."""
 
+import shutil
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
 import torch
-from lightning.pytorch.callbacks import Timer, TQDMProgressBar
+from lightning.pytorch.callbacks import ModelCheckpoint, ProgressBar, Timer, TQDMProgressBar
 from torch.utils.data import DataLoader
 
-from iciia_exp.engine.training.callbacks import _Checkpoint, _Diverged, _EarlyStopping, _SeedSteps
-from iciia_exp.engine.training.modules import MONITOR, _Module
+from iciia_exp.engine.training.callbacks import Diverged, LastCheckpoint, Resume, SeedSteps
+from iciia_exp.engine.training.modules import BaseModule
 from iciia_exp.engine.training.trainer import interruptible, make_trainer, quiet_lightning
 
 __all__ = ["fit"]
 
 
 def fit(
-    module: _Module,
-    train: DataLoader[Any],
-    validation: DataLoader[Any] | None,
+    module: BaseModule,
+    data: DataLoader[Any] | pl.LightningDataModule,
     *,
     seed: int,
     folder: Path,
     trainer_config: dict[str, Any],
     loggers: list[Any],
+    callbacks: Mapping[str, pl.Callback] | None = None,
 ) -> dict[str, Any]:
     """Train ``module``, continuing from ``folder/last.ckpt`` if it is there.
 
-    Afterwards the module has the weights of the epoch with the best val accuracy; without ``validation``, of the last.
+    Afterwards the module has the weights of the epoch that the first `ModelCheckpoint` with a ``monitor`` kept; without
+    one, of the last.
+
+    Args:
+        module: what is trained.
+        data: train batches, or a data module with train and val batches.
+        seed: of the random numbers of every step.
+        folder: for checkpoints.
+        trainer_config: the group `trainer`.
+        loggers: Lightning loggers.
+        callbacks: further callbacks, by name.
 
     Returns:
-        Number of epochs, best epoch (from 1) and its val accuracy (None without validation), and seconds of training.
+        Number of epochs, best epoch (from 1) and its val accuracy (None without one), and seconds of training.
     """
-    recipe = module.recipe
-    timer, visible = Timer(), sys.stdout.isatty() and trainer_config.get("enable_progress_bar", True)
-    best: _Checkpoint | None = None
-    callbacks: list[pl.Callback] = [_SeedSteps(seed), timer, _Diverged(module.loss_name, module.recipe_key)]
-    if visible:
-        callbacks.append(TQDMProgressBar())
-    if validation is not None:
-        if recipe.patience:
-            callbacks.append(
-                _EarlyStopping(MONITOR, mode="max", patience=recipe.patience, check_on_train_epoch_end=True)
-            )
-        keep: dict[str, Any] = {"monitor": MONITOR, "mode": "max", "filename": "best"}
-        best = _Checkpoint(folder, save_on_train_epoch_end=True, enable_version_counter=False, **keep)
-        callbacks.append(best)
-    # after `best`, so that the checkpoint to resume from has the state of `best`
-    callbacks.append(_Checkpoint(folder, "last", save_on_train_epoch_end=True, enable_version_counter=False))
-    epochs = min(recipe.epochs, trainer_config.get("max_epochs") or recipe.epochs)
-    last = folder / "last.ckpt"
+    recipe, given = module.recipe, dict(callbacks or {})
+    best = _place(given, folder)
+    timer = next((c for c in given.values() if isinstance(c, Timer)), Timer())
+    diverged = Diverged(module.loss_name)
+    visible = sys.stdout.isatty() and trainer_config.get("enable_progress_bar", True)
+    bars = [c for c in given.values() if isinstance(c, ProgressBar)]
+    own: list[pl.Callback] = [SeedSteps(seed), diverged, Resume(), *[timer] * (timer not in given.values())]
+    own += [TQDMProgressBar()] * (visible and not bars)
     with quiet_lightning():
         trainer = make_trainer(
             trainer_config,
-            max_epochs=epochs,
-            callbacks=callbacks,
+            max_epochs=min(recipe.epochs, trainer_config.get("max_epochs") or recipe.epochs),
+            # Lightning moves checkpoints to the end in this order: the last one has the state of the others
+            callbacks=[*own, *given.values(), LastCheckpoint(folder)],
             logger=loggers,
             enable_checkpointing=True,
-            enable_progress_bar=visible,
+            enable_progress_bar=bool(visible or bars),
             gradient_clip_val=recipe.clip_norm or None,
             default_root_dir=folder,
         )
+        resumed = folder / "last.ckpt"
         with interruptible(trainer):
-            trainer.fit(module, train, validation, ckpt_path=last if last.is_file() else None, weights_only=True)
+            trainer.fit(module, data, ckpt_path=resumed if resumed.is_file() else None, weights_only=True)
+    try:
+        diverged.raise_error(module.recipe_key, recipe.lr)
+    except Exception:
+        shutil.rmtree(folder)  # the last checkpoint is of no use
+        raise
     record: dict[str, Any] = {"epochs": trainer.current_epoch, "best_epoch": None, "val_accuracy": None}
     if best is not None and best.best_model_path:
         state = torch.load(best.best_model_path, weights_only=True, map_location="cpu")
         module.load_state_dict(state["state_dict"])
-        record["best_epoch"] = state["epoch"] + 1
-        record["val_accuracy"] = float(best.best_model_score)  # type: ignore[arg-type]
+        record |= {"best_epoch": state["epoch"] + 1, "val_accuracy": state.get("val_accuracy")}
     record["seconds"] = round(timer.time_elapsed(), 2)
     return record
+
+
+def _place(callbacks: dict[str, pl.Callback], folder: Path) -> ModelCheckpoint | None:
+    """Give checkpoints a folder where they have none; return the one whose epoch is kept."""
+    best = None
+    for name, callback in callbacks.items():
+        if isinstance(callback, ModelCheckpoint):
+            chosen = best is None and callback.monitor is not None
+            best = callback if chosen else best
+            callback.dirpath = callback.dirpath or str(folder if chosen else folder.parent / name)
+    return best

@@ -10,6 +10,7 @@ from functools import partial
 from typing import Any
 
 import lightning.pytorch as pl
+import torch
 from torch import Tensor, nn
 from torchmetrics.classification import BinaryCalibrationError
 
@@ -21,35 +22,63 @@ from iciia_exp.recipe import Recipe
 from iciia_exp.results.counts import ClientCountsMetric, batch_outcomes
 from iciia_exp.tasks import Task
 
-__all__ = ["BackboneModule", "ClassifierModule", "MethodModule"]
+__all__ = ["BackboneModule", "BaseModule", "ClassifierModule", "MethodModule"]
 
 MONITOR = "val/accuracy"
 
 
-class _Module(pl.LightningModule):
-    """Optimiser and schedule of a recipe."""
+class BaseModule(pl.LightningModule):
+    """Optimiser and scheduler of a recipe, and a loss that is the mean over the items of all processes."""
 
     #: name of the training loss
     loss_name: str
-    #: key of the recipe in the configuration
+    #: key of the optimiser in the configuration
     recipe_key: str
+    #: metric of a scheduler that watches one (``ReduceLROnPlateau``)
+    watched: str
 
     def __init__(self, recipe: Recipe) -> None:
         super().__init__()
         self.recipe = recipe
 
     def configure_optimizers(self) -> Any:
-        """Build the recipe's optimiser and schedule over the trained parameters."""
-        # under a gradient scaler (16-mixed) a fused step unscales by itself, too late for clipping
+        """Build the recipe's optimiser and scheduler over the trained parameters."""
+        # under a gradient scaler (16-mixed) a fused step unscales by itself, too late for clipping (Lightning PR 15555)
         fused = getattr(self.trainer.precision_plugin, "scaler", None) is None
         trunk = self.trunk_parameters()
         rest = [p for p in self.parameters() if p.requires_grad and not any(p is t for t in trunk)]
         optimizer = self.recipe.make_optimizer(rest, trunk, fused)
         steps, epochs = int(self.trainer.estimated_stepping_batches), int(self.trainer.max_epochs or 1)
-        schedule = self.recipe.make_schedule(optimizer, steps, epochs)
-        if schedule is None:
+        scheduler = self.recipe.make_scheduler(optimizer, steps, epochs)
+        if scheduler is None:
             return optimizer
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+        return {"optimizer": optimizer, "lr_scheduler": {**scheduler, "monitor": self.watched}}
+
+    def lr_scheduler_step(self, scheduler: Any, metric: Any) -> None:
+        """Step the scheduler; those of timm are told the number of epochs and of steps."""
+        if hasattr(scheduler, "step_update"):
+            scheduler.step(self.current_epoch + 1, metric)
+            scheduler.step_update(self.global_step, metric)
+        else:
+            super().lr_scheduler_step(scheduler, metric)
+
+    def mean_loss(self, loss: Tensor | None, items: int) -> Tensor:
+        """Log the mean loss of this process's items, and return it so that gradients are those of all items' mean.
+
+        Processes average their gradients, whatever their numbers of items.
+
+        Args:
+            loss: mean over ``items``; None if this process has none.
+            items: their number.
+        """
+        if loss is None:  # the other processes wait for the gradients of this one
+            loss = torch.stack([p.sum() for p in self.parameters() if p.requires_grad]).sum() * 0.0
+        log = partial(self.log, on_step=False, on_epoch=True, prog_bar=True, sync_dist=True)
+        log(self.loss_name, loss, batch_size=items)
+        if self.trainer.world_size == 1:
+            return loss
+        mean = self.trainer.strategy.reduce(torch.tensor(float(items), device=self.device), reduce_op="mean")
+        return loss * (items / mean)
 
     def trunk_parameters(self) -> list[nn.Parameter]:
         """Return the parameters that are trained at the recipe's ``trunk_lr``."""
@@ -58,16 +87,16 @@ class _Module(pl.LightningModule):
     def configure_gradient_clipping(
         self, optimizer: Any, gradient_clip_val: float | None = None, gradient_clip_algorithm: str | None = None
     ) -> None:
-        """Clip by norm; Lightning's own clipping refuses fused optimisers under mixed precision."""
+        """Clip by norm; Lightning's own clipping refuses fused optimisers under mixed precision (issue 21435)."""
         if gradient_clip_val:
             nn.utils.clip_grad_norm_(self.parameters(), gradient_clip_val)
 
 
-class BackboneModule(_Module):
+class BackboneModule(BaseModule):
     """Trains trunk and head of a backbone on single images."""
 
-    loss_name = "backbone/loss"
-    recipe_key = "backbone.recipe"
+    loss_name = watched = "backbone/loss"
+    recipe_key = "backbone.recipe.optimizer"
 
     def __init__(self, backbone: Backbone, recipe: Recipe, task: Task) -> None:
         super().__init__(recipe)
@@ -75,30 +104,29 @@ class BackboneModule(_Module):
 
     def trunk_parameters(self) -> list[nn.Parameter]:
         """Return all but the classifier's parameters, if their rate is another."""
-        if self.recipe.trunk_lr == self.recipe.lr:
+        if self.recipe.trunk_lr is None:
             return []
         head = set(map(id, self.backbone.head.parameters()))
         return [p for p in self.backbone.parameters() if id(p) not in head]
 
     def training_step(self, batch: ImageBatch, batch_idx: int) -> Tensor | None:
         """Return the loss of a batch of images; None if none of them could be read."""
-        if not len(batch.images):
-            return None
-        y_B = batch.labels
+        items = len(batch.images)
+        if not items:
+            return None if self.trainer.world_size == 1 else self.mean_loss(None, 0)
         logits_BK = self.backbone(batch.images)
-        loss = self.task.loss(logits_BK, y_B)
-        accuracy = self.task.correct(logits_BK, y_B).float().mean()
-        log = partial(self.log, on_step=False, on_epoch=True, prog_bar=True, batch_size=len(y_B))
-        log("backbone/loss", loss)
-        log("backbone/train_accuracy", accuracy)
+        loss = self.mean_loss(self.task.loss(logits_BK, batch.labels), items)
+        accuracy = self.task.correct(logits_BK, batch.labels).float().mean()
+        log = partial(self.log, on_step=False, on_epoch=True, prog_bar=True, sync_dist=True)
+        log("backbone/train_accuracy", accuracy, batch_size=items)
         return loss
 
 
-class ClassifierModule(_Module):
+class ClassifierModule(BaseModule):
     """Trains a classifier of stored features on single images."""
 
-    loss_name = "classifier/loss"
-    recipe_key = "classifier"
+    loss_name = watched = "classifier/loss"
+    recipe_key = "classifier.optimizer"
 
     def __init__(self, classifier: nn.Module, recipe: Recipe) -> None:
         super().__init__(recipe)
@@ -106,12 +134,13 @@ class ClassifierModule(_Module):
 
     def training_step(self, batch: ClientBatch, batch_idx: int) -> Tensor:
         """Return the loss of a batch of images."""
+        if not batch.mask_CS.any():
+            return self.mean_loss(None, 0)
         loss: Tensor = self.classifier.loss(batch.x_CSD[:, 0], batch.y_CS[:, 0])  # type: ignore[operator]
-        self.log("classifier/loss", loss, on_step=False, on_epoch=True, prog_bar=True, batch_size=len(batch.client_C))
-        return loss
+        return self.mean_loss(loss, len(batch.client_C))
 
 
-class MethodModule(_Module):
+class MethodModule(BaseModule):
     """Trains a method on client batches, validates it on val clients, and counts per client in testing.
 
     Args:
@@ -121,8 +150,8 @@ class MethodModule(_Module):
         clients: number of clients in the partition.
     """
 
-    loss_name = "train/loss"
-    recipe_key = "training.recipe"
+    loss_name, watched = "train/loss", "val/log_loss"
+    recipe_key = "optimizer"
 
     def __init__(self, method: Method, head: nn.Linear, recipe: Recipe, clients: int) -> None:
         super().__init__(recipe)
@@ -136,12 +165,16 @@ class MethodModule(_Module):
 
     def training_step(self, batch: ClientBatch, batch_idx: int) -> Tensor:
         """Return the method's loss of a client batch."""
+        images = int(batch.mask_CS.sum())
+        if not images:  # fewer clients than processes are left
+            return self.mean_loss(None, 0)
         loss: Tensor = self.method.training_loss(batch)  # type: ignore[operator]  # trainable methods have one
-        self.log("train/loss", loss, on_step=False, on_epoch=True, prog_bar=True, batch_size=int(batch.mask_CS.sum()))
-        return loss
+        return self.mean_loss(loss, images)
 
     def _count(self, metric: ClientCountsMetric, batch: ClientBatch) -> dict[str, Tensor]:
-        """Add a batch to a metric; return the logits of backbone and method."""
+        """Add a batch to a metric; return the logits of backbone and method, none of a batch without images."""
+        if not batch.mask_CS.any():  # fewer clients than processes are left
+            return {}
         head = self._head[0].to(batch.x_CSD.device)
         logits = {"backbone": head(batch.x_CSD), "method": self.method.logits(batch)}
         metric.update(
@@ -163,8 +196,14 @@ class MethodModule(_Module):
         """Log accuracy and log-loss over all val images."""
         _, counts = self.val_counts.counts()
         decisions = counts.decisions_C.sum()
-        self.log(MONITOR, float(counts.method_correct_C.sum() / decisions), prog_bar=True)
-        self.log("val/log_loss", float(counts.method_loss_C.sum() / decisions))
+        log = partial(self.log, sync_dist=True)  # the same numbers in every process
+        log(MONITOR, float(counts.method_correct_C.sum() / decisions), prog_bar=True)
+        log("val/log_loss", float(counts.method_loss_C.sum() / decisions))
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Add the val accuracy of the epoch, whatever metric chooses the best one."""
+        if (accuracy := self.trainer.callback_metrics.get(MONITOR)) is not None:
+            checkpoint["val_accuracy"] = float(accuracy)
 
     def on_test_epoch_start(self) -> None:
         """Reset the counts."""

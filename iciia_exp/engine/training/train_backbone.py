@@ -16,8 +16,9 @@ from iciia_exp.data.clients import ROLES
 from iciia_exp.data.store import FeatureStore
 from iciia_exp.digest import file_digest
 from iciia_exp.engine.inputs import Inputs
-from iciia_exp.errors import UserError, first_line
-from iciia_exp.machine import plain_errors
+from iciia_exp.engine.training.processes import training_processes
+from iciia_exp.errors import ConfigError, UserError, first_line
+from iciia_exp.machine import plain_errors, process_rank, wait_for_others
 from iciia_exp.models.backbones.base import Backbone
 from iciia_exp.seeding import derive_seed
 
@@ -54,19 +55,26 @@ def train_backbone(inputs: Inputs, folder: Path) -> None:
     readable(e.dataset, backbone.transform, probes(rows))
     log.info("backbone: training %s on %s images", spec.name, f"{len(rows):,}")
     images = TransformedImages(e.dataset, backbone.transform, rows, inputs.labels, e.extraction.on_bad_image)
-    sampler: DistributedSampler[Any] = DistributedSampler(images, 1, 0, seed=derive_seed("order", spec.seed) % 2**31)
-    loader = image_loader(images, spec.recipe.batch_size, e.extraction.workers(len(rows)), sampler=sampler)
+    processes = training_processes(e.config["trainer"])
+    size = spec.recipe.batch_size
+    if size % processes:
+        raise ConfigError("backbone.recipe.batch_size", size, f"must be a multiple of the {processes} devices")
+    order = derive_seed("order", spec.seed) % 2**31
+    sampler: DistributedSampler[Any] = DistributedSampler(images, processes, process_rank() % processes, seed=order)
+    loader = image_loader(images, size // processes, e.extraction.workers(len(rows)), sampler=sampler)
     with plain_errors("features.num_workers"), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*training_step. returned .None.")  # a batch without readable images
         record = fit(
             BackboneModule(backbone, spec.recipe, e.dataset_class.task),
             loader,
-            None,
             seed=derive_seed("backbone", spec.seed),
             folder=folder,
             trainer_config=e.config["trainer"],
             loggers=[],
         )
+    wait_for_others()
+    if process_rank() > 0:
+        return
     save_tensors(folder / "weights.safetensors", backbone.state_dict())
     (folder / "last.ckpt").unlink(missing_ok=True)
     manifest = {

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -20,14 +20,19 @@ from iciia_exp.data.batches import ClientBatch, ClientBatchSampler, ClientIndex,
 from iciia_exp.data.clients import Clients, Ragged
 from iciia_exp.data.views import CloudView
 from iciia_exp.engine.inputs import Inputs
+from iciia_exp.engine.training.processes import training_processes
 from iciia_exp.engine.training.train_backbone import backbone_head, in_epochs, out_of_fold
+from iciia_exp.machine import process_rank, wait_for_others
 from iciia_exp.methods.base import Ask, Record
 from iciia_exp.models.backbones.weights import known_classes
 from iciia_exp.recipe import Recipe
 from iciia_exp.seeding import derive_seed, generator
 from iciia_exp.serving.run import save_method
 
-__all__ = ["draw_clients", "report_run", "train_method"]
+if TYPE_CHECKING:
+    from iciia_exp.engine.training.data_module import ClientDataModule
+
+__all__ = ["data_of", "draw_clients", "report_run", "train_method"]
 
 log = logging.getLogger(__name__)
 
@@ -37,11 +42,13 @@ def train_method(inputs: Inputs, folder: Path) -> None:
     e, training = inputs.experiment, inputs.experiment.training
     store = inputs.open_store()
     clients = inputs.readable_clients(store)
-    with atomic_write(folder / "config.yaml") as file:
-        yaml.safe_dump(e.config, file, sort_keys=False)
-    clients.save(folder / "partition.parquet")
-    statistics = clients.statistics(inputs.labels)
-    write_json(folder / "partition.json", {row["role"]: row for row in statistics.to_dict("records")})
+    if process_rank() == 0:
+        for name, value in (("config", e.config), ("overrides", list(e.overrides))):
+            with atomic_write(folder / f"{name}.yaml") as file:
+                yaml.safe_dump(value, file, sort_keys=False)
+        clients.save(folder / "partition.parquet")
+        statistics = clients.statistics(inputs.labels)
+        write_json(folder / "partition.json", {row["role"]: row for row in statistics.to_dict("records")})
     head = backbone_head(inputs, store)
     torch.manual_seed(derive_seed("method", e.seed))
     method = inputs.new_method(head)
@@ -55,6 +62,9 @@ def train_method(inputs: Inputs, folder: Path) -> None:
 
     fit = _Fit(inputs, clients, batches, cloud, head, folder / "checkpoints")
     record: Record = {"epochs": 0, "seconds": 0.0, **method.learn(cloud, fit)}
+    wait_for_others()  # they may still read a checkpoint
+    if process_rank() > 0:
+        return
     write_json(folder / "training.json", record)
     stored = {
         "task": e.dataset_class.task,
@@ -86,22 +96,19 @@ class _Fit:
 
     def _method(self, method: Any, recipe: Recipe) -> Record:
         """Train a method on the clients of the configuration."""
+        from iciia_exp.engine.training.callbacks import configured
         from iciia_exp.engine.training.fit import fit
         from iciia_exp.engine.training.modules import MethodModule
 
-        e, training = self.inputs.experiment, self.inputs.experiment.training
-        order: dict[str, Any] = {"shuffle": True, "shuffle_images": training.shuffle_images, "seed": e.seed}
-        if not e.client_mix.plain:
-            order["draw"] = draw_clients(self.inputs, self.clients, "train")
-        train = FeatureBatches(self.batches.features, self.batches.labels, out_of_fold(self.inputs))
+        e = self.inputs.experiment
         return fit(
             MethodModule(method, self.head, recipe, len(self.clients)),
-            _loader(train, self.clients["train"], training.train_images, recipe.batch_size, **order),
-            _loader(self.batches, self.clients["val"], training.images),
+            data_of(self.inputs, recipe),
             seed=e.seed,
             folder=self.folder,
             trainer_config=e.config["trainer"],
-            loggers=self.inputs.tracker.loggers(),
+            loggers=self.inputs.tracker.loggers() if process_rank() == 0 else [],
+            callbacks=configured(e.config["callbacks"]),
         )
 
     def _classifier(self, classifier: nn.Module, rows: np.ndarray, recipe: Recipe) -> Record:
@@ -110,18 +117,45 @@ class _Fit:
         from iciia_exp.engine.training.modules import ClassifierModule
 
         name, e = type(classifier).__name__.lower(), self.inputs.experiment
+        order: dict[str, Any] = {"rank": process_rank(), "world_size": training_processes(e.config["trainer"])}
+        images = Ragged.from_rows([rows])
+        sampler = ClientBatchSampler(images, 1, recipe.batch_size, shuffle=True, seed=e.seed, **order)
         record = fit(
             ClassifierModule(classifier, recipe),
-            _loader(self.cloud, Ragged.from_rows([rows]), 1, recipe.batch_size, shuffle=True, seed=e.seed),
-            None,
+            DataLoader(self.cloud, batch_size=None, sampler=sampler, **e.training.loading),
             seed=derive_seed(name, e.seed),
             folder=self.folder / name,
             trainer_config=e.config["trainer"],
             loggers=[],
         )
-        images, seconds = f"{len(rows):,}", record["seconds"]
-        log.info("%s: %s over %s images in %.1f s", name, in_epochs(record["epochs"]), images, seconds)
+        count, seconds = f"{len(rows):,}", record["seconds"]
+        log.info("%s: %s over %s images in %.1f s", name, in_epochs(record["epochs"]), count, seconds)
         return record
+
+
+def data_of(inputs: Inputs, recipe: Recipe | None = None) -> "ClientDataModule":
+    """Return the client batches on which a method is trained, validated and tested; features must be there.
+
+    Args:
+        inputs: of the experiment.
+        recipe: for its batch size; by default that of the configuration.
+    """
+    from iciia_exp.engine.training.data_module import ClientDataModule
+
+    e, training, store = inputs.experiment, inputs.experiment.training, inputs.open_store()
+    clients = inputs.readable_clients(store)
+    return ClientDataModule(
+        clients,
+        FeatureBatches(store.array(), inputs.labels),
+        training.images,
+        training.train_images,
+        (recipe or training.recipe).batch_size,
+        shuffle_images=training.shuffle_images,
+        seed=e.seed,
+        draw=None if e.client_mix.plain else draw_clients(inputs, clients, "train"),
+        train_batches=FeatureBatches(store.array(), inputs.labels, out_of_fold(inputs)),
+        loading=training.loading,
+    )
 
 
 def _backbone_facts(inputs: Inputs) -> dict[str, Any]:
@@ -154,12 +188,6 @@ def report_run(folder: Path, made: bool) -> None:
         best, when = 100 * record["val_accuracy"], in_epochs(record["best_epoch"])
         note += f", best val accuracy {best:.1f} % after {when}"
     log.info(note)
-
-
-def _loader(
-    images: FeatureBatches | CloudView, ragged: Ragged, chunk: int, batch_size: int = 64, **order: Any
-) -> DataLoader[Any]:
-    return DataLoader(images, batch_size=None, sampler=ClientBatchSampler(ragged, chunk, batch_size, **order))
 
 
 def draw_clients(

@@ -9,10 +9,29 @@ from typing import Any
 
 import lightning.pytorch as pl
 
-from iciia_exp.config.check import check_keys, parameters_of
+from iciia_exp.config.check import check_keys, target_of
 from iciia_exp.errors import ConfigError, UserError, first_line
 
-__all__ = ["interruptible", "make_trainer", "quiet_lightning"]
+__all__ = ["interruptible", "make_trainer", "on_one_device", "quiet_lightning"]
+
+#: Arguments of the Trainer that a configuration cannot give, and why.
+_REFUSED = {
+    "callbacks": "callbacks are objects of the group callbacks: +callbacks.NAME._target_=...",
+    "logger": "loggers are objects of the group logger: logger=csv, +logger.NAME._target_=...",
+    "default_root_dir": "everything is written into the run directory (output_dir, name)",
+    "gradient_clip_val": "training.recipe.clip_norm and backbone.recipe.clip_norm set it",
+    "gradient_clip_algorithm": "gradients are clipped by norm",
+    "enable_checkpointing": "an interrupted training resumes from its checkpoint",
+    "use_distributed_sampler": "the samplers share the clients out between processes",
+    "inference_mode": "evaluation and extraction choose it",
+    "limit_test_batches": "every test client is evaluated",
+    "limit_predict_batches": "the features of all images are extracted",
+    "fast_dev_run": "it leaves out checkpoints and test clients; use trainer=smoke",
+    "barebones": "it leaves out checkpoints and loggers",
+}
+
+#: Strategies by the first part of their name.
+_STRATEGIES = ("auto", "ddp")
 
 
 @contextmanager
@@ -45,7 +64,10 @@ def quiet_lightning() -> Iterator[None]:
 
 @contextmanager
 def interruptible(trainer: pl.Trainer) -> Iterator[None]:
-    """Raise KeyboardInterrupt on Ctrl-C: Lightning ends the process with ``exit(1)`` and ignores further signals."""
+    """Raise KeyboardInterrupt on Ctrl-C: Lightning ends the process with ``exit(1)`` and ignores further signals.
+
+    See Lightning issue 13560.
+    """
     handler = signal.getsignal(signal.SIGINT)
     try:
         yield
@@ -57,38 +79,42 @@ def interruptible(trainer: pl.Trainer) -> Iterator[None]:
         raise KeyboardInterrupt
 
 
-def make_trainer(config: dict[str, Any], sharded: bool = False, **arguments: Any) -> pl.Trainer:
-    """Build Lightning's Trainer from the `trainer` group; the engine's ``arguments`` take precedence.
+def make_trainer(config: dict[str, Any], **arguments: Any) -> pl.Trainer:
+    """Build the Trainer of the `trainer` group; the engine's ``arguments`` take precedence.
 
-    ``sharded`` allows more than one process.
+    Raises a `UserError` for arguments that cannot be honoured.
     """
+    target: Any = target_of(config, "trainer")
+    if not (isinstance(target, type) and issubclass(target, pl.Trainer)):
+        raise ConfigError("trainer._target_", config["_target_"], "must be Lightning's Trainer or a subclass of it")
     check_keys(config, "trainer")
     own = {k: v for k, v in config.items() if not k.startswith("_")}
-    if taken := sorted(set(own) & {"callbacks", "logger", "default_root_dir", "gradient_clip_val", "inference_mode"}):
-        raise UserError(f"trainer.{taken[0]}: is set by the engine; leave it out")
-    known = parameters_of(pl.Trainer)
+    for key in own:
+        if key in _REFUSED:
+            raise ConfigError(f"trainer.{key}", own[key], f"cannot be used: {_REFUSED[key]}")
+    if isinstance(strategy := own.get("strategy", "auto"), str) and strategy.split("_")[0] not in _STRATEGIES:
+        raise ConfigError("trainer.strategy", strategy, f"cannot be used; one of {', '.join(_STRATEGIES)}")
     arguments = {
         "enable_progress_bar": False,
         "enable_model_summary": False,
         "num_sanity_val_steps": 0,
-        "use_distributed_sampler": False,  # our samplers shard by rank
         "log_every_n_steps": 10,
         "logger": False,
         "enable_checkpointing": False,
         **own,
+        "use_distributed_sampler": False,  # our samplers shard by rank
         **arguments,
     }
-    arguments = {k: v for k, v in arguments.items() if k in known}
     try:
-        trainer = pl.Trainer(**arguments)
+        return target(**arguments)
     except Exception as error:  # of many kinds, each with a clear first line
         text = first_line(error)
         for key, value in own.items():
             if key in text or (isinstance(value, str) and value in text):
                 raise ConfigError(f"trainer.{key}", value, text) from error
         raise UserError(f"trainer: {text}") from error
-    if trainer.world_size > 1 and not sharded:
-        # a method trains on stored features, in minutes; and the stages' locks are per process
-        problem = "only extraction is shared out, with features.devices; use one job per device for the rest"
-        raise ConfigError("trainer.devices", own.get("devices"), problem)
-    return trainer
+
+
+def on_one_device(config: dict[str, Any]) -> dict[str, Any]:
+    """Return the `trainer` group for work that is not shared between processes."""
+    return {k: v for k, v in config.items() if k not in ("num_nodes", "strategy")} | {"devices": 1}

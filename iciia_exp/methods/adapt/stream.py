@@ -86,6 +86,7 @@ class StreamMethod(Adaptive):
         self.prior_weight = nn.Parameter(torch.full((len(KNOTS),), 0.5 if self.prior is None else 1.0))
         #: scale of the logits before their probabilities are averaged, and images of even classes added (softplus)
         self.log_sharpness, self.even_images = nn.Parameter(torch.zeros(())), nn.Parameter(torch.ones(()))
+        self.even_images.requires_grad_(self.prior is None)
         #: from m, and from what is known of the past: f, g, and how many images of even classes are added
         columns = 4 if self.prior is None else 6
         self.gate, last = nn.Linear(self.dim, 3), nn.Linear(16, 3)

@@ -207,8 +207,6 @@ class BackboneSpec:
             raise ConfigError("reserve", reserve, "nothing is trained here that could learn from those images; use 0")
         if train == "all" and recipe is None:
             raise ConfigError("recipe", "null", "train=all needs a recipe")
-        if recipe is not None and recipe.patience:
-            raise ConfigError("recipe.patience", recipe.patience, "must be 0: a backbone has no val images of its own")
 
     @property
     def started(self) -> bool:

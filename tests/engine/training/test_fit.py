@@ -1,15 +1,19 @@
 """A training that was stopped at any epoch and repeated equals an uninterrupted one, to the bit."""
 
+import re
 import signal
+from functools import partial
 
 import numpy as np
 import pytest
 import torch
+from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from torch import nn
-from torch.utils.data import DataLoader
+from torch.optim import lr_scheduler
 
-from iciia_exp.data.batches import ClientBatchSampler, FeatureBatches
+from iciia_exp.data.batches import FeatureBatches
 from iciia_exp.data.clients import Ragged
+from iciia_exp.engine.training.data_module import ClientDataModule
 from iciia_exp.engine.training.fit import fit
 from iciia_exp.engine.training.modules import MethodModule
 from iciia_exp.engine.training.trainer import make_trainer
@@ -21,6 +25,7 @@ from iciia_exp.recipe import Recipe
 
 TRAINER = {"_target_": "lightning.pytorch.Trainer", "_partial_": True, "accelerator": "cpu", "devices": 1}
 D, K = 16, 4
+SCHEDULERS = {"constant": None, "cosine": lr_scheduler.CosineAnnealingLR, "onecycle": lr_scheduler.OneCycleLR}
 
 
 @pytest.fixture
@@ -34,20 +39,18 @@ def run(tmp_path):
     }
 
     def make(folder, schedule="cosine", patience=0, epochs=6, lr=0.01):
-        recipe = Recipe("adamw", lr, epochs, 2, weight_decay=0.01, schedule=schedule, clip_norm=1.0, patience=patience)
+        adamw = partial(torch.optim.AdamW, lr=lr, weight_decay=0.01, fused=True)
+        recipe = Recipe(adamw, SCHEDULERS[schedule], epochs, 2, clip_norm=1.0)
+        callbacks = {"model_checkpoint": ModelCheckpoint(monitor="val/accuracy", mode="max")}
+        if patience:
+            callbacks["early_stopping"] = EarlyStopping("val/accuracy", mode="max", patience=patience)
         torch.manual_seed(1)
         head = nn.Linear(D, K)
         module = MethodModule(IciiaMethod(Facts.of(head), 1, 2, 4, dropout=0.3), head, recipe, 12)
         data = FeatureBatches(features, labels)
-        loaders = [
-            DataLoader(
-                data,
-                batch_size=None,
-                sampler=ClientBatchSampler(clients["train"], 4, 2, shuffle=True, shuffle_images=True),
-            ),
-            DataLoader(data, batch_size=None, sampler=ClientBatchSampler(clients["val"], 4, 2)),
-        ]
-        record = fit(module, *loaders, seed=3, folder=tmp_path / folder, trainer_config=TRAINER, loggers=[])
+        batches = ClientDataModule(clients, data, 4, batch_size=2, eval_batch_size=2)
+        options = {"trainer_config": TRAINER, "loggers": [], "callbacks": callbacks}
+        record = fit(module, batches, seed=3, folder=tmp_path / folder, **options)
         last = torch.load(tmp_path / folder / "last.ckpt", weights_only=True)["state_dict"]
         return module.method.state_dict() | {f"last.{name}": t for name, t in last.items()}, record
 
@@ -148,8 +151,10 @@ def test_seed_zero_is_a_seed(run):
 
 def test_checkpoints_hold_tensors_and_plain_values(run, tmp_path):
     run("a", epochs=2)
-    for name in ("last.ckpt", "best.ckpt"):
-        state = torch.load(tmp_path / "a" / name, weights_only=True)
+    paths = sorted((tmp_path / "a").glob("*.ckpt"))
+    assert len(paths) == 2
+    for path in paths:
+        state = torch.load(path, weights_only=True)
         assert not any("head" in k for k in state["state_dict"])
 
 
@@ -158,10 +163,13 @@ def test_bad_trainer_arguments_name_their_key():
         make_trainer(TRAINER | {"acelerator": "cpu"})
     with pytest.raises(ConfigError, match=r"trainer\.precision=8"):
         make_trainer(TRAINER | {"precision": "8"})
-    with pytest.raises(UserError, match=r"trainer\.callbacks: is set by the engine"):
-        make_trainer(TRAINER | {"callbacks": []})
-    with pytest.raises(ConfigError, match=r"trainer\.devices=2: only extraction is shared out"):
-        make_trainer(TRAINER | {"devices": 2})
+    for key, value in {"callbacks": [], "logger": True, "gradient_clip_val": 1.0, "fast_dev_run": True}.items():
+        with pytest.raises(ConfigError, match=rf"trainer\.{key}={re.escape(str(value))}: cannot be used: \w+"):
+            make_trainer(TRAINER | {key: value})
+    with pytest.raises(ConfigError, match=r"trainer\.strategy=fsdp: cannot be used; one of auto, ddp"):
+        make_trainer(TRAINER | {"strategy": "fsdp"})
+    with pytest.raises(ConfigError, match=r"trainer\._target_=builtins\.dict: must be Lightning's Trainer"):
+        make_trainer({"_target_": "builtins.dict"})
     if not torch.cuda.is_available():
         with pytest.raises(ConfigError, match=r"trainer\.accelerator=gpu"):
             make_trainer(TRAINER | {"accelerator": "gpu"})

@@ -10,7 +10,7 @@ import pytest
 from iciia_exp.data.store import FeatureStore
 from iciia_exp.engine.execute import execute
 from iciia_exp.engine.training import extract as features
-from iciia_exp.engine.training import train_method
+from iciia_exp.engine.training import fit
 from iciia_exp.engine.training.train_backbone import out_of_fold
 from iciia_exp.errors import UserError
 from iciia_exp.models import linear_probe
@@ -95,18 +95,17 @@ def test_reserved_images_are_the_backbones_alone(root, folder, train):
 
 
 def test_methods_are_trained_on_logits_as_of_new_images(folder, monkeypatch):
-    made = []
-    original = train_method._loader
+    made, original = [], fit.fit
     monkeypatch.setattr(
-        train_method, "_loader", lambda *rest, **order: made.append(original(*rest, **order)) or made[-1]
+        fit, "fit", lambda module, data, **options: made.append(data) or original(module, data, **options)
     )
     stages = folder(*HEAD, "method=iciia_stream", "client_mix=all_types")
     execute(stages)
     logits, numbers = out_of_fold(stages)
     assert set(numbers) == set(stages.clients.train.values)
     assert logits.shape == (len(numbers), stages.num_classes)
-    *_, train, val = made  # after the perceptron's
-    (batch, *_) = train
+    *_, data = made  # after the perceptron's
+    (batch, *_) = data.train_dataloader()
     assert batch.backbone_CSK.shape == (*batch.mask_CS.shape, stages.num_classes)
-    (batch, *_) = val
+    (batch, *_) = data.val_dataloader()
     assert batch.backbone_CSK is None

@@ -43,6 +43,9 @@ def named(files):
 def build(path, classes, **arguments):
     """Build a configured network, small, with fresh weights; return it and D as configured."""
     node = yaml.safe_load(path.read_text())
+    for key in ("defaults", "recipe"):  # its optimiser is composed
+        node.pop(key, None)
+    node["train"] = "head"
     node["model"] |= SMALLER.get(kind_of(path), {})
     node["name"] = path.stem
     backbone = instantiate(node).fresh(classes, **arguments).eval()

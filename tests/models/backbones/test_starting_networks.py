@@ -157,7 +157,6 @@ def test_many_missing_keys_are_counted(trained, tmp_path):
         ({"pretrained": True, "reserve": 0.1}, "reserve"),
         ({"train": "head", "reserve": 1.0}, "reserve"),
         ({"train": "all"}, "recipe"),
-        ({"train": "all", "recipe": Recipe(patience=3)}, "recipe.patience"),
         ({"pretrained": True, "dim": 0}, "dim"),
         ({"pretrained": True, "seed": -1}, "seed"),
     ],

@@ -1,0 +1,90 @@
+"""Training in two processes (gloo) against one."""
+
+import pytest
+import torch
+from omegaconf import OmegaConf
+
+from iciia_exp.artifacts import load_tensors, read_json
+from iciia_exp.config.experiment import Experiment
+from iciia_exp.engine.execute import execute
+from iciia_exp.engine.stages import Stages
+from iciia_exp.engine.terminal import setup_logging
+from iciia_exp.errors import ConfigError
+from tests.making.processes import together
+
+#: Steps of plain SGD: those of Adam turn a gradient's last digit into a whole step where the gradient is zero.
+ONE_EPOCH = ("optimizer=sgd", "optimizer.lr=0.1", "training.recipe.epochs=1", "training.recipe.batch_size=4")
+
+METHODS = {
+    "iciia": ("method.dropout=0",),
+    "context_token": ("method.dropout=0",),
+    "iciia_prior": ("method.image.perceptron=0", "method.encoder.feature_dropout=0"),
+    "prompt_tuning": ("partition.split=within",),
+}
+
+GONE = [f"~backbone.model.{key}" for key in ("channels", "size", "width", "dim", "dropout", "mean", "std")]
+PLAIN = ("backbone.model._target_=tests.making.processes.Plain", *GONE, "backbone.recipe.batch_size=16")
+SGD = ("optimizer@backbone.recipe.optimizer=sgd", "backbone.recipe.optimizer.lr=0.1")
+
+
+def test_two_processes_give_the_weights_of_one_and_resume(compose, small, tmp_path):
+    def config(*overrides, devices=2):
+        overrides = (*small, "backbone.train=head", *overrides, f"trainer.devices={devices}")
+        return OmegaConf.to_container(compose(*overrides), resolve=True)
+
+    def alone(*overrides):
+        made = Stages(Experiment.from_config(OmegaConf.create(config(*overrides, devices=1))))
+        execute(made)
+        return made
+
+    whole = config("training.recipe.epochs=4", "training.recipe.batch_size=4")
+    killed = config(
+        *("training.recipe.epochs=4", "training.recipe.batch_size=4"),
+        "+callbacks.kill={_target_: tests.making.processes.Kill, epoch: 2}",
+    )
+    network = (*PLAIN, *SGD, "backbone.train=all", "stage=backbone")
+    for split in ("client", "within"):
+        alone("stage=backbone", f"partition.split={split}")
+    single = {name: alone(f"method={name}", *more, *ONE_EPOCH, "stage=train") for name, more in METHODS.items()}
+    jobs = [(config(f"method={name}", *more, *ONE_EPOCH), "run", tmp_path / name) for name, more in METHODS.items()]
+    jobs += [(config(*network), "backbone", tmp_path / "backbone")]
+    jobs += [
+        (whole, "run", tmp_path / "whole"),
+        (killed, "run", tmp_path / "again"),
+        (whole, "run", tmp_path / "again"),
+    ]
+    together(jobs)
+    for name, made in single.items():
+        got, want = (load_tensors(folder / "weights.safetensors") for folder in (tmp_path / name, made.run.folder))
+        for key in want:
+            if not key.startswith("method.log_"):  # fitted afterwards on val clients, by a line search
+                torch.testing.assert_close(got[key], want[key], rtol=0, atol=1e-5, msg=f"{name} {key}")
+        records = [read_json(folder / "training.json") for folder in (tmp_path / name, made.run.folder)]
+        assert records[0]["val_accuracy"] == records[1]["val_accuracy"]
+    trained = alone(*network).backbone
+    got, want = (load_tensors(folder / "weights.safetensors") for folder in (tmp_path / "backbone", trained.folder))
+    for key in want:
+        torch.testing.assert_close(got[key], want[key], rtol=0, atol=1e-5)
+    again, first = (load_tensors(tmp_path / name / "weights.safetensors") for name in ("again", "whole"))
+    assert all(torch.equal(again[key], first[key]) for key in first)
+    assert not list((tmp_path / "again").rglob("*.ckpt"))
+
+
+def test_the_command_starts_the_processes(stages, undrawn):
+    setup_logging()
+    two = ("trainer.devices=2", "backbone.train=head", "backbone.model.dropout=0")
+    made = stages(*two)
+    assert made.run.digest != stages(*two[1:]).run.digest  # other dropout masks
+    assert made.features.digest == stages(*two[1:]).features.digest
+    row = execute(made)
+    assert row["epochs"] == 3
+    log = (made.run.folder / "run.log").read_text()
+    assert log.index("run: 2 processes") < log.index("train: 3 epochs")
+
+
+def test_what_does_not_fit_is_refused_before_any_work(stages, monkeypatch):
+    with pytest.raises(ConfigError, match="^trainer.num_nodes=2: start the same command on each machine with torchrun"):
+        execute(stages("+trainer.num_nodes=2"))
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    with pytest.raises(ConfigError, match="^trainer.devices=2: 3 processes were started"):
+        execute(stages("trainer.devices=2"))

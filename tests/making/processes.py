@@ -1,0 +1,65 @@
+"""Work for processes that train together; in a module, so that a started process finds it."""
+
+import os
+import socket
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from omegaconf import OmegaConf
+from torch import Tensor, nn
+
+from iciia_exp.config.experiment import Experiment
+from iciia_exp.engine.stages import Stages
+from iciia_exp.models.backbones.base import Backbone
+
+
+class Plain(Backbone):
+    """A network without dropout and batch norm, whose gradients are sums over images."""
+
+    transform_settings = ()
+
+    def __init__(self, num_classes: int) -> None:
+        super().__init__()
+        self.dim = 16
+        self.trunk = nn.Sequential(nn.Flatten(), nn.Linear(64, 16), nn.Tanh())
+        self.head = nn.Linear(16, num_classes)
+
+    def features(self, images: Tensor) -> Tensor:
+        return self.trunk(images)
+
+    def transform(self, image: Any) -> Tensor:
+        return torch.as_tensor(image)
+
+
+class Kill(pl.Callback):
+    """Stops every process in the middle of an epoch."""
+
+    def __init__(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        if trainer.current_epoch == self.epoch and batch_idx == 1:
+            raise RuntimeError("killed")
+
+
+def together(jobs):
+    """Make artifacts in two processes, with the variables of torchrun: (configuration, kind, folder) each."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    torch.multiprocessing.spawn(_make, (port, jobs), nprocs=2)
+
+
+def _make(rank, port, jobs):
+    variables = {"RANK": rank, "LOCAL_RANK": rank, "GROUP_RANK": 0, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2}
+    variables |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "TORCHELASTIC_RUN_ID": "tests"}
+    os.environ.update({name: str(value) for name, value in variables.items()})
+    torch.set_num_threads(1)
+    for config, kind, folder in jobs:
+        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            getattr(Stages(Experiment.from_config(OmegaConf.create(config))), kind).make(folder)
+        except RuntimeError as error:
+            if str(error) != "killed":
+                raise
