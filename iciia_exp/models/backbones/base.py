@@ -33,6 +33,8 @@ class Backbone(nn.Module, ABC):
     head_name: str = "head"
     #: Prefix of the trunk's weights here, which weight files of the original network do not have.
     trunk_prefix: ClassVar[str] = ""
+    #: Names of the arrays that `outputs` can return.
+    gives: frozenset[str] = frozenset({"features", "logits"})
 
     @property
     def num_classes(self) -> int:
@@ -46,6 +48,35 @@ class Backbone(nn.Module, ABC):
     def forward(self, images: Tensor) -> Tensor:
         """Return the logits [B, K]."""
         return self.head(self.features(images))
+
+    def trunk_outputs(self, images: Tensor, wanted: frozenset[str]) -> dict[str, Tensor]:
+        """Return ``features`` [B, D] and, if ``wanted``, further arrays [B, ...] of the same pass (by default none).
+
+        A subclass that gives more overrides it, and adds the names to `gives`.
+        """
+        return {"features": self.features(images)}
+
+    def outputs(self, images: Tensor, wanted: frozenset[str]) -> dict[str, Tensor]:
+        """Return the arrays ``wanted`` by name, from one pass over a batch of transformed images.
+
+        Every network gives ``features`` [B, D] and ``logits`` [B, K]. Raises a `UserError` for a name not in `gives`.
+        """
+        if missing := sorted(wanted - self.gives):
+            given = " and ".join(sorted(self.gives))
+            raise UserError(f"{type(self).__name__} gives {given}, not {' and '.join(missing)}")
+        arrays = self.trunk_outputs(images, wanted)
+        if "logits" in wanted:
+            with torch.autocast(images.device.type, enabled=False):  # equal to the classifier of the stored features
+                arrays["logits"] = self.head(arrays["features"].to(self.head.weight.dtype))
+        return {name: arrays[name] for name in sorted(wanted)}
+
+    @torch.no_grad()
+    def output_shapes(self, example: Tensor, wanted: frozenset[str]) -> dict[str, tuple[int, ...]]:
+        """Return the shape of each array of one image, from one pass in evaluation mode; errors as in `outputs`.
+
+        ``example`` is a transformed image, without a batch axis.
+        """
+        return {name: tuple(values.shape[1:]) for name, values in self.outputs(example[None], wanted).items()}
 
     @abstractmethod
     def transform(self, image: Any) -> Tensor:

@@ -1,11 +1,13 @@
 """timm: its models as backbones, https://github.com/huggingface/pytorch-image-models."""
 
+import inspect
 from collections.abc import Mapping, Sequence
 from typing import Any
 from urllib.parse import urlparse
 
 import huggingface_hub
 import timm
+import torch
 from timm.data import create_transform, resolve_data_config
 from torch import Tensor, nn
 
@@ -18,6 +20,10 @@ __all__ = ["TimmBackbone"]
 
 class TimmBackbone(ImageBackbone):
     """A timm model; the feature is the input of its linear classifier, the crop that of its evaluation transform.
+
+    Vision transformers also give ``tokens`` [B, n, d]: the sum of the outputs of all blocks, before the final norm. It
+    does not include the input of the first block. The first tokens are the class and register tokens, if the model has
+    any, followed by the patches in row-major order.
 
     Args:
         num_classes: K.
@@ -60,6 +66,10 @@ class TimmBackbone(ImageBackbone):
         config = resolve_data_config({k: v for k, v in given.items() if v is not None}, model=net)
         super().__init__(net, head, config["mean"], config["std"])
         self.head_name, self.data_config = name, config
+        # only vision transformers without stages, whose blocks all have the same tokens, can return prefix tokens
+        intermediates = getattr(net, "forward_intermediates", None)
+        if intermediates and "return_prefix_tokens" in inspect.signature(intermediates).parameters:
+            self.gives |= {"tokens"}
         # timm's transform for its prefetcher ends before normalisation, which is done in batches
         self._crop = create_transform(**config, is_training=False, use_prefetcher=True).transforms[:-1]
 
@@ -88,6 +98,21 @@ class TimmBackbone(ImageBackbone):
         for step in self._crop:
             image = step(image)
         return image
+
+    def trunk_outputs(self, images: Tensor, wanted: frozenset[str]) -> dict[str, Tensor]:
+        """Return ``features`` [B, D] and, if wanted, ``tokens`` [B, n, d]."""
+        if "tokens" not in wanted:
+            return super().trunk_outputs(images, wanted)
+        net: Any = self.net
+        prefix = bool(net.num_prefix_tokens)
+        last, blocks = net.forward_intermediates(
+            self.normalise(images), return_prefix_tokens=prefix, norm=False, output_fmt="NLC"
+        )
+        features = net.forward_head(last, pre_logits=True)
+        if not prefix:
+            return {"features": features, "tokens": sum(blocks)}
+        patches, first = (sum(parts) for parts in zip(*blocks, strict=True))
+        return {"features": features, "tokens": torch.cat([first, patches], 1)}
 
     def describe_transform(self) -> dict[str, Any]:
         """Return timm's data configuration."""
