@@ -6,7 +6,7 @@ Legend: C chunks of a batch, each of one client, S images of a chunk, D features
 from __future__ import annotations
 
 import mmap
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import NamedTuple
 
 import numpy as np
@@ -33,10 +33,13 @@ class ClientBatch(NamedTuple):
     #: the backbone's logits [C, S, K] from a classifier that was not fitted on the image; None if it has no other
     backbone_CSK: Tensor | None = None
     image_CS: Tensor | None = None  # int64, number of the image in the dataset, -1 where padded
+    #: what the method reads beside the features, by name, float32 [C, S, ...], zero where padded
+    arrays: Mapping[str, Tensor] = {}
 
     def moved(self, device: torch.device | str) -> ClientBatch:
         """Return the batch on a device."""
-        return ClientBatch(*(None if tensor is None else tensor.to(device) for tensor in self))  # type: ignore[arg-type]
+        moved = {name: value.to(device) for name, value in self._asdict().items() if isinstance(value, Tensor)}
+        return self._replace(**moved, arrays={name: tensor.to(device) for name, tensor in self.arrays.items()})
 
 
 class ClientIndex(NamedTuple):
@@ -138,20 +141,30 @@ class ClientBatchSampler(Sampler[ClientIndex]):
                 yield ClientIndex(np.full((1, self.images), -1, dtype=np.int64), client_C[:1])
 
 
-def _read_ahead(features: np.ndarray, rows: np.ndarray) -> None:
+def _read_ahead(array: np.ndarray, rows: np.ndarray) -> None:
     """Request the memory pages of all ``rows`` of a memory-mapped array at once; changes no value.
 
     Otherwise missing rows are read one by one, with their neighbours, which is some tens of times slower
     (benchmarks/bench_store.py).
     """
-    mapped = getattr(features, "_mmap", None)
-    if mapped is None or not features.flags.c_contiguous or not hasattr(mmap, "MADV_WILLNEED"):
+    mapped = getattr(array, "_mmap", None)
+    if mapped is None or not array.flags.c_contiguous or not hasattr(mmap, "MADV_WILLNEED"):
         return
-    first = features.ctypes.data - np.frombuffer(mapped, dtype=np.uint8).ctypes.data
-    starts = first + rows * features.strides[0]
+    first = array.ctypes.data - np.frombuffer(mapped, dtype=np.uint8).ctypes.data
+    starts = first + rows * array.strides[0]
     pages = starts // mmap.PAGESIZE * mmap.PAGESIZE
-    for page, length in zip(pages.tolist(), (starts + features.strides[0] - pages).tolist(), strict=True):
+    for page, length in zip(pages.tolist(), (starts + array.strides[0] - pages).tolist(), strict=True):
         mapped.madvise(mmap.MADV_WILLNEED, page, length)
+
+
+def _padded(array: np.ndarray, index_CS: np.ndarray, mask_CS: np.ndarray, rows: np.ndarray) -> np.ndarray:
+    """Return the ``rows`` of an array at their places in a batch, float32 [C, S, ...], zero elsewhere."""
+    _read_ahead(array, rows)
+    if len(rows) == index_CS.size:
+        return array[index_CS].astype(np.float32, copy=False)
+    values = np.zeros((*index_CS.shape, *array.shape[1:]), dtype=np.float32)
+    values[mask_CS] = array[rows]
+    return values
 
 
 class FeatureBatches(Dataset[ClientBatch]):
@@ -161,12 +174,17 @@ class FeatureBatches(Dataset[ClientBatch]):
         features: [M, D] array, memory-mapped or in memory, float16 or float32.
         labels: int64 [M], or uint8 [M, K] of a multi-label task.
         logits: logits [R, K] of some images, and their numbers, int64 [R], for `ClientBatch.backbone_CSK`.
+        arrays: further stored arrays [M, ...], by name, for `ClientBatch.arrays`.
     """
 
     def __init__(
-        self, features: np.ndarray, labels: np.ndarray, logits: tuple[np.ndarray, np.ndarray] | None = None
+        self,
+        features: np.ndarray,
+        labels: np.ndarray,
+        logits: tuple[np.ndarray, np.ndarray] | None = None,
+        arrays: Mapping[str, np.ndarray] | None = None,
     ) -> None:
-        self.features, self.labels = features, labels
+        self.features, self.labels, self.arrays = features, labels, dict(arrays or {})
         self.logits_RK, self._row_M = None, np.full(0 if logits is None else len(features), -1, dtype=np.int64)
         if logits is not None:
             self.logits_RK, numbers_R = logits
@@ -178,15 +196,12 @@ class FeatureBatches(Dataset[ClientBatch]):
         used = int(np.flatnonzero(mask_CS.any(axis=0)).max(initial=-1)) + 1  # without columns of padding only
         index_CS, mask_CS = index_CS[:, :used], mask_CS[:, :used]
         rows = index_CS[mask_CS]
-        _read_ahead(self.features, rows)
-        if len(rows) == index_CS.size:
-            x_CSD = self.features[index_CS].astype(np.float32, copy=False)
-        else:
-            x_CSD = np.zeros((*index_CS.shape, self.features.shape[1]), dtype=np.float32)
-            x_CSD[mask_CS] = self.features[rows]
+        x_CSD = _padded(self.features, index_CS, mask_CS, rows)
         labels = self.labels[index_CS]
         y_CS = np.where(mask_CS if labels.ndim == 2 else mask_CS[..., None], labels, labels.dtype.type(0))
-        batch = ClientBatch(*_tensors(x_CSD, y_CS, mask_CS, client_C))._replace(image_CS=_tensors(index_CS)[0])
+        x, y, mask, client, image = _tensors(x_CSD, y_CS, mask_CS, client_C, index_CS)
+        arrays = {n: torch.from_numpy(_padded(array, index_CS, mask_CS, rows)) for n, array in self.arrays.items()}
+        batch = ClientBatch(x, y, mask, client, image_CS=image, arrays=arrays)
         if self.logits_RK is not None and len(rows) and (at := self._row_M[rows]).min() >= 0:
             backbone_CSK = np.zeros((*index_CS.shape, self.logits_RK.shape[1]), dtype=np.float32)
             backbone_CSK[mask_CS] = self.logits_RK[at]

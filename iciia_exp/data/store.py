@@ -2,6 +2,7 @@
 
     manifest.json      format version, arrays (shape, dtype), backbone, weights digest, transform, D, K, MACs
     features.npy       [M, D] float16 or float32
+    <name>.npy         [M, ...], an array that a method reads beside the features: tokens, logits
     images.parquet     one row per image: the dataset's table, and `bad`: the image is unreadable, its features are 0
     head.safetensors   the backbone's classifier: weight [K, D], bias [K]; absent if it is fitted on these features
 
@@ -14,14 +15,15 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pandas as pd
@@ -32,8 +34,6 @@ from iciia_exp.errors import UserError, first_line
 __all__ = ["FORMAT", "FeatureStore", "FeatureWriter"]
 
 FORMAT = 3
-
-_FEATURES = "features.npy"
 
 
 @dataclass(frozen=True)
@@ -76,7 +76,10 @@ class FeatureStore:
         return self.manifest["macs"]
 
     def array(self, name: str = "features") -> np.ndarray:
-        """Return an array, memory-mapped."""
+        """Return an array [M, ...], memory-mapped; raises a `UserError` if the store does not have it."""
+        if name not in self.manifest["arrays"]:
+            hint = f"a method with {name} in its `reads` makes a store of its own that has it"
+            raise UserError(f"{self.path}: has no array {name}, only {', '.join(self.manifest['arrays'])}; {hint}")
         path = self.path / f"{name}.npy"  # not a path from the manifest, which could be anywhere
         try:
             array = np.load(path, mmap_mode="r")
@@ -101,18 +104,18 @@ class FeatureStore:
 
 
 class FeatureWriter:
-    """Writes features row by row into the folder of a new store; a killed extraction can be resumed.
+    """Writes arrays row by row into the folder of a new store; a killed extraction can be resumed.
 
-    Rows are marked as done after their features are on disk, so at most the last ``flush_seconds`` of work is repeated.
+    Rows are marked as done after all arrays are on disk, so at most the last ``flush_seconds`` of work is repeated.
     Several processes can write at once, each with its own number ``rank`` and rows, after one call of `prepare`.
     """
 
     def __init__(self, folder: Path, rank: int = 0, flush_seconds: float = 10.0) -> None:
         self.folder, self.flush_seconds = folder, flush_seconds
-        self._features = np.lib.format.open_memmap(folder / _FEATURES, mode="r+")
+        self._arrays = _open(folder, "r+")
         done = folder / f"done.{rank}.npy"
         if not done.is_file():
-            np.save(done, np.zeros(len(self._features), dtype=bool))
+            np.save(done, np.zeros(_rows(self._arrays), dtype=bool))
         self._done = np.lib.format.open_memmap(done, mode="r+")
         self._bad_path = folder / f"bad.{rank}.jsonl"
         self._pending: list[np.ndarray] = []
@@ -120,16 +123,21 @@ class FeatureWriter:
         self._flushed = time.monotonic()
 
     @staticmethod
-    def prepare(folder: Path, images: int, dim: int, dtype: str) -> None:
-        """Create the array of features, or keep that of a killed extraction if it has the same shape and type.
+    def prepare(folder: Path, images: int, arrays: Mapping[str, tuple[tuple[int, ...], str]]) -> None:
+        """Create the arrays, or keep those of a killed extraction if they have the same names, shapes and types.
 
         Unreadable images are marked as not done, because they may have been repaired.
+
+        Args:
+            folder: of the new store.
+            images: M.
+            arrays: shape of one row and type of each array, by name: ``{"features": ((D,), "float32")}``.
         """
-        path = folder / _FEATURES
+        wanted = {name: ((images, *shape), np.dtype(dtype)) for name, (shape, dtype) in arrays.items()}
         try:
-            left = np.load(path, mmap_mode="r")
             done = [np.lib.format.open_memmap(p, mode="r+") for p in folder.glob("done.*.npy")]
-            if left.shape == (images, dim) and left.dtype == dtype and all(d.shape == (images,) for d in done):
+            left = {name: (array.shape, array.dtype) for name, array in _open(folder).items()}
+            if left == wanted and all(d.shape == (images,) for d in done):
                 again = list(FeatureWriter.bad_images(folder))
                 for flags in done:
                     flags[again] = False
@@ -139,16 +147,20 @@ class FeatureWriter:
                 return
         except (OSError, ValueError, EOFError):  # absent, or cut off by a kill
             pass
-        need, free = images * dim * np.dtype(dtype).itemsize, shutil.disk_usage(folder).free
-        if need > free:
-            raise UserError(f"{folder}: the features need {need / 1e9:.1f} GB, the disk has {free / 1e9:.1f} GB free")
+        need = sum(math.prod(shape) * dtype.itemsize for shape, dtype in wanted.values())
+        if need > (free := shutil.disk_usage(folder).free):
+            names = " and ".join(wanted)
+            raise UserError(f"{folder}: {names} need {need / 1e9:.1f} GB, the disk has {free / 1e9:.1f} GB free")
         _delete_marks(folder)
-        np.lib.format.open_memmap(path, mode="w+", dtype=dtype, shape=(images, dim)).flush()
+        for path in _array_files(folder).values():
+            path.unlink()
+        for name, (shape, dtype) in wanted.items():
+            np.lib.format.open_memmap(folder / f"{name}.npy", mode="w+", dtype=dtype, shape=shape).flush()
 
     @staticmethod
     def remaining(folder: Path) -> np.ndarray:
         """Return the numbers of the images that no process has done."""
-        left = np.ones(len(np.load(folder / _FEATURES, mmap_mode="r")), dtype=bool)
+        left = np.ones(_rows(_open(folder)), dtype=bool)
         for path in folder.glob("done.*.npy"):
             left &= ~np.load(path)
         return np.flatnonzero(left)
@@ -164,28 +176,30 @@ class FeatureWriter:
                     problems[int(row)] = problem
         return dict(sorted(problems.items()))
 
-    def write(self, rows: np.ndarray, features: np.ndarray) -> None:
-        """Store the features [len(rows), D] of the images ``rows``."""
-        if len(bad := rows[~np.isfinite(features).all(axis=1)]):
-            first = bad[:3].tolist()
-            raise UserError(f"the backbone gave features that are not finite for {len(bad)} images, first {first}")
-        if self._features.dtype == np.float16 and (largest := np.abs(features).max(initial=0)) > np.finfo("f2").max:
-            raise UserError(f"a feature of {largest:.3g} does not fit float16; use features.dtype=float32")
-        self._features[rows] = features
+    def write(self, rows: np.ndarray, values: Mapping[str, np.ndarray]) -> None:
+        """Store the values [len(rows), ...] of every array for the images ``rows``.
+
+        Raises a `UserError` if they have another shape than the array, are not finite, or do not fit its type.
+        """
+        for name, array in self._arrays.items():
+            _check_values(name, array, rows, values[name])
+            array[rows] = values[name]
         self._pending.append(np.asarray(rows))
         if time.monotonic() - self._flushed > self.flush_seconds:
             self.flush()
 
     def write_bad(self, bad: Sequence[tuple[int, str]]) -> None:
-        """Record unreadable images; their features are zero."""
+        """Record unreadable images; their values are zero."""
         rows = np.array([row for row, _ in bad], dtype=np.int64)
-        self._features[rows] = 0
+        for array in self._arrays.values():
+            array[rows] = 0
         self._bad.extend(bad)
         self._pending.append(rows)
 
     def flush(self) -> None:
-        """Write the features to disk, then mark their images as done."""
-        self._features.flush()
+        """Write the arrays to disk, then mark their images as done."""
+        for array in self._arrays.values():
+            array.flush()
         if self._bad:
             with open(self._bad_path, "a", encoding="utf-8") as file:
                 file.writelines(json.dumps([int(row), problem]) + "\n" for row, problem in self._bad)
@@ -201,18 +215,45 @@ class FeatureWriter:
     @staticmethod
     def finish(folder: Path, table: pd.DataFrame, head: dict[str, Any] | None, manifest: dict[str, Any]) -> None:
         """Write the table, the classifier and finally the manifest."""
-        features = np.load(folder / _FEATURES, mmap_mode="r")
+        arrays = _open(folder)
         if len(left := FeatureWriter.remaining(folder)):
-            raise RuntimeError(f"{len(left)} of {len(features)} images have no features yet")
-        bad = np.zeros(len(features), dtype=bool)
+            raise RuntimeError(f"{len(left)} of {_rows(arrays)} images have no features yet")
+        bad = np.zeros(_rows(arrays), dtype=bool)
         bad[list(FeatureWriter.bad_images(folder))] = True
         with atomic_write(folder / "images.parquet", "wb") as file:
             table.assign(bad=bad).to_parquet(file, index=False)
         if head is not None:
             save_tensors(folder / "head.safetensors", {name: head[name] for name in ("weight", "bias")})
-        entry = {"shape": list(features.shape), "dtype": str(features.dtype)}
+        entries = {name: {"shape": list(array.shape), "dtype": str(array.dtype)} for name, array in arrays.items()}
         _delete_marks(folder)
-        write_json(folder / "manifest.json", {"format": FORMAT, "arrays": {"features": entry}, **manifest})
+        write_json(folder / "manifest.json", {"format": FORMAT, "arrays": entries, **manifest})
+
+
+def _array_files(folder: Path) -> dict[str, Path]:
+    """Return the files of the arrays of a store that is being made, by name."""
+    return {path.stem: path for path in sorted(folder.glob("*.npy")) if not path.name.startswith("done.")}
+
+
+def _open(folder: Path, mode: Literal["r", "r+"] = "r") -> dict[str, np.memmap]:
+    return {name: np.lib.format.open_memmap(path, mode=mode) for name, path in _array_files(folder).items()}
+
+
+def _rows(arrays: Mapping[str, np.ndarray]) -> int:
+    return len(next(iter(arrays.values())))
+
+
+def _check_values(name: str, array: np.ndarray, rows: np.ndarray, values: np.ndarray) -> None:
+    """Raise a `UserError` for values that do not fit an array of the store."""
+    if values.shape != (len(rows), *array.shape[1:]):
+        want, got = list(array.shape[1:]), list(values.shape[1:])
+        raise UserError(f"{name}: the backbone gave {got} for an image, the first image had {want}")
+    if (largest := np.abs(values).max(initial=0)) <= np.finfo(array.dtype).max:  # false for NaN
+        return
+    if len(bad := rows[~np.isfinite(values).reshape(len(rows), -1).all(axis=1)]):
+        first = bad[:3].tolist()
+        raise UserError(f"{name}: the backbone gave values that are not finite for {len(bad)} images, first {first}")
+    hint = "; use features.dtype=float32" if name == "features" else ""
+    raise UserError(f"{name}: a value of {largest:.3g} does not fit {array.dtype}{hint}")
 
 
 def _delete_marks(folder: Path) -> None:

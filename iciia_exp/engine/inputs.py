@@ -13,8 +13,10 @@ from iciia_exp.config.build import build
 from iciia_exp.config.check import target_of, trainer_science
 from iciia_exp.config.experiment import Experiment
 from iciia_exp.data.backbone_split import reserve_for_backbone
+from iciia_exp.data.batches import FeatureBatches
 from iciia_exp.data.clients import Clients
 from iciia_exp.data.dataset import MissingFiles, dense_labels
+from iciia_exp.data.images import readable
 from iciia_exp.data.store import FeatureStore
 from iciia_exp.digest import file_digest
 from iciia_exp.engine.dataset_facts import DatasetFacts
@@ -97,6 +99,37 @@ class Inputs:
         reserved = np.flatnonzero(self.table["split"].to_numpy() == "backbone")
         return reserved if len(reserved) else np.unique(self.clients.train.values)
 
+    @property
+    def reads(self) -> frozenset[str]:
+        """Names of the stored arrays: the features, and what the method reads beside them."""
+        return self.experiment.method_class.reads | {"features"}
+
+    @cached_property
+    def array_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Shapes of the stored arrays for one image, known before they exist.
+
+        Raises a `ConfigError` if the backbone does not give what the method reads.
+        """
+        if len(self.reads) == 1:
+            return {"features": (self.dim,)}
+        if self.features.finished:
+            store = FeatureStore.open(self.features.folder)
+            return {name: store.array(name).shape[1:] for name in sorted(self.reads)}
+        from iciia_exp.engine.training.extract import probes  # late: it imports Lightning
+
+        e, more = self.experiment, self.facts.backbone_arguments
+        spec, method = e.backbone, e.method_class.name
+        if "logits" in self.reads and spec.train == "head":
+            problem = "reads logits, but with backbone.train=head the classifier is fitted after they would be stored"
+            raise ConfigError("method", method, f"{problem}; use backbone.train=all or none")
+        backbone = e.named(lambda: spec.fresh(self.num_classes, **more), "backbone").eval()
+        _, example = readable(e.dataset, backbone.transform, probes(np.arange(len(e.dataset))))
+        try:
+            return backbone.output_shapes(example, self.reads)
+        except UserError as error:
+            problem = f"cannot work with backbone {spec.name}: {error}; choose a backbone that gives what it reads"
+            raise ConfigError("method", method, problem) from error
+
     def new_backbone(self) -> Backbone:
         """Build the backbone with its initial weights."""
         e, names, more = self.experiment, self.facts.class_names, self.facts.backbone_arguments
@@ -104,7 +137,7 @@ class Inputs:
 
     def new_method(self, head: nn.Linear) -> Method:
         """Build the method behind a classifier, with fresh weights."""
-        facts = Facts(self.experiment.dataset_class.task, head, tuple(self.facts.class_names))
+        facts = Facts(self.experiment.dataset_class.task, head, tuple(self.facts.class_names), arrays=self.array_shapes)
         return build(self.method_config, "method", facts=facts)
 
     def open_store(self) -> FeatureStore:
@@ -116,6 +149,11 @@ class Inputs:
             hint = f"repair them and delete {store.path}, or leave them out with features.on_bad_image=skip"
             raise UserError(f"{what}, {count}; {hint}" if len(bad) > 1 else f"{what}; {hint}")
         return store
+
+    def batches(self, store: FeatureStore) -> FeatureBatches:
+        """Return client batches of the arrays that the method reads."""
+        arrays = {name: store.array(name) for name in sorted(self.reads - {"features"})}
+        return FeatureBatches(store.array(), self.labels, arrays=arrays)
 
     def readable_clients(self, store: FeatureStore) -> Clients:
         """Return the clients without the images that could not be read."""

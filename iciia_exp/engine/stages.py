@@ -50,6 +50,8 @@ class Stages(Inputs):
             "classes": self._weights_classes if spec.train == "none" else None,
             "fitted head": spec.train == "head",
         }
+        if len(self.reads) > 1:  # a store of its own; that of features alone keeps its digest
+            parts["arrays"] = sorted(self.reads)
         needs = () if self.backbone is None else (self.backbone,)
         make, report = partial(train_backbone.make_features, self), partial(train_backbone.report_features, self)
         return self._shared("features", parts, make, needs, report)

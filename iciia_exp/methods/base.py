@@ -6,7 +6,7 @@ Legend: C clients, S images of a client, D features, K classes.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from enum import Enum
 from typing import Any, ClassVar, Protocol, TypeVar
 
@@ -56,16 +56,27 @@ class Facts:
         task: single-label or multi-label.
         head: the backbone's frozen classifier, K x D.
         class_names: names of the K classes; may be empty.
+        arrays: shape of each array that the method reads beside the features, for one image, by name.
     """
 
-    def __init__(self, task: Task, head: nn.Linear, class_names: tuple[str, ...] = ()) -> None:
+    def __init__(
+        self,
+        task: Task,
+        head: nn.Linear,
+        class_names: tuple[str, ...] = (),
+        arrays: Mapping[str, tuple[int, ...]] | None = None,
+    ) -> None:
         self.task, self.head, self.class_names = task, head, class_names
         self.num_classes, self.dim = head.out_features, head.in_features
+        #: Shapes of the stored arrays for one image, by name: ``{"features": (D,), "tokens": (n, d)}``.
+        self.arrays: Mapping[str, tuple[int, ...]] = {**(arrays or {}), "features": (self.dim,)}
 
     @classmethod
-    def of(cls, head: nn.Linear, task: str = SINGLE_LABEL) -> Facts:
+    def of(
+        cls, head: nn.Linear, task: str = SINGLE_LABEL, arrays: Mapping[str, tuple[int, ...]] | None = None
+    ) -> Facts:
         """Return the facts of a classifier, for use without an experiment."""
-        return cls(TASKS[task], head)
+        return cls(TASKS[task], head, arrays=arrays)
 
 
 def copy_of(head: nn.Linear, trained: bool) -> nn.Linear:
@@ -110,6 +121,8 @@ class Method(nn.Module, ABC):
     name: ClassVar[str]
     #: Tasks that it supports.
     tasks: ClassVar[tuple[Task, ...]] = tuple(TASKS.values())
+    #: Names of the stored arrays that it reads, in `ClientBatch.arrays`; the features are always there.
+    reads: ClassVar[frozenset[str]] = frozenset({"features"})
     #: What it must know of a client.
     asks: ClassVar[frozenset[Ask]] = frozenset()
     #: Whether it is trained by gradients with the configuration's recipe, which then counts in its digest.

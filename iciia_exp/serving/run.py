@@ -63,7 +63,8 @@ def save_method(folder: Path, method: Method, head: nn.Linear, config: dict[str,
         folder: of the run.
         method, head: the trained method and the backbone's classifier.
         config: the method's configuration.
-        facts: further keys of ``run.json``: ``task``, ``class_names``, ``images``, ``features``, ``backbone``.
+        facts: further keys of ``run.json``: ``task``, ``class_names``, ``images``, ``features``, ``backbone``; and
+            ``arrays``, shapes by name, if the method reads more than the features.
     """
     tensors = {f"method.{name}": t for name, t in method.state_dict().items()}
     tensors |= {f"head.{name}": t for name, t in head.state_dict().items()}
@@ -125,7 +126,8 @@ class Run:
         if shape != [info["num_classes"], info["dim"]]:  # before anything of that size is allocated
             raise UserError(f"{path}/weights.safetensors: its classifier is {shape}, not what run.json describes")
         head = nn.Linear(info["dim"], info["num_classes"])
-        facts = Facts(TASKS[info["task"]], head, tuple(info["class_names"]))
+        arrays = {name: tuple(shape) for name, shape in info.get("arrays", {}).items()}
+        facts = Facts(TASKS[info["task"]], head, tuple(info["class_names"]), arrays)
         try:
             method = restore(info["method"], Method, plugins, facts=facts)  # type: ignore[type-abstract]
         except UserError as error:
@@ -274,6 +276,9 @@ def _checked(info: dict[str, Any], path: Path) -> dict[str, Any]:
     right = isinstance(names, list) and len(names) == info["num_classes"] and all(map(_text, names))
     require("class_names", right, f"a list of {info['num_classes']} names")
     require("features", _folder_name(info.get("features")), "the name of a folder")
+    shapes = info.get("arrays", {})
+    right = isinstance(shapes, dict) and all(isinstance(s, list) and all(map(whole, s)) for s in shapes.values())
+    require("arrays", right, f"lists of whole numbers of 1 to {_LARGEST:,}")
     if (backbone := info.get("backbone")) is not None:
         keys = {"name", "train", "model", "pretrained", "classes", "folder", "weights"}
         require("backbone", isinstance(backbone, dict) and set(backbone) == keys, f"an object with {', '.join(keys)}")

@@ -1,5 +1,6 @@
 import numpy as np
 import pytest
+import torch
 from torch.utils.data import DataLoader
 
 from iciia_exp.data.batches import ClientBatchSampler, ClientIndex, FeatureBatches, cut_chunks, pack
@@ -135,3 +136,25 @@ def test_logits_of_some_images():
     np.testing.assert_array_equal(batch.backbone_CSK, want)
     assert batches[ClientIndex(np.array([[2, 4, -1]]), np.array([0]))].backbone_CSK is None
     assert FeatureBatches(features, np.arange(10))[ClientIndex(np.array([[2]]), np.array([0]))].backbone_CSK is None
+
+
+def test_arrays_beside_the_features():
+    rng = np.random.default_rng(0)
+    features = rng.standard_normal((10, 4)).astype(np.float32)
+    tokens = rng.standard_normal((10, 3, 2)).astype(np.float16)
+    batches = FeatureBatches(features, np.arange(10), arrays={"tokens": tokens})
+    index_CS = np.array([[2, 7, -1], [3, 5, 2]])
+    for batch in (batches[ClientIndex(index_CS, np.arange(2))].moved("cpu"), *loaded(batches, index_CS)):
+        got = batch.arrays["tokens"]
+        assert got.dtype == torch.float32
+        np.testing.assert_array_equal(got, np.where((index_CS >= 0)[..., None, None], tokens[index_CS], 0))
+        np.testing.assert_array_equal(batch.x_CSD[1], features[index_CS[1]])
+    plain = FeatureBatches(features, np.arange(10))[ClientIndex(index_CS, np.arange(2))]
+    assert plain.arrays == plain.moved("cpu").arrays == {}
+    assert torch.equal(plain.x_CSD, batch.x_CSD)
+
+
+def loaded(batches, index_CS):
+    """Yield the batch as it comes out of a loading process."""
+    order = [ClientIndex(index_CS, np.arange(2))]
+    return DataLoader(batches, batch_size=None, sampler=order, num_workers=1)

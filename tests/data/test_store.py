@@ -14,20 +14,36 @@ from iciia_exp.errors import UserError
 
 M, D, K = 50, 4, 3
 FEATURES = np.random.default_rng(0).normal(size=(M, D)).astype(np.float32)
+VALUES = {
+    "features": FEATURES,
+    "logits": np.random.default_rng(1).normal(size=(M, K)).astype(np.float32),
+    "tokens": np.random.default_rng(2).normal(size=(M, 5, 2)).astype(np.float16),
+}
 TABLE = pd.DataFrame({"label": np.arange(M) % K, "split": "train", "owner": None, "parent": "p"})
 HEAD = {"weight": torch.arange(K * D).float().view(K, D), "bias": torch.arange(K).float()}
 
 
-def prepare(folder, dtype="float32"):
-    FeatureWriter.prepare(folder, M, D, dtype)
+@pytest.fixture(params=[("features",), tuple(VALUES)], ids=["features", "several"])
+def names(request):
+    """Return the names of the arrays of a store: the features alone, or several."""
+    return request.param
+
+
+def prepare(folder, names=("features",), dtype="float32"):
+    arrays = {name: (VALUES[name].shape[1:], str(VALUES[name].dtype)) for name in names}
+    FeatureWriter.prepare(folder, M, arrays | {"features": ((D,), dtype)})
     return FeatureWriter.remaining(folder)
 
 
-def fill(folder, rows=None, **options):
-    left = prepare(folder)
+def values(names, rows):
+    return {name: VALUES[name][rows] for name in names}
+
+
+def fill(folder, names=("features",), rows=None, **options):
+    left = prepare(folder, names)
     writer = FeatureWriter(folder, **options)
     for part in np.array_split(left if rows is None else rows, 5):
-        writer.write(part, FEATURES[part])
+        writer.write(part, values(names, part))
     writer.flush()
 
 
@@ -35,17 +51,39 @@ def finish(folder, head=HEAD):
     FeatureWriter.finish(folder, TABLE, head, {"dim": D, "num_classes": K, "macs": 7})
 
 
-def test_round_trip(tmp_path):
-    fill(tmp_path)
+def check_arrays(folder, names):
+    store = FeatureStore.open(folder)
+    for name in names:
+        np.testing.assert_array_equal(store.array(name), VALUES[name])
+        assert store.array(name).dtype == VALUES[name].dtype
+
+
+def test_round_trip(tmp_path, names):
+    fill(tmp_path, names)
     finish(tmp_path)
     store = FeatureStore.open(tmp_path)
-    np.testing.assert_array_equal(store.array(), FEATURES)
+    check_arrays(tmp_path, names)
     assert isinstance(store.array(), np.memmap)
     pd.testing.assert_frame_equal(store.table, TABLE, check_dtype=False)
     assert not store.bad.any()
     assert (store.dim, store.num_classes, store.macs) == (D, K, 7)
     torch.testing.assert_close(load_file(tmp_path / "head.safetensors"), HEAD)
-    assert sorted(os.listdir(tmp_path)) == ["features.npy", "head.safetensors", "images.parquet", "manifest.json"]
+    files = [*(f"{name}.npy" for name in names), "head.safetensors", "images.parquet", "manifest.json"]
+    assert sorted(os.listdir(tmp_path)) == sorted(files)
+    assert store.manifest["arrays"] == {
+        name: {"shape": list(VALUES[name].shape), "dtype": str(VALUES[name].dtype)} for name in names
+    }
+
+
+def test_an_array_that_is_not_there_says_how_to_make_it(tmp_path):
+    fill(tmp_path)
+    finish(tmp_path)
+    with pytest.raises(UserError) as error:
+        FeatureStore.open(tmp_path).array("tokens")
+    assert str(error.value) == (
+        f"{tmp_path}: has no array tokens, only features; "
+        "a method with tokens in its `reads` makes a store of its own that has it"
+    )
 
 
 def test_without_a_classifier(tmp_path):
@@ -55,11 +93,11 @@ def test_without_a_classifier(tmp_path):
 
 
 def test_float16(tmp_path):
-    prepare(tmp_path, "float16")
+    prepare(tmp_path, dtype="float16")
     writer = FeatureWriter(tmp_path)
-    with pytest.raises(UserError, match="does not fit float16"):
-        writer.write(np.arange(M), FEATURES * 1e6)
-    writer.write(np.arange(M), FEATURES)
+    with pytest.raises(UserError, match=r"^features: .* does not fit float16; use features\.dtype=float32"):
+        writer.write(np.arange(M), {"features": FEATURES * 1e6})
+    writer.write(np.arange(M), {"features": FEATURES})
     writer.flush()
     finish(tmp_path)
     np.testing.assert_array_equal(FeatureStore.open(tmp_path).array(), FEATURES.astype(np.float16))
@@ -68,18 +106,18 @@ def test_float16(tmp_path):
 def test_an_unfinished_store_is_not_one(tmp_path):
     with pytest.raises(UserError, match="no feature store"):
         FeatureStore.open(tmp_path)
-    fill(tmp_path, np.arange(20))
+    fill(tmp_path, rows=np.arange(20))
     with pytest.raises(RuntimeError, match="30 of 50"):
         finish(tmp_path)
     with pytest.raises(UserError, match="no feature store"):
         FeatureStore.open(tmp_path)
 
 
-def test_images_that_cannot_be_read(tmp_path):
+def test_images_that_cannot_be_read(tmp_path, names):
     good = np.setdiff1d(np.arange(M), [3, 40])
-    prepare(tmp_path)
+    prepare(tmp_path, names)
     writer = FeatureWriter(tmp_path)
-    writer.write(good, FEATURES[good])
+    writer.write(good, values(names, good))
     for _ in range(2):  # noted before a kill, and again after it
         writer.write_bad([(40, "OSError: truncated"), (3, "missing")])
     writer.flush()
@@ -87,73 +125,127 @@ def test_images_that_cannot_be_read(tmp_path):
     finish(tmp_path)
     store = FeatureStore.open(tmp_path)
     assert np.flatnonzero(store.bad).tolist() == [3, 40]
-    assert not store.array()[[3, 40]].any()
+    assert not any(store.array(name)[[3, 40]].any() for name in names)
 
 
-def test_images_that_could_not_be_read_are_tried_again(tmp_path):
-    prepare(tmp_path)
+def test_images_that_could_not_be_read_are_tried_again(tmp_path, names):
+    prepare(tmp_path, names)
     writer = FeatureWriter(tmp_path)
-    writer.write(np.arange(10), FEATURES[:10])
+    writer.write(np.arange(10), values(names, slice(10)))
     writer.write_bad([(12, "missing")])
     writer.flush()
     with open(tmp_path / "bad.0.jsonl", "a") as file:
         file.write('[13, "cut o')  # by a kill
     assert FeatureWriter.bad_images(tmp_path) == {12: "missing"}
-    assert prepare(tmp_path).tolist() == list(range(10, M))
+    assert prepare(tmp_path, names).tolist() == list(range(10, M))
     assert FeatureWriter.bad_images(tmp_path) == {}
 
 
-def test_several_processes_share_the_rows(tmp_path):
-    prepare(tmp_path)
+def test_several_processes_share_the_rows(tmp_path, names):
+    prepare(tmp_path, names)
     for rank, rows in enumerate(np.array_split(np.arange(M), 3)):
         writer = FeatureWriter(tmp_path, rank)
-        writer.write(rows, FEATURES[rows])
+        writer.write(rows, values(names, rows))
         if rank != 1:  # the second is killed before its rows are known to be on disk
             writer.flush()
     assert FeatureWriter.remaining(tmp_path).tolist() == np.array_split(np.arange(M), 3)[1].tolist()
-    fill(tmp_path)  # one process finishes the work of three
+    fill(tmp_path, names)  # one process finishes the work of three
     finish(tmp_path)
-    np.testing.assert_array_equal(FeatureStore.open(tmp_path).array(), FEATURES)
-    assert len(os.listdir(tmp_path)) == 4
+    check_arrays(tmp_path, names)
+    assert len(os.listdir(tmp_path)) == len(names) + 3
 
 
-def _killed(folder):
-    fill(folder, np.arange(20))
+def _killed(folder, names):
+    fill(folder, names, np.arange(20))
     writer = FeatureWriter(folder, flush_seconds=1e9)
-    writer.write(np.arange(20, 30), FEATURES[20:30])  # written, not yet known to be on disk
+    writer.write(np.arange(20, 30), values(names, slice(20, 30)))  # written, not yet known to be on disk
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-def test_a_killed_extraction_continues(tmp_path):
-    process = multiprocessing.get_context("fork").Process(target=_killed, args=(tmp_path,))
+def test_a_killed_extraction_continues(tmp_path, names):
+    process = multiprocessing.get_context("fork").Process(target=_killed, args=(tmp_path, names))
     process.start()
     process.join(30)
     assert process.exitcode == -signal.SIGKILL
-    assert prepare(tmp_path).tolist() == list(range(20, M))
-    fill(tmp_path)
+    assert prepare(tmp_path, names).tolist() == list(range(20, M))
+    fill(tmp_path, names)
     finish(tmp_path)
-    np.testing.assert_array_equal(FeatureStore.open(tmp_path).array(), FEATURES)
+    check_arrays(tmp_path, names)
+
+
+@pytest.mark.parametrize("where", [0, 1, 2])
+def test_rows_are_done_only_when_every_array_is_on_disk(tmp_path, monkeypatch, where):
+    """A flush is killed before its first, second or third array is on disk."""
+    names = tuple(VALUES)
+    prepare(tmp_path, names)
+    writer = FeatureWriter(tmp_path)
+    writer.write(np.arange(20), values(names, slice(20)))
+    original, flushed = np.memmap.flush, []
+
+    def flush(array):
+        if len(flushed) == where:
+            raise KeyboardInterrupt
+        flushed.append(array)
+        original(array)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(np.memmap, "flush", flush)
+        with pytest.raises(KeyboardInterrupt):
+            writer.flush()
+    assert len(prepare(tmp_path, names)) == M
+    fill(tmp_path, names)
+    finish(tmp_path)
+    check_arrays(tmp_path, names)
 
 
 def test_leftovers_of_another_shape_are_started_afresh(tmp_path):
-    fill(tmp_path, np.arange(20))
+    fill(tmp_path, rows=np.arange(20))
     assert len(prepare(tmp_path)) == M - 20
-    assert len(prepare(tmp_path, "float16")) == M
+    assert len(prepare(tmp_path, dtype="float16")) == M
     (tmp_path / "done.0.npy").write_bytes(b"cut o")
-    assert len(prepare(tmp_path, "float16")) == M
+    assert len(prepare(tmp_path, dtype="float16")) == M
 
 
-def test_features_must_be_finite(tmp_path):
-    prepare(tmp_path)
-    bad = FEATURES[:3].copy()
-    bad[1, 2] = np.nan
-    with pytest.raises(UserError, match=r"not finite for 1 images, first \[1\]"):
+def test_leftovers_with_other_arrays_are_started_afresh(tmp_path):
+    names = tuple(VALUES)
+    fill(tmp_path, names, np.arange(20))
+    assert len(prepare(tmp_path, names)) == M - 20
+    (tmp_path / "tokens.npy").unlink()  # killed while the arrays were made
+    assert len(prepare(tmp_path, names)) == M
+    fill(tmp_path, names, np.arange(20))
+    assert len(prepare(tmp_path, names[:2])) == M
+    assert sorted(os.listdir(tmp_path)) == ["features.npy", "logits.npy"]
+    np.save(tmp_path / "logits.npy", VALUES["logits"][:, :2])
+    assert len(prepare(tmp_path, names[:2])) == M
+    (tmp_path / "logits.npy").write_bytes(b"cut o")
+    fill(tmp_path, names[:2])
+    finish(tmp_path)
+    check_arrays(tmp_path, names[:2])
+
+
+@pytest.mark.parametrize("name", VALUES)
+@pytest.mark.parametrize("wrong", [np.nan, np.inf, -np.inf])
+def test_values_must_be_finite(tmp_path, name, wrong):
+    prepare(tmp_path, tuple(VALUES))
+    bad = {key: value[:3].copy() for key, value in VALUES.items()}
+    bad[name][1, 1] = wrong
+    with pytest.raises(UserError, match=rf"^{name}: .* not finite for 1 images, first \[1\]"):
         FeatureWriter(tmp_path).write(np.arange(3), bad)
 
 
+def test_values_must_fit_their_array(tmp_path):
+    prepare(tmp_path, tuple(VALUES))
+    writer = FeatureWriter(tmp_path)
+    large = values(VALUES, slice(3)) | {"tokens": np.full((3, 5, 2), -7e4, np.float32)}
+    with pytest.raises(UserError, match=r"^tokens: a value of 7e\+04 does not fit float16$"):
+        writer.write(np.arange(3), large)
+    with pytest.raises(UserError, match=r"^tokens: the backbone gave \[4, 2\] for an image, the first .* \[5, 2\]$"):
+        writer.write(np.arange(3), large | {"tokens": np.zeros((3, 4, 2), np.float32)})
+
+
 def test_a_disk_too_small_is_seen_before_the_work(tmp_path):
-    with pytest.raises(UserError, match=r"need 4000000\.0 GB"):
-        FeatureWriter.prepare(tmp_path, 10**12, 1000, "float32")
+    with pytest.raises(UserError, match=r"features and tokens need 8000000\.0 GB"):
+        FeatureWriter.prepare(tmp_path, 10**12, {"features": ((1000,), "float32"), "tokens": ((20, 100), "float16")})
     assert not os.listdir(tmp_path)
 
 

@@ -227,4 +227,10 @@ def test_a_class_is_an_interface_or_a_leaf():
 def test_the_interface_stays_small():
     members = [name for name in vars(Method) if not name.startswith("_")]
     members += [name for name in Method.__annotations__ if name not in members]
-    assert len(members) <= 12, members
+    assert len(members) <= 13, members
+
+
+def test_facts_have_the_shapes_of_the_stored_arrays():
+    head = nn.Linear(D, K)
+    assert Facts.of(head).arrays == {"features": (D,)}
+    assert Facts.of(head, arrays={"tokens": (5, 3)}).arrays == {"features": (D,), "tokens": (5, 3)}

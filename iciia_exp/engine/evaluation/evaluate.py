@@ -9,7 +9,6 @@ import pandas as pd
 from lightning.pytorch.callbacks import Checkpoint
 
 from iciia_exp.artifacts import atomic_write, read_json, write_json
-from iciia_exp.data.batches import FeatureBatches
 from iciia_exp.data.clients import Clients
 from iciia_exp.engine.evaluation.attribution import attribution_table
 from iciia_exp.engine.evaluation.drawn_clients import drawn_clients_table
@@ -35,7 +34,7 @@ def evaluate(inputs: Inputs, folder: Path) -> None:
     run = inputs.load_run(inputs.run.folder)
     store = inputs.open_store()
     clients = inputs.readable_clients(store)
-    batches = FeatureBatches(store.array(), inputs.labels)
+    batches = inputs.batches(store)
     module = MethodModule(run.method, run.head, e.training.recipe, len(clients))
     data = ClientDataModule(clients, batches, e.images, loading=e.training.loading)
     callbacks = [c for c in configured(e.config["callbacks"]).values() if not isinstance(c, Checkpoint)]

@@ -1,12 +1,12 @@
-"""Feature extraction: the frozen backbone once over every image of a dataset.
+"""Feature extraction: the frozen backbone once over every image of a dataset, all stored arrays in one pass.
 
 Legend: B images of a batch, D features, K classes, M images of the dataset.
 """
 
 import logging
+import math
 import os
 import time
-import warnings
 from pathlib import Path
 from typing import Any
 
@@ -66,37 +66,42 @@ def extract(
     trainer_config: dict[str, Any],
     manifest: dict[str, Any],
     with_head: bool = True,
+    arrays: frozenset[str] = frozenset({"features"}),
 ) -> None:
     """Write the feature store of ``dataset`` under ``backbone`` into ``folder``, continuing what a kill left there.
 
     ``manifest`` is what the caller knows (names, digests); sizes, costs and accuracies are added. ``with_head`` is
-    false where the classifier is fitted on these features later. Of several processes only the first finishes it.
+    false where the classifier is fitted on these features later. ``arrays`` are stored: features as the configuration
+    says, logits as float32, others as float16. Of several processes only the first finishes it.
     """
     backbone.eval().requires_grad_(False)
     images, first = len(table), process_rank() == 0
     known, example = readable(dataset, backbone.transform, probes(np.arange(images)))
     macs = backbone.macs(example)
+    dtypes = {"features": extraction.dtype, "logits": "float32"}
+    layout = {n: (shape, dtypes.get(n, "float16")) for n, shape in backbone.output_shapes(example, arrays).items()}
     head = {name: tensor.detach().float().cpu() for name, tensor in backbone.head.state_dict().items()}
     start = time.monotonic()
     steps = backbone.faster(example)
     labels = dense_labels(table["label"], dataset.task, dataset.num_classes)
     if first:
-        FeatureWriter.prepare(folder, images, backbone.dim, extraction.dtype)
+        FeatureWriter.prepare(folder, images, layout)
         rows = FeatureWriter.remaining(folder)
         again = "" if len(rows) == images else f", {images - len(rows):,} already done"
-        size = images * backbone.dim * np.dtype(extraction.dtype).itemsize
-        log.info(
-            "features: %s images x %s %s, %s%s", f"{images:,}", backbone.dim, extraction.dtype, decimal(size), again
+        size = images * sum(math.prod(shape) * np.dtype(dtype).itemsize for shape, dtype in layout.values())
+        each = " and ".join(
+            f"{'' if name == 'features' else f'{name} '}{' x '.join(map(str, shape))} {dtype}"
+            for name, (shape, dtype) in layout.items()
         )
+        log.info("features: %s images x %s, %s%s", f"{images:,}", each, decimal(size), again)
         on_gpu = torch.cuda.is_available() and trainer_config.get("accelerator") != "cpu"
         some = 8 if (macs or 0) < 5e9 else 2
         if not on_gpu and (seconds := _estimate(dataset, backbone, rows, os.cpu_count() or 1, some)) > 60:
             log.info("features: about %s on this machine's processor, if nothing speeds it up", in_time(seconds))
     if not first or len(rows) or process_count() > 1:  # several work together or not at all
         wanted = TransformedImages(dataset, backbone.transform, np.arange(images), labels, extraction.on_bad_image)
-        module = Extractor(backbone, wanted, extraction, folder, known, example.numel())
+        module = Extractor(backbone, wanted, extraction, folder, known, example.numel(), arrays)
         with quiet_lightning():
-            warnings.filterwarnings("ignore", message=".*across ranks is zero.*")
             trainer = extraction_trainer(trainer_config, extraction, WriteFeatures(folder))
             logging.getLogger("torch.multiprocessing.spawn").setLevel(logging.ERROR)  # names each process that it ends
             with plain_errors(f"features.devices={extraction.devices}"), interruptible(trainer):

@@ -1,14 +1,15 @@
-"""Extractor: the Lightning module and callback that write the features of the images that are left."""
+"""Extractor: the Lightning module and callback that write the features and other arrays of the images that are left."""
 
 import logging
 import time
+import warnings
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
 import numpy as np
-import torch
+from lightning.pytorch.callbacks import BasePredictionWriter
 from torch import Tensor
 from torch.utils.data import DataLoader
 
@@ -16,7 +17,7 @@ from iciia_exp.config.settings import Extraction
 from iciia_exp.data.images import ImageBatch, ImageBlocks, TransformedImages, readable
 from iciia_exp.data.store import FeatureWriter
 from iciia_exp.engine.terminal import progress_bar, setup_logging
-from iciia_exp.engine.training.image_loading import ThreadedFeatures, image_loader, images_per_step
+from iciia_exp.engine.training.image_loading import ThreadedOutputs, image_loader, images_per_step
 from iciia_exp.engine.training.trainer import quiet_lightning
 from iciia_exp.errors import UserError
 from iciia_exp.models.backbones.base import Backbone
@@ -27,7 +28,7 @@ log = logging.getLogger(__name__)
 
 
 class Extractor(pl.LightningModule):
-    """Gives features of the images that nobody has done yet; every process takes its part of them.
+    """Gives the arrays of the images that nobody has done yet; every process takes its part of them.
 
     Args:
         backbone: the frozen network.
@@ -36,6 +37,7 @@ class Extractor(pl.LightningModule):
         folder: the store that is being made.
         known: number of an image that can be read.
         numbers: in one image.
+        arrays: names of the arrays.
     """
 
     def __init__(
@@ -46,13 +48,14 @@ class Extractor(pl.LightningModule):
         folder: Path,
         known: int,
         numbers: int,
+        arrays: frozenset[str],
     ) -> None:
         super().__init__()
         self.backbone, self.images, self.extraction, self.folder = backbone, images, extraction, folder
-        self.known, self.numbers = known, numbers
+        self.known, self.numbers, self.arrays = known, numbers, arrays
         self.allow_zero_length_dataloader_with_multiple_devices = True  # fewer images left than processes
 
-    def predict_dataloader(self) -> DataLoader[Any] | ThreadedFeatures:
+    def predict_dataloader(self) -> DataLoader[Any] | ThreadedOutputs:
         """Return this process's images: a run of consecutive ones, so that two processes seldom share a page."""
         self.trainer.strategy.barrier()  # the first process has made room by now
         left = FeatureWriter.remaining(self.folder)
@@ -63,15 +66,17 @@ class Extractor(pl.LightningModule):
         blocks = ImageBlocks(self.images, mine, size)
         workers = self.extraction.workers(blocks.num_images, device == "cpu")
         if device == "cpu" and not workers and self.trainer.precision == "32-true":  # autocast is this thread's alone
-            return ThreadedFeatures(blocks, self._features)
+            return ThreadedOutputs(blocks, self._outputs)
         return image_loader(blocks, None, workers)
 
-    def predict_step(self, batch: Any, batch_idx: int) -> tuple[ImageBatch, Tensor]:
-        """Return a batch and its features."""
-        return (batch, self._features(batch)) if isinstance(batch, ImageBatch) else batch
+    def predict_step(self, batch: Any, batch_idx: int) -> tuple[ImageBatch, dict[str, Tensor]]:
+        """Return a batch and its arrays by name, float32; none if no image could be read."""
+        return (batch, self._outputs(batch)) if isinstance(batch, ImageBatch) else batch
 
-    def _features(self, batch: ImageBatch) -> Tensor:
-        return self.backbone.features(batch.images).float() if len(batch.images) else torch.empty(0, self.backbone.dim)
+    def _outputs(self, batch: ImageBatch) -> dict[str, Tensor]:
+        if not len(batch.images):
+            return {}
+        return {name: values.float() for name, values in self.backbone.outputs(batch.images, self.arrays).items()}
 
     def check_disk(self, problem: str) -> None:
         """Raise where an image that could be read before cannot be read any more: not the images are at fault."""
@@ -83,10 +88,11 @@ class Extractor(pl.LightningModule):
             raise UserError(f"{what}; is its disk still there? The same command goes on from here") from error
 
 
-class WriteFeatures(pl.Callback):
+class WriteFeatures(BasePredictionWriter):
     """Hands every batch to the writer, shows throughput, and says early how long it will take."""
 
     def __init__(self, folder: Path) -> None:
+        super().__init__(write_interval="batch")
         self.folder, self.done = folder, 0
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -95,6 +101,12 @@ class WriteFeatures(pl.Callback):
         setup_logging()
         self._quiet = ExitStack()
         self._quiet.enter_context(quiet_lightning())
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Silence, in each process, Lightning's warnings about loaders that are as they should be."""
+        super().setup(trainer, pl_module, stage)
+        for message in (".*infer the batch indices.*", ".*across ranks is zero.*"):
+            warnings.filterwarnings("ignore", message=message)
 
     def on_predict_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Open the writer and the bar."""
@@ -106,12 +118,15 @@ class WriteFeatures(pl.Callback):
         self._bar.start()
         self._task = self._bar.add_task("features", total=self.images, note="")
 
-    def on_predict_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, *_: Any) -> None:
+    def write_on_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, prediction: Any, *_: Any, **__: Any
+    ) -> None:
         """Write a batch; log how long the rest will take once that is known."""
-        batch, features = outputs
-        if not len(features):
+        batch, arrays = prediction
+        if arrays:
+            self.writer.write(batch.rows.cpu().numpy(), {name: values.cpu().numpy() for name, values in arrays.items()})
+        else:
             pl_module.check_disk(batch.bad[-1][1])  # type: ignore[operator]
-        self.writer.write(batch.rows.cpu().numpy(), features.cpu().numpy())
         if batch.bad:
             self.writer.write_bad(batch.bad)
         self.done += len(batch.rows) + len(batch.bad)
@@ -128,7 +143,7 @@ class WriteFeatures(pl.Callback):
             log.info("features: %s images/s%s, about %s left", f"{rate:,.0f}", each, in_time(left))
 
     def on_predict_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Bring the last features to disk."""
+        """Bring the last values to disk."""
         self._bar.stop()
         self.writer.flush()
 

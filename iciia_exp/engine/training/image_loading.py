@@ -1,6 +1,6 @@
 """Image loading: batch sizes, data loaders, and threads for loading and computing.
 
-Legend: B images of a batch, D features.
+Legend: B images of a batch.
 """
 
 from collections.abc import Callable, Iterator
@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader
 from iciia_exp.data.images import ImageBatch, ImageBlocks, TransformedImages, collate
 from iciia_exp.machine import side_by_side
 
-__all__ = ["ThreadedFeatures", "image_loader", "images_per_step"]
+__all__ = ["ThreadedOutputs", "image_loader", "images_per_step"]
 
 # Numbers in the images of one step, and images of a step at most. On a CPU the intermediate results of two steps should
 # stay in its cache (benchmarks/bench_extraction.py); a GPU needs many images at once.
@@ -46,30 +46,30 @@ def _as_it_is(batch: ImageBatch) -> ImageBatch:
     return batch
 
 
-class ThreadedFeatures:
-    """Batches with their features, from threads that load and compute one batch each; iterable like a loader.
+class ThreadedOutputs:
+    """Batches with their outputs, from threads that load and compute one batch each; iterable like a loader.
 
     Loading and computing share a processor's cores without waiting for each other, unlike loading processes or threads
     beside a network on all cores (benchmarks/bench_extraction.py).
 
     Args:
         dataset: the batches, all of the form `ImageBatch`.
-        features: from a batch to its features.
+        outputs: from a batch to its arrays, by name.
     """
 
     # More threads wait for the interpreter's lock between a network's operations.
     most = 8
 
-    def __init__(self, dataset: ImageBlocks, features: Callable[[ImageBatch], Tensor]) -> None:
-        self.dataset, self.features = dataset, features
+    def __init__(self, dataset: ImageBlocks, outputs: Callable[[ImageBatch], dict[str, Tensor]]) -> None:
+        self.dataset, self.outputs = dataset, outputs
 
     def __len__(self) -> int:
         return len(self.dataset)
 
-    def __iter__(self) -> Iterator[tuple[ImageBatch, Tensor]]:
-        """Yield (batch without its images, features) in order, at most two batches per thread ahead."""
+    def __iter__(self) -> Iterator[tuple[ImageBatch, dict[str, Tensor]]]:
+        """Yield (batch without its images, arrays) in order, at most two batches per thread ahead."""
         return side_by_side(self._compute, range(len(self)), min(self.most, max(1, len(self))), ahead=2)
 
-    def _compute(self, index: int) -> tuple[ImageBatch, Tensor]:
+    def _compute(self, index: int) -> tuple[ImageBatch, dict[str, Tensor]]:
         batch = self.dataset[index]
-        return batch._replace(images=torch.empty(0)), self.features(batch)
+        return batch._replace(images=torch.empty(0)), self.outputs(batch)

@@ -118,7 +118,7 @@ def load_backbone(inputs: Inputs) -> tuple[Backbone, dict[str, Any]]:
 
 
 def make_features(inputs: Inputs, folder: Path) -> None:
-    """Extract the features of all images of the dataset."""
+    """Extract the features of all images of the dataset, and what else the method reads."""
     from iciia_exp.engine.training.extract import extract
 
     e = inputs.experiment
@@ -129,8 +129,8 @@ def make_features(inputs: Inputs, folder: Path) -> None:
         "weights_digest": trained.get("weights_digest", inputs.weights_digest),
         "backbone_seconds": trained.get("seconds"),
     }
-    with_head = e.backbone.train != "head"
-    extract(e.dataset, e.dataset.table, backbone, e.extraction, folder, e.config["trainer"], manifest, with_head)
+    table, trainer, with_head = e.dataset.table, e.config["trainer"], e.backbone.train != "head"
+    extract(e.dataset, table, backbone, e.extraction, folder, trainer, manifest, with_head, inputs.reads)
 
 
 def report_features(inputs: Inputs, folder: Path, made: bool) -> None:

@@ -53,7 +53,7 @@ def train_method(inputs: Inputs, folder: Path) -> None:
     torch.manual_seed(derive_seed("method", e.seed))
     method = inputs.new_method(head)
     known = e.client_mix.known(clients)
-    batches = FeatureBatches(store.array(), inputs.labels)
+    batches = inputs.batches(store)
     asks = e.method_class.asks
     draw_val = partial(_drawn_val, inputs, clients, batches)
     cloud = CloudView(known, batches, inputs.num_classes, training.images, draw_val, Ask.TEST_LABELS in asks)
@@ -73,6 +73,8 @@ def train_method(inputs: Inputs, folder: Path) -> None:
         "features": store.path.name,
         "backbone": None if inputs.facts.backbone_arguments else _backbone_facts(inputs),
     }
+    if beside := {name: list(shape) for name, shape in inputs.array_shapes.items() if name != "features"}:
+        stored["arrays"] = beside
     save_method(folder, method, head, inputs.method_config, stored)
     shutil.rmtree(folder / "checkpoints", ignore_errors=True)
 
@@ -143,17 +145,17 @@ def data_of(inputs: Inputs, recipe: Recipe | None = None) -> "ClientDataModule":
     from iciia_exp.engine.training.data_module import ClientDataModule
 
     e, training, store = inputs.experiment, inputs.experiment.training, inputs.open_store()
-    clients = inputs.readable_clients(store)
+    clients, batches = inputs.readable_clients(store), inputs.batches(store)
     return ClientDataModule(
         clients,
-        FeatureBatches(store.array(), inputs.labels),
+        batches,
         training.images,
         training.train_images,
         (recipe or training.recipe).batch_size,
         shuffle_images=training.shuffle_images,
         seed=e.seed,
         draw=None if e.client_mix.plain else draw_clients(inputs, clients, "train"),
-        train_batches=FeatureBatches(store.array(), inputs.labels, out_of_fold(inputs)),
+        train_batches=FeatureBatches(batches.features, batches.labels, out_of_fold(inputs), batches.arrays),
         loading=training.loading,
     )
 

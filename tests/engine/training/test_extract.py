@@ -166,7 +166,7 @@ def test_features_too_large_for_float16_are_seen_in_the_first_batch(folder, monk
 
     def count(self, rows, values):
         writes.append(rows)
-        original(self, rows, values * 1e6)
+        original(self, rows, {name: array * 1e6 for name, array in values.items()})
 
     monkeypatch.setattr(FeatureWriter, "write", count)
     with pytest.raises(UserError, match=r"does not fit float16; use features\.dtype=float32"):
