@@ -131,7 +131,7 @@ def test_what_a_reader_brings_works_as_the_page_shows(tmp_path, monkeypatch, cap
     from sklearn.datasets import load_digits
 
     blocks = re.findall(r"^```(?:python|yaml)\n# file: (\S+)\n(.*?)^```", TEXTS["extend.md"], re.S | re.M)
-    assert len(blocks) == 13
+    assert len(blocks) == 17
     for name, text in blocks:
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text(text)
@@ -147,9 +147,9 @@ def test_what_a_reader_brings_works_as_the_page_shows(tmp_path, monkeypatch, cap
             main()
         out, err = capsys.readouterr()
         assert err == ""
-        assert "perceptron alone" in out
+        assert ("two_layers alone" if "two_layers" in command else "perceptron alone") in out
     rows = [read_json(path) for path in tmp_path.glob("outputs/mine/*/*/results.json")]
-    assert {row["method"] for row in rows} == {"mean_prior", "iciia", "iciia_prior"}
+    assert {row["method"] for row in rows} == {"mean_prior", "iciia", "iciia_prior", "hidden_head"}
     assert all(row["gain"] > 0 for row in rows if row["method"] == "mean_prior")
     (lines,) = tmp_path.glob("outputs/mine/*/lines.jsonl")
     told = [json.loads(line) for line in lines.read_text().splitlines()]
