@@ -109,8 +109,8 @@ class _Timed(features.WriteFeatures):
         if not getattr(trainer.predict_dataloaders, "num_workers", 0):
             self.ended.append((time.perf_counter(), 0))
 
-    def on_predict_batch_end(self, *args: Any, **kwargs: Any) -> None:
-        super().on_predict_batch_end(*args, **kwargs)
+    def write_on_batch_end(self, *args: Any, **kwargs: Any) -> None:
+        super().write_on_batch_end(*args, **kwargs)
         self.ended.append((time.perf_counter(), self.done))
 
 
@@ -138,7 +138,6 @@ def main() -> None:
     keep_freed_memory()
     logging.getLogger("iciia_exp").setLevel(logging.WARNING)
     features.WriteFeatures = _Timed  # type: ignore[misc]
-    features.progress_bar = lambda visible: progress_bar(visible=False)  # type: ignore[assignment]
     torch.manual_seed(0)
     with tempfile.TemporaryDirectory() as name:
         root = args.data or Path(name)
@@ -177,10 +176,8 @@ def main() -> None:
             print(f"{way:<26}{statistics.median(rates):>10,.0f}{cells}")
         speed = statistics.median(seen[fastest])
         bound = 1 / (1 / speed + 1 / (os.cpu_count() or 1) / decoding)
-        print(f"{'oracle':<26}{bound:>10,.0f}{'':>10}{bound / speed:>10.0%}")
+        print(f"{'bound':<26}{bound:>10,.0f}{'':>10}{bound / speed:>10.0%}")
 
 
 if __name__ == "__main__":
-    from iciia_exp.engine.terminal import progress_bar
-
     main()

@@ -55,12 +55,11 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader
 
-from iciia_exp.artifacts import write_json
 from iciia_exp.data.batches import ClientBatchSampler, FeatureBatches
 from iciia_exp.data.clients import Clients
 from iciia_exp.data.partitions.parent_category import ParentCategory
 from iciia_exp.data.readers.parents import IMAGENET_PARENTS
-from iciia_exp.data.store import FORMAT, FeatureStore
+from iciia_exp.data.store import FeatureStore, FeatureWriter
 from iciia_exp.machine import keep_freed_memory
 from iciia_exp.methods.base import Facts
 
@@ -75,21 +74,21 @@ def make_table(train: int, test: int) -> pd.DataFrame:
     return pd.DataFrame({"label": label, "split": split, "owner": None, "parent": parents[label]})
 
 
-def make_store(folder: Path, table: pd.DataFrame, dim: int, chunk: int = 20_000) -> FeatureStore:
-    """Write a store of random features in which classes differ."""
+def make_store(folder: Path, table: pd.DataFrame, dim: int, chunk: int = 5_000) -> FeatureStore:
+    """Write a store of random features in which classes differ, with `FeatureWriter`."""
     rng = np.random.default_rng(0)
     images, classes = len(table), int(table["label"].max()) + 1
     centres_KD = rng.standard_normal((classes, dim), dtype=np.float32)
     noise = rng.standard_normal((chunk, dim), dtype=np.float32)  # the same for every chunk: quick
-    features = np.lib.format.open_memmap(folder / "features.npy", "w+", np.float16, (images, dim))
+    FeatureWriter.prepare(folder, images, {"features": ((dim,), "float16")})
+    writer = FeatureWriter(folder)
     for start in range(0, images, chunk):
         label = table["label"].to_numpy()[start : start + chunk]
-        features[start : start + chunk] = centres_KD[label] * 0.1 + noise[: len(label)]
-    features.flush()
-    table.assign(bad=False).to_parquet(folder / "images.parquet", index=False)
-    entry = {"file": "features.npy", "shape": [images, dim], "dtype": "float16"}
+        features = centres_KD[label] * 0.1 + noise[: len(label)]
+        writer.write(np.arange(start, start + len(label)), {"features": features})
+    writer.flush()
     sizes = {"dim": dim, "num_classes": classes, "images": images, "macs": None}
-    write_json(folder / "manifest.json", {"format": FORMAT, "arrays": {"features": entry}, **sizes})
+    FeatureWriter.finish(folder, table, None, sizes)
     return FeatureStore.open(folder)
 
 
@@ -166,7 +165,6 @@ def train(store: FeatureStore, labels: np.ndarray, clients: Clients, steps: int,
             "limit_train_batches": steps,
         },
         loggers=[],
-        title="iciia",
     )
     return 1000 * record["seconds"] / steps
 
