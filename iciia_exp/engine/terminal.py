@@ -36,6 +36,21 @@ class _Stdout(logging.StreamHandler):
         return f"{record.levelname.lower()}: {text}" if record.levelno >= logging.WARNING else text
 
 
+class _RunLog(logging.FileHandler):
+    """Keeps records until the folder of its file exists."""
+
+    def __init__(self, path: Path, encoding: str, delay: bool) -> None:
+        super().__init__(path, encoding=encoding, delay=delay)
+        self._folder, self._waiting = path.parent, list[logging.LogRecord]()
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self._waiting.append(record)
+        if self._folder.is_dir():
+            for waiting in self._waiting:
+                super().emit(waiting)
+            self._waiting.clear()
+
+
 def setup_logging() -> None:
     """Send the package's log messages to standard output; may be called again."""
     logger = logging.getLogger("iciia_exp")
@@ -47,9 +62,11 @@ def setup_logging() -> None:
 
 @contextmanager
 def log_file(path: Path) -> Iterator[None]:
-    """Append the package's log messages to a file, with their time; an error that ends the block with its traceback."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handler = logging.FileHandler(path, encoding="utf-8", delay=True)
+    """Append the package's log messages to a file, with their time; an error that ends the block with its traceback.
+
+    Nothing is written before the file's folder exists.
+    """
+    handler = _RunLog(path, encoding="utf-8", delay=True)
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
     logger = logging.getLogger("iciia_exp")
     logger.addHandler(handler)

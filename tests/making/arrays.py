@@ -17,7 +17,8 @@ VIT = (
 #: The transformer is trained for an epoch: its own classifier gives logits.
 TRAINED = (
     "backbone.train=all",
-    "backbone.recipe={_target_: iciia_exp.recipe.Recipe, lr: 0.001, epochs: 1, batch_size: 16}",
+    "backbone.recipe={_target_: iciia_exp.recipe.Recipe, epochs: 1, batch_size: 16}",
+    "+backbone.recipe.optimizer={_target_: torch.optim.AdamW, _partial_: true, lr: 0.001}",
 )
 
 

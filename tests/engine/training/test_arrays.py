@@ -74,7 +74,7 @@ def test_one_pass_gives_what_each_would_alone(vit, capsys):
 
 @pytest.mark.parametrize("train", [TRAINED, HEAD], ids=["all", "head"])
 def test_a_method_that_reads_tokens_runs_from_images_to_results(vit, root, train, tmp_path):
-    stages = vit(*train, TOKENS, "training.recipe.epochs=20", "training.recipe.lr=0.05")
+    stages = vit(*train, TOKENS, "training.recipe.epochs=20", "optimizer.lr=0.05")
     row = execute(stages)
     assert row["accuracy"] > 0.8
     assert (row["method"], row["test_clients"], row["test_images"]) == ("token_mean", 3, 27)
