@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
-from iciia_exp.results.columns import cell
+from iciia_exp.results.columns import COLUMNS, backbone_cell, cell
 from iciia_exp.results.tables import settings
 
 __all__ = ["console", "fraction_bar", "log_file", "partition_table", "progress_bar", "result_table", "setup_logging"]
@@ -104,26 +104,22 @@ def result_table(rows: Sequence[dict[str, Any]]) -> Table:
         rows: results with the same `base_of`.
     """
     several = len({r["digest"] for r in rows}) > len({r["setting_digest"] for r in rows})
+    columns = [column for column in COLUMNS if column.console and (several or column.key != "runs")]
     table = Table(box=None, pad_edge=False, padding=(0, 0, 0, 1), header_style="bold")  # 91 columns of text
     table.add_column("method", overflow="fold")
-    gain = "gain\n± s.e." if several else "gain\n[95 %]"
-    averages = ("client\naccuracy", "worst\ndecile", "harmed\n(chance)")
-    for name in ("runs",) * several + ("accuracy", gain, *averages, "over-\nhead", "per\nimage"):
-        table.add_column(name, justify="right", overflow="fold")
+    for column in columns:
+        spread = ("\n± s.e." if several else "\n[95 %]") if "low" in column.console_errors else ""
+        table.add_column(column.console + spread, justify="right", overflow="fold")
     bases = list({row["partition_digest"]: row for row in rows}.values())
-    keys = [f"backbone_{key}" for key in ("accuracy", "client_accuracy", "worst_decile")]
-    base = pd.DataFrame(bases)[keys].mean()  # without errors
-    cells = [cell(base, key) for key in keys]
-    name = f"{rows[0]['backbone']} alone"
-    table.add_row(name, *[str(len(bases))] * several, cells[0], "", cells[1], cells[2], "", "0", "0")
+    keys = [f"backbone_{column.key}" for column in columns if column.backbone]
+    base = pd.DataFrame(bases, columns=pd.Index(keys)).astype(float).mean()
+    alone = {column.key: backbone_cell(base, column) for column in columns}
+    if several:
+        alone["runs"] = str(len(bases))
+    table.add_row(f"{rows[0]['backbone']} alone", *alone.values())
     for _, row in settings(list(rows)).sort_values("sequence_macs", kind="stable").iterrows():
         if row["method"] != "backbone":
-            plain = row[["accuracy", "client_accuracy", "worst_decile"]]  # without errors
-            cells = [cell(row if row["runs"] > 1 else plain, "accuracy"), cell(row, "gain", "gain")]
-            cells += [cell(plain, key) for key in ("client_accuracy", "worst_decile")]
-            cells += [cell(row, "harmed_share", "harm")]
-            cells += [cell(row, key, "cost") for key in ("overhead_percent", "per_image_overhead_percent")]
-            table.add_row(row["label"], *[str(row["runs"])] * several, *cells)
+            table.add_row(row["label"], *(cell(row, c.key, c.form, c.console_errors) for c in columns))
     return table
 
 

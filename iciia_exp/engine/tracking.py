@@ -2,10 +2,8 @@
 
 Names in a wandb run:
 
-- its summary: ``test/accuracy``, ``test/client_accuracy``, ``test/gain``, ``test/client_gain``, ``test/worst_decile``,
-  ``test/log_loss``, ``test/harmed_share``, ``backbone/accuracy``, ``backbone/client_accuracy``,
-  ``cost/overhead_percent`` (published convention), ``cost/per_image_overhead_percent``,
-  ``cost/streaming_overhead_percent``, ``cost/parameters``, and the best ``val/accuracy``;
+- its summary: the figures of `iciia_exp.results.columns.summary_keys` (``test/accuracy``, ``backbone/accuracy``,
+  ``cost/overhead_percent``, ...), and the best ``val/accuracy``;
 - curves: ``train/loss``, ``val/accuracy``, ``val/log_loss`` over ``epoch``; ``history/client_accuracy``,
   ``history/worst_decile``, ``history/log_loss`` and the backbone's over ``history/images``;
 - the chart ``accuracy_vs_overhead``, a point per run; images ``plots/...``; tables ``clients`` and ``attribution``;
@@ -27,7 +25,7 @@ from urllib.parse import urlparse
 from iciia_exp.config.build import build
 from iciia_exp.config.check import check_keys, flatten, parameters_of, target_of
 from iciia_exp.errors import ConfigError, check_bool, check_choice, first_line
-from iciia_exp.results.columns import SUMMARY
+from iciia_exp.results.columns import summary_keys
 
 __all__ = ["METRICS", "MODES", "Tracker", "in_wandb_sweep", "wandb_logged_in", "wandb_mode"]
 
@@ -219,7 +217,7 @@ class Tracker:
             folder: of the evaluation; the rest is read from it.
         """
         self.prepare()
-        summary = {key: row[name] for key, name in SUMMARY.items() if row.get(name) is not None}
+        summary = {key: row[name] for key, name in summary_keys().items() if row.get(name) is not None}
         for logger in (self._loggers or {}).values():
             if type(logger).__name__ != "CSVLogger":  # the same numbers as in results.json
                 logger.log_hyperparams(flatten(self.config))

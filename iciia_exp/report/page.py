@@ -62,8 +62,9 @@ def _rows(table: pd.DataFrame) -> dict[str, Any]:
     alone, *lines = text.to_numpy().tolist()
     rows = [{"cells": alone, "sort": [None] * len(alone), "clients": None, "examples": None}]
     real = table[table["method"] != "backbone"]
+    keys = {column.title: column.key for column in COLUMNS}
     for number, (cells, (_, setting)) in enumerate(zip(lines, real.iterrows(), strict=True)):
-        values = [setting[COLUMNS[title][0]] if title in COLUMNS else None for title in text.columns]
+        values = [setting.get(keys.get(title)) for title in text.columns]
         folder = setting["run_dirs"][0]
         rows.append(
             {

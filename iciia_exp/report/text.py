@@ -5,7 +5,7 @@ Accuracies are in percent, costs in percent of the backbone's cost of one image.
 
 import pandas as pd
 
-from iciia_exp.results.columns import COLUMNS, cell
+from iciia_exp.results.columns import COLUMNS, backbone_cell, cell
 from iciia_exp.results.summary import ALL
 from iciia_exp.results.tables import history_of
 
@@ -20,20 +20,17 @@ def summary(table: pd.DataFrame) -> pd.DataFrame:
     ``*`` marks the settings on the Pareto front of cost and accuracy. ``kept`` is a client's state, of all but one
     image of a chunk; ``published`` is the paper's number for the same setting, where there is one.
     """
-    mean = table.filter(regex="^backbone_.*(?<!_se)$").mean(numeric_only=True)
-    base = {title: "0" if form in ("cost", "number", "bytes") else "" for title, (_, form) in COLUMNS.items()}
-    for title, (key, form) in COLUMNS.items():
-        if f"backbone_{key}" in mean:
-            base[title] = cell(mean, f"backbone_{key}", form)
-    base |= {"method": f"{table['backbone'].iloc[0]} alone", "runs": ""}
-    base["published"] = cell(table.iloc[0], "published_backbone")
-    lines = [base]
+    shown = [column for column in COLUMNS if column.title]
+    if not table[["published", "published_backbone"]].notna().any(axis=None):
+        shown = [column for column in shown if column.key != "published"]
+    mean = table[[f"backbone_{column.key}" for column in shown if column.backbone]].mean()
+    base = {column.title: backbone_cell(mean, column) for column in shown}
+    base |= {"runs": "", "published": cell(table.iloc[0], "published_backbone")}
+    lines = [{"method": f"{table['backbone'].iloc[0]} alone", **base}]
     for _, row in table[table["method"] != "backbone"].iterrows():
-        cells = {title: cell(row, key, form) for title, (key, form) in COLUMNS.items()}
+        cells = {column.title: cell(row, column.key, column.form) for column in shown}
         lines.append({"method": row["label"] + " *" * bool(row["front"]), **cells})
-    text = pd.DataFrame(lines, columns=pd.Index(["method", *COLUMNS]))
-    published = table[["published", "published_backbone"]].notna().any(axis=None)
-    return text if published else text.drop(columns="published")
+    return pd.DataFrame(lines, columns=pd.Index(["method", *(column.title for column in shown)]))
 
 
 def note(table: pd.DataFrame) -> str:

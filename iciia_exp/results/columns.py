@@ -1,61 +1,110 @@
-"""Columns: the figures of a run, which of them tables show, seeds average and wandb logs, and their printed form."""
+"""Columns: the one list of figures of a run, where each is shown, and its printed form."""
+
+from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 import pandas as pd
+from rich.filesize import pick_unit_and_suffix
 
-__all__ = ["AVERAGED", "COLUMNS", "DRAWN_TYPES", "SHARED", "SUMMARY", "cell"]
+__all__ = ["COLUMNS", "DRAWN_TYPES", "Column", "averaged", "backbone_cell", "cell", "summary_keys"]
 
 #: Types of the clients in ``drawn_clients.parquet`` (`iciia_exp.engine.evaluation.drawn_clients`).
 DRAWN_TYPES = ("random_classes", "homogeneous", "drifting")
 
-
-#: Columns of the table of settings (`iciia_exp.report.text.summary`): title, key in ``results.json``, and printed form:
-#: ``percent``, ``gain`` (percent with a sign), ``nats``, ``harm`` (percent, and the percentage by chance), ``cost``
-#: (percent of the backbone's cost), ``number`` or ``bytes``.
-COLUMNS = {
-    "runs": ("runs", "number"),
-    "accuracy": ("accuracy", "percent"),
-    "published": ("published", "percent"),
-    "gain": ("gain", "gain"),
-    "client accuracy": ("client_accuracy", "percent"),
-    "worst decile": ("worst_decile", "percent"),
-    "harmed (chance)": ("harmed_share", "harm"),
-    "log-loss": ("log_loss", "nats"),
-    "ECE": ("ece", "percent"),
-    "overhead": ("overhead_percent", "cost"),
-    "per image": ("per_image_overhead_percent", "cost"),
-    "one more image": ("streaming_overhead_percent", "cost"),
-    "parameters": ("parameters", "number"),
-    "kept": ("state_bytes", "bytes"),
-}
-
-#: Figures that are averaged over runs that differ in seeds alone.
-AVERAGED = (
-    *("accuracy", "gain", "client_accuracy", "worst_decile", "gain_where_backbone_is_worst", "harmed_share"),
-    *("harmed_share_by_chance", "log_loss", "ece", "seconds_train"),
-    *("backbone_accuracy", "backbone_client_accuracy", "backbone_worst_decile", "backbone_log_loss", "backbone_ece"),
-)
-
-#: Values that such runs have in common.
-SHARED = (
-    *("name", "dataset", "task", "backbone", "method", "oracle", "groups", "heads", "num_layers", "setting_digest"),
-    *("overhead_percent", "per_image_overhead_percent", "streaming_overhead_percent", "sequence_macs"),
-    *("backbone_macs", "cost_images", "parameters", "state_bytes", "test_clients", "test_images"),
-)
-
-_TEST = ("accuracy", "client_accuracy", "gain", "client_gain", "worst_decile", "log_loss", "harmed_share")
-_COST = ("overhead_percent", "per_image_overhead_percent", "streaming_overhead_percent", "parameters")
-
-#: Summary of a wandb run: its keys, and the figure of each.
-SUMMARY = {
-    **{f"test/{key}": key for key in _TEST},
-    **{f"backbone/{key}": f"backbone_{key}" for key in ("accuracy", "client_accuracy")},
-    **{f"cost/{key}": key for key in _COST},
-}
+_COSTS = ("cost", "number", "bytes", "macs")  # forms of what the backbone alone has none of
 
 
-def cell(row: pd.Series, key: str, form: str = "percent") -> str:
-    """Return a figure as text, in one of the forms of `COLUMNS`."""
+@dataclass(frozen=True)
+class Column:
+    """A figure of a run.
+
+    Attributes:
+        key: name in ``results.json``.
+        title: in the tables and on the page of a report; empty: not shown there.
+        form: printed form (`cell`).
+        console: title in the table that a run prints; empty: not shown there.
+        console_errors: which of ``<key>_se``, ``<key>_low`` and ``<key>_high`` that table shows.
+        wandb: section of the wandb summary, where the figure is ``<wandb>/<key>``; empty: not logged.
+        backbone: whether ``results.json`` has the figure of the backbone alone, as ``backbone_<key>``.
+        interval: whether it has a 95 % interval over clients, as ``<key>_low`` and ``<key>_high``.
+        seeds: the figure of several runs that differ in seeds alone: their ``mean``, or the value that they have in
+            ``common``; ``setting`` for what `iciia_exp.results.tables.settings` adds by itself.
+    """
+
+    key: str
+    title: str = ""
+    form: Literal["percent", "gain", "nats", "harm", "cost", "number", "bytes", "macs"] = "percent"
+    console: str = ""
+    console_errors: tuple[str, ...] = ()
+    wandb: str = ""
+    backbone: bool = False
+    interval: bool = False
+    seeds: Literal["mean", "common", "setting"] = "mean"
+
+
+#: All figures, in the order of the tables.
+COLUMNS = [
+    Column("runs", "runs", "number", console="runs", seeds="setting"),
+    Column(
+        "accuracy",
+        "accuracy",
+        console="accuracy",
+        console_errors=("se",),
+        wandb="test",
+        backbone=True,
+        interval=True,
+    ),
+    Column("published", "published", seeds="setting"),
+    Column("gain", "gain", "gain", console="gain", console_errors=("se", "low", "high"), wandb="test", interval=True),
+    Column("client_accuracy", "client accuracy", console="client\naccuracy", wandb="test", backbone=True),
+    Column("client_gain", form="gain", wandb="test"),
+    Column("worst_decile", "worst decile", console="worst\ndecile", wandb="test", backbone=True),
+    Column("gain_where_backbone_is_worst", form="gain"),
+    Column("harmed_share", "harmed (chance)", "harm", console="harmed\n(chance)", wandb="test"),
+    Column("harmed_share_by_chance"),
+    Column("log_loss", "log-loss", "nats", wandb="test", backbone=True),
+    Column("ece", "ECE", backbone=True),
+    Column("seconds_train", form="number"),
+    Column("overhead_percent", "overhead", "cost", console="over-\nhead", wandb="cost", seeds="common"),
+    Column("per_image_overhead_percent", "per image", "cost", console="per\nimage", wandb="cost", seeds="common"),
+    Column("streaming_overhead_percent", "one more image", "cost", wandb="cost", seeds="common"),
+    Column("parameters", "parameters", "number", wandb="cost", seeds="common"),
+    Column("state_bytes", "kept", "bytes", seeds="common"),
+]
+
+
+def averaged() -> list[str]:
+    """Return the keys that are averaged over seeds, those of the backbone last."""
+    means = [column for column in COLUMNS if column.seeds == "mean"]
+    return [*(column.key for column in means), *(f"backbone_{column.key}" for column in means if column.backbone)]
+
+
+def summary_keys() -> dict[str, str]:
+    """Return the keys of a wandb run's summary, and the key in ``results.json`` of each."""
+    logged = [column for column in COLUMNS if column.wandb]
+    own = {f"{column.wandb}/{column.key}": column.key for column in logged}
+    return own | {f"backbone/{column.key}": f"backbone_{column.key}" for column in logged if column.backbone}
+
+
+def backbone_cell(row: pd.Series, column: Column) -> str:
+    """Return a column's text in the line of the backbone alone; 0 for costs that it has none of."""
+    if column.backbone:
+        return cell(row, f"backbone_{column.key}", column.form)
+    return "0" if column.form in _COSTS else ""
+
+
+def cell(row: pd.Series, key: str, form: str = "percent", errors: tuple[str, ...] = ("se", "low", "high")) -> str:
+    """Return a figure as text, with its standard error or interval where the row has one.
+
+    Args:
+        row: a row of `iciia_exp.results.tables.settings`.
+        key: of the figure.
+        form: ``percent``, ``gain`` (percent with a sign), ``nats``, ``harm`` (percent, and the percentage by chance),
+            ``cost`` (percent of the backbone's cost), ``number``, ``bytes`` (in KiB, MiB, ...) or ``macs`` (in K, M,
+            ...).
+        errors: which of ``<key>_se``, ``<key>_low`` and ``<key>_high`` to show.
+    """
     value = row.get(key)
     if pd.isna(value):
         return "–"
@@ -64,16 +113,16 @@ def cell(row: pd.Series, key: str, form: str = "percent") -> str:
     if form == "cost":
         return "0" if value == 0 else f"{value:.2g} %" if value < 10 else f"{value:,.0f} %"
     if form == "bytes":
-        for unit in ("B", "KiB", "MiB"):
-            if value < 1024:
-                return f"{value:.0f} {unit}"
-            value /= 1024
-        return f"{value:.1f} GiB"
+        unit, suffix = pick_unit_and_suffix(int(value), ["B", "KiB", "MiB", "GiB"], 1024)
+        return f"{value / unit:.{int(unit > 1024)}f} {suffix}"
+    if form == "macs":
+        unit, suffix = pick_unit_and_suffix(int(value), ["", "K", "M", "G", "T"], 1000)
+        return f"{value / unit:.{int(unit > 1)}f} {suffix}".rstrip()
     if form == "harm":
         return f"{100 * value:.1f} ({100 * row[f'{key}_by_chance']:.1f})"
     scale, digits, sign = (1, 2, "") if form == "nats" else (100, 1, "+" if form == "gain" else "")
     text = f"{scale * value:{sign}.{digits}f}"
-    error, low, high = (row.get(f"{key}_{end}", np.nan) for end in ("se", "low", "high"))
+    error, low, high = (row.get(f"{key}_{end}", np.nan) if end in errors else np.nan for end in ("se", "low", "high"))
     if pd.notna(error):
         return f"{text} ± {scale * error:.{digits}f}"
     return text if pd.isna(low) else f"{text} [{scale * low:{sign}.{digits}f}, {scale * high:{sign}.{digits}f}]"

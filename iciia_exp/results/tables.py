@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 
 from iciia_exp.errors import UserError, first_line, nearest
-from iciia_exp.results.columns import AVERAGED, SHARED
+from iciia_exp.results.columns import COLUMNS, averaged
 from iciia_exp.results.labels import base_of, grouped, label_of, unique_rows, varying
 from iciia_exp.results.published import published_number
 from iciia_exp.results.summary import COUNTS, ClientCounts, averages, summarise
@@ -19,6 +19,12 @@ __all__ = [
     *("averages_by_history", "comparisons", "history_of", "history_summary", "load_runs", "pareto_front", "read_table"),
     *("select", "settings"),
 ]
+
+# what runs that differ in seeds alone have in common, beside the columns of `COLUMNS` that are so
+_COMMON = (
+    *("name", "dataset", "task", "backbone", "method", "oracle", "groups", "heads", "num_layers", "setting_digest"),
+    *("sequence_macs", "backbone_macs", "cost_images", "test_clients", "test_images"),
+)
 
 
 def load_runs(folders: Iterable[Path]) -> list[dict[str, Any]]:
@@ -103,16 +109,18 @@ def settings(rows: list[dict[str, Any]], keys: dict[str, list[str]] | None = Non
     """
     rows, keys = unique_rows(rows), varying(rows) if keys is None else keys
     digests = [row["setting_digest"] for row in rows]
-    runs = pd.DataFrame(rows, columns=pd.Index(AVERAGED)).astype(float).groupby(digests, sort=False)
+    runs = pd.DataFrame(rows, columns=pd.Index(averaged())).astype(float).groupby(digests, sort=False)
     means = runs.mean(skipna=False).join(runs.sem(skipna=False).add_suffix("_se"))
+    common = (*_COMMON, *(column.key for column in COLUMNS if column.seeds == "common"))
+    intervals = [f"{column.key}_{side}" for column in COLUMNS if column.interval for side in ("low", "high")]
     lines = []
     for part in grouped(rows, lambda row: row["setting_digest"]).values():
         first = part[0]
         line: dict[str, Any] = {"label": label_of(first, keys), "runs": len(part)}
-        line |= {name: first.get(name) for name in SHARED} | {"oracle": bool(first.get("oracle"))}
+        line |= {name: first.get(name) for name in common} | {"oracle": bool(first.get("oracle"))}
         line |= means.loc[first["setting_digest"]].to_dict()
         if len(part) == 1:
-            line |= {f"{n}_{side}": first.get(f"{n}_{side}") for n in ("accuracy", "gain") for side in ("low", "high")}
+            line |= {name: first.get(name) for name in intervals}
         for key, change in (("published", {}), ("published_backbone", {"method": "backbone"})):
             fact = published_number(first | change) or {}
             line[key], line[f"{key}_se"] = (fact.get(k, np.nan) / 100 for k in ("accuracy", "standard_error"))

@@ -14,7 +14,7 @@ from iciia_exp.engine.execute import execute
 from iciia_exp.engine.terminal import setup_logging
 from iciia_exp.engine.tracking import METRICS, wandb_logged_in, wandb_mode
 from iciia_exp.errors import ConfigError
-from iciia_exp.results.columns import SUMMARY
+from iciia_exp.results import columns
 from iciia_exp.results.labels import label_of
 from iciia_exp.results.tables import averages_by_history
 
@@ -32,12 +32,14 @@ def inspect(run_dir):
     return done.stdout
 
 
-def test_an_offline_run_holds_everything(stages):
+def test_an_offline_run_holds_everything(stages, monkeypatch):
+    monkeypatch.setattr(columns, "COLUMNS", [*columns.COLUMNS, columns.Column("se_clients", wandb="test")])
     made = stages("logger=wandb", "logger.wandb.tags=[mine]", "logger.wandb.log_model=true")
     row = execute(made)
     text = inspect(made.run.folder)
-    for key in SUMMARY:
-        if row.get(SUMMARY[key]) is not None:
+    assert "test/se_clients" in columns.summary_keys()
+    for key, name in columns.summary_keys().items():
+        if row.get(name) is not None:
             assert key in text, key
     for word in (made.run.digest, '"digits"', "small_cnn", "mine", "val/accuracy", "gain_per_client", "clients"):
         assert word in text, word
