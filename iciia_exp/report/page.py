@@ -2,15 +2,13 @@
 
 import base64
 import io
-import json
 import re
 from collections.abc import Sequence
-from html import escape
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
+from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from iciia_exp import __version__
 from iciia_exp.report.figures import all_figures
@@ -35,25 +33,23 @@ def page(comparisons: list[tuple[str, pd.DataFrame]], sweeps: Sequence[Partition
         comparisons: titles, and tables of settings (`iciia_exp.results.tables.settings`).
         sweeps: over a number of the partition (`iciia_exp.report.heterogeneity.partition_sweeps`).
     """
-    sections, data = [], []
-    for number, (title, table) in enumerate(comparisons):
-        figures = [f'<figure id="{number}-{name}">{_svg(drawn)}</figure>' for name, drawn in all_figures(table, title)]
-        text = f"{note(table)} A click on a row shows its clients, and the images with most influence on its answers."
-        sections.append(
-            f'<section data-number="{number}"><h2>{escape(title)}</h2>'
-            f'<p class="note">{escape(text)}</p><input type="search" placeholder="filter: iciia G=16" '
-            f'aria-label="filter rows"><div class="wide"><table></table></div><div class="clients"></div>'
-            f'<div class="figures">{"".join(figures)}</div></section>'
-        )
-        data.append(_rows(table))
-    for sweep in sweeps:
-        drawn = _svg(draw_heterogeneity(sweep))
-        sections.append(f"<section><h2>{escape(sweep.title)}</h2><figure>{drawn}</figure></section>")
-    template = (files("iciia_exp.report") / "page.html").read_text(encoding="utf-8")
-    # "</" must not end the script early
-    content = json.dumps(data, allow_nan=False).replace("</", "<\\/")
-    parts = {"@@SECTIONS@@": "\n".join(sections), "@@DATA@@": content, "@@VERSION@@": __version__}
-    return re.sub("|".join(parts), lambda match: parts[match.group()], template)
+    environment = Environment(
+        loader=PackageLoader("iciia_exp", "report"), autoescape=True, undefined=StrictUndefined, trim_blocks=True
+    )
+    environment.policies["json.dumps_kwargs"] = {"allow_nan": False}
+    return environment.get_template("page.html").render(
+        version=__version__,
+        comparisons=[
+            {
+                "title": title,
+                "note": note(table),
+                "data": _rows(table),
+                "figures": [(name, _svg(drawn)) for name, drawn in all_figures(table, title)],
+            }
+            for title, table in comparisons
+        ],
+        sweeps=[(sweep.title, _svg(draw_heterogeneity(sweep))) for sweep in sweeps],
+    )
 
 
 def _rows(table: pd.DataFrame) -> dict[str, Any]:
@@ -134,7 +130,7 @@ def _data_url(picture: bytes | None) -> str | None:
 
 
 def _svg(figure: Any) -> str:
-    """Return a figure as SVG with text as text; ids ``hover:<label>`` become tooltips."""
+    """Return a figure as SVG with text as text, escaped by matplotlib; ids ``hover:<label>`` become tooltips."""
     import matplotlib
 
     out = io.StringIO()

@@ -180,6 +180,27 @@ def test_a_damaged_table_is_named(outputs, tmp_path, capsys, name):
     assert not (tmp_path / "page.html").exists()
 
 
+def test_names_on_the_page_are_text(outputs, tmp_path):
+    """Names of clients, classes and data sets are whatever a user has; none of them is HTML or ends the script."""
+    name = "</script><b>\"&'<!--"
+    shutil.copytree(outputs, tmp_path / "outputs")
+    for path in (tmp_path / "outputs").rglob("results.json"):
+        write_json(path, read_json(path) | {"dataset": name, "backbone": name})
+    for path in (tmp_path / "outputs").rglob("clients.parquet"):
+        pd.read_parquet(path).assign(client=name).to_parquet(path)
+    assert main([str(tmp_path / "outputs"), "--html", str(tmp_path / "page.html")]) == 0
+    text = (tmp_path / "page.html").read_text()
+    assert "</script><b>" not in text
+    (content,) = re.findall(r'<script type="application/json" id="data">(.*?)</script>', text, re.S)
+    assert "<" not in content
+    (table,) = json.loads(content)
+    assert table["rows"][0]["cells"][0] == f"{name} alone"
+    assert {client[0] for row in table["rows"][1:] for client in row["clients"]} == {name}
+    (title,) = re.findall("<h2>(.*?)</h2>", text)
+    assert html.unescape(title) == f"digits: {name}, {name}"
+    assert "<" not in title
+
+
 def test_the_page_in_a_browser(outputs, tmp_path):
     """It opens without errors; sorting, filtering, a run's clients and its examples with their pictures work."""
     browser = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
