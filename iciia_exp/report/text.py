@@ -11,7 +11,8 @@ from iciia_exp.results.tables import history_of
 
 __all__ = ["by_history", "csv", "latex", "markdown", "note", "summary"]
 
-_LATEX = {"%": r"\%", "_": r"\_", "±": r"$\pm$", "–": "--", "*": "$^*$", "#": r"\#"}
+_LATEX = {"±": r"$\pm$", "–": "--", "*": "$^*$", **{character: f"\\{character}" for character in "%_#&${}"}}
+_LATEX |= {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}"}
 
 
 def summary(table: pd.DataFrame) -> pd.DataFrame:
@@ -64,24 +65,22 @@ def by_history(table: pd.DataFrame, client_type: str | None = None) -> pd.DataFr
     return pd.DataFrame(lines).fillna("–") if lines else None
 
 
-def _lines(table: pd.DataFrame) -> list[list[str]]:
-    return [list(table.columns), *table.to_numpy().tolist()]
-
-
 def markdown(table: pd.DataFrame) -> str:
-    """Return a Markdown table."""
-    head, *body = (f"| {' | '.join(cells)} |\n" for cells in _lines(table))
-    return "".join([head, "|" + "---|" * len(table.columns) + "\n", *body])
+    """Return a Markdown table, its columns aligned."""
+    align = ["left"] + ["right"] * (len(table.columns) - 1)
+    return table.to_markdown(index=False, disable_numparse=True, colalign=align) + "\n"
 
 
 def latex(table: pd.DataFrame, caption: str) -> str:
     """Return a LaTeX table for the ``booktabs`` package."""
     escape = str.maketrans(_LATEX)
-    head, *body = (" & ".join(cells).translate(escape) + r" \\" for cells in _lines(table))
-    columns = "l" + "r" * (len(table.columns) - 1)
-    top = [r"\begin{table}", r"\centering", rf"\begin{{tabular}}{{{columns}}}", r"\toprule", head, r"\midrule"]
-    end = [r"\bottomrule", r"\end{tabular}", rf"\caption{{{caption.translate(escape)}}}", r"\end{table}", ""]
-    return "\n".join([*top, *body, *end])
+    escaped = table.map(lambda cell: cell.translate(escape)).rename(columns=lambda title: title.translate(escape))
+    return escaped.style.hide(axis="index").to_latex(
+        hrules=True,
+        position_float="centering",
+        column_format="l" + "r" * (len(table.columns) - 1),
+        caption=caption.translate(escape),
+    )
 
 
 def csv(table: pd.DataFrame) -> str:

@@ -117,7 +117,7 @@ def test_folders_without_runs(tmp_path, capsys):
 def test_the_whole_report(outputs, tmp_path, capsys):
     assert main([str(outputs), "--history", "--out", str(tmp_path)]) == 0
     out = capsys.readouterr().out
-    assert "| small_cnn alone |" in out
+    assert "| small_cnn alone " in out
     assert "| iciia N=1 H=4 G=4" in out
     assert "oracle_classes (oracle)" in out
     assert "drawn clients, drifting" in out
@@ -146,6 +146,21 @@ def test_numbers_in_the_tables_are_those_of_the_runs(outputs):
     counts = pd.read_parquet(single["run_dir"] / "history.parquet").query("protocol == 'stream' and history == 3")
     assert history.iloc[1]["3"] == f"{100 * (counts['method_correct'] / counts['decisions']).mean():.1f}"
     assert history.iloc[0]["3"] == f"{100 * (counts['backbone_correct'] / counts['decisions']).mean():.1f}"
+
+
+def test_tables_as_markdown_and_latex():
+    table = pd.DataFrame({"method": ["a_b *", "c"], "share, %": ["+12.50", "–"], "x": ["0.0 ± 1.0", ""]})
+    assert text_tables.markdown(table).splitlines() == [
+        "| method   |   share, % |         x |",
+        "|:---------|-----------:|----------:|",
+        "| a_b *    |     +12.50 | 0.0 ± 1.0 |",
+        "| c        |          – |           |",
+    ]
+    assert text_tables.latex(table, "R&D: {50 %}\\").splitlines() == [
+        *(r"\begin{table}", r"\centering", r"\caption{R\&D: \{50 \%\}\textbackslash{}}"),
+        *(r"\begin{tabular}{lrr}", r"\toprule", r"method & share, \% & x \\", r"\midrule"),
+        *(r"a\_b $^*$ & +12.50 & 0.0 $\pm$ 1.0 \\", r"c & -- &  \\", r"\bottomrule", r"\end{tabular}", r"\end{table}"),
+    ]
 
 
 def test_without_a_sweep_there_is_no_plot_of_it(outputs):

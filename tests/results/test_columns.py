@@ -50,7 +50,7 @@ def test_a_new_column_is_in_every_table_on_the_page_and_in_wandb(rows):
     summary = text.summary(table)
     assert summary["10th percentile"].tolist() == ["55.9", "63.0 ± 1.0", "31.7"]
     head, _, base, first, second = text.markdown(summary).splitlines()
-    place = head.split("|").index(" 10th percentile ")
+    place = [title.strip() for title in head.split("|")].index("10th percentile")
     assert [line.split("|")[place].strip() for line in (base, first, second)] == summary["10th percentile"].tolist()
     assert "10th percentile" in text.latex(summary, "x")
     assert r"63.0 $\pm$ 1.0" in text.latex(summary, "x")
