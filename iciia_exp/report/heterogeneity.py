@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 
 import pandas as pd
 
+from iciia_exp.results.columns import cell
 from iciia_exp.results.labels import base_of, grouped, varying
 from iciia_exp.results.plots import BASELINE, MOST_LINES, draw_setting, legend, new_figure
 from iciia_exp.results.tables import settings
@@ -52,11 +53,11 @@ def sweep_table(sweep: PartitionSweep) -> pd.DataFrame:
     base = 100 * table.groupby("value")["backbone_accuracy"].mean()
     lines = [{name: f"{table['backbone'].iloc[0]} alone", **{f"{v:g}": f"{a:.1f}" for v, a in base.items()}}]
     for label, part in _best_first(table):
-        line = {name: label}
-        for value, accuracy, error, gain in part[["value", "accuracy", "accuracy_se", "gain"]].to_numpy():
-            spread = f" ± {100 * error:.1f}" if pd.notna(error) else ""
-            line[f"{value:g}"] = f"{100 * accuracy:.1f}{spread} ({100 * gain:+.1f})"
-        lines.append(line)
+        cells = {
+            f"{row['value']:g}": f"{cell(row, 'accuracy', errors=('se',))} ({cell(row, 'gain', 'gain', errors=())})"
+            for _, row in part.iterrows()
+        }
+        lines.append({name: label, **cells})
     return pd.DataFrame(lines).fillna("–")
 
 
