@@ -2,7 +2,10 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+CORE := $(VENV)/.core
 STAMP := $(VENV)/.installed
+# enough to run: everything if it is there already, else the package without extras and tools
+RUN = $(if $(wildcard $(STAMP)),$(STAMP),$(CORE))
 
 .DEFAULT_GOAL := help
 .PHONY: help install demo sweep test lint format wheel-test clean
@@ -11,18 +14,25 @@ help:  ## Show this list
 	@awk 'BEGIN {FS = ":.*## "} /^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 # One pip call for everything: torch and torchvision must come from the same place to fit each other.
-$(STAMP): pyproject.toml
+define install
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@echo "installing into $(VENV) (minutes, the first time)"
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable ".[dev]"
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable "$(1)"
 	@touch $@
+endef
+
+$(CORE): pyproject.toml
+	$(call install,.)
+
+$(STAMP): pyproject.toml
+	$(call install,.[dev])
 
 install: $(STAMP)  ## Make .venv and install the package with its development tools
 
-demo: $(STAMP)  ## Run the main job on scikit-learn's digits and print the result table
+demo: $(RUN)  ## Run the main job on scikit-learn's digits and print the result table
 	$(BIN)/python -m iciia_exp -m method=linear_head,iciia groups=1,16
 
-sweep: $(STAMP)  ## Accuracy against overhead: five group counts, three times with all seeds varied
+sweep: $(RUN)  ## Accuracy against overhead: five group counts, three times with all seeds varied
 	$(BIN)/python -m iciia_exp -m method=linear_head,iciia groups=1,4,16,64,max seed=0,1,2 \
 	  'partition.seed=$${seed}' 'backbone.seed=$${seed}'
 
@@ -42,6 +52,7 @@ wheel-test: $(STAMP)  ## Build the wheel and run it from another folder: the con
 	$(BIN)/python -m pip wheel --quiet --disable-pip-version-check --no-deps --wheel-dir dist .
 	@set -e; folder=$$(mktemp -d); trap 'rm -rf "$$folder"' EXIT; \
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --target "$$folder/site" dist/iciia_exp-*.whl; \
+	test -f "$$folder/site/iciia_exp/py.typed"; \
 	python=$(abspath $(BIN))/python; cd "$$folder"; \
 	PYTHONPATH="$$folder/site" "$$python" -c "import iciia_exp; assert '/site/' in iciia_exp.__file__, iciia_exp.__file__"; \
 	ICIIA_EXP_CACHE="$$folder/cache" PYTHONPATH="$$folder/site" "$$python" -m iciia_exp trainer=smoke logger=csv
