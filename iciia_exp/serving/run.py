@@ -1,6 +1,6 @@
 """Run: a trained method with its results, rebuilt from its directory.
 
-    config.yaml           the whole configuration, resolved
+    config.yaml           the whole configuration, resolved; overrides.yaml: those of the command; run.log
     run.json              name and arguments of the method, task, classes
     partition.parquet     the images of each client
     weights.safetensors   the trained method and the backbone's classifier (written last)
@@ -22,7 +22,6 @@ Legend: C clients, S images of a client, D features, K classes.
 from __future__ import annotations
 
 import os
-import re
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -44,16 +43,10 @@ from iciia_exp.models.backbones.base import Backbone, BackboneSpec
 from iciia_exp.models.backbones.weights import listed_classes
 from iciia_exp.results.tables import read_table
 from iciia_exp.seeding import derive_seed
+from iciia_exp.serving.run_info import FORMAT, checked_info
 from iciia_exp.tasks import TASKS
 
 __all__ = ["Run", "save_method"]
-
-FORMAT = 2
-
-# Of classes, features, and images of a chunk; a damaged file could ask for all memory.
-_LARGEST = 1_000_000
-
-_OLD = "it was made by an older version of this package; repeat its command to make it again"
 
 
 def save_method(folder: Path, method: Method, head: nn.Linear, config: dict[str, Any], facts: dict[str, Any]) -> None:
@@ -63,8 +56,8 @@ def save_method(folder: Path, method: Method, head: nn.Linear, config: dict[str,
         folder: of the run.
         method, head: the trained method and the backbone's classifier.
         config: the method's configuration.
-        facts: further keys of ``run.json``: ``task``, ``class_names``, ``images``, ``features``, ``backbone``; and
-            ``arrays``, shapes by name, if the method reads more than the features.
+        facts: further keys of ``run.json``: ``task``, ``class_names``, ``images``, ``features``, ``backbone``, and
+            ``arrays``.
     """
     tensors = {f"method.{name}": t for name, t in method.state_dict().items()}
     tensors |= {f"head.{name}": t for name, t in head.state_dict().items()}
@@ -120,13 +113,13 @@ class Run:
         for name in ("run.json", "weights.safetensors"):
             if not (path / name).is_file():
                 raise UserError(f"{path}: not a trained run ({name} is missing); repeat its command to finish it")
-        info = _checked(read_json(path / "run.json"), path / "run.json")
+        info = checked_info(read_json(path / "run.json"), path / "run.json")
         tensors = load_tensors(path / "weights.safetensors")
         shape = list(tensors["head.weight"].shape) if "head.weight" in tensors else None
         if shape != [info["num_classes"], info["dim"]]:  # before anything of that size is allocated
             raise UserError(f"{path}/weights.safetensors: its classifier is {shape}, not what run.json describes")
         head = nn.Linear(info["dim"], info["num_classes"])
-        arrays = {name: tuple(shape) for name, shape in info.get("arrays", {}).items()}
+        arrays = {name: tuple(sizes) for name, sizes in info.get("arrays", {}).items()}
         facts = Facts(TASKS[info["task"]], head, tuple(info["class_names"]), arrays)
         try:
             method = restore(info["method"], Method, plugins, facts=facts)  # type: ignore[type-abstract]
@@ -254,50 +247,3 @@ def _load_weights(module: nn.Module, tensors: dict[str, Tensor], path: Path) -> 
     except (RuntimeError, TypeError) as error:
         problem = "its weights do not fit what run.json describes; repeat its command into another output_dir"
         raise UserError(f"{path}: {problem} ({first_line(error)})") from error
-
-
-def _checked(info: dict[str, Any], path: Path) -> dict[str, Any]:
-    """Return the contents of ``run.json`` if format and values are valid; the `UserError` names a wrong key."""
-    if not isinstance(info, dict) or info.get("format") != FORMAT:
-        found = info.get("format") if isinstance(info, dict) else type(info).__name__
-        raise UserError(f"{path}: format {found}, this version reads {FORMAT}; {_OLD}")
-
-    def require(key: str, right: bool, want: str) -> None:
-        if not right:
-            raise UserError(f"{path}: {key}: expected {want}; repeat the run's command to make it again")
-
-    def whole(value: Any) -> bool:
-        return isinstance(value, int) and not isinstance(value, bool) and 0 < value <= _LARGEST
-
-    for key in ("dim", "num_classes", "images"):
-        require(key, whole(info.get(key)), f"a whole number of 1 to {_LARGEST:,}")
-    require("task", isinstance(info.get("task"), str) and info["task"] in TASKS, f"one of {', '.join(TASKS)}")
-    names = info.get("class_names")
-    right = isinstance(names, list) and len(names) == info["num_classes"] and all(map(_text, names))
-    require("class_names", right, f"a list of {info['num_classes']} names")
-    require("features", _folder_name(info.get("features")), "the name of a folder")
-    shapes = info.get("arrays", {})
-    right = isinstance(shapes, dict) and all(isinstance(s, list) and all(map(whole, s)) for s in shapes.values())
-    require("arrays", right, f"lists of whole numbers of 1 to {_LARGEST:,}")
-    if (backbone := info.get("backbone")) is not None:
-        keys = {"name", "train", "model", "pretrained", "classes", "folder", "weights"}
-        require("backbone", isinstance(backbone, dict) and set(backbone) == keys, f"an object with {', '.join(keys)}")
-        require("backbone.name", _text(backbone["name"]), "text")
-        require("backbone.train", backbone["train"] in ("all", "head", "none"), "all, head or none")
-        require("backbone.pretrained", isinstance(backbone["pretrained"], bool), "true or false")
-        folder, file, classes = backbone["folder"], backbone["weights"], backbone["classes"]
-        require("backbone.folder", folder is None or _folder_name(folder), "the name of a folder")
-        right = isinstance(file, dict) and set(file) == {"file", "digest"} and all(map(_text, file.values()))
-        require("backbone.weights", file is None or right, "a file's name and digest")
-        right = _folder_name(classes) or (isinstance(classes, list) and all(map(_text, classes)))
-        require("backbone.classes", classes is None or right, "the name of a list of classes, or a list of names")
-    return info
-
-
-def _text(value: Any) -> bool:
-    return isinstance(value, str)
-
-
-def _folder_name(value: Any) -> bool:
-    """Whether a value is the name of a folder, without a path."""
-    return isinstance(value, str) and re.fullmatch(r"[\w\-][\w.\-]*", value) is not None
