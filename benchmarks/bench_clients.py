@@ -38,7 +38,6 @@ import numpy as np
 from torch import nn
 from torch.utils.data import DataLoader
 
-from iciia_exp.config.settings import Tracking
 from iciia_exp.data.batches import ClientBatchSampler, FeatureBatches
 from iciia_exp.data.clients import Clients
 from iciia_exp.engine.evaluation.row import client_table
@@ -53,7 +52,7 @@ from iciia_exp.recipe import Recipe
 from iciia_exp.results.plots import gain_per_client
 from iciia_exp.results.summary import harmed_by_chance, summarise
 
-TRAINER = {"_target_": "lightning.pytorch.Trainer", "accelerator": "cpu", "devices": 1, "limit_test_batches": None}
+TRAINER = {"_target_": "lightning.pytorch.Trainer", "accelerator": "cpu", "devices": 1}
 
 
 def measure(clients: int, images: int, dim: int, classes: int, uneven: bool) -> dict[str, float]:
@@ -95,12 +94,11 @@ def measure(clients: int, images: int, dim: int, classes: int, uneven: bool) -> 
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         timed("parquet", lambda: table.to_parquet(folder / "clients.parquet", index=False))
-        plot = timed("plot", lambda: gain_per_client(table, row, folder / "gain_per_client.png"))
-        tracker = Tracker(
-            Tracking(wandb=True, mode="offline"), folder, run_id="x", name="x", group="x", tags=[], config={}
-        )
+        timed("plot", lambda: gain_per_client(table, row, folder / "plots" / "gain_per_client.png"))
+        nodes = {"wandb": {"_target_": "lightning.pytorch.loggers.WandbLogger", "mode": "offline"}}
+        tracker = Tracker(nodes, folder, run_id="x", name="x", group="x", tags=[], config={})
         timed("(wandb starts)", tracker._start)
-        timed("wandb's table", lambda: tracker.results(row, table, {"gain_per_client": plot}))
+        timed("wandb's table", lambda: tracker.results(row, folder))
         tracker.close()
     with console().capture():
         timed("result table", lambda: result_table([row]))

@@ -155,7 +155,6 @@ def train(store: FeatureStore, labels: np.ndarray, clients: Clients, steps: int,
     record = fit(
         MethodModule(method, head, Recipe(epochs=1, batch_size=8), len(clients)),
         loader(store.array(), labels, clients, 8),
-        None,
         seed=0,
         folder=folder,
         trainer_config={
