@@ -7,13 +7,16 @@ import re
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 
-from iciia_exp.errors import UserError, first_line
+from iciia_exp.errors import ConfigError, UserError, first_line
 
-__all__ = ["keep_freed_memory", "plain_errors", "process_count", "process_rank", "side_by_side", "wait_for_others"]
+__all__ = [
+    *("check_started", "keep_freed_memory", "plain_errors", "process_count", "process_rank", "side_by_side"),
+    "wait_for_others",
+]
 
 _Item = TypeVar("_Item")
 _Made = TypeVar("_Made")
@@ -104,6 +107,25 @@ def wait_for_others() -> None:
 def process_count() -> int:
     """Return the number of processes that torchrun or srun started, else 1."""
     return _rank_and_count()[1]
+
+
+def check_started(group: str, devices: Any, num_nodes: int, wanted: int, or_alone: bool = False) -> None:
+    """Raise a `ConfigError` unless torchrun or srun started the processes that a configuration wants.
+
+    Args:
+        group: of the configuration, with the keys ``devices`` and ``num_nodes``.
+        devices, num_nodes: their values.
+        wanted: number of processes over all machines.
+        or_alone: whether one process may do the work alone, whatever was started.
+    """
+    started = process_count()
+    if started > 1 and started != wanted and not (or_alone and wanted == 1):
+        number = "1 or as many" if or_alone else "as many"
+        problem = f"{started} processes were started; devices times num_nodes must be {number}"
+        raise ConfigError(f"{group}.devices", devices, problem)
+    if num_nodes > 1 and started == 1:
+        problem = f"start the same command on each machine with torchrun or srun, {wanted} processes in all"
+        raise ConfigError(f"{group}.num_nodes", num_nodes, problem)
 
 
 @contextlib.contextmanager

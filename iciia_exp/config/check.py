@@ -2,16 +2,18 @@
 
 import inspect
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 from hydra.utils import get_object
 
 from iciia_exp.errors import ConfigError, UserError, nearest
 
 __all__ = [
-    *("callbacks_science", "check_keys", "flatten", "identity", "of_library", "parameters_of", "science", "target_of"),
-    "trainer_science",
+    *("callbacks_science", "check_keys", "class_of", "flatten", "identity", "of_library", "parameters_of", "science"),
+    *("target_of", "trainer_science"),
 ]
+
+_Base = TypeVar("_Base")
 
 #: Arguments of Lightning's Trainer that change no number; all others count.
 _TRAINER_COSMETIC = {
@@ -41,6 +43,17 @@ def target_of(node: dict[str, Any], path: str) -> Callable[..., Any]:
         return get_object(node["_target_"])
     except Exception as error:
         raise ConfigError(f"{path}._target_", node["_target_"], f"cannot be imported ({error})") from error
+
+
+def class_of(node: dict[str, Any], path: str, base: type[_Base], what: str) -> type[_Base]:
+    """Import the target of a node and return it if it is a subclass of ``base``.
+
+    Raises a `ConfigError` that says ``what`` it must be.
+    """
+    target = target_of(node, path)
+    if not (isinstance(target, type) and issubclass(target, base)):
+        raise ConfigError(f"{path}._target_", node["_target_"], f"must be {what}")
+    return target
 
 
 def parameters_of(target: Callable[..., Any]) -> dict[str, inspect.Parameter]:
@@ -99,8 +112,8 @@ def science(node: Any) -> Any:
 def trainer_science(config: dict[str, Any]) -> dict[str, Any]:
     """Return the trainer's arguments that can change a number, its devices left out."""
     kept = {k: v for k, v in config.items() if k not in _TRAINER_COSMETIC and not k.startswith("_")}
-    if (target := config.get("_target_", "")).rsplit(".", 1)[-1] != "Trainer":
-        kept["_target_"] = identity(get_object(target))
+    if not of_library(config.get("_target_", "")):
+        kept["_target_"] = identity(target_of(config, "trainer"))
     return kept
 
 

@@ -13,10 +13,10 @@ from iciia_exp.engine.graph import Artifact, NotMade, ensure
 from iciia_exp.engine.stages import Stages
 from iciia_exp.engine.terminal import console, log_file, partition_table, result_table
 from iciia_exp.engine.tracking import in_wandb_sweep
-from iciia_exp.engine.training.processes import check_processes, join, only_first_logs, training_processes
+from iciia_exp.engine.training.processes import join, only_first_logs
 from iciia_exp.engine.training.train_method import draw_clients
 from iciia_exp.errors import UserError
-from iciia_exp.machine import process_count, process_rank
+from iciia_exp.machine import check_started, process_count, process_rank
 
 __all__ = ["execute"]
 
@@ -109,7 +109,7 @@ def _shared(stages: Stages) -> list[Artifact]:
     """Return the unfinished artifacts of the stage that all processes of torchrun or srun make together."""
     e = stages.experiment
     kinds = ["features"]
-    if process_count() > 1 and training_processes(e.config["trainer"]) > 1:
+    if process_count() > 1 and stages.processes > 1:
         kinds += ["backbone", "run"] if e.method_class.trainable else ["backbone"]
     return [goal for goal in _goals(stages) if goal.kind in kinds and not goal.finished]
 
@@ -126,12 +126,13 @@ def _check(stages: Stages) -> None:
     if e.method_class.trainable:
         draw_clients(stages, stages.clients, "train")
     configured(e.config["callbacks"])
-    stages.tracker.prepare()
-    check_processes(e.config["trainer"])
+    stages.tracker.check()
+    config = e.config["trainer"]
+    check_started("trainer", config.get("devices"), config.get("num_nodes", 1), stages.processes, or_alone=True)
     with quiet_lightning():
-        make_trainer(e.config["trainer"])
+        make_trainer(config)
         if not stages.features.finished:
-            extraction_trainer(e.config["trainer"], e.extraction)
+            extraction_trainer(config, e.extraction)
 
 
 def _shown(path: Path) -> Path:

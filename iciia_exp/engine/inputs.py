@@ -190,14 +190,18 @@ class Inputs:
         )
 
     @cached_property
+    def processes(self) -> int:
+        """Number of processes that train together, over all machines."""
+        return training_processes(self.experiment.config["trainer"])
+
+    @cached_property
     def trainer_science(self) -> dict[str, Any]:
         """Arguments of the trainer that can change a number, and the number of processes if there are several.
 
         Each process draws other dropout masks.
         """
-        config = self.experiment.config["trainer"]
-        processes = training_processes(config)
-        return trainer_science(config) | ({"processes": processes} if processes > 1 else {})
+        science = trainer_science(self.experiment.config["trainer"])
+        return science | ({"processes": self.processes} if self.processes > 1 else {})
 
     @cached_property
     def weights_digest(self) -> str | None:

@@ -109,7 +109,8 @@ def client_data(*overrides: str) -> ClientDataModule:
 
     for stage in ("backbone", "features"):
         stages, _ = _execute(_composed((*overrides, f"stage={stage}")), overrides, brief=True)
-    return data_of(stages)
+    store, recipe = stages.open_store(), stages.experiment.training.recipe
+    return data_of(stages, stages.readable_clients(store), stages.batches(store), recipe)
 
 
 def _composed(overrides: Sequence[str]) -> DictConfig:

@@ -23,7 +23,7 @@ from typing import Any
 from urllib.parse import urlparse
 
 from iciia_exp.config.build import build
-from iciia_exp.config.check import check_keys, flatten, parameters_of, target_of
+from iciia_exp.config.check import check_keys, class_of, flatten, parameters_of
 from iciia_exp.errors import ConfigError, check_bool, check_choice, first_line
 from iciia_exp.results.columns import summary_keys
 
@@ -89,7 +89,7 @@ def wandb_mode(mode: str) -> Any:
 
 
 class Tracker:
-    """The loggers of one run, built by `prepare`, opened on first use and closed by `close`.
+    """The loggers of one run, built by `check`, opened on first use and closed by `close`.
 
     A failure inside a logger is reported once and turns that logger off; the run goes on.
 
@@ -117,41 +117,43 @@ class Tracker:
         if not in_wandb_sweep():  # an agent of `wandb sweep` has an id from the server
             self._init |= {"id": run_id, "resume": "allow"}
         self._run: Any = None
-        self._loggers: dict[str, Any] | None = None
         self._off: set[str] = set()
 
-    def prepare(self) -> None:
-        """Build the loggers; raises errors of their configuration. wandb starts on first use."""
-        if self._loggers is not None:
-            return
+    def check(self) -> None:
+        """Build the loggers and raise errors of their configuration; wandb starts on first use."""
+        if (name := self.wandb) is not None:
+            node = self.nodes[name]
+            check_keys(node, f"logger.{name}")
+            check_choice(f"logger.{name}.mode", node.get("mode", "auto"), MODES)
+            check_bool(f"logger.{name}.log_model", node.get("log_model", False))
+        _ = self._loggers
+
+    @cached_property
+    def _loggers(self) -> list[Any]:
+        """All loggers but wandb's, guarded."""
+        loggers = []
+        for name, target in self._classes.items():
+            if name != self.wandb:
+                fill = {"save_dir": str(self.run_dir)} if "save_dir" in parameters_of(target) else {}
+                logger = build(fill | self.nodes[name], f"logger.{name}")
+                for method in _CALLED:
+                    setattr(logger, method, partial(self._guard, name, "logging", getattr(logger, method)))
+                loggers.append(logger)
+        return loggers
+
+    @cached_property
+    def _classes(self) -> dict[str, type]:
         from lightning.pytorch.loggers import Logger
 
-        loggers: dict[str, Any] = {}
-        for name, node in self.nodes.items():
-            target: Any = target_of(node, f"logger.{name}")
-            if not (isinstance(target, type) and issubclass(target, Logger)):
-                problem = "must be one of Lightning's loggers (lightning.pytorch.loggers)"
-                raise ConfigError(f"logger.{name}._target_", node["_target_"], problem)
-            if name == self.wandb:
-                check_keys(node, f"logger.{name}")
-                check_choice(f"logger.{name}.mode", node.get("mode", "auto"), MODES)
-                check_bool(f"logger.{name}.log_model", node.get("log_model", False))
-                continue
-            fill = {"save_dir": str(self.run_dir)} if "save_dir" in parameters_of(target) else {}
-            logger = build(fill | node, f"logger.{name}")
-            for method in _CALLED:
-                call = getattr(logger, method)
-                setattr(logger, method, partial(self._guard, name, "logging", call))
-            loggers[name] = logger
-        self._loggers = loggers
+        what = "one of Lightning's loggers (lightning.pytorch.loggers)"
+        return {name: class_of(node, f"logger.{name}", Logger, what) for name, node in self.nodes.items()}  # type: ignore[type-abstract]
 
     @cached_property
     def wandb(self) -> str | None:
         """Name of the wandb logger, if there is one."""
         from lightning.pytorch.loggers import WandbLogger
 
-        targets: dict[str, Any] = {name: target_of(node, f"logger.{name}") for name, node in self.nodes.items()}
-        names = [name for name, t in targets.items() if isinstance(t, type) and issubclass(t, WandbLogger)]
+        names = [name for name, target in self._classes.items() if issubclass(target, WandbLogger)]
         if len(names) > 1:
             raise ConfigError(f"logger.{names[1]}", names[1], f"logger.{names[0]} logs to wandb already; leave one out")
         return names[0] if names else None
@@ -196,14 +198,12 @@ class Tracker:
 
     def loggers(self) -> list[Any]:
         """Return the Lightning loggers for a training."""
-        self.prepare()
-        assert self._loggers is not None
-        loggers = list(self._loggers.values())  # CSV: a resumed training gets its next version
+        loggers = list(self._loggers)  # CSV: a resumed training gets its next version
         name = self.wandb
         if name is not None and (run := self._guard(name, "start", self._start)) is not None:
             node = self.nodes[name]
             more = {key: node[key] for key in _LOGGER_ALONE if key in node}
-            logger = self._guard(name, "start", target_of(node, f"logger.{name}"), experiment=run, **more)
+            logger = self._guard(name, "start", self._classes[name], experiment=run, **more)
             if logger is not None:
                 logger.log_metrics = partial(self._guard, name, "logging", logger.log_metrics)
                 loggers.append(logger)
@@ -216,10 +216,11 @@ class Tracker:
             row: of ``results.json``.
             folder: of the evaluation; the rest is read from it.
         """
-        self.prepare()
+        from lightning.pytorch.loggers import CSVLogger
+
         summary = {key: row[name] for key, name in summary_keys().items() if row.get(name) is not None}
-        for logger in (self._loggers or {}).values():
-            if type(logger).__name__ != "CSVLogger":  # the same numbers as in results.json
+        for logger in self._loggers:
+            if not isinstance(logger, CSVLogger):  # the same numbers as in results.json
                 logger.log_hyperparams(flatten(self.config))
                 logger.log_metrics(summary)
                 logger.finalize("success")

@@ -22,6 +22,7 @@ from iciia_exp.engine.training import modules as training
 from iciia_exp.engine.training import train_backbone as backbones
 from iciia_exp.engine.training import train_method
 from iciia_exp.errors import UserError
+from tests.making.kill import Killed
 
 pytestmark = pytest.mark.usefixtures("undrawn")
 
@@ -102,10 +103,6 @@ def test_seeds_are_their_own(stages):
     assert not same_weights(weights(base), weights(seed))
     assert rows[0]["setting_digest"] == rows[1]["setting_digest"] == rows[2]["setting_digest"]
     assert rows[0]["partition_digest"] == rows[1]["partition_digest"] != rows[2]["partition_digest"]
-
-
-class Killed(BaseException):
-    """Not an Exception: nothing in between may handle it."""
 
 
 def _raise(*_, **__):

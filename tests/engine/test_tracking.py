@@ -17,6 +17,7 @@ from iciia_exp.errors import ConfigError
 from iciia_exp.results import columns
 from iciia_exp.results.labels import label_of
 from iciia_exp.results.tables import averages_by_history
+from tests.making.kill import Killed
 
 
 @pytest.fixture(autouse=True)
@@ -173,9 +174,6 @@ def test_csv_of_a_resumed_training_keeps_both_parts(stages, monkeypatch):
     from iciia_exp.engine.training.modules import MethodModule
 
     original = MethodModule.training_step
-
-    class Killed(BaseException):
-        pass
 
     def die(self, batch, batch_idx):
         if self.trainer.current_epoch == 2:

@@ -1,7 +1,5 @@
 """Work for processes that train together; in a module, so that a started process finds it."""
 
-import os
-import socket
 from typing import Any
 
 import lightning.pytorch as pl
@@ -11,6 +9,7 @@ from torch import Tensor, nn
 
 from iciia_exp.config.experiment import Experiment
 from iciia_exp.engine.stages import Stages
+from iciia_exp.engine.training.processes import spawn
 from iciia_exp.models.backbones.base import Backbone
 
 
@@ -44,18 +43,11 @@ class Kill(pl.Callback):
 
 
 def together(jobs):
-    """Make artifacts in two processes, with the variables of torchrun: (configuration, kind, folder) each."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    torch.multiprocessing.spawn(_make, (port, jobs), nprocs=2)
+    """Make artifacts in two processes: (configuration, kind, folder) each."""
+    spawn(_make, 2, jobs)
 
 
-def _make(rank, port, jobs):
-    variables = {"RANK": rank, "LOCAL_RANK": rank, "GROUP_RANK": 0, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2}
-    variables |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "TORCHELASTIC_RUN_ID": "tests"}
-    os.environ.update({name: str(value) for name, value in variables.items()})
-    torch.set_num_threads(1)
+def _make(jobs):
     for config, kind, folder in jobs:
         folder.mkdir(parents=True, exist_ok=True)
         try:

@@ -10,7 +10,7 @@ from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from lightning.pytorch.callbacks.early_stopping import EarlyStoppingReason
 
 from iciia_exp.config.build import build
-from iciia_exp.config.check import target_of
+from iciia_exp.config.check import class_of
 from iciia_exp.errors import ConfigError
 from iciia_exp.seeding import derive_seed
 
@@ -20,10 +20,8 @@ __all__ = ["Diverged", "LastCheckpoint", "Resume", "SeedSteps", "configured"]
 def configured(nodes: dict[str, Any]) -> dict[str, pl.Callback]:
     """Build the callbacks of the group `callbacks`, by name."""
     for name, node in nodes.items():
-        target = target_of(node, f"callbacks.{name}")
-        if not (isinstance(target, type) and issubclass(target, pl.Callback)):
-            problem = "must be a Lightning callback (lightning.pytorch.callbacks.Callback)"
-            raise ConfigError(f"callbacks.{name}._target_", node["_target_"], problem)
+        what = "a Lightning callback (lightning.pytorch.callbacks.Callback)"
+        class_of(node, f"callbacks.{name}", pl.Callback, what)
     return {name: build(node, f"callbacks.{name}") for name, node in nodes.items()}
 
 
@@ -51,11 +49,12 @@ class Diverged(EarlyStopping):
         # not strict: the loss is absent if no image of the epoch could be read
         super().__init__(loss, patience=sys.maxsize, strict=False, check_on_train_epoch_end=True)
 
-    def raise_error(self, key: str, lr: float | None) -> None:
-        """Raise a `ConfigError` that names the learning rate if the training diverged."""
-        if self.stopping_reason == EarlyStoppingReason.NON_FINITE_METRIC:
-            problem = f"training diverged, the loss is not finite in epoch {self.stopped_epoch + 1}; lower it"
-            raise ConfigError(f"{key}.lr", lr, problem)
+    def error(self, key: str, lr: float | None) -> ConfigError | None:
+        """Return an error that names the learning rate if the training diverged."""
+        if self.stopping_reason != EarlyStoppingReason.NON_FINITE_METRIC:
+            return None
+        problem = f"training diverged, the loss is not finite in epoch {self.stopped_epoch + 1}; lower it"
+        return ConfigError(f"{key}.lr", lr, problem)
 
 
 class LastCheckpoint(ModelCheckpoint):

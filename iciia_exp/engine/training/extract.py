@@ -24,7 +24,7 @@ from iciia_exp.data.store import FeatureWriter
 from iciia_exp.engine.training.extractor import Extractor, WriteFeatures, in_time
 from iciia_exp.engine.training.trainer import interruptible, make_trainer, quiet_lightning
 from iciia_exp.errors import ConfigError, UserError
-from iciia_exp.machine import plain_errors, process_count, process_rank
+from iciia_exp.machine import check_started, plain_errors, process_count, process_rank
 from iciia_exp.models.backbones.base import Backbone
 from iciia_exp.tasks import Task
 
@@ -144,16 +144,11 @@ def extraction_trainer(config: dict[str, Any], extraction: Extraction, *callback
     if extraction.precision is not None:
         config["precision"] = extraction.precision
     more: dict[str, Any] = {"devices": devices, "num_nodes": num_nodes}
-    wanted, started = devices * num_nodes, process_count()
-    if started > 1 and started != wanted:
-        problem = f"{started} processes were started; devices times num_nodes must be as many"
-        raise ConfigError("features.devices", extraction.devices, problem)
-    if extraction.num_nodes > 1 and started == 1:
-        problem = f"start the same command on each machine with torchrun or srun, {wanted} processes in all"
-        raise ConfigError("features.num_nodes", extraction.num_nodes, problem)
+    wanted = devices * num_nodes
+    check_started("features", extraction.devices, extraction.num_nodes, wanted)
     if wanted > 1:
         # one process starts the others, unless torchrun or srun has: they need not repeat the whole command
-        more["strategy"] = "ddp" if started > 1 else "ddp_spawn"
+        more["strategy"] = "ddp" if process_count() > 1 else "ddp_spawn"
     try:
         return make_trainer(config, callbacks=list(callbacks), inference_mode=True, limit_predict_batches=None, **more)
     except UserError as error:

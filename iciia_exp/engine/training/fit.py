@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader
 from iciia_exp.engine.training.callbacks import Diverged, LastCheckpoint, Resume, SeedSteps
 from iciia_exp.engine.training.modules import BaseModule
 from iciia_exp.engine.training.trainer import interruptible, make_trainer, quiet_lightning
+from iciia_exp.machine import process_rank, wait_for_others
 
 __all__ = ["fit"]
 
@@ -47,12 +48,14 @@ def fit(
     """
     recipe, given = module.recipe, dict(callbacks or {})
     best = _place(given, folder)
-    timer = next((c for c in given.values() if isinstance(c, Timer)), Timer())
     diverged = Diverged(module.loss_name)
-    visible = sys.stdout.isatty() and trainer_config.get("enable_progress_bar", True)
-    bars = [c for c in given.values() if isinstance(c, ProgressBar)]
-    own: list[pl.Callback] = [SeedSteps(seed), diverged, Resume(), *[timer] * (timer not in given.values())]
-    own += [TQDMProgressBar()] * (visible and not bars)
+    own: list[pl.Callback] = [SeedSteps(seed), diverged, Resume()]
+    if (timer := next((c for c in given.values() if isinstance(c, Timer)), None)) is None:
+        own.append(timer := Timer())
+    bar = any(isinstance(c, ProgressBar) for c in given.values())
+    if not bar and sys.stdout.isatty() and trainer_config.get("enable_progress_bar", True):
+        own.append(TQDMProgressBar())
+        bar = True
     with quiet_lightning():
         trainer = make_trainer(
             trainer_config,
@@ -61,18 +64,18 @@ def fit(
             callbacks=[*own, *given.values(), LastCheckpoint(folder)],
             logger=loggers,
             enable_checkpointing=True,
-            enable_progress_bar=bool(visible or bars),
+            enable_progress_bar=bar,
             gradient_clip_val=recipe.clip_norm or None,
             default_root_dir=folder,
         )
         resumed = folder / "last.ckpt"
         with interruptible(trainer):
             trainer.fit(module, data, ckpt_path=resumed if resumed.is_file() else None, weights_only=True)
-    try:
-        diverged.raise_error(module.recipe_key, recipe.lr)
-    except Exception:
-        shutil.rmtree(folder)  # the last checkpoint is of no use
-        raise
+    if (error := diverged.error(module.recipe_key, recipe.lr)) is not None:
+        wait_for_others()
+        if process_rank() == 0:
+            shutil.rmtree(folder)  # the last checkpoint is of no use
+        raise error
     record: dict[str, Any] = {"epochs": trainer.current_epoch, "best_epoch": None, "val_accuracy": None}
     if best is not None and best.best_model_path:
         state = torch.load(best.best_model_path, weights_only=True, map_location="cpu")

@@ -73,12 +73,15 @@ class BaseModule(pl.LightningModule):
         """
         if loss is None:  # the other processes wait for the gradients of this one
             loss = torch.stack([p.sum() for p in self.parameters() if p.requires_grad]).sum() * 0.0
-        log = partial(self.log, on_step=False, on_epoch=True, prog_bar=True, sync_dist=True)
-        log(self.loss_name, loss, batch_size=items)
-        if self.trainer.world_size == 1:
+        self.log_mean(self.loss_name, loss, items)
+        if (processes := self.trainer.world_size) == 1:
             return loss
         mean = self.trainer.strategy.reduce(torch.tensor(float(items), device=self.device), reduce_op="mean")
-        return loss * (items / mean)
+        return loss * (items / mean.clamp(min=1 / processes))  # not 0 / 0 if no process has any
+
+    def log_mean(self, name: str, value: Tensor, items: int) -> None:
+        """Log the mean over the ``items`` of an epoch, of all processes."""
+        self.log(name, value, on_step=False, on_epoch=True, prog_bar=True, sync_dist=True, batch_size=items)
 
     def trunk_parameters(self) -> list[nn.Parameter]:
         """Return the parameters that are trained at the recipe's ``trunk_lr``."""
@@ -117,8 +120,7 @@ class BackboneModule(BaseModule):
         logits_BK = self.backbone(batch.images)
         loss = self.mean_loss(self.task.loss(logits_BK, batch.labels), items)
         accuracy = self.task.correct(logits_BK, batch.labels).float().mean()
-        log = partial(self.log, on_step=False, on_epoch=True, prog_bar=True, sync_dist=True)
-        log("backbone/train_accuracy", accuracy, batch_size=items)
+        self.log_mean("backbone/train_accuracy", accuracy, items)
         return loss
 
 

@@ -16,15 +16,15 @@ from typing import TYPE_CHECKING, Any
 import torch
 from omegaconf import OmegaConf
 
+from iciia_exp.artifacts import partial_folder
 from iciia_exp.engine.graph import Artifact
 from iciia_exp.engine.terminal import log_file, setup_logging
-from iciia_exp.errors import ConfigError
 from iciia_exp.machine import plain_errors, process_count, process_rank
 
 if TYPE_CHECKING:
     from iciia_exp.engine.inputs import Inputs
 
-__all__ = ["check_processes", "in_processes", "join", "only_first_logs", "training_processes"]
+__all__ = ["in_processes", "join", "only_first_logs", "spawn", "training_processes"]
 
 log = logging.getLogger(__name__)
 
@@ -40,17 +40,6 @@ def training_processes(config: dict[str, Any]) -> int:
         return make_trainer(config).world_size
 
 
-def check_processes(config: dict[str, Any]) -> None:
-    """Raise a `ConfigError` unless the processes that torchrun or srun started are those of the `trainer` group."""
-    wanted, started = training_processes(config), process_count()
-    if config.get("num_nodes", 1) > 1 and started == 1:
-        problem = f"start the same command on each machine with torchrun or srun, {wanted} processes in all"
-        raise ConfigError("trainer.num_nodes", config["num_nodes"], problem)
-    if started > 1 and wanted not in (1, started):
-        problem = f"{started} processes were started; devices times num_nodes must be 1 or as many"
-        raise ConfigError("trainer.devices", config.get("devices"), problem)
-
-
 def in_processes(inputs: "Inputs", kind: str, make: Callable[["Inputs", Path], None], folder: Path) -> None:
     """Call ``make(inputs, folder)``, in several processes if the `trainer` group has several devices.
 
@@ -60,37 +49,42 @@ def in_processes(inputs: "Inputs", kind: str, make: Callable[["Inputs", Path], N
         make: makes it; called in every process.
         folder: where it is made.
     """
-    config = inputs.experiment.config
-    processes = training_processes(config["trainer"])
-    if processes == 1 or process_count() > 1:
+    if inputs.processes == 1 or process_count() > 1:
         make(inputs, folder)
         return
+    e = inputs.experiment
+    log.info("%s: %s processes", kind, inputs.processes)
+    logging.getLogger("torch.multiprocessing.spawn").setLevel(logging.ERROR)  # names each process that it ends
+    with plain_errors(f"trainer.devices={e.config['trainer']['devices']}"):
+        spawn(_make_together, inputs.processes, e.config, e.overrides, kind, folder)
+
+
+def spawn(function: Callable[..., None], processes: int, *arguments: Any) -> None:
+    """Call ``function(*arguments)`` in several processes of this machine, which find each other as under torchrun."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    log.info("%s: %s processes", kind, processes)
-    logging.getLogger("torch.multiprocessing.spawn").setLevel(logging.ERROR)  # names each process that it ends
-    with plain_errors(f"trainer.devices={config['trainer']['devices']}"):
-        arguments = processes, port, config, inputs.experiment.overrides, kind, folder
-        torch.multiprocessing.spawn(_worker, arguments, nprocs=processes)
+    torch.multiprocessing.spawn(_enter, (processes, port, function, arguments), nprocs=processes)
 
 
-def _worker(
-    rank: int, processes: int, port: int, config: dict[str, Any], overrides: Sequence[str], kind: str, folder: Path
-) -> None:
-    """Make an artifact together with the other processes; variables of the environment are those of torchrun."""
-    from iciia_exp.config.experiment import Experiment
-    from iciia_exp.engine.stages import Stages
-
+def _enter(rank: int, processes: int, port: int, function: Callable[..., None], arguments: tuple[Any, ...]) -> None:
     ranks = {"RANK": rank, "LOCAL_RANK": rank, "GROUP_RANK": 0}
     counts = {"WORLD_SIZE": processes, "LOCAL_WORLD_SIZE": processes}
     address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "TORCHELASTIC_RUN_ID": "iciia_exp"}
     os.environ.update({name: str(value) for name, value in (ranks | counts | address).items()})
     torch.set_num_threads(max(1, torch.get_num_threads() // processes))
+    function(*arguments)
+
+
+def _make_together(config: dict[str, Any], overrides: Sequence[str], kind: str, folder: Path) -> None:
+    """Make an artifact together with the other processes."""
+    from iciia_exp.config.experiment import Experiment
+    from iciia_exp.engine.stages import Stages
+
     setup_logging()
     only_first_logs()
     stages = Stages(Experiment.from_config(OmegaConf.create(config), overrides))
-    with log_file(folder / "run.log") if kind == "run" and rank == 0 else nullcontext():
+    with log_file(folder / "run.log") if kind == "run" and process_rank() == 0 else nullcontext():
         try:
             getattr(stages, kind).make(folder)
         finally:
@@ -109,6 +103,6 @@ def join(goal: Artifact) -> None:
         while not need.finished:  # the first process makes it alone
             time.sleep(0.2)
     if not goal.finished:
-        folder = goal.folder if goal.in_place else goal.folder.with_name(f"{goal.folder.name}.partial")
+        folder = goal.folder if goal.in_place else partial_folder(goal.folder)
         folder.mkdir(parents=True, exist_ok=True)
         goal.make(folder)

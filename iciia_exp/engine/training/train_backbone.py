@@ -16,7 +16,6 @@ from iciia_exp.data.clients import ROLES
 from iciia_exp.data.store import FeatureStore
 from iciia_exp.digest import file_digest
 from iciia_exp.engine.inputs import Inputs
-from iciia_exp.engine.training.processes import training_processes
 from iciia_exp.errors import ConfigError, UserError, first_line
 from iciia_exp.machine import plain_errors, process_rank, wait_for_others
 from iciia_exp.models.backbones.base import Backbone
@@ -55,8 +54,7 @@ def train_backbone(inputs: Inputs, folder: Path) -> None:
     readable(e.dataset, backbone.transform, probes(rows))
     log.info("backbone: training %s on %s images", spec.name, f"{len(rows):,}")
     images = TransformedImages(e.dataset, backbone.transform, rows, inputs.labels, e.extraction.on_bad_image)
-    processes = training_processes(e.config["trainer"])
-    size = spec.recipe.batch_size
+    size, processes = spec.recipe.batch_size, inputs.processes
     if size % processes:
         raise ConfigError("backbone.recipe.batch_size", size, f"must be a multiple of the {processes} devices")
     order = derive_seed("order", spec.seed) % 2**31

@@ -20,7 +20,6 @@ from iciia_exp.data.batches import ClientBatch, ClientBatchSampler, ClientIndex,
 from iciia_exp.data.clients import Clients, Ragged
 from iciia_exp.data.views import CloudView
 from iciia_exp.engine.inputs import Inputs
-from iciia_exp.engine.training.processes import training_processes
 from iciia_exp.engine.training.train_backbone import backbone_head, in_epochs, out_of_fold
 from iciia_exp.machine import process_rank, wait_for_others
 from iciia_exp.methods.base import Ask, Record
@@ -105,7 +104,7 @@ class _Fit:
         e = self.inputs.experiment
         return fit(
             MethodModule(method, self.head, recipe, len(self.clients)),
-            data_of(self.inputs, recipe),
+            data_of(self.inputs, self.clients, self.batches, recipe),
             seed=e.seed,
             folder=self.folder,
             trainer_config=e.config["trainer"],
@@ -119,7 +118,7 @@ class _Fit:
         from iciia_exp.engine.training.modules import ClassifierModule
 
         name, e = type(classifier).__name__.lower(), self.inputs.experiment
-        order: dict[str, Any] = {"rank": process_rank(), "world_size": training_processes(e.config["trainer"])}
+        order: dict[str, Any] = {"rank": process_rank(), "world_size": self.inputs.processes}
         images = Ragged.from_rows([rows])
         sampler = ClientBatchSampler(images, 1, recipe.batch_size, shuffle=True, seed=e.seed, **order)
         record = fit(
@@ -135,23 +134,23 @@ class _Fit:
         return record
 
 
-def data_of(inputs: Inputs, recipe: Recipe | None = None) -> "ClientDataModule":
-    """Return the client batches on which a method is trained, validated and tested; features must be there.
+def data_of(inputs: Inputs, clients: Clients, batches: FeatureBatches, recipe: Recipe) -> "ClientDataModule":
+    """Return the client batches on which a method is trained, validated and tested.
 
     Args:
         inputs: of the experiment.
-        recipe: for its batch size; by default that of the configuration.
+        clients, batches: readable clients, and their stored features.
+        recipe: for its batch size.
     """
     from iciia_exp.engine.training.data_module import ClientDataModule
 
-    e, training, store = inputs.experiment, inputs.experiment.training, inputs.open_store()
-    clients, batches = inputs.readable_clients(store), inputs.batches(store)
+    e, training = inputs.experiment, inputs.experiment.training
     return ClientDataModule(
         clients,
         batches,
         training.images,
         training.train_images,
-        (recipe or training.recipe).batch_size,
+        recipe.batch_size,
         shuffle_images=training.shuffle_images,
         seed=e.seed,
         draw=None if e.client_mix.plain else draw_clients(inputs, clients, "train"),

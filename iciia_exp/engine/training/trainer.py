@@ -9,7 +9,7 @@ from typing import Any
 
 import lightning.pytorch as pl
 
-from iciia_exp.config.check import check_keys, target_of
+from iciia_exp.config.check import check_keys, class_of
 from iciia_exp.errors import ConfigError, UserError, first_line
 
 __all__ = ["interruptible", "make_trainer", "on_one_device", "quiet_lightning"]
@@ -84,9 +84,7 @@ def make_trainer(config: dict[str, Any], **arguments: Any) -> pl.Trainer:
 
     Raises a `UserError` for arguments that cannot be honoured.
     """
-    target: Any = target_of(config, "trainer")
-    if not (isinstance(target, type) and issubclass(target, pl.Trainer)):
-        raise ConfigError("trainer._target_", config["_target_"], "must be Lightning's Trainer or a subclass of it")
+    target = class_of(config, "trainer", pl.Trainer, "Lightning's Trainer or a subclass of it")
     check_keys(config, "trainer")
     own = {k: v for k, v in config.items() if not k.startswith("_")}
     for key in own:

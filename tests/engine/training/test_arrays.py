@@ -20,6 +20,7 @@ from iciia_exp.engine.training.train_backbone import load_backbone
 from iciia_exp.errors import ConfigError, UserError
 from tests.making.arrays import TRAINED, VIT, StoredLogits, TokenMean, hooked_tokens
 from tests.making.extraction import HEAD, damage
+from tests.making.kill import killed_while_writing
 
 TOKENS = "method._target_=tests.making.arrays.TokenMean"
 ALL = "method._target_=tests.making.arrays.StoredLogits"
@@ -150,28 +151,13 @@ def test_logits_of_a_classifier_that_is_fitted_later_are_refused_before_any_work
 # ---- interrupted, and several processes
 
 
-class Killed(BaseException):
-    """Not an Exception: nothing in between may handle it."""
-
-
 @pytest.mark.parametrize("workers", [0, 2])
 def test_a_killed_extraction_ends_with_the_same_arrays(vit, root, monkeypatch, tmp_path, workers):
     damage(root)
     options = (*TRAINED, ALL, f"features.num_workers={workers}")
     want = made(lambda *more: vit(*options, f"cache_dir={tmp_path}/whole", *more))
-    original, writes = FeatureWriter.write, []
-
-    def die_later(self, rows, values):
-        self.flush_seconds = 0.0
-        writes.append(len(rows))
-        if len(writes) > 5:
-            raise Killed
-        original(self, rows, values)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(FeatureWriter, "write", die_later)
-        with pytest.raises(Killed):
-            made(lambda *more: vit(*options, *more))
+    with killed_while_writing(monkeypatch):
+        made(lambda *more: vit(*options, *more))
     assert 0 < len(FeatureWriter.remaining(partial_folder(vit(*options).features.folder))) < 81
     got = made(lambda *more: vit(*options, *more))
     assert all(np.array_equal(got.array(name), want.array(name)) for name in NAMES)

@@ -17,6 +17,7 @@ from tests.making.extraction import (
     store_of,
     store_of_finished,
 )
+from tests.making.kill import killed_while_writing
 
 
 @pytest.mark.parametrize("train", ["all", "head"])
@@ -135,29 +136,13 @@ def test_a_disk_that_goes_away_is_no_bad_image(root, folder, monkeypatch, tmp_pa
 # ---- interrupted
 
 
-class Killed(BaseException):
-    """Not an Exception: nothing in between may handle it."""
-
-
 @pytest.mark.parametrize("workers", [0, 2])
 def test_an_extraction_killed_with_bad_images_ends_as_if_it_had_not_been(root, folder, monkeypatch, tmp_path, workers):
     damage(root)
     want = store_of_finished(folder, f"cache_dir={tmp_path}/whole", f"features.num_workers={workers}")
     stages = folder(*HEAD, "stage=features", f"features.num_workers={workers}")
-    writes = []
-    original = FeatureWriter.write
-
-    def die_later(self, rows, values):
-        self.flush_seconds = 0.0
-        writes.append(len(rows))
-        if len(writes) > 5:
-            raise Killed
-        original(self, rows, values)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(FeatureWriter, "write", die_later)
-        with pytest.raises(Killed):
-            execute(stages)
+    with killed_while_writing(monkeypatch):
+        execute(stages)
     partial = stages.features.folder.with_name(stages.features.folder.name + ".partial")
     assert len(FeatureWriter.remaining(partial)) < 81
     execute(stages)

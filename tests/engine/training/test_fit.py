@@ -22,6 +22,7 @@ from iciia_exp.methods.adapt.iciia import IciiaMethod
 from iciia_exp.methods.base import Facts
 from iciia_exp.models import grouped
 from iciia_exp.recipe import Recipe
+from tests.making.kill import Killed
 
 TRAINER = {"_target_": "lightning.pytorch.Trainer", "_partial_": True, "accelerator": "cpu", "devices": 1}
 D, K = 16, 4
@@ -56,10 +57,6 @@ def run(tmp_path):
 
     make.features, make.labels = features, labels
     return make
-
-
-class Killed(BaseException):
-    """Not an Exception: nothing in between may handle it."""
 
 
 @pytest.mark.parametrize("schedule", ["constant", "cosine", "onecycle"])

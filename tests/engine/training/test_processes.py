@@ -53,7 +53,10 @@ def test_two_processes_give_the_weights_of_one_and_resume(compose, small, tmp_pa
         (killed, "run", tmp_path / "again"),
         (whole, "run", tmp_path / "again"),
     ]
-    together(jobs)
+    diverging = config("optimizer=sgd", "optimizer.lr=1e12", "training.recipe.clip_norm=0")
+    with pytest.raises(torch.multiprocessing.ProcessRaisedException, match="training diverged, the loss is not finite"):
+        together([*jobs, (diverging, "run", tmp_path / "diverging")])
+    assert not (tmp_path / "diverging" / "checkpoints").exists()
     for name, made in single.items():
         got, want = (load_tensors(folder / "weights.safetensors") for folder in (tmp_path / name, made.run.folder))
         for key in want:
