@@ -107,7 +107,12 @@ def partial_folder(path: Path) -> Path:
 
 
 def make_folder(
-    path: Path, what: str, build: Callable[[Path], None], last: str = "manifest.json", in_place: bool = False
+    path: Path,
+    what: str,
+    build: Callable[[Path], None],
+    last: str = "manifest.json",
+    in_place: bool = False,
+    together: bool = False,
 ) -> bool:
     """Make the folder ``path`` by ``build(folder)`` unless it exists; return whether this call made it.
 
@@ -118,10 +123,11 @@ def make_folder(
             left files, and must write ``last`` as its last file.
         last: name of the file without which the folder is unfinished.
         in_place: build in ``path`` itself: its parts are complete one by one, or loggers keep files open there.
+        together: several processes may build it at a time; ``build`` has locks of its own.
     """
     if (path / last).is_file():
         return False
-    with locked(path, what):
+    with contextlib.nullcontext() if together else locked(path, what):
         if (path / last).is_file():  # another process made it while this one waited
             return False
         folder = path if in_place else partial_folder(path)

@@ -42,7 +42,7 @@ def streaming_attention_macs(images: int, dim: int, groups: int, layers: int) ->
 
 
 def overheads(
-    sequence_macs: int, streaming_macs: int | None, images: int, backbone_macs: int | None
+    sequence_macs: int | None, streaming_macs: int | None, images: int, backbone_macs: int | None
 ) -> dict[str, float | None]:
     """Return the added cost in percent of the backbone's cost of one image, by three conventions.
 
@@ -54,8 +54,8 @@ def overheads(
         return dict.fromkeys(("published", "per_image", "streaming"))
     share = 100.0 / backbone_macs
     return {
-        "published": sequence_macs * share,
-        "per_image": sequence_macs / images * share,
+        "published": None if sequence_macs is None else sequence_macs * share,
+        "per_image": None if sequence_macs is None else sequence_macs / images * share,
         "streaming": None if streaming_macs is None else streaming_macs * share,
     }
 

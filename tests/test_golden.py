@@ -94,6 +94,9 @@ def measure(overrides):
         # of what is trained or fitted; without names, which may change
         "weights": sorted(float(t.double().sum()) for t in weights.values() if t.is_floating_point() and t.numel() > 1),
     }
+    if shards := sorted(run.path.glob("states-*/*.safetensors")):
+        states = [load_file(shard) for shard in shards]
+        entry["states"] = {name: float(sum(s[name].double().sum() for s in states)) for name in states[0]}
     if (run.evaluation / "drawn_clients.parquet").is_file():
         entry["drawn"] = sums(run.evaluation, "drawn_clients", ["client_type", "history"])
     return entry

@@ -7,6 +7,7 @@ from typing import Any, ClassVar
 import torch
 
 from iciia_exp.errors import ConfigError, check_bool, check_choice, check_int
+from iciia_exp.ledger import SITES, Site
 from iciia_exp.recipe import Recipe
 
 __all__ = ["HISTORY_LENGTHS", "Evaluation", "Extraction", "Training"]
@@ -115,6 +116,8 @@ class Evaluation:
     Args:
         images: images of a chunk; null is the value of `Training`.
         cost_images: length of the sequence whose cost is reported; null is ``images``.
+        site: where requests are served, for the reported cost: ``device``, to which the weights are sent once, or
+            ``cloud``, to which every image is sent.
         history_lengths: numbers of images before a target for which accuracy is reported, in addition to all; empty
             reports none.
         history_orders: orders of a client's images in the ``stream`` protocol.
@@ -130,6 +133,7 @@ class Evaluation:
         self,
         images: int | None = None,
         cost_images: int | None = None,
+        site: Site = "device",
         history_lengths: Sequence[int] = HISTORY_LENGTHS,
         history_orders: int = 16,
         history_longest: int = 127,
@@ -141,6 +145,7 @@ class Evaluation:
     ) -> None:
         self.images = None if images is None else check_int("images", images, 1)
         self.cost_images = None if cost_images is None else check_int("cost_images", cost_images, 1)
+        self.site: Site = check_choice("site", site, SITES)
         self.history_lengths = sorted({check_int("history_lengths", n, 0) for n in history_lengths})
         self.history_orders = check_int("history_orders", history_orders, 1)
         self.history_clients = check_int("history_clients", history_clients, 1)

@@ -1,7 +1,7 @@
 """Views: access of the cloud and of the devices to images and labels.
 
 The cloud reads the labelled train and val images of its clients, and never a test image. A device reads its own train
-and val images with their labels and its own test images without.
+and val images with their labels. An oracle's device also reads its test images with their labels.
 
 Legend: C clients, S images of a client, D features, K classes.
 """
@@ -32,7 +32,6 @@ class CloudView(Dataset[ClientBatch]):
         num_classes: K.
         images: S, images of a chunk.
         draw_val: yields batches of val clients drawn like the training clients; None: the val clients' chunks.
-        test_labels: whether the method may read the labels of test images (an oracle).
     """
 
     def __init__(
@@ -42,14 +41,11 @@ class CloudView(Dataset[ClientBatch]):
         num_classes: int,
         images: int,
         draw_val: Callable[[], Iterator[ClientBatch]] | None = None,
-        test_labels: bool = False,
     ) -> None:
         #: The partition without its test images.
         self.clients = replace(clients, test=Ragged.empty(len(clients)))
         self.num_classes, self.images = num_classes, images
-        self.devices = Devices(clients, batches)
         self._batches, self._draw_val = batches, draw_val
-        self._test = clients.test if test_labels else None
         self._readable = np.zeros(len(batches.labels), dtype=bool)
         for role in ("train", "val"):
             self._readable[clients[role].values] = True
@@ -62,13 +58,13 @@ class CloudView(Dataset[ClientBatch]):
 
     def class_counts(self, role: str) -> np.ndarray:
         """Return how many images of each class (or with each attribute) every client has, float32 [C, K]."""
-        return _class_counts(self.clients[role], self._batches.labels, self.num_classes)
-
-    def test_class_counts(self) -> np.ndarray:
-        """Return the class counts of the test images, for an oracle."""
-        if self._test is None:
-            raise PermissionError("the cloud reads no label of a test image")
-        return _class_counts(self._test, self._batches.labels, self.num_classes)
+        ragged, labels = self.clients[role], self._batches.labels
+        counts_CK = np.zeros((len(ragged), self.num_classes), dtype=np.float32)
+        if labels.ndim == 2:
+            np.add.at(counts_CK, ragged.row_numbers, labels[ragged.values].astype(np.float32))
+            return counts_CK
+        pairs = ragged.row_numbers * self.num_classes + labels[ragged.values]
+        return np.bincount(pairs, minlength=counts_CK.size).reshape(counts_CK.shape).astype(np.float32)
 
     def chunks(self, role: str, batch_size: int = 64, most_images: int | None = None) -> Iterator[ClientBatch]:
         """Yield batches of chunks in a fixed random order, until ``most_images`` images are reached."""
@@ -87,13 +83,25 @@ class CloudView(Dataset[ClientBatch]):
 
 
 class Devices:
-    """Access of each device: its own images, with the labels of train and val; arguments as in `CloudView`."""
+    """Access of each device to its own images.
 
-    def __init__(self, clients: Clients, batches: FeatureBatches) -> None:
+    Args:
+        clients: the partition.
+        batches: features and labels of all images.
+        test_labels: whether a device may read the labels of its test images (an oracle).
+    """
+
+    def __init__(self, clients: Clients, batches: FeatureBatches, test_labels: bool = False) -> None:
         self._clients, self._batches = clients, batches
+        self._roles = ("train", "val", "test") if test_labels else ("train", "val")
 
     def __len__(self) -> int:
         return len(self._clients)
+
+    @property
+    def tested(self) -> np.ndarray:
+        """Numbers of the devices with test images, int64."""
+        return np.flatnonzero(self._clients.test.lengths)
 
     def lengths(self, role: str) -> np.ndarray:
         """Return how many images of a role every device has, int64 [C]."""
@@ -107,18 +115,10 @@ class Devices:
             hint = "choose a partition that splits within clients"
             raise UserError(f"method={method}: learns from labelled images of the test clients; {problem}: {hint}")
 
-    def images(self, role: str, numbers: np.ndarray) -> ClientBatch:
-        """Return all images of a role of some devices, a device a row; labels of test images are 0."""
-        ragged = self._clients[role]
+    def own(self, numbers: np.ndarray) -> dict[str, ClientBatch]:
+        """Return all images of some devices by role, with their labels, a device a row."""
+        return {role: self._images(self._clients[role], numbers) for role in self._roles}
+
+    def _images(self, ragged: Ragged, numbers: np.ndarray) -> ClientBatch:
         index_CS = ragged.padded(numbers, int(ragged.lengths[numbers].max(initial=0)))
-        batch = self._batches[ClientIndex(index_CS, numbers)]
-        return batch._replace(y_CS=batch.y_CS * 0) if role == "test" else batch
-
-
-def _class_counts(ragged: Ragged, labels: np.ndarray, num_classes: int) -> np.ndarray:
-    counts_CK = np.zeros((len(ragged), num_classes), dtype=np.float32)
-    if labels.ndim == 2:
-        np.add.at(counts_CK, ragged.row_numbers, labels[ragged.values].astype(np.float32))
-        return counts_CK
-    pairs = ragged.row_numbers * num_classes + labels[ragged.values]
-    return np.bincount(pairs, minlength=counts_CK.size).reshape(counts_CK.shape).astype(np.float32)
+        return self._batches[ClientIndex(index_CS, numbers)]

@@ -26,12 +26,12 @@ log = logging.getLogger(__name__)
 KINDS = {
     "backbone": ("backbone", "head"),
     "features": ("features",),
-    "train": ("run",),
+    "train": ("run", "states"),
     "evaluate": ("evaluation",),
-    "all": ("backbone", "features", "head", "run", "evaluation"),
+    "all": ("backbone", "features", "head", "run", "states", "evaluation"),
 }
 
-_STAGE_OF = {"head": "backbone", "run": "train", "evaluation": "evaluate"}
+_STAGE_OF = {"head": "backbone", "run": "train", "states": "train", "evaluation": "evaluate"}
 
 
 def execute(stages: Stages, brief: bool = False) -> dict[str, Any] | None:
@@ -98,9 +98,9 @@ def _goals(stages: Stages) -> list[Any]:
     goals: dict[str, list[Any]] = {
         "backbone": [network, stages.features if stages.head else None, stages.head],
         "features": [stages.features],
-        "train": [stages.run],
+        "train": [stages.run, stages.states],
         "evaluate": [stages.evaluation],
-        "all": [network, stages.features, stages.head, stages.run, stages.evaluation],
+        "all": [network, stages.features, stages.head, stages.run, stages.states, stages.evaluation],
     }
     return [goal for goal in goals[stage] if goal is not None]
 
@@ -108,7 +108,7 @@ def _goals(stages: Stages) -> list[Any]:
 def _shared(stages: Stages) -> list[Artifact]:
     """Return the unfinished artifacts of the stage that all processes of torchrun or srun make together."""
     e = stages.experiment
-    kinds = ["features"]
+    kinds = ["features", "states"]
     if process_count() > 1 and stages.processes > 1:
         kinds += ["backbone", "run"] if e.method_class.trainable else ["backbone"]
     return [goal for goal in _goals(stages) if goal.kind in kinds and not goal.finished]

@@ -35,6 +35,7 @@ class Artifact:
         last: last file; a folder without it is unfinished.
         in_place: whether it is made in the final folder, not in ``<folder>.partial``: its files have their own marks of
             completion, and loggers keep files open there.
+        together: whether several processes make it together, with locks of its own for its parts.
         report: called with the folder, and whether it was made just now.
     """
 
@@ -46,6 +47,7 @@ class Artifact:
     needs: tuple[Artifact, ...] = ()
     last: str = "manifest.json"
     in_place: bool = False
+    together: bool = False
     report: Callable[[Path, bool], None] | None = None
 
     @cached_property
@@ -88,7 +90,8 @@ def ensure(goal: Artifact, kinds: Collection[str]) -> Path:
         for need in goal.needs:
             if not need.finished:
                 ensure(need, kinds)
-        made = make_folder(goal.folder, f"{goal.kind} {goal.label}", goal.make, goal.last, goal.in_place)
+        what = f"{goal.kind} {goal.label}"
+        made = make_folder(goal.folder, what, goal.make, goal.last, goal.in_place, goal.together)
     if goal.report is not None:
         goal.report(goal.folder, made)
     return goal.folder

@@ -39,11 +39,13 @@ class Inputs:
         experiment: the checked configuration.
     """
 
-    #: Artifacts (`iciia_exp.engine.stages.Stages`): None for a backbone or classifier that is not trained here.
+    #: Artifacts (`iciia_exp.engine.stages.Stages`): None for a backbone or classifier that is not trained here, and for
+    #: states where devices learn nothing.
     backbone: Artifact | None
     features: Artifact
     head: Artifact | None
     run: Artifact
+    states: Artifact | None
     evaluation: Artifact
 
     def __init__(self, experiment: Experiment) -> None:

@@ -1,6 +1,7 @@
 """Stages: the graph of an experiment's artifacts, from the backbone to the evaluation.
 
-    backbone (where it is trained here) -> features -> head (where it is fitted) -> run -> evaluation
+    backbone (where it is trained here) -> features -> head (where it is fitted) -> run
+    run -> states (where devices learn) -> evaluation
 
 Everything that can change a number, and nothing else, goes into the ``science`` of an artifact.
 """
@@ -12,10 +13,12 @@ from typing import Any
 from iciia_exp.config.check import callbacks_science, science
 from iciia_exp.config.experiment import Experiment
 from iciia_exp.digest import file_digest
+from iciia_exp.engine import devices
 from iciia_exp.engine.graph import Artifact
 from iciia_exp.engine.inputs import Inputs
 from iciia_exp.engine.training import train_backbone, train_method
 from iciia_exp.engine.training.processes import in_processes
+from iciia_exp.methods.tune.base import Personal
 
 __all__ = ["Stages"]
 
@@ -29,6 +32,7 @@ class Stages(Inputs):
         self.features = self._features()
         self.head = self._head()
         self.run = self._run()
+        self.states = self._states()
         self.evaluation = self._evaluation()
 
     def _backbone(self) -> Artifact | None:
@@ -75,6 +79,8 @@ class Stages(Inputs):
             # statistics are read from the seen client types alone
             "unseen_types": e.client_mix.unseen_types,
         }
+        if issubclass(e.method_class, Personal):
+            parts["states"] = True  # formerly, such runs kept answers to test images
         if e.method_class.trainable:
             parts |= {
                 "recipe": science(e.config["training"]["recipe"]),
@@ -99,6 +105,23 @@ class Stages(Inputs):
             report=train_method.report_run,
         )
 
+    def _states(self) -> Artifact | None:
+        """What the clients' devices have learned, in the run's folder; None if they learn nothing."""
+        if not issubclass(self.experiment.method_class, Personal):
+            return None
+        make = partial(devices.personalise, self)
+        return Artifact(
+            "states",
+            "states",
+            None,
+            make,
+            self.run.folder,
+            (self.run,),
+            in_place=True,
+            together=True,
+            report=devices.report_devices,
+        )
+
     def _evaluation(self) -> Artifact:
         """The results of the run, in the run's folder."""
 
@@ -115,7 +138,7 @@ class Stages(Inputs):
             values,
             make,
             self.run.folder,
-            (self.run,),
+            (self.states or self.run,),
             last="results.json",
             in_place=True,
         )

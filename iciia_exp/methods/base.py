@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from iciia_exp.data.batches import ClientBatch
 from iciia_exp.data.views import CloudView
 from iciia_exp.errors import ConfigError, within
+from iciia_exp.ledger import Budget, Sizes
 from iciia_exp.recipe import Recipe
 from iciia_exp.tasks import SINGLE_LABEL, TASKS, Task
 
@@ -83,6 +84,7 @@ def copy_of(head: nn.Linear, trained: bool) -> nn.Linear:
     """Return a copy of the backbone's classifier for a method, with gradients if it is ``trained``."""
     own = nn.Linear(head.in_features, head.out_features)
     own.load_state_dict(head.state_dict())
+    own.of_backbone = not trained  # type: ignore[assignment]  # `Method.payload` leaves it out
     return own.requires_grad_(trained)
 
 
@@ -113,8 +115,8 @@ def resize_on_load(module: nn.Module, *names: str) -> None:
 class Method(nn.Module, ABC):
     """A way to classify a client's images together. Built by the engine as ``Method(facts, **config)``.
 
-    Every method states its cost: `macs` and `streaming_macs` are abstract. `logits` must not change the module: an
-    evaluation calls it from several threads.
+    Every method states its cost: `budget` is abstract. `logits` must not change the module: an evaluation calls it from
+    several threads.
     """
 
     #: Stable name: its identity in digests, ``run.json`` and tables.
@@ -161,16 +163,13 @@ class Method(nn.Module, ABC):
         """
 
     @abstractmethod
-    def macs(self, images: int) -> int:
-        """Return the MACs that the method adds to backbone and classifier on a sequence of ``images``."""
+    def budget(self, sizes: Sizes) -> Budget:
+        """Return the computations and payloads of a client and of a request, in closed form."""
 
-    @abstractmethod
-    def streaming_macs(self, images: int) -> int | None:
-        """Return the MACs of one more image when state of the other ``images - 1`` is kept; None if it cannot be."""
-
-    @abstractmethod
-    def state_bytes(self, images: int) -> int:
-        """Return the size of a client's state after ``images`` images, in bytes (float32)."""
+    def payload(self) -> dict[str, Tensor]:
+        """Return the tensors that a device with the backbone needs to run the method."""
+        shared = [f"{name}." for name, module in self.named_modules() if getattr(module, "of_backbone", False)]
+        return {k: t for k, t in self.state_dict().items() if not k.startswith(tuple(shared))}
 
     def num_parameters(self) -> int:
         """Return the number of parameters in addition to the backbone and its classifier."""

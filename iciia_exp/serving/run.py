@@ -5,6 +5,7 @@
     partition.parquet     the images of each client
     weights.safetensors   the trained method and the backbone's classifier (written last)
     training.json         epochs, best epoch, seconds
+    states-<digest>/      states of the clients, where their devices learn (`iciia_exp.data.states`)
     csv/, wandb/          metrics by epoch, offline wandb run
     evaluation-<digest>/  a folder for each evaluation:
       results.json        one flat row (written last)
@@ -22,23 +23,28 @@ Legend: C clients, S images of a client, D features, K classes.
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import torch
 from torch import Tensor, nn
 
 from iciia_exp.artifacts import load_tensors, read_json, resolve_cache_dir, save_tensors, write_json
 from iciia_exp.config.stored import Plugins, restore, store
+from iciia_exp.data.batches import ClientBatch
 from iciia_exp.data.clients import Clients
+from iciia_exp.data.states import ClientStates
 from iciia_exp.data.store import FeatureStore
 from iciia_exp.digest import file_digest
-from iciia_exp.errors import UserError, first_line
+from iciia_exp.errors import UserError, first_line, nearest
 from iciia_exp.methods.adapt.base import Adaptive
 from iciia_exp.methods.base import Facts, Method
+from iciia_exp.methods.tune.base import Personal
 from iciia_exp.models.backbones.base import Backbone, BackboneSpec
 from iciia_exp.models.backbones.weights import listed_classes
 from iciia_exp.results.tables import read_table
@@ -108,8 +114,7 @@ class Run:
         if path.name.startswith("evaluation-") and (path.parent / "run.json").is_file():
             path, evaluation = path.parent, path
         else:
-            found = sorted(path.glob("evaluation-*/results.json"), key=lambda file: file.stat().st_mtime)
-            evaluation = found[-1].parent if found else None
+            evaluation = _newest(path, "evaluation-*/results.json")
         for name in ("run.json", "weights.safetensors"):
             if not (path / name).is_file():
                 raise UserError(f"{path}: not a trained run ({name} is missing); repeat its command to finish it")
@@ -129,6 +134,8 @@ class Run:
             part = {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
             _load_weights(module, part, path / "weights.safetensors")
         method.eval().requires_grad_(False)
+        if isinstance(method, Personal) and (made := _newest(path, "states-*/manifest.json")) is not None:
+            method.states = ClientStates(made, method.state_shapes)
         place = resolve_cache_dir(str(cache_dir) if cache_dir else os.environ.get("ICIIA_EXP_CACHE"))
         return cls(path, method, head.requires_grad_(False), info["images"], info, evaluation, place, tuple(plugins))
 
@@ -225,20 +232,49 @@ class Run:
             _load_weights(backbone, load_tensors(path), path)
         return backbone.eval().requires_grad_(False)
 
+    def client_number(self, client: str) -> int:
+        """Return the number of one of the partition's clients; raises a `UserError` that names a similar one."""
+        found = np.flatnonzero(self.partition.ids == client)
+        if not len(found):
+            near = nearest(client, self.partition.ids.tolist())
+            raise UserError(f"{self.path}: has no client {client}" + (f"; did you mean {near}?" if near else ""))
+        return int(found[0])
+
     @torch.inference_mode()
-    def predict(self, features: Tensor, mask: Tensor | None = None) -> Tensor:
+    def predict(
+        self, features: Tensor, mask: Tensor | None = None, clients: str | Sequence[str] | None = None
+    ) -> Tensor:
         """Return probabilities over `class_names` for the images of one client, [S, D], or of several, [C, S, D].
 
-        All images of a client see each other. ``mask`` [C, S] is True where an image is real.
+        Args:
+            features: images. All images of a client see each other.
+            mask: True where an image is real, [C, S]; None where all are.
+            clients: name of the client, or names of the C clients, in the partition; read by methods with a state for
+                every client.
         """
         if features.ndim not in (2, 3) or features.shape[-1] != self.head.in_features or not features.numel():
             dim, got = self.head.in_features, list(features.shape)
             raise ValueError(f"features are [S, {dim}] or [C, S, {dim}], got {got}")
-        if not isinstance(self.method, Adaptive):
-            raise UserError(f"{self.method.name}: serves the clients of its partition alone, not features of others")
         x_CSD = features.float() if features.ndim == 3 else features.float()[None]
-        probabilities = self.method.task.probabilities(self.method(x_CSD, mask))
+        if isinstance(self.method, Adaptive):
+            logits_CSK = self.method(x_CSD, mask)
+        else:
+            names = [clients] if isinstance(clients, str) else list(clients or ())
+            if len(names) != len(x_CSD):
+                problem = f"has a state for every client; {len(x_CSD)} clients and {len(names)} names"
+                raise UserError(f"{self.method.name}: {problem}: give clients=, as in run.partition.ids")
+            numbers_C = torch.tensor([self.client_number(name) for name in names])
+            mask_CS = torch.ones(x_CSD.shape[:2], dtype=torch.bool) if mask is None else mask
+            y_CS = torch.zeros(x_CSD.shape[:2], dtype=torch.int64)
+            logits_CSK = self.method.logits(ClientBatch(x_CSD, y_CS, mask_CS, numbers_C))
+        probabilities = self.method.task.probabilities(logits_CSK)
         return probabilities if features.ndim == 3 else probabilities[0]
+
+
+def _newest(path: Path, pattern: str) -> Path | None:
+    """Return the folder of the newest file that a pattern finds."""
+    found = sorted(path.glob(pattern), key=lambda file: file.stat().st_mtime)
+    return found[-1].parent if found else None
 
 
 def _load_weights(module: nn.Module, tensors: dict[str, Tensor], path: Path) -> None:

@@ -7,14 +7,19 @@ Of every past image the method's state is kept (`Adaptive.state_width` numbers: 
 features where those do not stay valid), so that ICIIA with causal attention or one layer serves one more image at the
 cost of one step. `predict_together` serves many sessions in one call.
 
+A method whose devices learn (`iciia_exp.methods.tune.base.Personal`) keeps the state that its client's device has
+learned: that of a client of the partition is read by its name, a new client's is learned from labelled images.
+
+    session = ClientSession(Run.load("outputs/digits/finetune-0123456789ab"), client="new")
+    session.learn(features, labels)   # [n, D], [n]
+
 Legend: C clients, P kept images, E numbers kept of each, D features, K classes.
 """
 
 from __future__ import annotations
 
 import json
-import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,10 +30,15 @@ from torch import Tensor
 from iciia_exp.artifacts import atomic_write
 from iciia_exp.errors import UserError, check_choice, check_int, first_line
 from iciia_exp.methods.adapt.base import Adaptive
+from iciia_exp.methods.tune.base import Personal
 from iciia_exp.models.backbones.base import Backbone
+from iciia_exp.serving import personal
+from iciia_exp.serving.compiled import compiled_step
 from iciia_exp.serving.run import Run
 
 __all__ = ["KEEP", "ClientSession", "predict_together"]
+
+_LEARNED = "learned."  # in the file of a session
 
 KEEP = ("recent", "reservoir", "diverse")
 
@@ -43,7 +53,8 @@ class ClientSession:
 
     Args:
         run: the trained run.
-        client: name of the client, for errors.
+        client: name of the client, for errors; of a method whose devices learn, the name in the partition
+            (``run.partition.ids``), or a new one.
         history: number of images whose state is kept; by default a chunk of training without its target.
         keep: ``recent`` keeps the last images, ``reservoir`` a uniform sample of all so far (Vitter 1985, algorithm R).
             ``diverse`` drops the older of the two most similar images (cosine of the features, which are kept as well).
@@ -64,20 +75,29 @@ class ClientSession:
         seed: int = 0,
         compile: str | None = None,
     ) -> None:
-        if not isinstance(run.method, Adaptive):
-            raise UserError(f"{run.method.name}: serves the clients of its partition alone, not new ones")
         self.run, self.client, self.backbone, self.method = run, client, backbone, run.method
+        #: What the client's device has learned; None if nothing.
+        self.learned: personal.State | None = None
+        if isinstance(run.method, Personal):
+            if history or compile is not None:
+                raise UserError(f"{run.method.name}: history and compile do not apply; each image is classified alone")
+            self.learned, history = personal.stored(run, client), 0
+        elif not isinstance(run.method, Adaptive):
+            raise UserError(f"{run.method.name}: cannot be served image by image; use run.predict")
         self.history = max(1, run.images - 1) if history is None else check_int("history", history, 0)
         self.keep = check_choice("keep", keep, KEEP)
         #: number of images seen so far, and of those kept
         self.seen, self.kept = 0, 0
         self._rng = np.random.default_rng(seed)
         dim = self.method.dim if keep == "diverse" else 0
-        self._state = torch.zeros(self.history, self.method.state_width)
+        width = self.method.state_width if isinstance(self.method, Adaptive) else 0
+        self._state = torch.zeros(self.history, width)
         self._past_1PE = self._state[None]  # the same memory
         self._features = torch.zeros(self.history, dim)
         self._age = np.zeros(self.history, dtype=np.int64)  # position of an image in the stream
-        self._compiled = None if compile is None or self.history == 0 else _compiled_step(self, compile)
+        self._compiled = None
+        if compile is not None and self.history and isinstance(run.method, Adaptive):
+            self._compiled = compiled_step(run.method, run.programs, self.history, compile)
         self._real = torch.zeros(1, self.history, dtype=torch.bool)  # whether a place holds an image
 
     def __repr__(self) -> str:
@@ -86,7 +106,20 @@ class ClientSession:
     @property
     def state_bytes(self) -> int:
         """Size of the kept state, in bytes."""
-        return self.kept * 4 * (self._state.shape[1] + self._features.shape[1])
+        own = sum(tensor.nbytes for tensor in (self.learned or {}).values())
+        return own + self.kept * 4 * (self._state.shape[1] + self._features.shape[1])
+
+    def learn(self, features: Tensor, labels: Tensor, val: tuple[Tensor, Tensor] | None = None) -> None:
+        """Learn the client's state from labelled images, for a method whose devices learn.
+
+        Args:
+            features: [n, D].
+            labels: numbers of ``run.class_names``, int64 [n]; of a multi-label task 0/1 [n, K].
+            val: further features and labels, which choose the epoch; None: the last quarter of the images.
+        """
+        if not isinstance(self.method, Personal):
+            raise UserError(f"{self.method.name}: learns nothing on the client; it needs no labels")
+        self.learned = personal.learn(self.run, features, labels, val)
 
     @torch.inference_mode()
     def predict(self, image: Any) -> Tensor:
@@ -96,6 +129,9 @@ class ClientSession:
             image: features, float [D]; or, with a backbone, an image of the dataset's form.
         """
         x_1D = self._as_features(image)
+        if isinstance(self.method, Personal):
+            return predict_together([self], x_1D)[0]
+        assert isinstance(self.method, Adaptive)
         if self._compiled is None:
             logits_1K, own_1E = self.method.step(_checked(x_1D, [self]), self._state[None, : self.kept])
             p_1K = self.method.task.probabilities(logits_1K)
@@ -159,6 +195,7 @@ class ClientSession:
 
         tensors = {"state": self._state[: self.kept], "features": self._features[: self.kept]}
         tensors["age"] = torch.from_numpy(self._age[: self.kept])
+        tensors |= {f"{_LEARNED}{name}": tensor for name, tensor in (self.learned or {}).items()}
         facts = {
             "format": _FORMAT,
             "run": self.run.path.resolve().name,
@@ -184,6 +221,11 @@ class ClientSession:
             with safe_open(str(path), "pt") as file:
                 facts = json.loads((file.metadata() or {})["session"])
                 tensors = {name: file.get_tensor(name) for name in ("state", "features", "age")}
+                learned = {
+                    name.removeprefix(_LEARNED): file.get_tensor(name)
+                    for name in file.keys()  # noqa: SIM118  # not a mapping
+                    if name.startswith(_LEARNED)
+                }
         except Exception as error:
             raise UserError(f"{path}: is not a saved session ({error})") from error
         if facts["format"] != _FORMAT:
@@ -196,48 +238,12 @@ class ClientSession:
         for name, tensor in tensors.items():
             getattr(session, f"_{name}")[: session.kept] = tensor.numpy() if name == "age" else tensor
         session._real[0, : session.kept] = True
+        if isinstance(session.method, Personal) and learned:
+            shapes = {name: tuple(tensor.shape) for name, tensor in learned.items()}
+            if shapes != session.method.state_shapes:
+                raise UserError(f"{path}: its state is {shapes}, the run's is {session.method.state_shapes}")
+            session.learned = learned
         return session
-
-
-class _Step(torch.nn.Module):
-    """A method's step for compilation: probabilities, state, and whether x is finite."""
-
-    def __init__(self, method: Adaptive) -> None:
-        super().__init__()
-        self.method = method
-
-    def forward(self, x_1D: Tensor, past_1PE: Tensor, mask_1P: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        logits_1K, own_1E = self.method.step(x_1D, past_1PE, mask_1P)
-        return self.method.task.probabilities(logits_1K), own_1E, x_1D.isfinite().all()
-
-
-def _compiled_step(session: ClientSession, backend: str) -> Callable[..., tuple[Tensor, Tensor, Tensor]]:
-    """Return the compiled step, one for all sessions of a run with the same history."""
-    run, history = session.run, session.history
-    programs = run.programs
-    if (backend, history) not in programs:
-        try:
-            step = _Step(session.method).eval()
-            if backend == "inductor":
-                made = _ahead_of_time(step, torch.zeros(1, history, session.method.state_width))
-            else:
-                made = torch.compile(step, dynamic=False, fullgraph=True, backend=backend)
-        except Exception as error:
-            raise UserError(f"compile={backend}: {first_line(error)}") from error
-        programs[backend, history] = made
-    return programs[backend, history]
-
-
-def _ahead_of_time(step: _Step, past_1PE: Tensor) -> Callable[..., tuple[Tensor, Tensor, Tensor]]:
-    """Return a library without Python calls: a third of the time of `torch.compile` behind a network."""
-    from torch._inductor import aoti_compile_and_package, aoti_load_package
-
-    mask_1P = torch.ones(past_1PE.shape[:2], dtype=torch.bool)
-    with torch.inference_mode(False), torch.no_grad(), tempfile.TemporaryDirectory() as folder:
-        program = torch.export.export(step, (torch.zeros(1, step.method.dim), past_1PE.clone(), mask_1P.clone()))
-        # tuned kernels for products of one row take a third of the classifier's time
-        options: dict[str, Any] = {"package_path": f"{folder}/step.pt2", "inductor_configs": {"max_autotune": True}}
-        return aoti_load_package(aoti_compile_and_package(program, **options))
 
 
 def _checked(x_CD: Tensor, sessions: Sequence[ClientSession], finite: bool = True) -> Tensor:
@@ -275,6 +281,14 @@ def predict_together(sessions: Sequence[ClientSession], features: Tensor) -> Ten
 
 def _predict(sessions: Sequence[ClientSession], x_CD: Tensor) -> Tensor:
     method = sessions[0].method
+    if isinstance(method, Personal):
+        if nothing := [s.client for s in sessions if s.learned is None]:
+            problem = f"{method.name} has no state of this client: it is not a test client of the run's partition"
+            raise UserError(f"{nothing[0]}: {problem}; give its session labelled images (session.learn)")
+        for session in sessions:
+            session.seen += 1
+        return method.task.probabilities(personal.classify(method, x_CD, [s.learned or {} for s in sessions]))
+    assert isinstance(method, Adaptive)
     logits_CK = x_CD.new_empty(len(sessions), method.num_classes)
     lengths = np.array([s.kept for s in sessions])
     # sessions of one length at a time: nothing is padded

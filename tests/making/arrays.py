@@ -5,6 +5,7 @@ from typing import ClassVar
 import torch
 from torch import nn
 
+from iciia_exp.ledger import payload_bytes, serve
 from iciia_exp.methods.base import Method
 
 #: A folder of images behind a transformer of two blocks, 17 tokens of 48 numbers.
@@ -42,14 +43,9 @@ class TokenMean(Method):
     def training_loss(self, batch):
         return self.task.loss(self.logits(batch)[batch.mask_CS], batch.y_CS[batch.mask_CS])
 
-    def macs(self, images):
-        return images * self.head.weight.numel()
-
-    def streaming_macs(self, images):
-        return self.macs(1)
-
-    def state_bytes(self, images):
-        return 0
+    def budget(self, sizes):
+        weights = payload_bytes(self.payload())
+        return serve(sizes, self.num_classes, macs=sizes.requested * self.head.weight.numel(), weights=weights)
 
 
 class StoredLogits(TokenMean):

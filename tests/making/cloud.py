@@ -4,10 +4,13 @@ from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
+import torch
 
 from iciia_exp.data.batches import ClientIndex, FeatureBatches, cut_chunks
 from iciia_exp.data.clients import Clients, Ragged
-from iciia_exp.data.views import CloudView
+from iciia_exp.data.views import CloudView, Devices
+from iciia_exp.ledger import Link, Sizes
+from iciia_exp.methods.tune.base import Personal
 from iciia_exp.tasks import SINGLE_LABEL
 
 #: Sizes of the classifier and the client that `tests/methods/conftest.py` makes.
@@ -25,7 +28,11 @@ class SmallCloud:
 
     @cached_property
     def view(self):
-        return CloudView(self.clients, self.batches, self.num_classes, self.images, test_labels=True)
+        return CloudView(self.clients, self.batches, self.num_classes, self.images)
+
+    @property
+    def devices(self):
+        return Devices(self.clients, self.batches, test_labels=True)
 
     def chunks(self, role):
         """Yield every chunk of a role in one batch; of the test images too, which the view does not show."""
@@ -70,9 +77,30 @@ def small_cloud(dim, classes, clients=12, images=8, task=SINGLE_LABEL, seed=0, n
     return SmallCloud(Clients(names, names, *rows), FeatureBatches(features, labels), classes, images)
 
 
+class States:
+    """States of all clients in memory."""
+
+    def __init__(self, states):
+        self.states = states
+
+    def of(self, client_C):
+        return {name: state[client_C] for name, state in self.states.items()}
+
+
+def personalised(method, cloud):
+    """Let all devices learn; return the link that counted their payloads, and the epochs of each."""
+    link = Link(method.name, method.budget(Sizes()))
+    with torch.no_grad():
+        learned = method.personalise(cloud.devices.own(cloud.devices.tested), link)
+    method.states = States(learned.states)
+    return link, learned.epochs_C
+
+
 def studied(method, **cloud):
     """Return a method that has learned from a small cloud of its sizes, and the cloud."""
     cloud = small_cloud(method.dim, method.num_classes, task=method.task, **cloud)
     method.eval()
     method.learn(cloud.view, no_fit)
+    if isinstance(method, Personal):
+        personalised(method, cloud)
     return method, cloud

@@ -127,7 +127,7 @@ def test_a_method_without_a_cost_cannot_exist():
         def forward(self, x_CSD, mask_CS=None):
             return x_CSD
 
-    with pytest.raises(TypeError, match="macs"):
+    with pytest.raises(TypeError, match="budget"):
         Free()
 
 

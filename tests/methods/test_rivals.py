@@ -226,9 +226,6 @@ def test_the_oracle_forbids_other_classes(head):
     for row, client in enumerate(batch.client_C):
         own = set(cloud.batches.labels[cloud.clients.test[int(client)]])
         assert set(answers[row].tolist()) <= own
-    again = OracleClasses(Facts.of(head))
-    again.load_state_dict(method.state_dict())
-    torch.testing.assert_close(again.logits(batch), method.logits(batch))
 
 
 @pytest.mark.parametrize("kind", [FineTune, PromptTuning])
@@ -244,6 +241,6 @@ def test_they_need_labels_of_the_test_clients(kind):
 
 def test_state_of_a_client_is_stated(head):
     assert PriorEM(Facts.of(head)).state_bytes(15) == 4 * 15 * K
-    assert FineTune(Facts.of(head)).state_bytes(15) == 4 * K * (D + 1)
-    assert PromptTuning(Facts.of(head)).state_bytes(15) == 4 * D // 2
+    assert FineTune(Facts.of(head)).state_bytes() == 4 * K * (D + 1)
+    assert PromptTuning(Facts.of(head)).state_bytes() == 4 * D // 2
     assert Lame(Facts.of(head)).state_bytes(15) == 4 * 15 * (D + K)

@@ -15,6 +15,7 @@ from iciia_exp.engine.evaluation.drawn_clients import drawn_clients_table
 from iciia_exp.engine.evaluation.history import Setup, history_table
 from iciia_exp.engine.evaluation.row import client_table, result_row
 from iciia_exp.engine.inputs import Inputs
+from iciia_exp.engine.ledger import ledger_table
 from iciia_exp.engine.terminal import fraction_bar
 from iciia_exp.engine.training.callbacks import configured
 from iciia_exp.engine.training.data_module import ClientDataModule
@@ -57,8 +58,10 @@ def evaluate(inputs: Inputs, folder: Path) -> None:
     examples = attribution_table(setup, e.evaluation, e.images, inputs.facts.shown_names, inputs.image)
     seconds = time.monotonic() - start
     training, errors = read_json(inputs.run.folder / "training.json"), module.calibration_errors()
-    row = result_row(inputs, run.method, store, counts, training, errors, seconds)
+    ledger = ledger_table(inputs, run.method)
+    row = result_row(inputs, run.method, store, counts, ledger, training, errors, seconds)
     _write(folder, "clients", table)
+    _write(folder, "ledger", ledger)
     plots = folder / "plots"
     if histories is not None:
         _write(folder, "history", histories)

@@ -18,6 +18,7 @@ from iciia_exp.data.clients import Clients
 from iciia_exp.data.store import FeatureStore
 from iciia_exp.digest import digest
 from iciia_exp.engine.inputs import Inputs
+from iciia_exp.engine.ledger import cost_row, sizes_of
 from iciia_exp.methods.base import Ask, Method
 from iciia_exp.results.labels import REPORTED
 from iciia_exp.results.summary import COUNTS, ClientCounts, summarise
@@ -80,13 +81,18 @@ def result_row(
     method: Method,
     store: FeatureStore,
     counts: ClientCounts,
+    ledger: pd.DataFrame,
     training: dict[str, Any],
     errors: dict[str, float],
     seconds: float,
 ) -> dict[str, Any]:
-    """Return the row: identity, averages, calibration ``errors``, costs, seeds, times, versions and every setting."""
+    """Return the row: identity, averages, calibration ``errors``, costs, seeds, times, versions and every setting.
+
+    ``ledger`` is that of `iciia_exp.engine.ledger.ledger_table`.
+    """
     e, images = inputs.experiment, inputs.experiment.cost_images
-    sequence, streaming = method.macs(images), method.streaming_macs(images)
+    one_more = method.budget(sizes_of(inputs))
+    sequence, streaming = method.budget(sizes_of(inputs, together=True)).method_macs(), one_more.method_macs()
     cost = overheads(sequence, streaming, images, store.macs)
     settings = _settings(inputs)
     # of the method, or of its encoder
@@ -124,7 +130,9 @@ def result_row(
         "overhead_percent": cost["published"],
         "per_image_overhead_percent": cost["per_image"],
         "streaming_overhead_percent": cost["streaming"],
-        "state_bytes": method.state_bytes(images - 1),
+        "state_bytes": one_more.state_bytes,
+        "site": e.evaluation.site,
+        **cost_row(ledger),
         "parameters": method.num_parameters(),
         "epochs": training.get("epochs"),
         "best_epoch": training.get("best_epoch"),

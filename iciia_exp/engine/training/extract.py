@@ -24,6 +24,7 @@ from iciia_exp.data.store import FeatureWriter
 from iciia_exp.engine.training.extractor import Extractor, WriteFeatures, in_time
 from iciia_exp.engine.training.trainer import interruptible, make_trainer, quiet_lightning
 from iciia_exp.errors import ConfigError, UserError
+from iciia_exp.ledger import payload_bytes
 from iciia_exp.machine import check_started, plain_errors, process_count, process_rank
 from iciia_exp.models.backbones.base import Backbone
 from iciia_exp.tasks import Task
@@ -77,7 +78,7 @@ def extract(
     backbone.eval().requires_grad_(False)
     images, first = len(table), process_rank() == 0
     known, example = readable(dataset, backbone.transform, probes(np.arange(images)))
-    macs = backbone.macs(example)
+    macs, weights_bytes = backbone.macs(example), payload_bytes(backbone.state_dict())
     dtypes = {"features": extraction.dtype, "logits": "float32"}
     layout = {n: (shape, dtypes.get(n, "float16")) for n, shape in backbone.output_shapes(example, arrays).items()}
     head = {name: tensor.detach().float().cpu() for name, tensor in backbone.head.state_dict().items()}
@@ -122,6 +123,7 @@ def extract(
         "transform": backbone.describe_transform(),
         "inference": steps,
         "macs": macs,
+        "weights_bytes": weights_bytes,
         "seconds": round(time.monotonic() - start, 2),
         "bad_images": _report_bad(dataset, bad, images),
     }

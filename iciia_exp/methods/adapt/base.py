@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from iciia_exp.data.batches import ClientBatch
+from iciia_exp.ledger import Budget, Sizes, payload_bytes, serve
 from iciia_exp.methods.base import Method
 
 __all__ = ["Adaptive", "PerImage", "in_parts", "real_images"]
@@ -57,6 +58,26 @@ class Adaptive(Method):
         None if the method has no attention (`iciia_exp.engine.evaluation.attribution`).
         """
         return None
+
+    @abstractmethod
+    def macs(self, images: int) -> int:
+        """Return the MACs that the method adds to backbone and classifier on a sequence of ``images``."""
+
+    @abstractmethod
+    def streaming_macs(self, images: int) -> int | None:
+        """Return the MACs of one more image when state of the other ``images - 1`` is kept; None if it cannot be."""
+
+    def budget(self, sizes: Sizes) -> Budget:
+        """Return the budget of serving: in a request, all images together, or one more by `step`."""
+        one_more = self.macs(sizes.images) if sizes.together else self.streaming_macs(sizes.images)
+        return serve(
+            sizes,
+            self.num_classes,
+            macs=self.macs(sizes.images) if one_more is None else one_more,
+            again=one_more is None,
+            weights=payload_bytes(self.payload()),
+            state_bytes=self.state_bytes(sizes.images - 1),
+        )
 
     @property
     def state_width(self) -> int:

@@ -1,15 +1,78 @@
-"""Personal methods: what they learn from a client's labels serves that client alone.
+"""Personal methods: a client's device learns a state from the client's own labels, which serves that client alone.
 
 Legend: C clients, S images of a client, K classes.
 """
 
-from iciia_exp.methods.base import Method
+from abc import abstractmethod
+from collections.abc import Mapping
+from typing import NamedTuple
 
-__all__ = ["Personal"]
+import torch
+from torch import Tensor
+
+from iciia_exp.data.batches import ClientBatch
+from iciia_exp.data.states import ClientStates
+from iciia_exp.errors import UserError
+from iciia_exp.ledger import Link
+from iciia_exp.methods.base import Method
+from iciia_exp.models.fit_many import Examples
+
+__all__ = ["Learned", "Personal", "examples"]
+
+
+class Learned(NamedTuple):
+    """What some devices have learned."""
+
+    states: dict[str, Tensor]  # float32, [C, ...], with the shapes of `Personal.state_shapes`
+    epochs_C: Tensor  # int64 [C], passes over the train images; 0 where the device trains nothing
 
 
 class Personal(Method):
-    """A method with parameters of its own for every client of the partition, chosen by a batch's client numbers."""
+    """A method with a state for every client, learned on the client's device.
+
+    The cloud learns once (`learn`), then `personalise` is called for some devices at a time, in an order of the
+    engine's choice. A device's state depends on its own images alone.
+    """
 
     #: An image's logits depend on its client, not on other images.
     causal = True
+    #: States by client number; None before the devices have learned.
+    states: ClientStates | None = None
+
+    @property
+    @abstractmethod
+    def state_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Shapes of one client's state, by name; all float32."""
+
+    @abstractmethod
+    def personalise(self, own: Mapping[str, ClientBatch], link: Link) -> Learned:
+        """Learn the states of C devices.
+
+        Args:
+            own: all images of the devices with their labels, padded, a device a row: ``train`` and ``val``; of an
+                oracle also ``test``.
+            link: every payload between a device and the cloud passes it, and is in the method's `budget`.
+        """
+
+    @abstractmethod
+    def classify(self, batch: ClientBatch, states: Mapping[str, Tensor]) -> Tensor:
+        """Return logits [C, S, K], with the states of the batch's clients, [C, ...] each."""
+
+    def logits(self, batch: ClientBatch, causal: bool = False) -> Tensor:
+        """Return those of `classify` with the stored states."""
+        return self.classify(batch, self.states_of(batch.client_C))
+
+    def states_of(self, client_C: Tensor) -> dict[str, Tensor]:
+        """Return the stored states of some clients; raises a `UserError` for one that has none."""
+        if self.states is None:
+            raise UserError(f"{self.name}: its devices have learned nothing yet; repeat the run's command")
+        return {name: state.to(client_C.device) for name, state in self.states.of(client_C).items()}
+
+    def state_bytes(self) -> int:
+        """Return the size of a client's state, in bytes."""
+        return 4 * sum(torch.Size(shape).numel() for shape in self.state_shapes.values())
+
+
+def examples(batch: ClientBatch) -> Examples:
+    """Return features and labels of a batch for `fit_many`."""
+    return Examples(batch.x_CSD, batch.y_CS, batch.mask_CS)

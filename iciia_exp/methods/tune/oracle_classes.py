@@ -3,6 +3,7 @@
 Legend: C clients, S images of a client, K classes.
 """
 
+from collections.abc import Mapping
 from typing import ClassVar
 
 import torch
@@ -10,8 +11,9 @@ from torch import Tensor
 
 from iciia_exp.data.batches import ClientBatch
 from iciia_exp.data.views import CloudView
-from iciia_exp.methods.base import Ask, Facts, Fit, Record, copy_of, resize_on_load
-from iciia_exp.methods.tune.base import Personal
+from iciia_exp.ledger import Budget, Link, Sizes, serve
+from iciia_exp.methods.base import Ask, Facts, Fit, Record, copy_of
+from iciia_exp.methods.tune.base import Learned, Personal
 from iciia_exp.tasks import SINGLE_LABEL
 
 __all__ = ["OracleClasses"]
@@ -32,38 +34,34 @@ class OracleClasses(Personal):
     asks: ClassVar[frozenset[Ask]] = frozenset({Ask.TEST_LABELS})
     trainable = False
 
-    has: Tensor
-
     def __init__(self, facts: Facts) -> None:
         super().__init__(facts)
         self.head = copy_of(facts.head, trained=False)
-        self.register_buffer("has", torch.zeros(0, self.num_classes, dtype=torch.bool))
-        resize_on_load(self, "has")
 
     def learn(self, cloud: CloudView, fit: Fit) -> Record:
-        """Read the labels of the test images."""
+        """Nothing."""
         self.eval()
-        self.has = torch.from_numpy(cloud.test_class_counts() > 0)
         return {}
 
-    def logits(self, batch: ClientBatch, causal: bool = False) -> Tensor:
+    @property
+    def state_shapes(self) -> dict[str, tuple[int, ...]]:
+        """1 for the client's classes, 0 for others, [K]."""
+        return {"has": (self.num_classes,)}
+
+    def personalise(self, own: Mapping[str, ClientBatch], link: Link) -> Learned:
+        """Read the labels of the test images."""
+        test = own["test"]
+        has_CK = torch.zeros(len(test.y_CS), self.num_classes, device=test.y_CS.device)
+        has_CK.scatter_add_(1, test.y_CS, test.mask_CS.float())
+        return Learned({"has": has_CK.clamp(max=1)}, torch.zeros(len(has_CK), dtype=torch.int64))
+
+    def classify(self, batch: ClientBatch, states: Mapping[str, Tensor]) -> Tensor:
         """Return the backbone's logits, those of other classes than the client's replaced, [C, S, K]."""
-        b_CSK = self.head(batch.x_CSD)
-        has_CK = self.has.to(b_CSK.device)[batch.client_C]
-        # a client without test images keeps all classes
-        return b_CSK.masked_fill(~(has_CK | ~has_CK.any(1, keepdim=True)).unsqueeze(1), FORBIDDEN)
+        return self.head(batch.x_CSD).masked_fill(states["has"][:, None] == 0, FORBIDDEN)
 
-    def macs(self, images: int) -> int:
-        """0."""
-        return 0
-
-    def streaming_macs(self, images: int) -> int | None:
-        """0."""
-        return 0
-
-    def state_bytes(self, images: int) -> int:
-        """0: nothing is kept."""
-        return 0
+    def budget(self, sizes: Sizes) -> Budget:
+        """Nothing in addition to the backbone."""
+        return serve(sizes, self.num_classes, macs=0, weights=0, state_bytes=self.state_bytes())
 
     def num_parameters(self) -> int:
         """0."""

@@ -1,0 +1,144 @@
+"""Client states: what devices have learned, in shards of some devices each.
+
+    <number>.safetensors   numbers of the clients, int64 [C], and their states, float32 [C, ...]; written at once
+    manifest.json          shards, devices, seconds, epochs, measured payloads (written last)
+
+Legend: C clients.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from iciia_exp.artifacts import atomic_write, read_json
+from iciia_exp.errors import UserError, first_line
+
+__all__ = ["ClientStates", "read_facts", "shard_path", "write_shard"]
+
+_CLIENTS = "client"  # in a shard, beside the states
+_OPEN = 64  # shards that are kept open
+
+
+def shard_path(folder: Path, number: int) -> Path:
+    """Return the file of a shard."""
+    return folder / f"{number:05d}.safetensors"
+
+
+def write_shard(
+    folder: Path, number: int, client_C: np.ndarray, states: Mapping[str, Tensor], facts: dict[str, Any]
+) -> None:
+    """Write the states of some clients, and plain facts about how they were made; absent or complete."""
+    from safetensors.torch import save
+
+    tensors = {name: state.detach().float().cpu().contiguous() for name, state in states.items()}
+    tensors[_CLIENTS] = torch.from_numpy(np.ascontiguousarray(client_C, dtype=np.int64))
+    with atomic_write(shard_path(folder, number), "wb") as file:
+        file.write(save(tensors, {"facts": json.dumps(facts)}))
+
+
+def read_facts(folder: Path, number: int) -> dict[str, Any]:
+    """Return the facts of a shard. Raises a `UserError` that names a damaged file."""
+    path = shard_path(folder, number)
+    try:
+        facts = json.loads((_open(path).metadata() or {})["facts"])
+    except (KeyError, ValueError) as error:
+        raise _damaged(path, error) from error
+    return facts
+
+
+class ClientStates:
+    """The states of the clients of a run, read from its shards when they are used.
+
+    Args:
+        folder: finished, with its manifest.
+        shapes: of one client's state, by name; another raises a `UserError`.
+    """
+
+    def __init__(self, folder: Path, shapes: Mapping[str, tuple[int, ...]]) -> None:
+        self.folder, self.shapes = folder, dict(shapes)
+        shards = read_json(folder / "manifest.json").get("shards")
+        if not isinstance(shards, int) or shards < 0:
+            raise UserError(
+                f"{folder}/manifest.json: shards: expected a number; delete {folder} and repeat the command"
+            )
+        numbers = [_clients(shard_path(folder, shard)) for shard in range(shards)]
+        joined = np.concatenate([np.empty(0, dtype=np.int64), *numbers])
+        order = np.argsort(joined, kind="stable")
+        self._client = joined[order]
+        self._shard = np.repeat(np.arange(shards), [len(part) for part in numbers])[order]
+        self._row = np.concatenate([np.empty(0, dtype=np.int64), *(np.arange(len(part)) for part in numbers)])[order]
+
+    def __len__(self) -> int:
+        return len(self._client)
+
+    def has(self, client: int) -> bool:
+        """Return whether a client has a state."""
+        place = int(np.searchsorted(self._client, client))
+        return place < len(self._client) and self._client[place] == client
+
+    def of(self, client_C: Tensor) -> dict[str, Tensor]:
+        """Return the states of some clients, float32 [C, ...] each; raises a `UserError` if one has none."""
+        wanted = client_C.cpu().numpy()
+        place = np.searchsorted(self._client, wanted)
+        found = place < len(self._client)
+        found[found] = self._client[place[found]] == wanted[found]
+        if not found.all():
+            raise UserError(f"{self.folder}: has no state of client number {wanted[~found][0]}")
+        states = {name: torch.empty(len(wanted), *shape) for name, shape in self.shapes.items()}
+        for shard in np.unique(self._shard[place]):
+            rows = np.flatnonzero(self._shard[place] == shard)
+            path = shard_path(self.folder, int(shard))
+            for name, state in states.items():
+                state[rows] = _rows(path, name, self._row[place[rows]], self.shapes[name])
+        return states
+
+
+def _open(path: Path) -> Any:
+    """Return an open shard, memory-mapped."""
+    try:
+        status = path.stat()
+        return _opened(path, status.st_ino, status.st_mtime_ns)
+    except Exception as error:  # safetensors raises several kinds
+        raise _damaged(path, error) from error
+
+
+@lru_cache(_OPEN)
+def _opened(path: Path, *identity: int) -> Any:
+    from safetensors import safe_open
+
+    return safe_open(str(path), "pt")
+
+
+def _clients(path: Path) -> np.ndarray:
+    file = _open(path)
+    try:
+        numbers = file.get_tensor(_CLIENTS).numpy()
+    except Exception as error:
+        raise _damaged(path, error) from error
+    if numbers.dtype != np.int64 or numbers.ndim != 1:
+        raise _damaged(path, f"numbers of clients are {numbers.dtype} {list(numbers.shape)}")
+    return numbers
+
+
+def _rows(path: Path, name: str, rows: np.ndarray, shape: tuple[int, ...]) -> Tensor:
+    """Return some rows of a state, reading no more than from the first to the last."""
+    first, last = int(rows.min()), int(rows.max()) + 1
+    try:
+        values = _open(path).get_slice(name)[first:last]
+    except Exception as error:
+        raise _damaged(path, error) from error
+    if values.shape != (last - first, *shape) or values.dtype != torch.float32:
+        raise _damaged(path, f"{name} is {values.dtype} {list(values.shape[1:])}, the method's is {list(shape)}")
+    return values[torch.from_numpy(rows - first)]
+
+
+def _damaged(path: Path, problem: Any) -> UserError:
+    return UserError(f"{path}: cannot be read ({first_line(problem)}); delete its folder and repeat the run's command")

@@ -1,0 +1,87 @@
+"""Ledger of a run: what its method's budget states, and what was measured, by phase and site."""
+
+from collections.abc import Iterable
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from iciia_exp.artifacts import read_json
+from iciia_exp.engine.inputs import Inputs
+from iciia_exp.ledger import Budget, Link, Sizes
+from iciia_exp.methods.base import Method
+
+__all__ = ["cost_row", "ledger_table", "sizes_of"]
+
+
+def sizes_of(inputs: Inputs, **more: Any) -> Sizes:
+    """Return the sizes of an experiment on which a budget depends; ``more`` are those of a client."""
+    manifest, e = inputs.open_store().manifest, inputs.experiment
+    own = not inputs.facts.backbone_arguments  # features made elsewhere have no images
+    return Sizes(
+        images=e.cost_images,
+        site=e.evaluation.site,
+        backbone_macs=manifest["macs"],
+        backbone_bytes=manifest.get("weights_bytes") if own else None,
+        image_bytes=int(np.prod(manifest["input_shape"])) if own else None,
+        **more,
+    )
+
+
+def ledger_table(inputs: Inputs, method: Method) -> pd.DataFrame:
+    """Return one row per line of the budget: phase, site, what, kind, MACs, bytes, and the bytes that a link counted.
+
+    Numbers of ``client_once`` are means over the test clients; MACs and bytes are NaN where they are unknown.
+    ``measured_bytes`` is NaN where no payload was sent: those of requests, and the backbone's weights.
+    """
+    measured: dict[tuple[Any, ...], float] = {}
+    if inputs.states is None:
+        budgets = [(1.0, method.budget(sizes_of(inputs)))]
+    else:
+        manifest = read_json(inputs.states.folder / "manifest.json")
+        budgets = list(_of_devices(inputs, method, manifest["epochs"]))
+        measured = {tuple(key): size / manifest["devices"] for *key, size in manifest["payloads"]}
+    link = Link(method.name, budgets[0][1])
+    if inputs.experiment.evaluation.site == "device":
+        link.down("weights", method.payload())
+    measured |= {key: float(size) for key, size in link.counted.items()}
+    rows: dict[tuple[Any, ...], dict[str, float]] = {}
+    for share, budget in budgets:
+        for line in budget.lines:
+            row = rows.setdefault(line.key, {"macs": 0.0, "bytes": 0.0})
+            for name in row:
+                value = getattr(line, name)
+                row[name] += np.nan if value is None else share * value
+    keys = pd.DataFrame(list(rows), columns=pd.Index(["phase", "site", "what", "kind"]))
+    table = keys.join(pd.DataFrame(list(rows.values())))
+    table["measured_bytes"] = [measured.get(key, np.nan) for key in rows]
+    return table
+
+
+def _of_devices(inputs: Inputs, method: Method, epochs: list[int]) -> Iterable[tuple[float, Budget]]:
+    """Yield the budget of every kind of test client, and its share of them: equal sizes are one kind."""
+    clients = inputs.experiment.client_mix.known(inputs.readable_clients(inputs.open_store()))
+    tested = np.flatnonzero(clients.test.lengths)
+    sizes = np.stack([clients.train.lengths[tested], clients.val.lengths[tested], np.array(epochs, dtype=np.int64)], 1)
+    kinds, counts = np.unique(sizes, axis=0, return_counts=True)
+    for (train, val, passes), count in zip(kinds.tolist(), counts.tolist(), strict=True):
+        yield count / len(tested), method.budget(sizes_of(inputs, train=train, val=val, epochs=passes))
+
+
+def cost_row(ledger: pd.DataFrame) -> dict[str, Any]:
+    """Return the columns of ``results.json`` that are sums of a ledger; None where a part is unknown."""
+    payloads = ledger[ledger["kind"].notna()]
+    row: dict[str, Any] = {}
+    for phase, name in (("client_once", "client"), ("request", "request")):
+        own = ledger[ledger["phase"] == phase]
+        for site in ("device", "cloud"):
+            row[f"{name}_{site}_macs"] = _sum(own.loc[own["site"] == site, "macs"])
+        for site, direction in (("cloud", "down"), ("device", "up")):
+            row[f"{name}_{direction}_bytes"] = _sum(own.loc[own["site"] == site, "bytes"])
+    leaves = payloads.loc[payloads["site"] == "device", "kind"]
+    return row | {"leaves_device": ", ".join(dict.fromkeys(leaves)) or "nothing"}
+
+
+def _sum(values: pd.Series) -> int | None:
+    total = values.sum(skipna=False)
+    return None if pd.isna(total) else round(float(total))

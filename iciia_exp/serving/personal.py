@@ -1,0 +1,88 @@
+"""Personal serving: the state of one client of a method whose devices learn.
+
+Legend: C clients, n images, D features, K classes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from iciia_exp.data.batches import ClientBatch
+from iciia_exp.errors import UserError
+from iciia_exp.ledger import Link, Sizes
+from iciia_exp.methods.tune.base import Personal
+from iciia_exp.serving.run import Run
+from iciia_exp.tasks import SINGLE_LABEL
+
+__all__ = ["State", "classify", "learn", "stored"]
+
+#: State of one client by name, [...] each.
+State = dict[str, Tensor]
+
+
+def stored(run: Run, client: str) -> State | None:
+    """Return the state that a client of the partition has learned; None if it has none."""
+    assert isinstance(run.method, Personal)
+    numbers = (run.partition.ids == client).nonzero()[0]
+    if run.method.states is None or not len(numbers) or not run.method.states.has(int(numbers[0])):
+        return None
+    return {name: state[0] for name, state in run.method.states_of(torch.from_numpy(numbers[:1])).items()}
+
+
+def learn(run: Run, features: Tensor, labels: Tensor, val: tuple[Tensor, Tensor] | None) -> State:
+    """Return the state that a new client's labelled images give.
+
+    Args:
+        run: of a personal method.
+        features: [n, D].
+        labels: of the images: int64 [n], or 0/1 [n, K] of a multi-label task.
+        val: further features and labels, which choose the epoch; None: the last quarter of the images.
+    """
+    method = run.method
+    assert isinstance(method, Personal)
+    if val is None:
+        cut = len(features) - max(1, len(features) // 4)
+        if cut < 1:
+            raise UserError("learn: needs two labelled images at least, one to learn from and one to choose the epoch")
+        features, labels, val = features[:cut], labels[:cut], (features[cut:], labels[cut:])
+    own = {role: _as_batch(method, *images) for role, images in (("train", (features, labels)), ("val", val))}
+    sizes = Sizes(train=len(features), val=len(val[0]))
+    states = method.personalise(own, Link(method.name, method.budget(sizes))).states
+    if wrong := [name for name, state in states.items() if not state.isfinite().all()]:
+        raise UserError(f"learn: {wrong[0]} has numbers that are not finite; are the features those of the run?")
+    return {name: state[0].detach() for name, state in states.items()}
+
+
+def classify(method: Personal, x_CD: Tensor, states: Sequence[Mapping[str, Tensor]]) -> Tensor:
+    """Return the logits of one image of each client with its state, [C, K]."""
+    stacked = {name: torch.stack([state[name] for state in states]) for name in method.state_shapes}
+    shape = (len(x_CD), 1)
+    batch = ClientBatch(
+        x_CD[:, None],
+        torch.zeros(shape, dtype=torch.int64),
+        torch.ones(shape, dtype=torch.bool),
+        torch.full(shape[:1], -1),
+    )
+    return method.classify(batch, stacked)[:, 0]
+
+
+def _as_batch(method: Personal, features: Tensor, labels: Tensor) -> ClientBatch:
+    """Return the labelled images of one client; raises a `UserError` if they do not fit the method."""
+    features, labels = torch.as_tensor(features).float(), torch.as_tensor(labels)
+    classes = method.num_classes
+    if features.ndim != 2 or features.shape[1] != method.dim or not len(features):
+        raise UserError(f"learn: expected features [n, {method.dim}] of at least one image, got {list(features.shape)}")
+    if not features.isfinite().all():
+        raise UserError("learn: features are not finite numbers")
+    single = method.task == SINGLE_LABEL
+    want = [len(features)] if single else [len(features), classes]
+    if list(labels.shape) != want or labels.is_floating_point():
+        raise UserError(f"learn: expected labels {want} of whole numbers, got {labels.dtype} {list(labels.shape)}")
+    labels, largest = labels.long(), classes if single else 2
+    if labels.min() < 0 or labels.max() >= largest:
+        raise UserError(f"learn: labels are 0 to {largest - 1}, got {labels.min()} to {labels.max()}")
+    mask = torch.ones(1, len(features), dtype=torch.bool)
+    return ClientBatch(features[None], labels[None], mask, torch.tensor([-1]))
