@@ -61,6 +61,7 @@ def _rows(table: pd.DataFrame) -> dict[str, Any]:
     keys = {column.title: column.key for column in COLUMNS}
     for number, (cells, (_, setting)) in enumerate(zip(lines, real.iterrows(), strict=True)):
         values = [setting.get(keys.get(title)) for title in text.columns]
+        values = [None if isinstance(value, str) else value for value in values]
         folder = setting["run_dirs"][0]
         rows.append(
             {

@@ -19,11 +19,13 @@ def summary(table: pd.DataFrame) -> pd.DataFrame:
     """Return the table of settings (`iciia_exp.results.tables.settings`) as text, the backbone first.
 
     ``*`` marks the settings on the Pareto front of cost and accuracy. ``kept`` is a client's state, of all but one
-    image of a chunk; ``published`` is the paper's number for the same setting, where there is one.
+    image of a chunk; ``published`` is the paper's number for the same setting, where there is one. Payloads and MACs by
+    site, the backbone's included, are shown where settings differ in them.
     """
     shown = [column for column in COLUMNS if column.title]
     if not table[["published", "published_backbone"]].notna().any(axis=None):
         shown = [column for column in shown if column.key != "published"]
+    shown = [c for c in shown if not c.total or table[c.key].map(str).nunique() > 1]
     mean = table[[f"backbone_{column.key}" for column in shown if column.backbone]].mean()
     base = {column.title: backbone_cell(mean, column) for column in shown}
     base |= {"runs": "", "published": cell(table.iloc[0], "published_backbone")}
@@ -40,8 +42,9 @@ def note(table: pd.DataFrame) -> str:
     return (
         f"{first['test_clients']:,} test clients, {first['test_images']:,} test images. Percent; ± standard error over "
         "runs, [95 % interval over clients]. Overhead in multiply-accumulates, of the backbone's for one image: "
-        f"{first['cost_images']} images together, each of them, one more where state is kept. * none of the same cost "
-        "or less is better."
+        f"{first['cost_images']} images together, each of them, one more where state is kept. Payloads and MACs by site "
+        "are those of one client (once) and of one request, the backbone's included. * none of the same cost or less is "
+        "better."
     )
 
 

@@ -28,18 +28,20 @@ class Column:
         wandb: section of the wandb summary, where the figure is ``<wandb>/<key>``; empty: not logged.
         backbone: whether ``results.json`` has the figure of the backbone alone, as ``backbone_<key>``.
         interval: whether it has a 95 % interval over clients, as ``<key>_low`` and ``<key>_high``.
+        total: whether it counts the backbone as well; it is shown in tables where settings differ in it.
         seeds: the figure of several runs that differ in seeds alone: their ``mean``, or the value that they have in
             ``common``; ``setting`` for what `iciia_exp.results.tables.settings` adds by itself.
     """
 
     key: str
     title: str = ""
-    form: Literal["percent", "gain", "nats", "harm", "cost", "number", "bytes", "macs"] = "percent"
+    form: Literal["percent", "gain", "nats", "harm", "cost", "number", "bytes", "macs", "text"] = "percent"
     console: str = ""
     console_errors: tuple[str, ...] = ()
     wandb: str = ""
     backbone: bool = False
     interval: bool = False
+    total: bool = False
     seeds: Literal["mean", "common", "setting"] = "mean"
 
 
@@ -71,6 +73,14 @@ COLUMNS = [
     Column("streaming_overhead_percent", "one more image", "cost", wandb="cost", seeds="common"),
     Column("parameters", "parameters", "number", wandb="cost", seeds="common"),
     Column("state_bytes", "kept", "bytes", seeds="common"),
+    Column("client_down_bytes", "down, a client", "bytes", wandb="cost", seeds="common", total=True),
+    Column("client_up_bytes", "up, a client", "bytes", wandb="cost", seeds="common", total=True),
+    Column("client_device_macs", "learning, device MACs", "macs", wandb="cost", seeds="mean", total=True),
+    Column("request_down_bytes", "down, a request", "bytes", wandb="cost", seeds="common", total=True),
+    Column("request_up_bytes", "up, a request", "bytes", wandb="cost", seeds="common", total=True),
+    Column("request_device_macs", "a request, device MACs", "macs", wandb="cost", seeds="common", total=True),
+    Column("request_cloud_macs", "a request, cloud MACs", "macs", wandb="cost", seeds="common", total=True),
+    Column("leaves_device", "leaves the device", "text", seeds="common", total=True),
 ]
 
 
@@ -91,7 +101,7 @@ def backbone_cell(row: pd.Series, column: Column) -> str:
     """Return a column's text in the line of the backbone alone; 0 for costs that it has none of."""
     if column.backbone:
         return cell(row, f"backbone_{column.key}", column.form)
-    return "0" if column.form in _COSTS else ""
+    return "0" if column.form in _COSTS and not column.total else ""
 
 
 def cell(row: pd.Series, key: str, form: str = "percent", errors: tuple[str, ...] = ("se", "low", "high")) -> str:
@@ -101,13 +111,15 @@ def cell(row: pd.Series, key: str, form: str = "percent", errors: tuple[str, ...
         row: a row of `iciia_exp.results.tables.settings`.
         key: of the figure.
         form: ``percent``, ``gain`` (percent with a sign), ``nats``, ``harm`` (percent, and the percentage by chance),
-            ``cost`` (percent of the backbone's cost), ``number``, ``bytes`` (in KiB, MiB, ...) or ``macs`` (in K, M,
-            ...).
+            ``cost`` (percent of the backbone's cost), ``number``, ``bytes`` (in KiB, MiB, ...), ``macs`` (in K, M,
+            ...) or ``text``.
         errors: which of ``<key>_se``, ``<key>_low`` and ``<key>_high`` to show.
     """
     value = row.get(key)
     if pd.isna(value):
         return "–"
+    if form == "text":
+        return str(value)
     if form == "number":
         return f"{value:,}"
     if form == "cost":

@@ -96,7 +96,7 @@ def test_methods_that_need_own_labels(stages, method):
         execute(stages(f"method={method}", "training.recipe.epochs=1"))
     row = execute(p := stages(f"method={method}", "training.recipe.epochs=1", "partition.split=within"))
     assert row["test_clients"] > 0
-    with pytest.raises(UserError, match="serves the clients of its partition alone"):
+    with pytest.raises(UserError, match="has a state for every client"):
         Run.load(p.run.folder).predict(torch.zeros(3, 32))
 
 
