@@ -19,6 +19,8 @@ from iciia_exp.tasks import SINGLE_LABEL
 
 __all__ = ["State", "classify", "learn", "stored"]
 
+_OF_IMAGES = ("x_CSD", "y_CS", "mask_CS")
+
 #: State of one client by name, [...] each.
 State = dict[str, Tensor]
 
@@ -43,13 +45,16 @@ def learn(run: Run, features: Tensor, labels: Tensor, val: tuple[Tensor, Tensor]
     """
     method = run.method
     assert isinstance(method, Personal)
-    if val is None:
+    train = _as_batch(method, features, labels)
+    if val is not None:
+        own = {"train": train, "val": _as_batch(method, *val)}
+    elif len(features) < 2:
+        raise UserError("learn: needs two labelled images at least, one to learn from and one to choose the epoch")
+    else:
         cut = len(features) - max(1, len(features) // 4)
-        if cut < 1:
-            raise UserError("learn: needs two labelled images at least, one to learn from and one to choose the epoch")
-        features, labels, val = features[:cut], labels[:cut], (features[cut:], labels[cut:])
-    own = {role: _as_batch(method, *images) for role, images in (("train", (features, labels)), ("val", val))}
-    sizes = Sizes(train=len(features), val=len(val[0]))
+        parts = (("train", slice(0, cut)), ("val", slice(cut, None)))
+        own = {role: train._replace(**{f: getattr(train, f)[:, part] for f in _OF_IMAGES}) for role, part in parts}
+    sizes = Sizes(train=own["train"].x_CSD.shape[1], val=own["val"].x_CSD.shape[1])
     states = method.personalise(own, Link(method.name, method.budget(sizes))).states
     if wrong := [name for name, state in states.items() if not state.isfinite().all()]:
         raise UserError(f"learn: {wrong[0]} has numbers that are not finite; are the features those of the run?")
