@@ -131,12 +131,12 @@ def test_what_a_reader_brings_works_as_the_page_shows(tmp_path, monkeypatch, cap
     from sklearn.datasets import load_digits
 
     blocks = re.findall(r"^```(?:python|yaml)\n# file: (\S+)\n(.*?)^```", TEXTS["extend.md"], re.S | re.M)
-    assert len(blocks) == 17
+    assert len(blocks) == 19
     for name, text in blocks:
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text(text)
     digits = load_digits()
-    users = np.arange(len(digits.target)) % 50
+    users = digits.target // 2 * 10 + np.arange(len(digits.target)) % 10  # a user has images of two digits
     np.savez(tmp_path / "images.npz", images=(digits.images / 16).astype(np.float32), labels=digits.target, users=users)
     monkeypatch.syspath_prepend(str(tmp_path))
     for command in (c for c in MAIN if "--config-dir" in c):
@@ -149,8 +149,9 @@ def test_what_a_reader_brings_works_as_the_page_shows(tmp_path, monkeypatch, cap
         assert err == ""
         assert ("two_layers alone" if "two_layers" in command else "perceptron alone") in out
     rows = [read_json(path) for path in tmp_path.glob("outputs/mine/*/*/results.json")]
-    assert {row["method"] for row in rows} == {"mean_prior", "iciia", "iciia_prior", "hidden_head"}
+    assert {row["method"] for row in rows} == {"mean_prior", "iciia", "iciia_prior", "hidden_head", "class_bias"}
     assert all(row["gain"] > 0 for row in rows if row["method"] == "mean_prior")
+    assert all(row["gain"] > 0 and row["client_device_macs"] for row in rows if row["method"] == "class_bias")
     (lines,) = tmp_path.glob("outputs/mine/*/lines.jsonl")
     told = [json.loads(line) for line in lines.read_text().splitlines()]
     assert sum("train/gradient_norm" in line for line in told) == 2

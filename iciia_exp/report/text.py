@@ -43,7 +43,8 @@ def note(table: pd.DataFrame) -> str:
         f"{first['test_clients']:,} test clients, {first['test_images']:,} test images. Percent; ± standard error over "
         "runs, [95 % interval over clients]. Overhead in multiply-accumulates, of the backbone's for one image: "
         f"{first['cost_images']} images together, each of them, one more where state is kept. Payloads and MACs "
-        "by site: of a client, once, and of a request, the backbone's included. * none of the same cost or less is better."
+        "by site: of a client, once, and of a request, the backbone's included. * none of the same cost or less "
+        "is better."
     )
 
 
