@@ -1,9 +1,6 @@
 """Arrays beside the features: one pass, one store, for the methods that read them."""
 
 import os
-import subprocess
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -165,21 +162,23 @@ def test_a_killed_extraction_ends_with_the_same_arrays(vit, root, monkeypatch, t
     assert not any(got.array(name)[got.bad].any() for name in NAMES)
 
 
-def test_two_processes_give_the_arrays_of_one(vit, root, tmp_path):
+def test_two_devices_give_the_arrays_of_one(vit, root, tmp_path, monkeypatch, capfd):
+    damage(root)
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")  # of the processes; sums over more threads have another order
     options, threads = (*HEAD, TOKENS, "stage=features"), torch.get_num_threads()
     torch.set_num_threads(1)
     try:
         whole = vit(*options, f"cache_dir={tmp_path}/whole")
         execute(whole)
+        capfd.readouterr()
+        execute(vit(*options, "features.devices=2"))
     finally:
         torch.set_num_threads(threads)
-    done = subprocess.run(
-        [sys.executable, "-m", "iciia_exp", *VIT, *options, f"data_dir='{root}'", "features.devices=2"],
-        capture_output=True,
-        text=True,
-        timeout=120,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).resolve().parents[3])},
-    )
-    assert (done.returncode, done.stderr) == (0, "")
+    out, err = capfd.readouterr()
+    assert err == ""
+    assert out.count("81 images x 48 float32 and tokens 17 x 48 float16") == 1
+    assert out.count("3 of 81 images could not be read") == 1
     got, want = (FeatureStore.open(stages.features.folder) for stages in (vit(*options), whole))
     assert all(np.array_equal(got.array(name), want.array(name)) for name in ("features", "tokens"))
+    assert np.array_equal(got.bad, want.bad)
+    assert got.manifest["bad_images"] == want.manifest["bad_images"]

@@ -1,8 +1,5 @@
 """Extraction of features by several processes, how long it will take, and how large the values are."""
 
-import os
-import subprocess
-import sys
 import time
 
 import numpy as np
@@ -15,7 +12,7 @@ from iciia_exp.engine.training import extract
 from iciia_exp.engine.training.extract import probes
 from iciia_exp.errors import ConfigError, UserError
 from iciia_exp.machine import plain_errors
-from tests.making.extraction import HEAD, SMALL, damage, same_stores, store_of, store_of_finished
+from tests.making.extraction import HEAD, damage
 
 
 def test_probes_are_the_first_and_some_of_all():
@@ -29,42 +26,12 @@ def test_probes_are_the_first_and_some_of_all():
 # ---- several processes
 
 
-def run_command(root, *overrides, launcher=(), **environment):
-    done = subprocess.run(
-        [*(launcher or [sys.executable]), "-m", "iciia_exp", *SMALL, f"data_dir='{root}'", *HEAD, *overrides],
-        capture_output=True,
-        text=True,
-        timeout=120,
-        env={**os.environ, **environment},
-    )
-    return done.returncode, done.stdout, done.stderr
-
-
-@pytest.fixture
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
-def test_two_devices_give_the_store_of_one(root, folder, tmp_path, one_thread):
+def test_an_error_in_one_of_several_processes_is_one_line(root, folder, capfd):
     damage(root)
-    want = store_of_finished(folder, f"cache_dir={tmp_path}/whole")
-    code, out, err = run_command(root, "features.devices=2", "stage=features", OMP_NUM_THREADS="1")
-    assert (code, err) == (0, "")
-    assert out.count("81 images x 16 float32") == 1
-    assert out.count("3 of 81 images could not be read") == 1
-    assert same_stores(store_of(folder(*HEAD)), want)
-
-
-def test_an_error_in_one_of_several_processes_is_one_line(root):
-    damage(root)
-    code, _, err = run_command(root, "features.devices=2", "stage=features", "features.on_bad_image=error")
-    assert code == 2
-    (line,) = err.splitlines()
-    assert line.startswith("error: ")
-    assert "cannot be read (" in line
+    with pytest.raises(UserError, match=r"^\S.* cannot be read \(") as error:
+        execute(folder(*HEAD, "stage=features", "features.devices=2", "features.on_bad_image=error"))
+    assert len(str(error.value).splitlines()) == 1
+    assert capfd.readouterr().err == ""
 
 
 def test_errors_from_below_are_plain():
