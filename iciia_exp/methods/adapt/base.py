@@ -21,8 +21,13 @@ def real_images(x_CSD: Tensor, mask_CS: Tensor | None) -> Tensor:
     return x_CSD.new_ones(x_CSD.shape[:2]) if mask_CS is None else mask_CS.to(x_CSD.dtype)
 
 
-def in_parts(function: Callable[..., Tensor], clients: int, *tensors: Tensor) -> Tensor:
-    """Return ``function`` of ``clients`` clients at a time, concatenated: what is read often stays in the cache."""
+#: Numbers of one tensor that are computed together, 2 MiB; fewer cost more calls than they save reading.
+_NUMBERS = 1 << 19
+
+
+def in_parts(function: Callable[..., Tensor], *tensors: Tensor) -> Tensor:
+    """Return ``function`` of some clients at a time, concatenated: what is read often stays in the cache."""
+    clients = max(16, _NUMBERS // max(1, *(t[0].numel() for t in tensors if len(t))))
     if len(tensors[0]) <= clients:
         return function(*tensors)
     return torch.cat([function(*part) for part in zip(*(t.split(clients) for t in tensors), strict=True)])

@@ -148,7 +148,7 @@ class ClassPrior(nn.Module, ABC):
         def correct(b_CSK: Tensor, real_CS: Tensor) -> Tensor:
             return self.calibrator.log_likelihood(b_CSK) + self.log_prior(b_CSK, real_CS, causal)[0]
 
-        return in_parts(correct, 16, self.calibrator(b_CSK), real_images(b_CSK, mask_CS))
+        return in_parts(correct, self.calibrator(b_CSK), real_images(b_CSK, mask_CS))
 
     def likelihoods(self, b: Tensor) -> tuple[Tensor, Tensor]:
         """Return log-likelihoods of the classes, [..., K], and of the types, [..., T], from calibrated logits."""

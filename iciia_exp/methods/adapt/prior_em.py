@@ -74,7 +74,7 @@ class EMMethod(TrainingFree):
         b_CSK, real_CS = self.calibrated(x_CSD), real_images(x_CSD, mask_CS)
         if self.task == MULTI_LABEL:
             return self._attributes(b_CSK, real_CS)
-        return in_parts(self._classes, 16, b_CSK, real_CS)
+        return in_parts(self._classes, b_CSK, real_CS)
 
     def _classes(self, b_CSK: Tensor, real_CS: Tensor) -> Tensor:
         log_likelihood_CSK = self.calibrator.log_likelihood(b_CSK)

@@ -47,7 +47,6 @@ class StatA(WholeChunks):
     """
 
     name = "stata"
-    clients_at_once = 32
     tasks = (SINGLE_LABEL,)
 
     means: Tensor

@@ -5,7 +5,6 @@ Legend: C clients, S images of a client, D features, K classes.
 
 from abc import abstractmethod
 from collections.abc import Sequence
-from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -70,8 +69,6 @@ class WholeChunks(TrainingFree):
     Features and calibrated logits of an image are kept; the rest is computed again.
     """
 
-    clients_at_once: ClassVar[int] = 16  # what is read many times stays in the cache
-
     @abstractmethod
     def together(self, x_CSD: Tensor, real_CS: Tensor, b_CSK: Tensor) -> Tensor:
         """Return the logits [C, S, K] from features, 1 where an image is real, and calibrated logits."""
@@ -79,7 +76,7 @@ class WholeChunks(TrainingFree):
     def forward(self, x_CSD: Tensor, mask_CS: Tensor | None = None) -> Tensor:
         """Return the logits of `together`, [C, S, K]."""
         parts = x_CSD, real_images(x_CSD, mask_CS), self.calibrated(x_CSD)
-        return in_parts(self.together, self.clients_at_once, *parts)
+        return in_parts(self.together, *parts)
 
     @property
     def state_width(self) -> int:
