@@ -75,6 +75,7 @@ def test_there_are_commands():
     assert {"README.md", "reports.md", "rivals.md", "streams.md"} <= set(TEXTS)
 
 
+@pytest.mark.usefixtures("undrawn")
 @pytest.mark.filterwarnings("ignore")  # Optuna's own
 @pytest.mark.parametrize("command", [c for c in MAIN if "--config-dir" not in c])  # those: docs/extend.md, below
 def test_a_command_of_the_package_works(command, compose, small, cache, tmp_path, monkeypatch, offline_weights, capsys):  # noqa: F811
@@ -126,6 +127,7 @@ def test_a_command_of_the_package_works(command, compose, small, cache, tmp_path
         assert list(tmp_path.glob("outputs/*/*/*/results.json"))
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_what_a_reader_brings_works_as_the_page_shows(tmp_path, monkeypatch, capsys):
     """The files of docs/extend.md, written as they stand, and its commands."""
     from sklearn.datasets import load_digits

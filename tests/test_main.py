@@ -51,7 +51,7 @@ def test_help_is_quick_and_imports_no_torch(tmp_path):
     assert not os.listdir(tmp_path)
 
 
-def test_two_identical_commands_at_once_then_a_third(tmp_path, small):
+def test_two_identical_commands_at_once_then_a_third(tmp_path, small, monkeypatch, capsys):
     both = [command(*small) for _ in range(2)]
     results = [finished(p) for p in both]
     for code, out, err in results:
@@ -62,8 +62,9 @@ def test_two_identical_commands_at_once_then_a_third(tmp_path, small):
     assert sorted(trained) == [0, 1]
     tables = [out[out.index("method ") :] for _, out, _ in results]
     assert tables[0] == tables[1]
-    code, out, err = finished(command(*small))
-    assert (code, err) == (0, "")
+    assert call(monkeypatch, *small) == 0
+    out, err = capsys.readouterr()
+    assert err == ""
     assert "finished before" in out
     assert out[out.index("method ") :] == tables[0]
     assert sorted(os.listdir(tmp_path)) == ["cache", "outputs"]

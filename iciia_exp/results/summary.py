@@ -124,24 +124,25 @@ def _bootstrap(counts: ClientCounts, resamples: int, seed: int) -> dict[str, np.
     return draws
 
 
-def harmed_by_chance(counts: ClientCounts, resamples: int = RESAMPLES, seed: int = 0) -> float:
-    """Return the share of clients that would lose accuracy if all clients had the same true gain.
+def harmed_by_chance(counts: ClientCounts) -> float:
+    """Return the expected share of clients that would lose accuracy if all clients had the same true gain.
 
     A decision is gained (only the method is right), lost (only the backbone is right) or neither. Each client keeps its
     number of decisions and draws them from the pool of all clients. The share that is left is the harm that small test
     sets produce by themselves.
     """
-    total = counts.decisions_C.sum()
-    p_lost, p_gained = counts.lost_C.sum() / total, counts.gained_C.sum() / total
-    rng = generator("harm", seed)
-    resamples = min(resamples, max(20, 20_000_000 // len(counts)))  # 100,000 clients need fewer repeats
-    rest = p_gained / (1.0 - p_lost) if p_lost < 1.0 else 0.0
-    harmed = 0
-    for _ in range(resamples):
-        lost_C = rng.binomial(counts.decisions_C, p_lost)
-        gained_C = rng.binomial(counts.decisions_C - lost_C, min(1.0, rest))
-        harmed += int((lost_C > gained_C).sum())
-    return harmed / (resamples * len(counts))
+    from scipy.stats import binom  # late: half a second
+
+    lost, gained, total = counts.lost_C.sum(), counts.gained_C.sum(), counts.decisions_C.sum()
+    if not lost:
+        return 0.0
+    harmed = 0.0
+    for decisions, clients in zip(*np.unique(counts.decisions_C, return_counts=True), strict=True):
+        # of n decisions m change the answer, binomial; of these more than half are lost, binomial too
+        changed = binom(decisions, (lost + gained) / total)
+        m = np.arange(changed.ppf(1e-12), changed.isf(1e-12) + 1)
+        harmed += clients * float(changed.pmf(m) @ binom.sf(m // 2, m, lost / (lost + gained)))
+    return harmed / len(counts)
 
 
 def summarise(counts: ClientCounts, resamples: int = RESAMPLES, seed: int = 0) -> dict[str, float | int]:
@@ -162,7 +163,7 @@ def summarise(counts: ClientCounts, resamples: int = RESAMPLES, seed: int = 0) -
         "client_gain": method["client_accuracy"] - backbone["client_accuracy"],
         "gain_where_backbone_is_worst": float((method_C - backbone_C)[worst_C].mean()),
         "harmed_share": float((counts.lost_C > counts.gained_C).mean()),
-        "harmed_share_by_chance": harmed_by_chance(counts, resamples, seed),
+        "harmed_share_by_chance": harmed_by_chance(counts),
     }
     draws = _bootstrap(counts, resamples, seed)
     for name, values_R in draws.items():

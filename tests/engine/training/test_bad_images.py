@@ -19,6 +19,8 @@ from tests.making.extraction import (
 )
 from tests.making.kill import killed_while_writing
 
+pytestmark = pytest.mark.usefixtures("undrawn")
+
 
 @pytest.mark.parametrize("train", ["all", "head"])
 def test_bad_images_are_left_out_and_said(root, folder, train, capsys):

@@ -37,11 +37,8 @@ def test_two_processes_give_the_weights_of_one_and_resume(compose, small, tmp_pa
         execute(made)
         return made
 
-    whole = config("training.recipe.epochs=4", "training.recipe.batch_size=4")
-    killed = config(
-        *("training.recipe.epochs=4", "training.recipe.batch_size=4"),
-        "+callbacks.kill={_target_: tests.making.processes.Kill, epoch: 2}",
-    )
+    four = ("training.recipe.epochs=4", "training.recipe.batch_size=2")
+    whole, killed = config(*four), config(*four, "+callbacks.kill={_target_: tests.making.processes.Kill, epoch: 2}")
     network = (*PLAIN, *SGD, "backbone.train=all", "stage=backbone")
     for split in ("client", "within"):
         alone("stage=backbone", f"partition.split={split}")
@@ -50,7 +47,7 @@ def test_two_processes_give_the_weights_of_one_and_resume(compose, small, tmp_pa
     jobs += [(config(*network), "backbone", tmp_path / "backbone")]
     jobs += [
         (whole, "run", tmp_path / "whole"),
-        (killed, "run", tmp_path / "again"),
+        (killed, "run killed", tmp_path / "again"),
         (whole, "run", tmp_path / "again"),
     ]
     diverging = config("optimizer=sgd", "optimizer.lr=1e12", "training.recipe.clip_norm=0")
