@@ -8,9 +8,26 @@ os.environ.setdefault("MPLBACKEND", "Agg")
 if "PYTEST_XDIST_WORKER" in os.environ:  # one of several processes: a thread each
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+import importlib.metadata
 from pathlib import Path
 
 import pytest
+
+_entry_points = importlib.metadata.entry_points
+
+
+@functools.cache
+def _of_lightning(group):
+    return _entry_points(group=group)
+
+
+def entry_points(**given):
+    """Look for Lightning's plug-ins once, and not for every Trainer."""
+    group = given.get("group", "")
+    return _of_lightning(group) if group.startswith("lightning.") else _entry_points(**given)
+
+
+importlib.metadata.entry_points = entry_points  # before Lightning imports it
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 

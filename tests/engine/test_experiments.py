@@ -49,7 +49,7 @@ def small_cifar10(root, monkeypatch):
 
 
 def small_cifar100(root, monkeypatch):
-    make_cifar100(root, train=2000, test=1000)
+    make_cifar100(root, train=1000, test=500)
     accept(monkeypatch, datasets.CIFAR100, root / "cifar-100-python")
 
 
@@ -75,7 +75,7 @@ EXPERIMENTS = {
     "efficientnet_b0_inaturalist": (lambda root, _: make_inaturalist(root), (TINY,)),
     "cnn_femnist": (lambda root, _: make_femnist(root), ()),
     "efficientnet_b0_celeba": (lambda root, _: make_celeba(root), (TINY,)),
-    "c3d_ucf101": (lambda root, _: make_ucf101(root), ("backbone.model.channels=4", "groups=256")),
+    "c3d_ucf101": (lambda root, _: make_ucf101(root, clips=1), ("backbone.model.channels=4", "groups=256")),
     "cifar10": (small_cifar10, (CLIENTS,)),
     "cifar100": (small_cifar100, ("partition.images_per_client=5",)),
     "fashion_mnist": (lambda root, _: make_fashion_mnist(root, train=400, test=80), (CLIENTS,)),

@@ -6,7 +6,7 @@ images of a client help.
 """
 
 from collections.abc import Mapping
-from functools import cached_property
+from functools import cache, cached_property
 
 import numpy as np
 import pandas as pd
@@ -21,6 +21,15 @@ IMAGES = 1797
 
 # Parent categories of the digits 0 to 9, by their strokes.
 _PARENTS = ["loops", "straight", "curves", "curves", "straight", "curves", "loops", "straight", "loops", "loops"]
+
+
+@cache
+def _scans() -> tuple[np.ndarray, np.ndarray]:
+    """Return scikit-learn's images, 0 to 16, and labels; text that is parsed once for all runs of a sweep."""
+    from sklearn.datasets import load_digits
+
+    digits = load_digits()
+    return digits.images, digits.target
 
 
 class Digits(ImageDataset):
@@ -48,14 +57,12 @@ class Digits(ImageDataset):
 
     @cached_property
     def _data(self) -> tuple[np.ndarray, np.ndarray]:
-        from sklearn.datasets import load_digits
-
-        digits = load_digits()
+        scans, labels = _scans()
         rng = generator("digits", self.seed)
         order = rng.permutation(IMAGES)[: sum(self.sizes.values())]
-        noise = rng.normal(0.0, self.noise_std, size=digits.images.shape)
-        images = (digits.images / 16.0 + noise).astype(np.float32)
-        return images[order], digits.target[order].astype(np.int64)
+        noise = rng.normal(0.0, self.noise_std, size=scans.shape)
+        images = (scans / 16.0 + noise).astype(np.float32)
+        return images[order], labels[order].astype(np.int64)
 
     def load_table(self) -> pd.DataFrame:
         """Return label, split and the parent category by stroke; the writers are unknown."""
