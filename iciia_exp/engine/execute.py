@@ -15,8 +15,9 @@ from iciia_exp.engine.terminal import console, log_file, partition_table, result
 from iciia_exp.engine.tracking import in_wandb_sweep
 from iciia_exp.engine.training.processes import join, only_first_logs
 from iciia_exp.engine.training.train_method import draw_clients
-from iciia_exp.errors import UserError
+from iciia_exp.errors import ConfigError, UserError
 from iciia_exp.machine import check_started, process_count, process_rank
+from iciia_exp.methods.tune.base import Personal
 
 __all__ = ["execute"]
 
@@ -121,6 +122,9 @@ def _check(stages: Stages) -> None:
     from iciia_exp.engine.training.trainer import make_trainer, quiet_lightning
 
     e = stages.experiment
+    if e.evaluation.site == "cloud" and issubclass(e.method_class, Personal):
+        problem = f"with method={e.method_class.name} every device answers with what it has learned; use device"
+        raise ConfigError("evaluation.site", e.evaluation.site, problem)
     with torch.random.fork_rng(devices=[]):
         stages.new_method(nn.Linear(stages.dim, stages.num_classes))
     if e.method_class.trainable:

@@ -13,7 +13,7 @@ from iciia_exp.artifacts import read_json
 from iciia_exp.data.states import shard_path
 from iciia_exp.engine import devices
 from iciia_exp.engine.execute import execute
-from iciia_exp.errors import UserError
+from iciia_exp.errors import ConfigError, UserError
 from iciia_exp.methods.tune.finetune import FineTune
 from iciia_exp.serving.session import ClientSession, predict_together
 from tests.making.kill import Killed
@@ -168,6 +168,8 @@ def test_ledger_of_a_method_in_the_cloud(stages):
     assert on_device["digest"] == row["digest"]  # not trained again
     assert on_device["client_down_bytes"] > 0
     assert on_device["leaves_device"] == "nothing"
+    with pytest.raises(ConfigError, match=r"^evaluation\.site=cloud: with method=finetune every device answers"):
+        execute(stages("method=finetune", *OPTIONS[1:3], "evaluation.site=cloud"))
 
 
 def test_sessions_serve_new_images(stages):
