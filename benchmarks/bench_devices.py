@@ -1,6 +1,6 @@
 """Devices that learn: `fit_many` against a loop over clients, on the sizes of digits and of Tiny-ImageNet.
 
-    python benchmarks/bench_devices.py [--devices 2000] [--looped 20] [--threads 2]
+    python benchmarks/bench_devices.py [--devices 2000] [--looped 20] [--threads 2] [--device cuda]
 
 Every client trains a linear classifier as `method=finetune` does, for 20 epochs: SGD, batches of 16, clipped gradients,
 accuracy on val images after each epoch. The loop trains one `torch.nn.Linear` after the other; both run in turn, in
@@ -10,6 +10,7 @@ shards of 128 clients as in `iciia_exp.engine.devices`. Printed: the median time
 import argparse
 import statistics
 import time
+from collections.abc import Callable
 from functools import partial
 
 import torch
@@ -32,9 +33,18 @@ RECIPE = Recipe(partial(torch.optim.SGD, lr=0.01), None, EPOCHS, batch_size=16, 
 
 
 def examples(clients: int, images: int, dim: int, classes: int) -> Examples:
-    """Return random images of some clients."""
+    """Return random images of some clients, on the default device."""
     mask = torch.ones(clients, images, dtype=torch.bool)
     return Examples(torch.randn(clients, images, dim), torch.randint(0, classes, (clients, images)), mask)
+
+
+def timed(work: Callable[[], object], device: str) -> float:
+    """Return the seconds that some work takes."""
+    start = time.perf_counter()
+    work()
+    if device == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - start
 
 
 def loop(head: nn.Linear, train: Examples, val: Examples) -> None:
@@ -60,7 +70,9 @@ def main() -> None:
     parser.add_argument("--devices", type=int, default=2000)
     parser.add_argument("--looped", type=int, default=20, help="clients of the loop per shard")
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     options = parser.parse_args()
+    torch.set_default_device(options.device)
     torch.set_num_threads(options.threads)
     keep_freed_memory()
     for name, (classes, dim, images, held) in SIZES.items():
@@ -70,12 +82,10 @@ def main() -> None:
         for _ in range(max(3, options.devices // SHARD)):
             train, val = (examples(SHARD, n, dim, classes) for n in (images, held))
             few = slice(0, options.looped)
-            start = time.perf_counter()
-            loop(head, train.take(few), val.take(few))
-            looped.append((time.perf_counter() - start) / options.looped)
-            start = time.perf_counter()
-            fit_many(head, train, val, SINGLE_LABEL, RECIPE, patience=EPOCHS)
-            together.append((time.perf_counter() - start) / SHARD)
+            slow, fast = partial(loop, head, train.take(few), val.take(few)), partial(fit_many, head, train, val)
+            looped.append(timed(slow, options.device) / options.looped)
+            fast = partial(fast, SINGLE_LABEL, RECIPE, patience=EPOCHS)
+            together.append(timed(fast, options.device) / SHARD)
         ratio = statistics.median(a / b for a, b in zip(looped, together, strict=True))
         one, many = (1e3 * statistics.median(times) for times in (looped, together))
         print(f"{name:<26} loop {one:7.2f} ms a client, fit_many {many:6.3f} ms, {ratio:5.0f} times", flush=True)

@@ -13,6 +13,7 @@ from typing import Any, ClassVar
 import numpy as np
 import pandas as pd
 
+from iciia_exp.data.content import Content
 from iciia_exp.data.readers.files import open_image
 from iciia_exp.digest import digest
 from iciia_exp.errors import ConfigError, UserError
@@ -100,7 +101,15 @@ class ImageDataset(ABC):
         return self.path(index) if "path" in self.table else f"image {index}"
 
     def fingerprint(self) -> Any:
-        """Return plain values for digests; they change with the content of the files, not with their place."""
+        """Return plain values for digests; they change with the table, and with whatever `content` does not cover."""
+        return None
+
+    def content(self, kept: Content) -> Any:
+        """Return plain values for digests; they change with the bytes of the files, not with their place.
+
+        Args:
+            kept: computes digests of files, and keeps them.
+        """
         return None
 
     def backbone_arguments(self) -> dict[str, Any]:
@@ -136,6 +145,10 @@ class ImageFiles(ImageDataset):
     def fingerprint(self) -> Any:
         """Return a digest of the table (paths, labels, splits, owners, parents), and the classes."""
         return [table_digest(self.table), *self.class_names]
+
+    def content(self, kept: Content) -> str:
+        """Return a digest of the bytes of all images."""
+        return kept.of(self.root, self.table["path"].tolist())
 
 
 def dense_labels(label: pd.Series, task: str, num_classes: int) -> np.ndarray:

@@ -2,15 +2,17 @@
 
 import json
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from iciia_exp.artifacts import read_json, write_json
 from iciia_exp.config.experiment import Experiment
+from iciia_exp.data.content import Content
 from iciia_exp.data.dataset import ImageDataset, MissingFiles
 from iciia_exp.digest import digest
+from iciia_exp.engine.terminal import progress_bar
 from iciia_exp.errors import UserError
 
 __all__ = ["DatasetFacts"]
@@ -66,7 +68,20 @@ class DatasetFacts:
     @cached_property
     def fingerprint(self) -> Any:
         """Plain values that change with the files."""
-        return self._fact("fingerprint", lambda dataset: dataset.fingerprint())
+
+        def read(dataset: ImageDataset) -> Any:
+            with progress_bar() as bar:
+
+                def progress(items: Iterable[Any], count: int) -> Iterator[Any]:
+                    task = bar.add_task("content of the files", total=count, note="")
+                    for item in items:
+                        yield item
+                        bar.advance(task)
+
+                content = dataset.content(Content(self._file.parent, progress))
+            return dataset.fingerprint() if content is None else [dataset.fingerprint(), content]
+
+        return self._fact("fingerprint", read)
 
     @cached_property
     def class_names(self) -> list[str]:

@@ -56,3 +56,8 @@ def store_of_finished(folder, *overrides):
     stages = folder(*HEAD, *overrides, "stage=features")
     execute(stages)
     return store_of(stages)
+
+
+def artifacts_in(cache):
+    """Return the kinds of artifacts in a cache, apart from what is kept about datasets."""
+    return {path.relative_to(cache).parts[0] for path in cache.glob("*/**/*")} - {"datasets"}

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from iciia_exp.data.content import Content
 from iciia_exp.data.dataset import ImageDataset, MissingFiles, existing_root, table_digest
 from iciia_exp.data.readers.metadata import check_shares, image_table, read_metadata
 from iciia_exp.errors import ConfigError, UserError, check_int, first_line
@@ -29,8 +30,8 @@ _NPY = ("float16", "float32", "float64")
 # Names in NumPy or PyTorch of the types in .safetensors files.
 _SAFETENSORS = {"F16": "float16", "BF16": "bfloat16", "F32": "float32", "F64": "float64"}
 
-#: Number of vectors in the fingerprint.
-SAMPLE = 4096
+#: Vectors that are read at a time.
+BLOCK = 4096
 
 
 class Features(ImageDataset):
@@ -86,7 +87,7 @@ class Features(ImageDataset):
 
     def __getitem__(self, index: int) -> np.ndarray:
         """Return one vector as float32 [D]."""
-        return self._vectors.row(index)
+        return self._vectors.rows(index, index + 1)[0]
 
     def backbone_arguments(self) -> dict[str, Any]:
         """Return D."""
@@ -110,32 +111,47 @@ class Features(ImageDataset):
         return self._described[0]
 
     def fingerprint(self) -> list[Any]:
-        """Return shape and type of the vectors, a digest of at most 4,096 of them, and one of the table."""
-        vectors, images = self._vectors, self._vectors.shape[0]
-        content = hashlib.sha256()
-        for row in np.unique(np.linspace(0, images - 1, min(SAMPLE, images)).astype(np.int64)):
-            content.update(vectors.row(int(row)).astype("<f4").tobytes())
-        table = table_digest(self._described[0])
-        return [list(vectors.shape), vectors.dtype, content.hexdigest()[:12], table, list(self.class_names)]
+        """Return shape and type of the vectors, a digest of the table, and the classes."""
+        vectors, table = self._vectors, table_digest(self._described[0])
+        return [list(vectors.shape), vectors.dtype, table, list(self.class_names)]
+
+    def content(self, kept: Content) -> str:
+        """Return a digest of all vectors, the same for both kinds of files."""
+        return kept.of_one(self.file, lambda _: self._digest(), f"vectors of {self.key}")
+
+    def _digest(self) -> bytes:
+        content, images = hashlib.sha256(), self._vectors.shape[0]
+        for first in range(0, images, BLOCK):
+            content.update(self._vectors.rows(first, min(first + BLOCK, images)).astype("<f4").tobytes())
+        return content.digest()
 
 
 class _Vectors:
     """An open file of vectors."""
 
     def __init__(
-        self, file: Path, shape: Sequence[int], dtype: str, dtypes: Sequence[str], row: Callable[[int], np.ndarray]
+        self,
+        file: Path,
+        shape: Sequence[int],
+        dtype: str,
+        dtypes: Sequence[str],
+        rows: Callable[[int, int], np.ndarray],
     ) -> None:
         if len(shape) != 2 or 0 in shape:
             raise UserError(f"{file}: the vectors must be an array [images, features], not {list(shape)}")
         if dtype not in dtypes:
             raise UserError(f"{file}: the vectors must be {', '.join(dtypes[:-1])} or {dtypes[-1]}, not {dtype}")
-        self.shape, self.dtype, self.row = shape, dtype, row
+        self.shape, self.dtype, self.rows = shape, dtype, rows
 
 
 def _open_npy(file: Path) -> _Vectors:
     array = np.load(file, mmap_mode="r", allow_pickle=False)
     dtype = str(array.dtype.newbyteorder("="))
-    return _Vectors(file, array.shape, dtype, _NPY, lambda index: np.array(array[index], dtype=np.float32))
+
+    def read(first: int, last: int) -> np.ndarray:
+        return np.array(array[first:last], dtype=np.float32)
+
+    return _Vectors(file, array.shape, dtype, _NPY, read)
 
 
 def _open_safetensors(file: Path, key: str | None) -> _Vectors:
@@ -157,4 +173,8 @@ def _open_safetensors(file: Path, key: str | None) -> _Vectors:
     rows = tensors.get_slice(key)
     dtype = _SAFETENSORS.get(rows.get_dtype(), rows.get_dtype())
     dtypes = tuple(_SAFETENSORS.values())
-    return _Vectors(file, shapes[key], dtype, dtypes, lambda index: rows[int(index)].float().numpy())
+
+    def read(first: int, last: int) -> np.ndarray:
+        return rows[first:last].float().numpy()
+
+    return _Vectors(file, shapes[key], dtype, dtypes, read)

@@ -25,6 +25,7 @@ import numpy as np
 import pandas as pd
 
 from iciia_exp.artifacts import atomic_write, make_folder, resolve_cache_dir, write_json
+from iciia_exp.data.content import Content
 from iciia_exp.data.dataset import ImageDataset, existing_root
 from iciia_exp.data.readers.leaf import describe_files, find_data, list_files, read_users
 from iciia_exp.digest import digest
@@ -90,13 +91,18 @@ class Femnist(ImageDataset):
         """Return split, name and size of every JSON file."""
         return describe_files(self._files)
 
+    def content(self, kept: Content) -> str:
+        """Return a digest of the JSON files."""
+        return kept.of(self.root, [path.relative_to(self.root).as_posix() for _, path in self._files])
+
     @cached_property
     def _files(self) -> list[tuple[str, Path]]:
         return list_files(self.root, TREE)
 
     @cached_property
     def _prepared(self) -> Path:
-        folder = self.cache_dir / "datasets" / f"femnist-{digest([FORMAT, self.fingerprint()])}"
+        kept = Content(self.cache_dir / "datasets")
+        folder = self.cache_dir / "datasets" / f"femnist-{digest([FORMAT, self.fingerprint(), self.content(kept)])}"
         make_folder(folder, "the converted FEMNIST", lambda partial: _convert(self._files, partial))
         return folder
 

@@ -11,6 +11,7 @@ import io
 import os
 import re
 import zipfile
+import zlib
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -20,6 +21,7 @@ import numpy as np
 import pandas as pd
 from PIL import Image
 
+from iciia_exp.data.content import Content
 from iciia_exp.data.dataset import SPLITS, ImageDataset, wrong_folder
 from iciia_exp.data.datasets.torchvision_sets import download_root, downloading
 from iciia_exp.data.readers.files import list_images
@@ -62,6 +64,14 @@ class _Image(NamedTuple):
     def name(self) -> str:
         """Name of the class."""
         return f"{self.alphabet}/{self.character}"
+
+
+def _crc(path: Path) -> bytes:
+    """Return the CRC-32 of a file, 8 bytes; empty if it cannot be read."""
+    try:
+        return zlib.crc32(path.read_bytes()).to_bytes(8, "little")
+    except OSError:
+        return b""
 
 
 class Omniglot(ImageDataset):
@@ -172,8 +182,21 @@ class Omniglot(ImageDataset):
         return tuple(sorted({image.name for image in self._images}))
 
     def fingerprint(self) -> str:
-        """Return a digest of the names of the images, which identify them."""
+        """Return a digest of the names of the images."""
         return digest([[image.name, image.file] for image in self._images])
+
+    def content(self, kept: Content) -> str:
+        """Return a digest of the images' bytes by their CRC-32, which a zip file lists: the same for its content."""
+        check: dict[_Image, int] = {}
+        for part in self._parts:
+            images = [image for image in self._images if image.part == part]
+            if part.is_dir():
+                found = kept.each(part, [image.path for image in images], _crc, "CRC-32").tolist()
+            else:
+                with zipfile.ZipFile(part) as archive:
+                    found = [archive.getinfo(image.path).CRC for image in images]
+            check |= dict(zip(images, found, strict=True))
+        return digest([check[image] for image in self._images])
 
     @property
     def has_backbone_images(self) -> bool:

@@ -20,6 +20,7 @@ import pandas as pd
 from filelock import FileLock
 from PIL.Image import Image
 
+from iciia_exp.data.content import Content
 from iciia_exp.data.dataset import ImageDataset, existing_root, wrong_folder
 from iciia_exp.errors import ConfigError, UserError, check_bool, first_line
 
@@ -103,16 +104,25 @@ class TorchvisionSet(ImageDataset):
         hint = "or set dataset.download=true, which also unpacks an archive in that folder"
         return "\n".join([*(f"<root>/{file}" for file in self.files), hint])
 
+    def _complete(self) -> None:
+        """Download files that are missing, or raise an error that names one."""
+        missing = [file for file in self.files if not (self.root / file).is_file()]
+        if missing and self.download:
+            with downloading(self.what, self.root, self._bring()), _old_pickles():
+                self._source(str(self.root), download=True)
+        elif missing:
+            raise wrong_folder(self.root, f"{missing[0]} is missing", self._tree)
+
+    def content(self, kept: Content) -> str:
+        """Return a digest of the files, which torchvision does not check in every dataset."""
+        self._complete()
+        return kept.of(self.root, self.files)
+
     @cached_property
     def _parts(self) -> dict[str, Any]:
         """Torchvision's datasets by split, in memory."""
         source = self._source
-        missing = [file for file in self.files if not (self.root / file).is_file()]
-        if missing and self.download:
-            with downloading(self.what, self.root, self._bring()), _old_pickles():
-                source(str(self.root), download=True)
-        elif missing:
-            raise wrong_folder(self.root, f"{missing[0]} is missing", self._tree)
+        self._complete()
         try:
             with _old_pickles():
                 return {split: source(str(self.root), train=train) for split, train in _TRAIN.items()}

@@ -5,6 +5,7 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
+from iciia_exp.data.content import Content
 from iciia_exp.data.datasets.features import Features
 from iciia_exp.errors import ConfigError, UserError
 from tests.making.vectors import make_safetensors, make_vectors
@@ -96,7 +97,8 @@ def test_fingerprint_follows_the_content(tmp_path):
     vectors, _ = make_vectors(tmp_path / "a", owner=["x"] * 60 + ["y"] * 30 + ["z"] * 30)
 
     def fingerprint(**arguments):
-        return Features(tmp_path / "a", SHARES, **arguments).fingerprint()
+        dataset = Features(tmp_path / "a", SHARES, **arguments)
+        return dataset.fingerprint(), dataset.content(Content(tmp_path / "kept"))
 
     first = fingerprint()
     make_safetensors(tmp_path / "a" / "same.safetensors", vectors)

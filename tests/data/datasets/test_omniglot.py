@@ -8,6 +8,7 @@ import pytest
 from torch.utils.data import DataLoader
 from torchvision import datasets
 
+from iciia_exp.data.content import Content
 from iciia_exp.data.datasets.omniglot import Omniglot
 from iciia_exp.errors import ConfigError, UserError
 from tests.making.omniglot import SMALL2, drawing, make_omniglot
@@ -73,6 +74,7 @@ def test_zip_file_and_folder_are_the_same_dataset(tmp_path):
     assert packed.fingerprint() == plain.fingerprint()
     assert packed.table.drop(columns="path").equals(plain.table.drop(columns="path"))
     assert packed[7].tobytes() == plain[7].tobytes()
+    assert packed.content(Content(None)) == plain.content(Content(None))
     assert (tmp_path / "folder" / plain.describe(7)).is_file()
     (tmp_path / "folder" / plain.describe(7)).unlink()
     assert Omniglot(tmp_path / "folder", DRAWERS).fingerprint() != packed.fingerprint()

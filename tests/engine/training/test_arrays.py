@@ -16,7 +16,7 @@ from iciia_exp.engine.terminal import setup_logging
 from iciia_exp.engine.training.train_backbone import load_backbone
 from iciia_exp.errors import ConfigError, UserError
 from tests.making.arrays import TRAINED, VIT, StoredLogits, TokenMean, hooked_tokens
-from tests.making.extraction import HEAD, damage
+from tests.making.extraction import HEAD, artifacts_in, damage
 from tests.making.kill import killed_while_writing
 
 TOKENS = "method._target_=tests.making.arrays.TokenMean"
@@ -136,13 +136,13 @@ def test_a_backbone_without_the_array_is_refused_before_any_work(folder, tmp_pat
         execute(folder("method=backbone", TOKENS))
     message = "method=token_mean: cannot work with backbone small_cnn: SmallCNN gives features and logits, not tokens"
     assert str(error.value) == f"{message}; choose a backbone that gives what it reads"
-    assert not (tmp_path / "cache").exists()
+    assert not artifacts_in(tmp_path / "cache")
 
 
 def test_logits_of_a_classifier_that_is_fitted_later_are_refused_before_any_work(folder, tmp_path):
     with pytest.raises(ConfigError, match=r"^method=stored_logits: reads logits, but with backbone\.train=head the cl"):
         execute(folder("method=backbone", ALL, *HEAD))
-    assert not (tmp_path / "cache").exists()
+    assert not artifacts_in(tmp_path / "cache")
 
 
 # ---- interrupted, and several processes

@@ -80,9 +80,9 @@ def test_a_batch_without_any_image_trains_nothing_and_harms_nothing(root, folder
 @pytest.mark.parametrize("workers", [0, 2])
 @pytest.mark.parametrize("stage", ["backbone", "features"])
 def test_on_request_a_bad_image_is_an_error(root, folder, workers, stage):
+    damage(root)
     if stage == "features":
         execute(folder("stage=backbone"))
-    damage(root)
     stages = folder("features.on_bad_image=error", f"features.num_workers={workers}", f"stage={stage}")
     with pytest.raises(UserError) as error:
         execute(stages)
@@ -110,7 +110,8 @@ def test_no_image_at_all_is_one_error_and_repaired_it_works(root, folder, train,
     stages = folder(*(HEAD if train == "head" else ()))
     with pytest.raises(UserError, match=r"^none of the \d+ images tried could be read; the first: \w+/apple/000\.jpg"):
         execute(stages)
-    assert not [path for path in tmp_path.glob("cache/**/*") if path.is_file() and not path.name.endswith(".lock")]
+    files = [path for path in tmp_path.glob("cache/**/*") if path.is_file() and not path.name.endswith(".lock")]
+    assert {path.parent.name for path in files} == {"datasets"}
     repair(root, paths)
     assert execute(folder(*(HEAD if train == "head" else ())))["test_images"] == 27
 

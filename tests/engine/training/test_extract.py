@@ -12,7 +12,7 @@ from iciia_exp.engine.training import extract
 from iciia_exp.engine.training.extract import probes
 from iciia_exp.errors import ConfigError, UserError
 from iciia_exp.machine import plain_errors
-from tests.making.extraction import HEAD, damage
+from tests.making.extraction import HEAD, artifacts_in, damage
 
 
 def test_probes_are_the_first_and_some_of_all():
@@ -65,7 +65,7 @@ def test_processes_and_devices_must_agree(folder, monkeypatch, overrides, starte
         monkeypatch.setenv("RANK", "0")
     with pytest.raises(ConfigError, match=f"^{message}"):
         execute(folder(*overrides))
-    assert not (tmp_path / "cache").exists()
+    assert not artifacts_in(tmp_path / "cache")
 
 
 def test_more_devices_than_the_machine_has_is_one_line_before_any_work(folder, monkeypatch, tmp_path):
@@ -78,7 +78,7 @@ def test_more_devices_than_the_machine_has_is_one_line_before_any_work(folder, m
     assert str(error.value).startswith("features.devices=3: ")
     assert "machine only has: [0]" in str(error.value)
     assert "\n" not in str(error.value)
-    assert not (tmp_path / "cache").exists()
+    assert not artifacts_in(tmp_path / "cache")
 
 
 # ---- how long, how large
