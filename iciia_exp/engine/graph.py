@@ -37,6 +37,7 @@ class Artifact:
             completion, and loggers keep files open there.
         together: whether several processes make it together, with locks of its own for its parts.
         report: called with the folder, and whether it was made just now.
+        shown: keys of ``science`` that add tables and plots, and change no figure.
     """
 
     kind: str
@@ -49,11 +50,18 @@ class Artifact:
     in_place: bool = False
     together: bool = False
     report: Callable[[Path, bool], None] | None = None
+    shown: Collection[str] = ()
 
     @cached_property
     def digest(self) -> str:
         """12 hexadecimal digits of everything that can change a number in it."""
         return digest([FORMAT, self.kind, self.science, [need.digest for need in self.needs]])
+
+    @cached_property
+    def setting(self) -> str:
+        """12 hexadecimal digits, the same for artifacts that differ in seeds and in what is ``shown`` only."""
+        science = _without({"seed", *self.shown}, self.science)
+        return digest([FORMAT, self.kind, science, [need.setting for need in self.needs]])
 
     @property
     def folder(self) -> Path:
@@ -95,6 +103,13 @@ def ensure(goal: Artifact, kinds: Collection[str]) -> Path:
     if goal.report is not None:
         goal.report(goal.folder, made)
     return goal.folder
+
+
+def _without(keys: Collection[str], values: Any) -> Any:
+    """Return nested plain values without some keys."""
+    if isinstance(values, dict):
+        return {key: _without(keys, value) for key, value in values.items() if key not in keys}
+    return [_without(keys, value) for value in values] if isinstance(values, list | tuple) else values
 
 
 def _first_missing(goal: Artifact) -> Artifact:

@@ -1,6 +1,7 @@
 """Inputs: configuration, dataset and artifacts of an experiment, as training and evaluation read them."""
 
 import logging
+import re
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ import pandas as pd
 from torch import nn
 
 from iciia_exp.config.build import build
-from iciia_exp.config.check import target_of, trainer_science
+from iciia_exp.config.check import callbacks_science, flatten, science, target_of, trainer_science
 from iciia_exp.config.experiment import Experiment
 from iciia_exp.data.backbone_split import reserve_for_backbone
 from iciia_exp.data.batches import FeatureBatches
@@ -18,7 +19,7 @@ from iciia_exp.data.clients import Clients
 from iciia_exp.data.dataset import MissingFiles, dense_labels
 from iciia_exp.data.images import readable
 from iciia_exp.data.store import FeatureStore
-from iciia_exp.digest import file_digest
+from iciia_exp.digest import digest, file_digest
 from iciia_exp.engine.dataset_facts import DatasetFacts
 from iciia_exp.engine.graph import Artifact
 from iciia_exp.engine.training.processes import training_processes
@@ -214,6 +215,49 @@ class Inputs:
         if not path.is_file():
             raise ConfigError("backbone.weights", path, "no such file; give a .safetensors, .pt or .pth file")
         return file_digest(path)
+
+    @property
+    def weights_classes(self) -> str | list[str] | None:
+        """Classes of the initial weights: the name of a list, the digest of a file of names, or the names."""
+        classes = self.experiment.backbone.classes
+        if not isinstance(classes, str):
+            return None if classes is None else list(classes)
+        path = Path(classes).expanduser()
+        return file_digest(path) if path.is_file() else classes
+
+    @cached_property
+    def settings(self) -> dict[str, Any]:
+        """Every setting that can change a number, flat, with dotted names.
+
+        They differ between two runs that differ in `Artifact.setting`, and otherwise in seeds only.
+        """
+        e = self.experiment
+        spec, trained = e.backbone, e.method_class.trainable
+        groups = ("dataset", "backbone", "features", "partition", "evaluation")
+        config: dict[str, Any] = {group: science(e.config[group]) for group in groups}
+        config["dataset"]["content"] = None if self.facts.fingerprint is None else digest(self.facts.fingerprint)
+        config["backbone"] |= {"weights": self.weights_digest, "pretrained": spec.pretrained}
+        config["backbone"] |= {"classes": self.weights_classes}
+        del config["backbone"]["name"]  # a label
+        config["features"]["precision"] = e.extraction.precision or self.trainer_science.get("precision")
+        config["evaluation"] |= {"images": e.images, "cost_images": e.cost_images}
+        config["training"] = {"images": e.training.images}
+        if spec.train == "all":
+            config["backbone"]["trainer"] = self.trainer_science
+        if trained:
+            config["trainer"] = self.trainer_science
+            config["training"] = science(e.config["training"]) | {"train_images": e.training.train_images}
+            config |= {name: config["training"]["recipe"].pop(name) for name in ("optimizer", "scheduler")}
+            nodes = {name: callbacks_science({name: node}) for name, node in e.config["callbacks"].items()}
+            config["callbacks"] = {name: found[0] for name, found in nodes.items() if found}
+            if not e.client_mix.plain:
+                config["client_mix"] = science(e.config["client_mix"])
+        if e.client_mix.unseen_types:
+            config.setdefault("client_mix", {"unseen_types": e.client_mix.unseen_types})
+        settings = flatten(config | {"method": science(self.method_config)})
+        # of these the class is a setting: `optimizer` is SGD
+        named = {k: re.sub(r"((?:optimizer|scheduler)|callbacks\.\w+)\._target_$", r"\1", k) for k in settings}
+        return {named[k]: v for k, v in settings.items() if not named[k].endswith("_target_")}
 
     def _canonical_method(self) -> dict[str, Any]:
         e, method = self.experiment, self.experiment.method_class

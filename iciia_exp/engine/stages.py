@@ -12,13 +12,13 @@ from typing import Any
 
 from iciia_exp.config.check import callbacks_science, science
 from iciia_exp.config.experiment import Experiment
-from iciia_exp.digest import file_digest
 from iciia_exp.engine import devices
 from iciia_exp.engine.graph import Artifact
 from iciia_exp.engine.inputs import Inputs
 from iciia_exp.engine.training import train_backbone, train_method
 from iciia_exp.engine.training.processes import in_processes
 from iciia_exp.methods.tune.base import Personal
+from iciia_exp.results.labels import REPORTED
 
 __all__ = ["Stages"]
 
@@ -51,7 +51,7 @@ class Stages(Inputs):
             "extraction": extraction,
             "precision": extraction.pop("precision", None) or self.trainer_science.get("precision"),
             # rows of the pre-trained classifier for the dataset's classes
-            "classes": self._weights_classes if spec.train == "none" else None,
+            "classes": self.weights_classes if spec.train == "none" else None,
             "fitted head": spec.train == "head",
         }
         if len(self.reads) > 1:  # a store of its own; that of features alone keeps its digest
@@ -64,7 +64,7 @@ class Stages(Inputs):
         """The classifier fitted on the features; None unless ``backbone.train: head``."""
         if self.experiment.backbone.train != "head":
             return None
-        parts = [self._teacher, self.experiment.backbone.seed, "out of fold"]
+        parts = {"teacher": self._teacher, "seed": self.experiment.backbone.seed, "fitted": "out of fold"}
         make, report = partial(train_backbone.fit_head, self), partial(train_backbone.report_head, self)
         return self._shared("head", parts, make, (self.features,), report)
 
@@ -141,6 +141,7 @@ class Stages(Inputs):
             (self.states or self.run,),
             last="results.json",
             in_place=True,
+            shown={key.removeprefix("evaluation.") for key in REPORTED},
         )
 
     @cached_property
@@ -163,17 +164,8 @@ class Stages(Inputs):
         if spec.train == "all":
             parts |= {"teacher": self._teacher, "trainer": self.trainer_science, "seed": spec.seed}
             # rows of the initial classifier
-            parts |= {"recipe": config["recipe"], "classes": self._weights_classes if spec.started else None}
+            parts |= {"recipe": config["recipe"], "classes": self.weights_classes if spec.started else None}
         return parts
-
-    @property
-    def _weights_classes(self) -> str | list[str] | None:
-        """Classes of the initial weights: the name of a list, the digest of a file of names, or the names."""
-        classes = self.experiment.backbone.classes
-        if not isinstance(classes, str):
-            return None if classes is None else list(classes)
-        path = Path(classes).expanduser()
-        return file_digest(path) if path.is_file() else classes
 
     def _shared(
         self, kind: str, parts: Any, make: Any, needs: tuple[Artifact, ...] = (), report: Any = None

@@ -13,7 +13,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from iciia_exp.results.columns import COLUMNS, backbone_cell, cell
-from iciia_exp.results.tables import settings
+from iciia_exp.results.tables import backbone_line, settings, unbalanced
 
 __all__ = ["console", "fraction_bar", "log_file", "partition_table", "progress_bar", "result_table", "setup_logging"]
 
@@ -106,20 +106,21 @@ def result_table(rows: Sequence[dict[str, Any]]) -> Table:
     several = len({r["digest"] for r in rows}) > len({r["setting_digest"] for r in rows})
     columns = [column for column in COLUMNS if column.console and (several or column.key != "runs")]
     table = Table(box=None, pad_edge=False, padding=(0, 0, 0, 1), header_style="bold")  # 91 columns of text
+    table.caption_justify = "left"
     table.add_column("method", overflow="fold")
     for column in columns:
         spread = ("\n± s.e." if several else "\n[95 %]") if "low" in column.console_errors else ""
         table.add_column(column.console + spread, justify="right", overflow="fold")
-    bases = list({row["partition_digest"]: row for row in rows}.values())
-    keys = [f"backbone_{column.key}" for column in columns if column.backbone]
-    base = pd.DataFrame(bases, columns=pd.Index(keys)).astype(float).mean()
-    alone = {column.key: backbone_cell(base, column) for column in columns}
+    found = settings(list(rows))
+    base = backbone_line(found)
+    alone = {column.key: backbone_cell(base, column, column.console_errors) for column in columns}
     if several:
-        alone["runs"] = str(len(bases))
+        alone["runs"] = str(base["runs"])
     table.add_row(f"{rows[0]['backbone']} alone", *alone.values())
-    for _, row in settings(list(rows)).sort_values("sequence_macs", kind="stable").iterrows():
+    for _, row in found.sort_values("sequence_macs", kind="stable").iterrows():
         if row["method"] != "backbone":
             table.add_row(row["label"], *(cell(row, c.key, c.form, c.console_errors) for c in columns))
+    table.caption = unbalanced(found) or None
     return table
 
 

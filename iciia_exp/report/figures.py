@@ -11,7 +11,7 @@ from iciia_exp.artifacts import read_json
 from iciia_exp.results import plots
 from iciia_exp.results.columns import DRAWN_TYPES
 from iciia_exp.results.summary import ALL
-from iciia_exp.results.tables import history_of, read_table
+from iciia_exp.results.tables import backbone_history, history_of, read_table
 
 __all__ = ["all_figures", "by_groups", "by_history", "gain_distribution"]
 
@@ -30,7 +30,7 @@ def by_groups(table: pd.DataFrame, title: str) -> Any | None:
     ticks = sorted(set(swept["groups"].astype(int)))
     axes.set_xticks(ticks, [str(t) for t in ticks])
     axes.minorticks_off()
-    base = 100 * table["backbone_accuracy"].mean()
+    base = 100 * table["alone_accuracy"].iloc[0]
     axes.axhline(base, **plots.BASELINE, label=f"{table['backbone'].iloc[0]} alone: {base:.1f} %")
     plots.legend(axes, beside=len(lines) > 5)
     return figure
@@ -45,9 +45,9 @@ def by_history(table: pd.DataFrame, title: str, client_type: str | None = None) 
     lines = enumerate(row for _, row in table.iterrows())
     histories = ((i, row, h) for i, row in lines if (h := history_of(row, client_type)) is not None)
     found = list(islice(histories, plots.MOST_LINES + 1))
-    if not found:
+    if (alone := backbone_history(table, client_type)) is None:
         return None
-    base = found[0][2]["backbone_client_accuracy"].drop(index=ALL, errors="ignore")
+    base = alone["backbone_client_accuracy"].drop(index=ALL, errors="ignore")
     drawn = [f for f in found if f[1]["method"] != "backbone"][: plots.MOST_LINES]
     clients = "" if client_type is None else f", {client_type} clients"
     figure, axes = plots.new_figure(

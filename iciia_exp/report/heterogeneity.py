@@ -50,7 +50,7 @@ def _best_first(table: pd.DataFrame) -> list[tuple[str, pd.DataFrame]]:
 def sweep_table(sweep: PartitionSweep) -> pd.DataFrame:
     """Return a sweep as text: a line for the backbone and one per setting, a column per value; accuracy and gain."""
     table, name = sweep.table, f"partition.{sweep.key}"
-    base = 100 * table.groupby("value")["backbone_accuracy"].mean()
+    base = 100 * table.groupby("value")["alone_accuracy"].first()
     lines = [{name: f"{table['backbone'].iloc[0]} alone", **{f"{v:g}": f"{a:.1f}" for v, a in base.items()}}]
     for label, part in _best_first(table):
         cells = {
@@ -66,7 +66,7 @@ def draw_heterogeneity(sweep: PartitionSweep) -> Any:
     table = sweep.table
     bars = " (bars: standard error over runs)" if table["accuracy_se"].notna().any() else ""
     figure, axes = new_figure(sweep.title + bars, f"partition.{sweep.key}", "accuracy (%)")
-    base = 100 * table.groupby("value")["backbone_accuracy"].mean()
+    base = 100 * table.groupby("value")["alone_accuracy"].first()
     axes.plot(base.index, base, **BASELINE, label=f"{table['backbone'].iloc[0]} alone")
     for i, (label, part) in enumerate(_best_first(table)[:MOST_LINES]):
         draw_setting(axes, i, part["value"], part, label)

@@ -7,7 +7,7 @@ import pandas as pd
 
 from iciia_exp.results.columns import COLUMNS, backbone_cell, cell
 from iciia_exp.results.summary import ALL
-from iciia_exp.results.tables import history_of
+from iciia_exp.results.tables import backbone_history, backbone_line, history_of, unbalanced
 
 __all__ = ["by_history", "csv", "latex", "markdown", "note", "summary"]
 
@@ -26,9 +26,9 @@ def summary(table: pd.DataFrame) -> pd.DataFrame:
     if not table[["published", "published_backbone"]].notna().any(axis=None):
         shown = [column for column in shown if column.key != "published"]
     shown = [c for c in shown if not c.total or table[c.key].map(str).nunique() > 1]
-    mean = table[[f"backbone_{column.key}" for column in shown if column.backbone]].mean()
-    base = {column.title: backbone_cell(mean, column) for column in shown}
-    base |= {"runs": "", "published": cell(table.iloc[0], "published_backbone")}
+    alone = backbone_line(table)
+    base = {column.title: backbone_cell(alone, column) for column in shown}
+    base |= {"runs": str(alone["runs"]), "published": cell(table.iloc[0], "published_backbone")}
     lines = [{"method": f"{table['backbone'].iloc[0]} alone", **base}]
     for _, row in table[table["method"] != "backbone"].iterrows():
         cells = {column.title: cell(row, column.key, column.form) for column in shown}
@@ -44,7 +44,7 @@ def note(table: pd.DataFrame) -> str:
         "runs, [95 % interval over clients]. Overhead in multiply-accumulates, of the backbone's for one image: "
         f"{first['cost_images']} images together, each of them, one more where state is kept. Payloads and MACs "
         "by site: of a client, once, and of a request, the backbone's included. * none of the same cost or less "
-        "is better."
+        f"is better. {unbalanced(table)}".rstrip()
     )
 
 
@@ -53,17 +53,16 @@ def by_history(table: pd.DataFrame, client_type: str | None = None) -> pd.DataFr
 
     ``client_type`` is that of `iciia_exp.results.tables.history_of`.
     """
+    alone = f"{table['backbone'].iloc[0]} alone"
+    histories = [(alone, "backbone_client_accuracy", backbone_history(table, client_type))]
+    for _, row in table[table["method"] != "backbone"].iterrows():
+        histories.append((row["label"], "client_accuracy", history_of(row, client_type)))
     lines: list[dict[str, str]] = []
-    for _, row in table.iterrows():
-        if (found := history_of(row, client_type)) is None:
-            continue
-        if client_type is not None:  # drawn clients all have the same number of images
-            found = found.drop(index=ALL)
-        labels = {} if lines else {"backbone_client_accuracy": f"{row['backbone']} alone"}
-        if row["method"] != "backbone":
-            labels["client_accuracy"] = row["label"]
-        for key, label in labels.items():
-            cells = {"all" if n == ALL else str(n): cell(values, key) for n, values in found.iterrows()}
+    for label, key, found in histories:
+        if found is not None:
+            # drawn clients all have the same number of images
+            counts = [n for n in found.index if n != ALL or client_type is None]
+            cells = {"all" if n == ALL else str(n): cell(found.loc[n], key) for n in counts}
             lines.append({"images before": label, **cells})
     return pd.DataFrame(lines).fillna("–") if lines else None
 
@@ -88,4 +87,4 @@ def latex(table: pd.DataFrame, caption: str) -> str:
 
 def csv(table: pd.DataFrame) -> str:
     """Return the settings with all their numbers, unrounded, one row each."""
-    return table.drop(columns=["run_dirs"]).to_csv(index=False)
+    return table.drop(columns=["run_dirs", "partition_digests", *table.filter(like="alone_")]).to_csv(index=False)

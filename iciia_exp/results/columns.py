@@ -12,6 +12,7 @@ __all__ = ["COLUMNS", "DRAWN_TYPES", "Column", "averaged", "backbone_cell", "cel
 #: Types of the clients in ``drawn_clients.parquet`` (`iciia_exp.engine.evaluation.drawn_clients`).
 DRAWN_TYPES = ("random_classes", "homogeneous", "drifting")
 
+_ERRORS = ("se", "low", "high")  # what a figure has beside its value
 _COSTS = ("cost", "number", "bytes", "macs")  # forms of what the backbone alone has none of
 
 
@@ -97,14 +98,17 @@ def summary_keys() -> dict[str, str]:
     return own | {f"backbone/{column.key}": f"backbone_{column.key}" for column in logged if column.backbone}
 
 
-def backbone_cell(row: pd.Series, column: Column) -> str:
-    """Return a column's text in the line of the backbone alone; 0 for costs that it has none of."""
+def backbone_cell(row: pd.Series, column: Column, errors: tuple[str, ...] = _ERRORS) -> str:
+    """Return a column's text in the line of the backbone alone; 0 for costs that it has none of.
+
+    ``row`` is that of `iciia_exp.results.tables.backbone_line`, ``errors`` as in `cell`.
+    """
     if column.backbone:
-        return cell(row, f"backbone_{column.key}", column.form)
+        return cell(row, f"backbone_{column.key}", column.form, errors)
     return "0" if column.form in _COSTS and not column.total else ""
 
 
-def cell(row: pd.Series, key: str, form: str = "percent", errors: tuple[str, ...] = ("se", "low", "high")) -> str:
+def cell(row: pd.Series, key: str, form: str = "percent", errors: tuple[str, ...] = _ERRORS) -> str:
     """Return a figure as text, with its standard error or interval where the row has one.
 
     Args:

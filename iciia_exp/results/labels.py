@@ -27,8 +27,11 @@ def unique_rows(rows: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def base_of(row: dict[str, Any]) -> tuple[tuple[str, Any], ...]:
-    """Return what a row's backbone accuracy depends on, seeds aside: experiment, dataset, backbone and partition."""
-    parts = ("config.dataset.", "config.backbone.", "config.partition.")
+    """Return what the backbone accuracy of a row depends on, without seeds.
+
+    These are the experiment, the dataset, the backbone, its features and the partition.
+    """
+    parts = ("config.dataset.", "config.backbone.", "config.features.", "config.partition.")
     kept = {k: v for k, v in row.items() if k.startswith(parts) and not k.endswith(".seed")}
     return tuple(sorted({"name": row["name"], "backbone": row["backbone"], **kept}.items()))
 

@@ -10,7 +10,7 @@ import pandas as pd
 
 from iciia_exp.artifacts import atomic_write
 from iciia_exp.results.summary import ALL
-from iciia_exp.results.tables import pareto_front, settings
+from iciia_exp.results.tables import backbone_line, settings
 from iciia_exp.tasks import SINGLE_LABEL
 
 __all__ = [
@@ -191,11 +191,11 @@ def draw_accuracy_vs_overhead(rows: Sequence[dict[str, Any]], highlight: str | N
         f"added MACs{percent} (published convention, {first['cost_images']} images)",
         "top-1 accuracy (%)" if first["task"] == SINGLE_LABEL else "accuracy over attributes (%)",
     )
-    backbone = pd.DataFrame(list(rows)).drop_duplicates("partition_digest")  # one value per partition and backbone seed
-    base = 100 * backbone["backbone_accuracy"].mean()
+    backbone = backbone_line(table)
+    base = 100 * backbone["backbone_accuracy"]
     axes.axhline(base, **BASELINE, label=f"{first['backbone']} alone: {base:.1f} %")
-    if len(backbone) == 1:
-        low, high = (100 * backbone[f"backbone_accuracy_{side}"].iloc[0] for side in ("low", "high"))
+    if backbone["runs"] == 1:
+        low, high = (100 * backbone[f"backbone_accuracy_{side}"] for side in ("low", "high"))
         axes.axhspan(low, high, color=_DARK, alpha=0.08, linewidth=0)
     for name, bound in (100 * oracles.groupby("method")["accuracy"].mean()).items():
         axes.axhline(bound, color=_DARK, linestyle=":", linewidth=1.2, label=f"{name} (oracle): {bound:.1f} %")
@@ -221,7 +221,7 @@ def draw_accuracy_vs_overhead(rows: Sequence[dict[str, Any]], highlight: str | N
         if pd.notna(point["groups"]) and len(rows) <= 24:
             text: dict[str, Any] = {"textcoords": "offset points", "fontsize": 8, "color": style["color"]}
             axes.annotate(f"G={int(point['groups'])}", (x, y), xytext=(7, 4), **text)
-    front = points.assign(cost=cost)[pareto_front(cost, points["accuracy"])].sort_values(["cost", "accuracy"])
+    front = points.assign(cost=cost)[points["front"]].sort_values(["cost", "accuracy"])
     if len(front) > 1 and highlight is None:
         style = {"where": "post", "color": _GREY, "linewidth": 1, "zorder": 0, "label": "best at its cost"}
         axes.step(front["cost"], 100 * front["accuracy"], **style)

@@ -16,8 +16,8 @@ from iciia_exp.results.published import published_number
 from iciia_exp.results.summary import COUNTS, ClientCounts, averages, summarise
 
 __all__ = [
-    *("averages_by_history", "comparisons", "history_of", "history_summary", "load_runs", "pareto_front", "read_table"),
-    *("select", "settings"),
+    *("averages_by_history", "backbone_history", "backbone_line", "comparisons", "history_of", "history_summary"),
+    *("load_runs", "pareto_front", "read_table", "select", "settings", "unbalanced"),
 ]
 
 # what runs that differ in seeds alone have in common, beside the columns of `COLUMNS` that are so
@@ -102,6 +102,8 @@ def settings(rows: list[dict[str, Any]], keys: dict[str, list[str]] | None = Non
     ``label`` names the setting; ``front`` marks the settings on the Pareto front of cost and accuracy, oracles left
     out. A setting of one run keeps its intervals over clients (``..._low``, ``..._high``). ``published`` is the paper's
     number for the same setting, where there is one (`iciia_exp.results.published`). Accuracies are fractions.
+    ``alone_...``, the same in every row, is the mean of the backbone's figures over all backbones and partitions of
+    ``rows``, whatever the number of their runs (`backbone_line`); ``partition_digests`` lists those of the setting.
 
     Args:
         rows: runs of one `base_of`.
@@ -113,6 +115,7 @@ def settings(rows: list[dict[str, Any]], keys: dict[str, list[str]] | None = Non
     means = runs.mean(skipna=False).join(runs.sem(skipna=False).add_suffix("_se"))
     common = (*_COMMON, *(column.key for column in COLUMNS if column.seeds == "common"))
     intervals = [f"{column.key}_{side}" for column in COLUMNS if column.interval for side in ("low", "high")]
+    alone = _alone(rows)
     lines = []
     for part in grouped(rows, lambda row: row["setting_digest"]).values():
         first = part[0]
@@ -124,11 +127,46 @@ def settings(rows: list[dict[str, Any]], keys: dict[str, list[str]] | None = Non
         for key, change in (("published", {}), ("published_backbone", {"method": "backbone"})):
             fact = published_number(first | change) or {}
             line[key], line[f"{key}_se"] = (fact.get(k, np.nan) / 100 for k in ("accuracy", "standard_error"))
+        line |= alone
+        line["partition_digests"] = [row["partition_digest"] for row in part]
         line["run_dirs"] = [Path(row["run_dir"]) for row in part if "run_dir" in row]
         lines.append(line)
     table = pd.DataFrame(lines).sort_values("accuracy", ascending=False, kind="stable", ignore_index=True)
     table["front"] = ~table["oracle"] & pareto_front(table["sequence_macs"], table["accuracy"].where(~table["oracle"]))
+    table["front"] &= ~(table["gain"] < 0)  # the backbone alone costs nothing
     return table
+
+
+def _alone(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """Return means and standard errors of the backbone's figures over the backbones and partitions of some runs."""
+    bases = list({row["partition_digest"]: row for row in rows}.values())
+    keys = [column.key for column in COLUMNS if column.backbone]
+    found = pd.DataFrame(bases, columns=pd.Index([f"backbone_{key}" for key in keys])).astype(float)
+    found.columns = pd.Index([f"alone_{key}" for key in keys])
+    figures = pd.concat([found.mean(), found.sem().add_suffix("_se")])
+    alone: dict[str, Any] = {str(key): value for key, value in figures.items()} | {"alone_runs": len(bases)}
+    if len(bases) == 1:
+        intervals = [f"{c.key}_{side}" for c in COLUMNS if c.backbone and c.interval for side in ("low", "high")]
+        alone |= {f"alone_{key}": bases[0].get(f"backbone_{key}") for key in intervals}
+    return alone
+
+
+def backbone_line(table: pd.DataFrame) -> pd.Series:
+    """Return the backbone's figures in a table of `settings`, as ``backbone_...``, and its ``runs``."""
+    first = table.iloc[0]
+    names = {name: name.replace("alone_", "backbone_", 1) for name in table.columns if name.startswith("alone_")}
+    return first[list(names)].rename(names).rename({"backbone_runs": "runs"})
+
+
+def unbalanced(table: pd.DataFrame) -> str:
+    """Return a sentence about a table of `settings` whose runs differ in backbones or partitions; else nothing."""
+    if len({frozenset(digests) for digests in table["partition_digests"]}) == 1:
+        return ""
+    low, high = (100 * f for f in (table["backbone_accuracy"].min(), table["backbone_accuracy"].max()))
+    return (
+        "Settings have runs with different seeds of backbone or partition. Gains are over the backbone in the same "
+        f"runs, whose accuracy is {low:.1f} to {high:.1f} %."
+    )
 
 
 def pareto_front(cost: pd.Series, accuracy: pd.Series) -> np.ndarray:
@@ -178,6 +216,13 @@ def history_of(setting: pd.Series, client_type: str | None = None) -> pd.DataFra
         return None
     runs = pd.concat(parts).groupby("history", sort=False)
     return runs.mean().join(runs.sem().add_suffix("_se"))
+
+
+def backbone_history(table: pd.DataFrame, client_type: str | None = None) -> pd.DataFrame | None:
+    """Return the backbone's accuracy by images seen before, as `history_of` does, over all backbones and partitions."""
+    rows = zip(table["partition_digests"], table["run_dirs"], strict=True)
+    one_each = {digest: folder for digests, folders in rows for digest, folder in zip(digests, folders, strict=True)}
+    return history_of(pd.Series({"run_dirs": list(one_each.values())}), client_type)
 
 
 def averages_by_history(data: pd.DataFrame) -> pd.DataFrame:

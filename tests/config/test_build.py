@@ -13,6 +13,7 @@ from iciia_exp.config.experiment import Experiment
 from iciia_exp.config.paths import CONF_DIR
 from iciia_exp.engine.stages import Stages
 from iciia_exp.errors import ConfigError, UserError
+from iciia_exp.results.labels import base_of, varying
 from tests.making.folder import make_folder, write_table
 
 
@@ -20,47 +21,66 @@ def run_digest(stages, *overrides):
     return stages(*overrides).run.digest
 
 
-@pytest.mark.parametrize(
-    "override",
-    [
-        "logger=wandb",
-        "trainer.accelerator=auto",
-        "features.num_workers=2",
-        "features.batch_size=7",
-        "output_dir=elsewhere",
-        "cache_dir=elsewhere",
-        "name=other",
-        "stage=train",
-        "backbone.name=other",
-        "method.shuffle=false",  # with one group it changes nothing
-    ],
+SAME = (
+    *("logger=wandb", "trainer.accelerator=auto", "features.num_workers=2", "features.batch_size=7", "stage=train"),
+    *("output_dir=elsewhere", "cache_dir=elsewhere", "name=other", "backbone.name=other"),
+    *("+backbone.dim=32", "+backbone.published_top1=70.5", "training.num_workers=2"),
+    "+callbacks.lr._target_=lightning.pytorch.callbacks.LearningRateMonitor",
+    "method.shuffle=false",  # with one group it changes nothing
 )
+SEEDS = ("seed=1", "partition.seed=1", "backbone.seed=1", "dataset.seed=1")
+OTHER = (
+    *("dataset.noise_std=0.3", "groups=2", "heads=2", "method.dropout=0"),
+    *("training.images=8", "training.train_images=8", "training.recipe.epochs=4", "training.shuffle_images=false"),
+    *("optimizer.lr=1", "optimizer=sgd", "scheduler=constant", "callbacks.early_stopping.patience=3"),
+    *("~callbacks.early_stopping", "client_mix.size=3"),
+    *("backbone.recipe.epochs=3", "backbone.reserve=0.2", "backbone.model.width=8", "+backbone.weights=weights.pt"),
+    *("features.dtype=float16", "features.precision=bf16-mixed", "partition.classes_per_client=3"),
+    *("trainer.precision=bf16-mixed", "trainer=smoke", "+trainer.max_epochs=1", "+trainer.limit_train_batches=1"),
+)
+EVALUATED = ("evaluation.images=8", "evaluation.cost_images=8", "evaluation.site=cloud")
+SHOWN = ("evaluation.history_orders=3", "evaluation.examples=0", "evaluation.drawn_clients=4")
+
+
+@pytest.mark.parametrize("override", SAME)
 def test_what_changes_no_number_changes_no_digest(stages, override):
     assert run_digest(stages, override) == run_digest(stages)
 
 
-@pytest.mark.parametrize(
-    "override",
-    [
-        "seed=1",
-        "partition.seed=1",
-        "backbone.seed=1",
-        "dataset.seed=1",
-        "dataset.noise_std=0.3",
-        "groups=2",
-        "heads=2",
-        "method.dropout=0",
-        "training.images=8",
-        "training.recipe.epochs=4",
-        "backbone.recipe.epochs=3",
-        "features.dtype=float16",
-        "trainer.precision=bf16-mixed",
-        "+trainer.max_epochs=1",
-        "+trainer.limit_train_batches=1",
-    ],
-)
-def test_what_changes_a_number_changes_the_digest(stages, override):
+@pytest.mark.parametrize("override", [*SEEDS, *OTHER])
+def test_what_changes_a_number_changes_the_digest(stages, override, weights_file):
     assert run_digest(stages, override) != run_digest(stages)
+
+
+@pytest.fixture
+def weights_file(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "weights.pt").write_bytes(b"a")
+
+
+def row_of(made):
+    """Return what labels see of a row of results."""
+    return {"method": made.experiment.method_class.name, **{f"config.{k}": v for k, v in made.settings.items()}}
+
+
+ALL = [*SAME, *SEEDS, *OTHER, *EVALUATED, *SHOWN]
+CASES = [
+    (o, m) for m in ("iciia", "linear_head", "backbone") for o in ALL if m == "iciia" or not o.startswith("method.")
+]
+
+
+@pytest.mark.parametrize(("override", "method"), CASES)
+def test_a_table_separates_and_shows_exactly_what_changes_a_number(stages, override, method, weights_file):
+    one, other = stages(f"method={method}"), stages(f"method={method}", override)
+    same = one.evaluation.setting == other.evaluation.setting
+    if method == "iciia":
+        assert same == (override in {*SAME, *SEEDS, *SHOWN})
+    if override not in (*SEEDS, *SHOWN):
+        assert same == (one.evaluation.digest == other.evaluation.digest)
+    rows = [row_of(one), row_of(other)]
+    shown = varying(rows)[method]
+    in_the_label_anyway = override in ("groups=2", "heads=2") and method == "iciia"
+    assert bool(shown) == (not same and not in_the_label_anyway)
 
 
 def test_groups_max_and_d_are_one_run(stages):
@@ -179,6 +199,19 @@ def test_a_folder_may_move(on_disk, tmp_path, train):
     before = digests(on_disk(*train))
     (tmp_path / "data").rename(tmp_path / "elsewhere")
     assert digests(on_disk(*train, f"data_dir={tmp_path}/elsewhere")) == before
+
+
+def test_tables_do_not_compare_other_bytes_or_weights(on_disk, tmp_path):
+    def row(*overrides):
+        return row_of(on_disk(*overrides)) | {"name": "x", "backbone": "y"}
+
+    first = row()
+    (tmp_path / "data" / "train/cup/000.jpg").write_bytes(b"other")
+    assert base_of(row()) != base_of(first)
+    for name in ("one.pt", "other.pt"):
+        (tmp_path / name).write_bytes(name.encode())
+    weights = [row(f"+backbone.weights={tmp_path}/{name}") for name in ("one.pt", "other.pt")]
+    assert base_of(weights[0]) != base_of(weights[1])
 
 
 def rewrite(root, change):

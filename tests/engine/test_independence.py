@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -116,6 +117,20 @@ def test_an_evaluation_setting_evaluates_again_and_trains_nothing(stages, capsys
     report(["outputs"])
     lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| iciia ")]
     assert len(lines) == len(set(lines)) == shown  # settings are rows that show what differs
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_other_arguments_of_the_trainer_are_another_row_and_of_the_backbone_another_table(stages, capsys):
+    for override in ("seed=1", "seed=2", "training.recipe.epochs=2", "trainer=smoke"):
+        execute(stages(override))
+    capsys.readouterr()
+    report(["outputs"])
+    text = capsys.readouterr().out
+    labels = [re.search(r"^\| iciia ([^|]*?)( \*)? +\| +[\d.]+", line) for line in text.splitlines()]
+    assert sorted(match[1] for match in labels if match) == sorted(
+        ["N=1 H=4 G=1 epochs=3", "N=1 H=4 G=1 epochs=2", "N=1 H=4 G=1"]
+    )
+    assert text.count("backbone.trainer.max_epochs=1") == 1
 
 
 def test_a_runs_files_do_not_depend_on_its_neighbours(stages, tmp_path):

@@ -81,14 +81,14 @@ def test_the_front_has_what_nothing_cheaper_beats():
         "run_dir": ".",
     }
     rows = [
-        base | {"method": m, "setting_digest": m, "digest": m, "accuracy": a, "sequence_macs": c}
-        for m, a, c in (("cheap", 0.5, 1), ("dear", 0.4, 9), ("best", 0.8, 5), ("same", 0.8, 7))
+        base | {"method": m, "setting_digest": m, "digest": m, "accuracy": a, "sequence_macs": c, "gain": a - 0.45}
+        for m, a, c in (("cheap", 0.5, 1), ("dear", 0.4, 9), ("best", 0.8, 5), ("same", 0.8, 7), ("free", 0.4, 0))
     ]
     table = settings(
         [*rows, rows[2] | {"method": "known", "setting_digest": "k", "digest": "k", "accuracy": 1.0, "oracle": True}]
     )
     front = dict(zip(table["method"], table["front"], strict=True))
-    assert front == {"known": False, "best": True, "same": True, "cheap": True, "dear": False}
+    assert front == {"known": False, "best": True, "same": True, "cheap": True, "dear": False, "free": False}
 
 
 def test_conditions(outputs):

@@ -1,7 +1,6 @@
 """Result row: ``results.json``, flat, and the table ``clients.parquet``."""
 
 import platform
-import re
 import subprocess
 from datetime import UTC, datetime
 from importlib.metadata import version
@@ -12,7 +11,7 @@ import numpy as np
 import pandas as pd
 
 from iciia_exp import __version__
-from iciia_exp.config.check import flatten, science
+from iciia_exp.config.check import science
 from iciia_exp.cost import overheads
 from iciia_exp.data.clients import Clients
 from iciia_exp.data.store import FeatureStore
@@ -20,7 +19,6 @@ from iciia_exp.digest import digest
 from iciia_exp.engine.inputs import Inputs
 from iciia_exp.engine.ledger import cost_row, sizes_of
 from iciia_exp.methods.base import Ask, Method
-from iciia_exp.results.labels import REPORTED
 from iciia_exp.results.summary import COUNTS, ClientCounts, summarise
 
 __all__ = ["client_table", "git_revision", "result_row"]
@@ -55,27 +53,6 @@ def client_table(clients: Clients, numbers: np.ndarray, counts: ClientCounts, la
     )
 
 
-def _settings(inputs: Inputs) -> dict[str, Any]:
-    """Return every setting that can change a number, flat, with dotted names."""
-    e = inputs.experiment
-    groups = {g: science(e.config[g]) for g in ("dataset", "backbone", "partition", "evaluation")}
-    groups["evaluation"] |= {"images": e.images, "cost_images": e.cost_images}
-    groups["training"] = {"images": e.training.images}
-    if e.method_class.trainable:
-        groups["training"] = science(e.config["training"]) | {"train_images": e.training.train_images}
-        groups |= {name: groups["training"]["recipe"].pop(name) for name in ("optimizer", "scheduler")}
-        groups["callbacks"] = science(e.config["callbacks"])
-        groups["trainer"] = inputs.trainer_science
-        if not e.client_mix.plain:
-            groups["client_mix"] = science(e.config["client_mix"])
-    if e.client_mix.unseen_types:
-        groups.setdefault("client_mix", {"unseen_types": e.client_mix.unseen_types})
-    settings = flatten(groups | {"method": science(inputs.method_config)})
-    # of these the class is a setting: `optimizer` is SGD
-    named = {k: re.sub(r"((?:optimizer|scheduler)|callbacks\.\w+)\._target_$", r"\1", k) for k in settings}
-    return {named[k]: v for k, v in settings.items() if not named[k].endswith("_target_")}
-
-
 def result_row(
     inputs: Inputs,
     method: Method,
@@ -94,7 +71,7 @@ def result_row(
     one_more = method.budget(sizes_of(inputs))
     sequence, streaming = method.budget(sizes_of(inputs, together=True)).method_macs(), one_more.method_macs()
     cost = overheads(sequence, streaming, images, store.macs)
-    settings = _settings(inputs)
+    settings = inputs.settings
     # of the method, or of its encoder
     attention = {key.rsplit(".", 1)[-1]: value for key, value in settings.items() if key.startswith("method.")}
     seeds = {
@@ -102,7 +79,6 @@ def result_row(
         "partition_seed": settings.get("partition.seed"),
         "backbone_seed": settings.get("backbone.seed"),
     }
-    pooled = {k: v for k, v in settings.items() if not k.endswith(".seed") and k not in REPORTED}
     return {
         "name": e.name,
         "dataset": e.dataset_class.name,
@@ -114,7 +90,7 @@ def result_row(
         "digest": inputs.run.digest,
         "evaluation_digest": inputs.evaluation.digest,
         # the same for runs that differ in seeds only
-        "setting_digest": digest({"name": e.name, "method": e.method_class.name, "settings": pooled}),
+        "setting_digest": digest({"name": e.name, "of": inputs.evaluation.setting}),
         "features_digest": inputs.features.digest,
         "partition_digest": digest([inputs.base.digest, science(e.config["partition"])]),
         **seeds,
