@@ -8,6 +8,7 @@ million files cost a request each, some seconds on a local disk, and are not rea
 import hashlib
 import logging
 import os
+import stat
 import time
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -107,6 +108,8 @@ def _status(root: Path, name: str) -> tuple[int, int, int]:
     try:
         status = os.stat(f"{root}/{name}")
     except OSError:
+        return -1, 0, 0
+    if not stat.S_ISREG(status.st_mode):  # reading a pipe would wait for ever
         return -1, 0, 0
     return status.st_size, status.st_mtime_ns, status.st_ctime_ns
 

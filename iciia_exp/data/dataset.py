@@ -14,7 +14,7 @@ import numpy as np
 import pandas as pd
 
 from iciia_exp.data.content import Content
-from iciia_exp.data.readers.files import open_image
+from iciia_exp.data.readers.images import decode
 from iciia_exp.digest import digest
 from iciia_exp.errors import ConfigError, UserError
 from iciia_exp.tasks import MULTI_LABEL, SINGLE_LABEL, Task
@@ -140,7 +140,7 @@ class ImageFiles(ImageDataset):
 
     def __getitem__(self, index: int) -> Any:
         """Return one image as RGB, in its own size."""
-        return open_image(self.root / self.path(index))
+        return decode(self.root / self.path(index))
 
     def fingerprint(self) -> Any:
         """Return a digest of the table (paths, labels, splits, owners, parents), and the classes."""

@@ -2,6 +2,7 @@
 
 import logging
 import posixpath
+from collections import Counter
 from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
@@ -9,9 +10,11 @@ from typing import ClassVar
 
 import numpy as np
 import pandas as pd
+from PIL import Image
 
 from iciia_exp.data.dataset import ImageFiles, existing_root, wrong_folder
-from iciia_exp.data.readers.files import check_distinct, existing_file, few, list_folders, list_images
+from iciia_exp.data.readers.files import check_distinct, existing_file, few, list_files, list_folders
+from iciia_exp.data.readers.images import extensions, read_image
 from iciia_exp.data.readers.metadata import check_shares, image_table, parse_times, read_metadata
 from iciia_exp.data.readers.parents import parents_file, read_parents
 from iciia_exp.errors import UserError, check_int
@@ -38,6 +41,9 @@ SHARES = {"train": 0.6, "val": 0.2, "test": 0.2}
 
 class Folder(ImageFiles):
     """Images in class folders, in the layouts of `TREE`.
+
+    Every format that Pillow reads is an image; other files are counted and passed over. The orientation of EXIF is
+    applied, transparent pixels are white, 16 bits become 8 (`iciia_exp.data.readers.images.read_image`).
 
     An image in a deeper folder belongs to the class folder above. Split folders are train, test, val (or valid,
     validation) and backbone; without a test folder, val is the test split. If neither folders nor table give splits,
@@ -84,10 +90,15 @@ class Folder(ImageFiles):
         """Return the images in the order of their paths, with ``time`` if the table has it."""
         return self._data[0]
 
+    def __getitem__(self, index: int) -> Image.Image:
+        """Return one image as RGB (`read_image`)."""
+        return read_image(self.root / self.path(index))
+
     @cached_property
     def _data(self) -> tuple[pd.DataFrame, tuple[str, ...]]:
         where = self.csv or self.root
-        found = list_images(self.root)
+        found, others = list_files(self.root, extensions())
+        self._say_passed_over(others)
         if not found:
             raise wrong_folder(self.root, "has no images", TREE)
         given = pd.DataFrame({"path": found}, dtype=object) if self.csv is None else self._read_table(self.csv, found)
@@ -113,6 +124,15 @@ class Folder(ImageFiles):
         if time is not None:
             table["time"] = time
         return table, class_names
+
+    def _say_passed_over(self, others: list[str]) -> None:
+        tables = {file.resolve() for file in (self.csv, self.parents) if file is not None}
+        names = [n for n in others if not n.lower().endswith(".csv") or (self.root / n).resolve() not in tables]
+        if names:
+            kinds = Counter(posixpath.splitext(name)[1].lower() or "no extension" for name in names)
+            counts = ", ".join(f"{count} {kind}" for kind, count in kinds.most_common(5))
+            problem = f"passing over {len(names)} files that are no images for Pillow"
+            log.warning("%s: %s: %s (%s)", self.root, problem, counts, few(names))
 
     def _read_table(self, file: Path, found: list[str]) -> pd.DataFrame:
         """Return the user's table, checked; ``time`` in seconds, the other columns text or None."""
@@ -153,7 +173,7 @@ class Folder(ImageFiles):
                 raise wrong_folder(self.root, f"has the split folders {', '.join(split_of)} and none for test", TREE)
             folders = [f"{t}/{c}" for t in tops for c in list_folders(self.root / t)] if split else tops
             if empty := sorted(set(folders) - {"/".join(p[: level + 1]) for p in parts}):
-                raise wrong_folder(self.root, f"has class folders without images ({few(empty)})", TREE)
+                log.warning("%s: passing over %d folders without images (%s)", self.root, len(empty), few(empty))
             trained = set(classes[splits == "train"])
             if split and (strange := sorted({c for c in classes if c is not None} - trained)):
                 problem = f"has {len(strange)} classes without train images ({few(strange)})"

@@ -25,6 +25,7 @@ from iciia_exp.data.content import Content
 from iciia_exp.data.dataset import SPLITS, ImageDataset, wrong_folder
 from iciia_exp.data.datasets.torchvision_sets import download_root, downloading
 from iciia_exp.data.readers.files import list_images
+from iciia_exp.data.readers.images import open_image, open_stream
 from iciia_exp.digest import digest
 from iciia_exp.errors import ConfigError, UserError, check_choice, check_int, first_line
 from iciia_exp.seeding import generator
@@ -41,6 +42,7 @@ _FOLDERS = {
     "small1": "images_background_small1",
     "small2": "images_background_small2",
 }
+_LARGEST = 1 << 16  # bytes of an image in a zip file
 _DOWNLOADS = ("background", "evaluation")
 _WHAT = "Omniglot (folder python of https://github.com/brendenlake/omniglot)"
 _TREE = """\
@@ -225,8 +227,12 @@ class Omniglot(ImageDataset):
         """Return one image of 105x105 pixels, grey (L): ink 0, paper 255."""
         image = self._images[index]
         if image.part.is_dir():
-            return Image.open(image.part / image.path).convert("L")
-        return Image.open(io.BytesIO(self._open(image.part).read(image.path))).convert("L")
+            with open_image(image.part / image.path) as picture:
+                return picture.convert("L")
+        packed = self._open(image.part)
+        if (size := packed.getinfo(image.path).file_size) > _LARGEST:
+            raise ValueError(f"would be unpacked to {size:,} bytes, an image of Omniglot has some hundred")
+        return open_stream(io.BytesIO(packed.read(image.path))).convert("L")
 
     def _open(self, part: Path) -> zipfile.ZipFile:
         """Return the zip file, opened by this process: processes cannot share the position in a file."""

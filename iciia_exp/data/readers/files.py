@@ -1,4 +1,4 @@
-"""File readers: folders of images, images, and CSV tables."""
+"""File readers: folders of files, and CSV tables."""
 
 import csv
 import os
@@ -8,49 +8,77 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
-from PIL import Image
 
 from iciia_exp.errors import ConfigError, UserError, first_line
 
-__all__ = ["check_distinct", "existing_file", "few", "list_folders", "list_images", "open_image", "read_csv"]
+__all__ = ["check_distinct", "existing_file", "few", "list_files", "list_folders", "list_images", "read_csv"]
 
-#: Extensions of image files, in lower case.
+#: Extensions of the image files of published datasets, in lower case.
 EXTENSIONS = (".jpeg", ".jpg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".ppm", ".pgm")
 
 
 def list_folders(folder: Path) -> list[str]:
-    """Return the names of the folders in a folder, sorted, without hidden folders."""
-    with os.scandir(folder) as entries:
-        return sorted(e.name for e in entries if not e.name.startswith(".") and e.is_dir())
+    """Return the names of the folders in a folder, sorted, without hidden folders and those of macOS's archives."""
+    return sorted(entry.name for entry in _entries(folder) if not _hidden(entry.name) and entry.is_dir())
 
 
 def list_images(folder: Path) -> list[str]:
-    """Return the image files in a folder and the folders below, sorted, relative to it, with ``/``.
+    """Return the image files (`EXTENSIONS`) in a folder and the folders below, as `list_files`."""
+    return list_files(folder, EXTENSIONS)[0]
 
-    Files are recognized by their extension (`EXTENSIONS`); hidden files are left out. No file is asked for more than
-    its name: on a network disk, a million requests take an hour.
+
+def list_files(folder: Path, extensions: tuple[str, ...]) -> tuple[list[str], list[str]]:
+    """Return the files in a folder and the folders below that have one of some extensions, and the others.
+
+    Both are sorted, relative to ``folder``, with ``/``. Hidden files and folders are left out, and so are links to a
+    folder above. No file is asked for more than its name: on a network disk, a million requests take an hour. Raises a
+    `UserError` for a folder that cannot be read, and for a name that is not UTF-8.
     """
     found: list[str] = []
-    waiting = [(str(folder), "")]
+    others: list[str] = []
+    waiting: list[tuple[str, str, frozenset[tuple[int, int]]]] = [(str(folder), "", frozenset(_identity(folder)))]
     while waiting:
-        path, prefix = waiting.pop()
-        with os.scandir(path) as entries:
-            for entry in entries:
-                name = entry.name
-                if name.startswith("."):
-                    continue
-                if name.lower().endswith(EXTENSIONS):
+        path, prefix, above = waiting.pop()
+        for entry in _entries(path):
+            name = entry.name
+            if _hidden(name):
+                continue
+            if name.lower().endswith(extensions):
+                # a link counts as a file, to whatever it leads
+                if not entry.is_dir(follow_symlinks=False):
                     found.append(prefix + name)
-                elif entry.is_dir():
-                    waiting.append((entry.path, f"{prefix}{name}/"))
-    found.sort()
-    return found
+                    continue
+            elif not entry.is_dir():
+                others.append(prefix + name)
+                continue
+            here = _identity(entry.path)
+            if here.isdisjoint(above):
+                waiting.append((entry.path, f"{prefix}{name}/", above | here))
+    for name in (*found, *others):
+        if not name.isascii() and (wrong := name.encode("utf-8", "backslashreplace").decode()) != name:
+            raise UserError(f"{folder}: the name of {wrong} is not UTF-8; rename it")
+    return sorted(found), sorted(others)
 
 
-def open_image(path: Path) -> Image.Image:
-    """Return an image file as RGB; Pillow raises an error for a missing or damaged file."""
-    with Image.open(path) as image:
-        return image.convert("RGB")
+def _identity(folder: Path | str) -> set[tuple[int, int]]:
+    """Return what identifies a folder by whatever path; empty if it cannot be asked."""
+    try:
+        status = os.stat(folder)
+    except OSError:
+        return set()
+    return {(status.st_dev, status.st_ino)}
+
+
+def _hidden(name: str) -> bool:
+    return name.startswith(".") or name == "__MACOSX"
+
+
+def _entries(folder: Path | str) -> list[os.DirEntry[str]]:
+    try:
+        with os.scandir(folder) as entries:
+            return list(entries)
+    except OSError as error:
+        raise UserError(f"{folder}: cannot be read ({error.strerror})") from error
 
 
 def read_csv(path: Path, required: Sequence[str] = ()) -> pd.DataFrame:

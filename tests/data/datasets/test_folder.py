@@ -5,6 +5,7 @@ import shutil
 import numpy as np
 import pandas as pd
 import pytest
+from PIL import Image
 
 from iciia_exp.data.datasets.folder import Folder
 from iciia_exp.errors import ConfigError, UserError
@@ -211,7 +212,6 @@ def test_bad_arguments_name_their_key(tmp_path, arguments, key, message):
     ("change", "message"),
     [
         (lambda r: [shutil.rmtree(r / s) for s in ("train", "test")], "has no images"),
-        (lambda r: (r / "train/plum").mkdir(), r"class folders without images \(train/plum\)"),
         (lambda r: (r / "extras").mkdir(), "has extras beside the split folders test, train"),
         (lambda r: (r / "test/cup").rename(r / "test/cups"), r"1 classes without train images \(cups\)"),
         (
@@ -227,6 +227,41 @@ def test_wrong_folders_are_named(tmp_path, change, message):
     change(make_folder(tmp_path, per_class=1, splits=("train", "test")))
     with pytest.raises(UserError, match=message):
         Folder(tmp_path).table  # noqa: B018
+
+
+def test_what_is_passed_over_is_counted_and_named(tmp_path, caplog):
+    make_folder(tmp_path, per_class=1, splits=("train", "test"))
+    whole = Folder(tmp_path).table
+    (tmp_path / "train/plum").mkdir()
+    (tmp_path / "__MACOSX").mkdir()
+    for name in ("train/cup/a.heic", "train/cup/b.HEIC", "notes.txt", ".DS_Store"):
+        (tmp_path / name).touch()
+    with caplog.at_level("WARNING"):
+        assert Folder(tmp_path).table.equals(whole)
+    assert [record.getMessage().removeprefix(f"{tmp_path}: ") for record in caplog.records] == [
+        "passing over 3 files that are no images for Pillow: 2 .heic, 1 .txt (notes.txt, train/cup/a.heic, train/cup/b.HEIC)",
+        "passing over 1 folders without images (train/plum)",
+    ]
+
+
+def test_the_users_table_is_no_file_that_is_passed_over(tmp_path, caplog):
+    make_folder(tmp_path)
+    write_table(tmp_path / "t.csv", path=paths())
+    with caplog.at_level("WARNING"):
+        Folder(tmp_path, csv="t.csv").table  # noqa: B018
+    assert not caplog.records
+
+
+def test_images_are_upright_and_without_hidden_colours(tmp_path):
+    make_folder(tmp_path)
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.new("RGB", (80, 40)).save(tmp_path / "cup/z.jfif", "JPEG", exif=exif)
+    Image.new("RGBA", (4, 4), (255, 0, 0, 0)).save(tmp_path / "cup/z.gif")
+    dataset = Folder(tmp_path)
+    images = {path: dataset[i] for i, path in enumerate(dataset.table["path"]) if "/z." in path}
+    assert images["cup/z.jfif"].size == (40, 80)
+    assert images["cup/z.gif"].getpixel((0, 0)) == (255, 255, 255)
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 import hashlib
 import pickle
 import shutil
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -174,3 +175,18 @@ def test_the_real_small_sets(tmp_path):
     assert image.shape == (105, 105)
     assert set(np.unique(image)) == {0, 255}
     assert image.mean() > 200  # mostly paper
+
+
+def test_a_zip_bomb_is_a_bad_image(tmp_path):
+    make_omniglot(tmp_path, "images_background_small1", zipped=True, prefix="omniglot_")
+    dataset = Omniglot(tmp_path, DRAWERS)
+    inside = dataset.table["path"][0].split("/", 1)[1]
+    with zipfile.ZipFile(tmp_path / "omniglot_images_background_small1.zip") as archive:
+        packed = {name: archive.read(name) for name in archive.namelist()}
+    with zipfile.ZipFile(tmp_path / "omniglot_images_background_small1.zip", "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, content in packed.items():
+            archive.writestr(name, bytes(1 << 20) if name == inside else content)
+    dataset = Omniglot(tmp_path, DRAWERS)
+    with pytest.raises(ValueError, match=r"would be unpacked to 1,048,576 bytes"):
+        dataset[0]
+    assert dataset[1].size == (105, 105)
