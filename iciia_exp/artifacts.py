@@ -20,14 +20,17 @@ from typing import IO, TYPE_CHECKING, Any
 import platformdirs
 from filelock import FileLock, Timeout
 
+from iciia_exp.checksums import CHECKSUMS, changed, checksums_of, verify
 from iciia_exp.errors import UserError, first_line
 
 if TYPE_CHECKING:
+    import numpy as np
+    import pandas as pd
     from torch import Tensor
 
 __all__ = [
-    *("atomic_write", "finished_folder", "load_tensors", "locked", "make_folder", "partial_folder", "read_json"),
-    *("resolve_cache_dir", "save_tensors", "write_json"),
+    *("atomic_write", "finished_folder", "load_tensors", "locked", "make_folder", "partial_folder", "read_array"),
+    *("read_json", "read_parquet", "resolve_cache_dir", "save_tensors", "write_json"),
 ]
 
 log = logging.getLogger(__name__)
@@ -84,9 +87,12 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """Read a JSON object. Raises a `UserError` that names a damaged file."""
+    """Read a JSON object. Raises a `UserError` that names a file that is missing or damaged."""
+    verify(path)
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror}); repeat the command") from error
     except (ValueError, RecursionError) as error:  # not JSON, not UTF-8, or nested too deep
         raise UserError(f"{path}: not valid JSON ({error}); delete it and repeat the command") from error
     if not isinstance(value, dict):
@@ -94,9 +100,33 @@ def read_json(path: Path) -> dict[str, Any]:
     return value
 
 
-def finished_folder(path: Path) -> bool:
-    """Return whether the artifact at ``path`` is complete: its manifest is written last."""
-    return (path / "manifest.json").is_file()
+def read_parquet(path: Path, columns: list[str] | None = None) -> pd.DataFrame:
+    """Read a table. Raises a `UserError` that names a file that is missing or damaged."""
+    import pandas as pd
+
+    verify(path)
+    try:
+        return pd.read_parquet(path, columns=columns)
+    except Exception as error:  # Arrow raises several kinds
+        hint = "delete its folder and repeat the command"
+        raise UserError(f"{path}: cannot be read ({first_line(error)}); {hint}") from error
+
+
+def read_array(path: Path, mmap: bool = True) -> np.ndarray:
+    """Read an array, or map it into memory. Raises a `UserError` that names a file that is missing or damaged."""
+    import numpy as np
+
+    verify(path)
+    try:
+        return np.load(path, mmap_mode="r" if mmap else None, allow_pickle=False)
+    except (OSError, ValueError, EOFError) as error:
+        hint = "delete its folder and repeat the command"
+        raise UserError(f"{path}: cannot be read ({first_line(error)}); {hint}") from error
+
+
+def finished_folder(path: Path, last: str = "manifest.json") -> bool:
+    """Return whether the artifact at ``path`` is complete: ``last``, written last, is there, and so are its files."""
+    return (path / last).is_file() and not changed(path)
 
 
 def partial_folder(path: Path) -> Path:
@@ -125,16 +155,22 @@ def make_folder(
         in_place: build in ``path`` itself: its parts are complete one by one, or loggers keep files open there.
         together: several processes may build it at a time; ``build`` has locks of its own.
     """
-    if (path / last).is_file():
+    if finished_folder(path, last):
         return False
     with contextlib.nullcontext() if together else locked(path, what):
-        if (path / last).is_file():  # another process made it while this one waited
+        if finished_folder(path, last):  # another process made it while this one waited
             return False
+        if (path / last).is_file():
+            log.warning("%s: %s missing or cut off; making it again", path, ", ".join(changed(path)))
+            (path / last).unlink()
+            (path / CHECKSUMS).unlink(missing_ok=True)
         folder = path if in_place else partial_folder(path)
         folder.mkdir(parents=True, exist_ok=True)
         build(folder)
         if not (folder / last).is_file():
             raise RuntimeError(f"{what}: the build wrote no {last} into {folder}")
+        with atomic_write(folder / CHECKSUMS) as file:
+            file.write(checksums_of(folder))
         if not in_place:
             if path.exists():  # a folder without its last file
                 shutil.rmtree(path)
@@ -161,6 +197,7 @@ def load_tensors(path: Path) -> dict[str, Tensor]:
     """Read the tensors of a safetensors file. Raises a `UserError` that names a file that cannot be read."""
     from safetensors.torch import load_file
 
+    verify(path)
     try:
         return load_file(path)
     except Exception as error:  # safetensors raises several kinds

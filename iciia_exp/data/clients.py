@@ -15,6 +15,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from iciia_exp.artifacts import atomic_write
+from iciia_exp.checksums import verify
+from iciia_exp.errors import UserError, first_line
 
 __all__ = ["ROLES", "Clients", "Ragged", "positions", "rank_within"]
 
@@ -196,7 +198,15 @@ class Clients:
 
     @classmethod
     def load(cls, path: Path) -> Clients:
-        """Read what `save` wrote."""
+        """Read what `save` wrote. Raises a `UserError` that names a file that is missing or damaged."""
+        verify(path)
+        try:
+            return cls._read(path)
+        except Exception as error:  # Arrow raises several kinds, and another table has other columns
+            raise UserError(f"{path}: cannot be read ({first_line(error)}); repeat the command") from error
+
+    @classmethod
+    def _read(cls, path: Path) -> Clients:
         table = pq.read_table(path).combine_chunks()
         ids, types = (np.array(table[name].to_pylist(), dtype=object) for name in ("client", "client_type"))
         lists = {role: table[role].combine_chunks() for role in ROLES}

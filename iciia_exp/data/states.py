@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from iciia_exp.artifacts import atomic_write, read_json
+from iciia_exp.checksums import verify
 from iciia_exp.errors import UserError, first_line
 
 __all__ = ["ClientStates", "read_facts", "shard_path", "write_shard"]
@@ -106,6 +107,8 @@ def _open(path: Path) -> Any:
     try:
         status = path.stat()
         return _opened(path, status.st_ino, status.st_mtime_ns)
+    except UserError:
+        raise
     except Exception as error:  # safetensors raises several kinds
         raise _damaged(path, error) from error
 
@@ -114,6 +117,7 @@ def _open(path: Path) -> Any:
 def _opened(path: Path, *identity: int) -> Any:
     from safetensors import safe_open
 
+    verify(path)
     return safe_open(str(path), "pt")
 
 

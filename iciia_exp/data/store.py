@@ -19,6 +19,7 @@ import math
 import os
 import shutil
 import time
+import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -28,12 +29,22 @@ from typing import Any, Literal
 import numpy as np
 import pandas as pd
 
-from iciia_exp.artifacts import atomic_write, finished_folder, read_json, save_tensors, write_json
-from iciia_exp.errors import UserError, first_line
+from iciia_exp.artifacts import (
+    atomic_write,
+    finished_folder,
+    read_array,
+    read_json,
+    read_parquet,
+    save_tensors,
+    write_json,
+)
+from iciia_exp.errors import UserError
 
 __all__ = ["FORMAT", "FeatureStore", "FeatureWriter"]
 
 FORMAT = 3
+
+_CHECKED = 4096  # rows whose checksums are compared at a time
 
 
 @dataclass(frozen=True)
@@ -81,10 +92,7 @@ class FeatureStore:
             hint = f"a method with {name} in its `reads` makes a store of its own that has it"
             raise UserError(f"{self.path}: has no array {name}, only {', '.join(self.manifest['arrays'])}; {hint}")
         path = self.path / f"{name}.npy"  # not a path from the manifest, which could be anywhere
-        try:
-            array = np.load(path, mmap_mode="r")
-        except (OSError, ValueError, EOFError) as error:
-            raise UserError(f"{path}: cannot be read ({first_line(error)}); delete its folder") from error
+        array = read_array(path)
         if self.manifest["arrays"].get(name) != {"shape": list(array.shape), "dtype": str(array.dtype)}:
             raise UserError(f"{path}: not the array that manifest.json describes; delete its folder")
         return array
@@ -92,7 +100,7 @@ class FeatureStore:
     @cached_property
     def table(self) -> pd.DataFrame:
         """The table of the dataset, one row per image."""
-        table = pd.read_parquet(self.path / "images.parquet").drop(columns="bad")
+        table = read_parquet(self.path / "images.parquet").drop(columns="bad")
         text = [name for name in ("split", "owner", "parent", "path") if name in table]
         columns = table[text].astype(object)
         return table.assign(**columns.where(columns.notna(), None))
@@ -100,13 +108,14 @@ class FeatureStore:
     @cached_property
     def bad(self) -> np.ndarray:
         """Whether an image is unreadable, bool [M]."""
-        return pd.read_parquet(self.path / "images.parquet", columns=["bad"])["bad"].to_numpy()
+        return read_parquet(self.path / "images.parquet", columns=["bad"])["bad"].to_numpy()
 
 
 class FeatureWriter:
     """Writes arrays row by row into the folder of a new store; a killed extraction can be resumed.
 
-    Rows are marked as done after all arrays are on disk, so at most the last ``flush_seconds`` of work is repeated.
+    Rows are marked as done, with a checksum of their values, after all arrays are on disk, so at most the last
+    ``flush_seconds`` of work is repeated, and what is damaged in between.
     Several processes can write at once, each with its own number ``rank`` and rows, after one call of `prepare`.
     """
 
@@ -115,10 +124,10 @@ class FeatureWriter:
         self._arrays = _open(folder, "r+")
         done = folder / f"done.{rank}.npy"
         if not done.is_file():
-            np.save(done, np.zeros(_rows(self._arrays), dtype=bool))
+            np.save(done, np.zeros(_rows(self._arrays), dtype=np.uint32))
         self._done = np.lib.format.open_memmap(done, mode="r+")
         self._bad_path = folder / f"bad.{rank}.jsonl"
-        self._pending: list[np.ndarray] = []
+        self._pending: list[tuple[np.ndarray, np.ndarray]] = []
         self._bad: list[tuple[int, str]] = []
         self._flushed = time.monotonic()
 
@@ -137,11 +146,11 @@ class FeatureWriter:
         try:
             done = [np.lib.format.open_memmap(p, mode="r+") for p in folder.glob("done.*.npy")]
             left = {name: (array.shape, array.dtype) for name, array in _open(folder).items()}
-            if left == wanted and all(d.shape == (images,) for d in done):
+            if left == wanted and all((d.shape, d.dtype) == ((images,), np.uint32) for d in done):
                 again = list(FeatureWriter.bad_images(folder))
-                for flags in done:
-                    flags[again] = False
-                    flags.flush()
+                for checks in done:
+                    checks[again] = 0
+                    checks.flush()
                 for file in folder.glob("bad.*.jsonl"):
                     file.unlink()
                 return
@@ -159,10 +168,14 @@ class FeatureWriter:
 
     @staticmethod
     def remaining(folder: Path) -> np.ndarray:
-        """Return the numbers of the images that no process has done."""
-        left = np.ones(_rows(_open(folder)), dtype=bool)
+        """Return the numbers of the images that no process has done, or whose values are not those it wrote."""
+        arrays = _open(folder)
+        left = np.ones(_rows(arrays), dtype=bool)
         for path in folder.glob("done.*.npy"):
-            left &= ~np.load(path)
+            done = np.load(path)
+            for rows in np.array_split(np.flatnonzero(done), 1 + int(np.count_nonzero(done)) // _CHECKED):
+                values = {name: array[rows] for name, array in arrays.items()}
+                left[rows[_check_sums(arrays, values) == done[rows]]] = False
         return np.flatnonzero(left)
 
     @staticmethod
@@ -184,7 +197,7 @@ class FeatureWriter:
         for name, array in self._arrays.items():
             _check_values(name, array, rows, values[name])
             array[rows] = values[name]
-        self._pending.append(np.asarray(rows))
+        self._pending.append((np.asarray(rows), _check_sums(self._arrays, values)))
         if time.monotonic() - self._flushed > self.flush_seconds:
             self.flush()
 
@@ -194,7 +207,8 @@ class FeatureWriter:
         for array in self._arrays.values():
             array[rows] = 0
         self._bad.extend(bad)
-        self._pending.append(rows)
+        zeros = {name: np.zeros((len(rows), *array.shape[1:]), array.dtype) for name, array in self._arrays.items()}
+        self._pending.append((rows, _check_sums(self._arrays, zeros)))
 
     def flush(self) -> None:
         """Write the arrays to disk, then mark their images as done."""
@@ -206,8 +220,8 @@ class FeatureWriter:
                 file.flush()
                 os.fsync(file.fileno())
             self._bad.clear()
-        for rows in self._pending:
-            self._done[rows] = True
+        for rows, sums in self._pending:
+            self._done[rows] = sums
         self._done.flush()
         self._pending.clear()
         self._flushed = time.monotonic()
@@ -240,6 +254,15 @@ def _open(folder: Path, mode: Literal["r", "r+"] = "r") -> dict[str, np.memmap]:
 
 def _rows(arrays: Mapping[str, np.ndarray]) -> int:
     return len(next(iter(arrays.values())))
+
+
+def _check_sums(arrays: Mapping[str, np.ndarray], values: Mapping[str, np.ndarray]) -> np.ndarray:
+    """Return the CRC-32 of every row of values as the arrays store them, uint32; never 0, which marks a row to do."""
+    sums: list[int] = [0] * len(next(iter(values.values())))
+    for name, array in arrays.items():
+        rows = np.ascontiguousarray(values[name], dtype=array.dtype)
+        sums = [zlib.crc32(row.data, before) for row, before in zip(rows, sums, strict=True)]
+    return np.maximum(np.array(sums, dtype=np.uint32), 1)
 
 
 def _check_values(name: str, array: np.ndarray, rows: np.ndarray, values: np.ndarray) -> None:

@@ -37,9 +37,12 @@ class DatasetFacts:
     @cached_property
     def _kept(self) -> dict[str, Any]:
         try:
-            return read_json(self._file) if self._file.is_file() else {}
-        except UserError:  # damaged: read the dataset again
+            kept = read_json(self._file) if self._file.is_file() else {}
+        except UserError:
             return {}
+        facts = kept.get("facts")
+        # damaged: read the dataset again
+        return facts if isinstance(facts, dict) and digest(facts) == kept.get("digest") else {}
 
     @cached_property
     def _missing(self) -> MissingFiles | None:
@@ -63,7 +66,8 @@ class DatasetFacts:
         """Write the facts to the cache."""
         if self._missing is None and self._kept.get("fingerprint", ...) != self.fingerprint:
             names = ("fingerprint", "class_names", "shown_names", "backbone_arguments", "has_backbone_images")
-            write_json(self._file, {name: getattr(self, name) for name in names})
+            facts = {name: getattr(self, name) for name in names}
+            write_json(self._file, {"facts": facts, "digest": digest(facts)})
 
     @cached_property
     def fingerprint(self) -> Any:

@@ -41,7 +41,8 @@ def execute(stages: Stages, brief: bool = False) -> dict[str, Any] | None:
     Prints the partition and the result table unless ``brief``.
     """
     stage, run = stages.experiment.stage, stages.run
-    if "evaluation" in KINDS[stage] and stages.evaluation.finished:
+    parts = [part for part in (run, stages.states, stages.evaluation) if part is not None]
+    if "evaluation" in KINDS[stage] and all(part.finished for part in parts):
         log.info("%s: finished before", _shown(run.folder))
         if in_wandb_sweep() and stages.tracker.wandb:  # the sweep's agent waits for a run
             stages.tracker.results(read_json(stages.evaluation.folder / "results.json"), stages.evaluation.folder)

@@ -9,7 +9,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from iciia_exp.artifacts import make_folder
+from iciia_exp.artifacts import finished_folder, make_folder
 from iciia_exp.digest import digest
 from iciia_exp.errors import UserError
 
@@ -71,7 +71,7 @@ class Artifact:
     @property
     def finished(self) -> bool:
         """Whether the folder is there and complete."""
-        return (self.folder / self.last).is_file()
+        return finished_folder(self.folder, self.last)
 
 
 class NotMade(UserError):

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from iciia_exp.artifacts import read_parquet
 from iciia_exp.results.labels import label_of
 from iciia_exp.results.summary import ALL
 from iciia_exp.results.tables import averages_by_history, read_table
@@ -51,7 +52,7 @@ def media(folder: Path) -> dict[str, Any]:
     found: dict[str, Any] = {
         f"plots/{path.stem}": wandb.Image(str(path)) for path in sorted((folder / "plots").glob("*.png"))
     }
-    shown = clients = pd.read_parquet(folder / "clients.parquet")
+    shown = clients = read_parquet(folder / "clients.parquet")
     if len(clients) > TABLE_ROWS:
         log.info("wandb: its table has every %.1fth of %s clients", len(clients) / TABLE_ROWS, f"{len(clients):,}")
         shown = clients.iloc[np.linspace(0, len(clients) - 1, TABLE_ROWS).round().astype(int)]

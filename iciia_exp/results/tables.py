@@ -1,6 +1,6 @@
 """Tables: finished runs, settings with their seeds averaged, and accuracy by length of history."""
 
-import json
+import logging
 import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -9,16 +9,21 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from iciia_exp.errors import UserError, first_line, nearest
+from iciia_exp.artifacts import read_json, read_parquet
+from iciia_exp.checksums import verify_folder
+from iciia_exp.errors import UserError, nearest
 from iciia_exp.results.columns import COLUMNS, averaged
 from iciia_exp.results.labels import base_of, grouped, label_of, unique_rows, varying
 from iciia_exp.results.published import published_number
 from iciia_exp.results.summary import COUNTS, ClientCounts, averages, summarise
+from iciia_exp.tasks import TASKS
 
 __all__ = [
     *("averages_by_history", "backbone_history", "backbone_line", "comparisons", "history_of", "history_summary"),
     *("load_runs", "pareto_front", "read_table", "select", "settings", "unbalanced"),
 ]
+
+log = logging.getLogger(__name__)
 
 # what runs that differ in seeds alone have in common, beside the columns of `COLUMNS` that are so
 _COMMON = (
@@ -30,7 +35,8 @@ _COMMON = (
 def load_runs(folders: Iterable[Path]) -> list[dict[str, Any]]:
     """Return the rows of all finished runs in the folders, at any depth, each with its ``run_dir``; each run once.
 
-    Raises a `UserError` that names a folder without finished runs, or a damaged ``results.json``.
+    A run with a damaged file is left out, with a warning. Raises a `UserError` that names a folder without finished
+    runs.
     """
     rows: dict[str, dict[str, Any]] = {}
     for folder in folders:
@@ -39,24 +45,38 @@ def load_runs(folders: Iterable[Path]) -> list[dict[str, Any]]:
         paths = sorted(folder.rglob("results.json"))
         if not paths:
             raise UserError(f"{folder}: no finished runs in it (no results.json); repeat their command to finish them")
+        damaged = []
         for path in paths:
             try:
-                row = json.loads(path.read_text(encoding="utf-8"))
-                rows.setdefault(row["evaluation_digest"], row | {"run_dir": path.parent})
-            except (json.JSONDecodeError, KeyError, TypeError) as error:
-                raise UserError(f"{path}: is not the results of a run ({error})") from error
+                verify_folder(path.parent)
+                row = read_json(path)
+                _check_row(path, row)
+            except UserError as error:
+                damaged.append(error)
+                continue
+            rows.setdefault(row["evaluation_digest"], row | {"run_dir": path.parent})
+        if len(damaged) == len(paths):
+            raise damaged[0]
+        for problem in damaged:
+            log.warning("left out: %s", problem)
     return sorted(rows.values(), key=lambda row: str(row.get("finished")))  # of several evaluations the newest counts
+
+
+def _check_row(path: Path, row: dict[str, Any]) -> None:
+    """Raise a `UserError` unless a row has what tables need."""
+    digests = ("digest", "evaluation_digest", "setting_digest", "partition_digest")
+    texts = ("name", "dataset", "backbone", "method", *digests)
+    wrong = [key for key in texts if not isinstance(row.get(key), str)]
+    wrong += [key for key in ("accuracy", "backbone_accuracy", "gain") if not isinstance(row.get(key), int | float)]
+    if row.get("task") not in TASKS:
+        wrong.append("task")
+    if wrong:
+        raise UserError(f"{path}: is not the results of a run ({wrong[0]}: {row.get(wrong[0])!r})")
 
 
 def read_table(path: Path) -> pd.DataFrame | None:
     """Return one of a run's tables; None if the run has none. Raises a `UserError` that names a damaged file."""
-    if not path.is_file():
-        return None
-    try:
-        return pd.read_parquet(path)
-    except Exception as error:  # Arrow raises several types
-        hint = "delete the run's folder and repeat its command"
-        raise UserError(f"{path}: cannot be read ({first_line(error)}); {hint}") from error
+    return read_parquet(path) if path.is_file() else None
 
 
 def select(rows: list[dict[str, Any]], conditions: Iterable[str]) -> list[dict[str, Any]]:

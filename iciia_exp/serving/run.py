@@ -34,7 +34,8 @@ import pandas as pd
 import torch
 from torch import Tensor, nn
 
-from iciia_exp.artifacts import load_tensors, read_json, resolve_cache_dir, save_tensors, write_json
+from iciia_exp.artifacts import load_tensors, read_json, read_parquet, resolve_cache_dir, save_tensors, write_json
+from iciia_exp.checksums import verify
 from iciia_exp.config.stored import Plugins, restore, store
 from iciia_exp.data.batches import ClientBatch
 from iciia_exp.data.clients import Clients
@@ -161,6 +162,7 @@ class Run:
         import yaml
 
         path = self.path / "config.yaml"
+        verify(path)
         try:
             config = yaml.safe_load(path.read_text(encoding="utf-8"))
         except (OSError, ValueError, yaml.YAMLError) as error:
@@ -172,7 +174,7 @@ class Run:
     @cached_property
     def clients(self) -> pd.DataFrame:
         """One row per test client: images, classes, correct decisions and log-loss sums of backbone and method."""
-        return pd.read_parquet(self._evaluated("clients.parquet"))
+        return read_parquet(self._evaluated("clients.parquet"))
 
     @cached_property
     def attribution(self) -> pd.DataFrame:

@@ -260,3 +260,21 @@ def test_foreign_and_damaged_stores_are_refused(tmp_path):
     np.save(tmp_path / "features.npy", FEATURES[:10])
     with pytest.raises(UserError, match="not the array"):
         FeatureStore.open(tmp_path).array()
+
+
+def test_rows_that_were_damaged_before_a_resumption_are_done_again(tmp_path, names):
+    """A flipped bit in an array, and in the marks of rows that are done and that are not."""
+    fill(tmp_path, names, np.arange(30))
+    for name in names:
+        array = np.lib.format.open_memmap(tmp_path / f"{name}.npy", mode="r+")
+        row = array[4 + names.index(name)].reshape(-1).view(np.uint8)
+        row[1] ^= 4
+        array.flush()
+    marks = np.lib.format.open_memmap(tmp_path / "done.0.npy", mode="r+")
+    marks[[2, 40]] ^= 8
+    marks.flush()
+    damaged = [2, *range(4, 4 + len(names))]
+    assert FeatureWriter.remaining(tmp_path).tolist() == [*damaged, *range(30, M)]
+    fill(tmp_path, names)
+    finish(tmp_path)
+    check_arrays(tmp_path, names)

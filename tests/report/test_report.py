@@ -20,6 +20,7 @@ from iciia_exp.report import figures
 from iciia_exp.report import text as text_tables
 from iciia_exp.report.__main__ import main
 from iciia_exp.results.tables import comparisons, load_runs, select, settings
+from tests.making.damage import DAMAGE, unchecked
 
 
 @pytest.fixture(scope="module")
@@ -182,23 +183,48 @@ def test_a_run_counts_once(outputs):
     assert read_json(next(outputs.rglob("results.json")))["digest"] in {r["digest"] for r in load_runs([outputs])}
 
 
-@pytest.mark.parametrize("name", ["clients", "history", "attribution"])
-def test_a_damaged_table_is_named(outputs, tmp_path, capsys, name):
+@pytest.mark.parametrize("kind", ["cut", "flip", "lost"])
+@pytest.mark.parametrize("name", ["results.json", "clients.parquet", "history.parquet", "attribution.parquet"])
+def test_a_run_with_a_damaged_file_is_left_out(outputs, tmp_path, capsys, name, kind, caplog):
     shutil.copytree(outputs, tmp_path / "outputs")
-    for path in (tmp_path / "outputs").rglob(f"{name}.parquet"):
-        path.write_bytes(path.read_bytes()[:50])
-    assert main([str(tmp_path / "outputs"), "--html", str(tmp_path / "page.html")]) == 1
-    err = capsys.readouterr().err
-    assert err.startswith("error: ")
-    assert f"{name}.parquet: cannot be read (" in err
-    assert err.count("\n") == 1
-    assert not (tmp_path / "page.html").exists()
+    first, *rest = sorted((tmp_path / "outputs").rglob(name))
+    before = len(load_runs([tmp_path / "outputs"]))
+    DAMAGE[kind](first)
+    with caplog.at_level("WARNING"):
+        rows = load_runs([tmp_path / "outputs"])
+    assert first.parent not in [row["run_dir"] for row in rows]
+    assert len(rows) == before - 1
+    if (name, kind) != ("results.json", "lost"):  # that is an unfinished run
+        (said,) = [record.getMessage() for record in caplog.records]
+        assert said.startswith(f"left out: {first.parent}")
+        assert name in said
+    for path in rest:
+        DAMAGE[kind](path)
+    if len(rest) == before - 1:
+        with pytest.raises(UserError, match=str(tmp_path)):
+            load_runs([tmp_path / "outputs"])
+
+
+@pytest.mark.parametrize(
+    "change", [{"task": "nope"}, {"accuracy": "high"}, {"method": None}, {"setting_digest": 5}], ids=str
+)
+def test_results_that_are_none_are_left_out(outputs, tmp_path, change, caplog):
+    shutil.copytree(outputs, tmp_path / "outputs")
+    unchecked(tmp_path)
+    path = next((tmp_path / "outputs").rglob("results.json"))
+    write_json(path, read_json(path) | change)
+    with caplog.at_level("WARNING"):
+        assert len(load_runs([tmp_path / "outputs"])) == 4
+    (said,) = [record.getMessage() for record in caplog.records]
+    (key,) = change
+    assert said.startswith(f"left out: {path}: is not the results of a run ({key}: ")
 
 
 def test_names_on_the_page_are_text(outputs, tmp_path):
     """Names of clients, classes and data sets are whatever a user has; none of them is HTML or ends the script."""
     name = "</script><b>\"&'<!--"
     shutil.copytree(outputs, tmp_path / "outputs")
+    unchecked(tmp_path)
     for path in (tmp_path / "outputs").rglob("results.json"):
         write_json(path, read_json(path) | {"dataset": name, "backbone": name})
     for path in (tmp_path / "outputs").rglob("clients.parquet"):

@@ -8,6 +8,7 @@ from iciia_exp import Run
 from iciia_exp.artifacts import write_json
 from iciia_exp.engine.execute import execute
 from iciia_exp.errors import UserError
+from tests.making.damage import unchecked
 
 pytestmark = pytest.mark.usefixtures("undrawn")
 
@@ -78,6 +79,7 @@ def test_missing_and_damaged_runs_are_named(finished, tmp_path):
     with pytest.raises(UserError, match="not a trained run"):
         Run.load(tmp_path / "empty")
     info = Run.load(finished.run.folder).info
+    unchecked(finished.run.folder)
     write_json(finished.run.folder / "run.json", info | {"format": 99})
     with pytest.raises(UserError, match="format 99"):
         Run.load(finished.run.folder)

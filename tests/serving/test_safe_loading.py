@@ -18,6 +18,7 @@ from iciia_exp.engine.execute import execute
 from iciia_exp.errors import UserError
 from iciia_exp.methods.adapt.iciia import IciiaMethod
 from iciia_exp.models.backbones.small_cnn import SmallCNN
+from tests.making.damage import unchecked
 
 #: What takes the place of a leaf. Called, each would leave a mark.
 ATTACKS = {
@@ -88,6 +89,7 @@ def made(tmp_path_factory):
         config = compose("config", overrides=[*SMALL, *places, *NESTED, "training.recipe.epochs=1"])
     stages = Stages(Experiment.from_config(config))
     execute(stages, brief=True)
+    unchecked(root)
     (root / "SECRET").write_text("secret")
     (root / "trap").mkdir()
     (root / "trap" / "hubconf.py").write_text("import os\nos.mkdir('MARK')\ndef spring(): pass\n")
@@ -234,7 +236,7 @@ def test_installed_plug_ins_are_found(stages, monkeypatch):
 def test_a_run_of_an_older_version_says_what_to_do(made, tmp_path):
     _, stages = made
     old = tmp_path / "old"
-    shutil.copytree(stages.run.folder, old)
+    shutil.copytree(stages.run.folder, old)  # without checksums
     info = json.loads((old / "run.json").read_text())
     target = {"_target_": "iciia_exp.methods.iciia.IciiaMethod", "num_layers": 1, "heads": 4, "groups": 1}
     (old / "run.json").write_text(json.dumps({**info, "format": 1, "method": target}))

@@ -24,7 +24,7 @@ from typing import Any, ClassVar
 import numpy as np
 import pandas as pd
 
-from iciia_exp.artifacts import atomic_write, make_folder, resolve_cache_dir, write_json
+from iciia_exp.artifacts import atomic_write, make_folder, read_array, read_parquet, resolve_cache_dir, write_json
 from iciia_exp.data.content import Content
 from iciia_exp.data.dataset import ImageDataset, existing_root
 from iciia_exp.data.readers.leaf import describe_files, find_data, list_files, read_users
@@ -76,7 +76,7 @@ class Femnist(ImageDataset):
 
     def load_table(self) -> pd.DataFrame:
         """Return the images in the order of LEAF's files, train first; converts the files at the first call."""
-        table = pd.read_parquet(self._prepared / "table.parquet")
+        table = read_parquet(self._prepared / "table.parquet")
         if len(beyond := table[table["label"] >= self.num_classes]):
             label, owner = beyond["label"].iloc[0], beyond["owner"].iloc[0]
             problem = f"user {owner} has label {label} ({_NAMES[label]}), but there are num_classes={self.num_classes}"
@@ -108,7 +108,7 @@ class Femnist(ImageDataset):
 
     @cached_property
     def _images(self) -> np.ndarray:
-        return np.load(self._prepared / "images.npy", mmap_mode="r")
+        return read_array(self._prepared / "images.npy")
 
 
 def _pack(x: list[Any], y: list[Any]) -> tuple[np.ndarray, np.ndarray]:

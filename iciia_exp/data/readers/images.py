@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import IO
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 __all__ = ["BACKGROUND", "decode", "extensions", "open_image", "open_stream", "read_image"]
 
@@ -55,7 +55,10 @@ def open_image(path: Path) -> Iterator[Image.Image]:
 
 def open_stream(file: IO[bytes]) -> Image.Image:
     """Return an image from an open file, not decoded yet; raises as `open_image`."""
-    image = Image.open(file)
+    try:
+        image = Image.open(file)
+    except UnidentifiedImageError as error:  # its message is the file object
+        raise UnidentifiedImageError("cannot identify the format of the image") from error
     if (limit := Image.MAX_IMAGE_PIXELS) and image.width * image.height > limit:
         size = f"{image.width:,} x {image.height:,} pixels"
         raise ValueError(f"has {size}, more than {limit:,}, Pillow's limit against decompression bombs")

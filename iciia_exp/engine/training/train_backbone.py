@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from torch.utils.data.distributed import DistributedSampler
 
-from iciia_exp.artifacts import atomic_write, load_tensors, read_json, save_tensors, write_json
+from iciia_exp.artifacts import atomic_write, load_tensors, read_array, read_json, save_tensors, write_json
 from iciia_exp.data.clients import ROLES
 from iciia_exp.data.store import FeatureStore
 from iciia_exp.digest import file_digest
@@ -208,4 +208,4 @@ def out_of_fold(inputs: Inputs) -> tuple[np.ndarray, np.ndarray] | None:
     if inputs.head is None or not (inputs.head.folder / "out_of_fold.npy").is_file():
         return None
     folder = inputs.head.folder
-    return np.load(folder / "out_of_fold.npy", mmap_mode="r"), np.load(folder / "out_of_fold_images.npy")
+    return read_array(folder / "out_of_fold.npy"), read_array(folder / "out_of_fold_images.npy", mmap=False)

@@ -8,6 +8,7 @@ import torch
 
 from iciia_exp import Run
 from iciia_exp.artifacts import load_tensors, partial_folder, read_json, write_json
+from iciia_exp.checksums import CHECKSUMS
 from iciia_exp.config.experiment import Experiment
 from iciia_exp.data.store import FeatureStore, FeatureWriter
 from iciia_exp.engine.execute import execute
@@ -16,6 +17,7 @@ from iciia_exp.engine.terminal import setup_logging
 from iciia_exp.engine.training.train_backbone import load_backbone
 from iciia_exp.errors import ConfigError, UserError
 from tests.making.arrays import TRAINED, VIT, StoredLogits, TokenMean, hooked_tokens
+from tests.making.damage import unchecked
 from tests.making.extraction import HEAD, artifacts_in, damage
 from tests.making.kill import killed_while_writing
 
@@ -89,6 +91,7 @@ def test_a_method_that_reads_tokens_runs_from_images_to_results(vit, root, train
     root.rename(tmp_path / "away")  # a stored array is enough
     again = vit(*train, TOKENS, "training.recipe.epochs=1")
     assert execute(again)["test_images"] == 27
+    unchecked(stages.run.folder)
     for value in ({"tokens": [17, -1]}, {"tokens": 17}, ["tokens"]):
         write_json(stages.run.folder / "run.json", run.info | {"arrays": value})
         with pytest.raises(UserError, match=r"run\.json: arrays: expected lists of whole numbers"):
@@ -108,13 +111,13 @@ def test_features_alone_are_written_as_before(vit):
     row = execute(stages)
     assert row["method"] == "backbone"
     assert "arrays" not in read_json(stages.run.folder / "run.json")
-    assert sorted(os.listdir(stages.features.folder)) == ["features.npy", "images.parquet", "manifest.json"]
+    assert sorted(os.listdir(stages.features.folder)) == [CHECKSUMS, "features.npy", "images.parquet", "manifest.json"]
 
 
 def test_what_a_method_reads_makes_a_store_of_its_own(stages, monkeypatch):
     plain = stages(*HEAD)
     assert plain.features.digest == "cdbccaf74630"  # from before a store could have several arrays
-    assert plain.head.digest == "0a33f67aebef"
+    assert plain.head.digest == "325cc7ae6aab"
 
     def reading(*names):
         monkeypatch.setattr(plain.experiment.method_class, "reads", frozenset(names))
