@@ -8,8 +8,10 @@ from contextlib import contextmanager
 from typing import Any
 
 import lightning.pytorch as pl
+from lightning.pytorch.plugins.io import CheckpointIO
 
 from iciia_exp.config.check import check_keys, class_of
+from iciia_exp.engine.training.checkpoints import AtomicCheckpoints
 from iciia_exp.errors import ConfigError, UserError, first_line
 
 __all__ = ["interruptible", "make_trainer", "on_one_device", "quiet_lightning"]
@@ -100,6 +102,7 @@ def make_trainer(config: dict[str, Any], **arguments: Any) -> pl.Trainer:
         "logger": False,
         "enable_checkpointing": False,
         **own,
+        "plugins": _plugins(own.get("plugins")),
         "use_distributed_sampler": False,  # our samplers shard by rank
         **arguments,
     }
@@ -111,6 +114,12 @@ def make_trainer(config: dict[str, Any], **arguments: Any) -> pl.Trainer:
             if key in text or (isinstance(value, str) and value in text):
                 raise ConfigError(f"trainer.{key}", value, text) from error
         raise UserError(f"trainer: {text}") from error
+
+
+def _plugins(given: Any) -> list[Any]:
+    """Return the user's plugins, and the writer of checkpoints if they have none."""
+    plugins = list(given) if isinstance(given, list | tuple) else [] if given is None else [given]
+    return plugins if any(isinstance(p, CheckpointIO) for p in plugins) else [*plugins, AtomicCheckpoints()]
 
 
 def on_one_device(config: dict[str, Any]) -> dict[str, Any]:

@@ -22,6 +22,7 @@ from iciia_exp.methods.adapt.iciia import IciiaMethod
 from iciia_exp.methods.base import Facts
 from iciia_exp.models import grouped
 from iciia_exp.recipe import Recipe
+from tests.making.damage import DAMAGE
 from tests.making.kill import Killed
 
 TRAINER = {"_target_": "lightning.pytorch.Trainer", "_partial_": True, "accelerator": "cpu", "devices": 1}
@@ -86,6 +87,50 @@ def test_resumed_equals_uninterrupted(run, monkeypatch, schedule, epoch):
         assert torch.equal(got[name], want[name]), name
     for key in ("epochs", "best_epoch", "val_accuracy"):
         assert resumed[key] == record[key]
+
+
+@pytest.mark.parametrize("kind", ["flip", "cut", "empty"])
+@pytest.mark.parametrize("name", ["last.ckpt", "epoch=*.ckpt"])
+def test_a_damaged_checkpoint_is_dropped_with_a_line(run, monkeypatch, tmp_path, caplog, kind, name):
+    want, record = run("whole")
+    original = MethodModule.training_step
+
+    def die(self, batch, batch_idx):
+        if self.trainer.current_epoch == 4:
+            raise Killed
+        return original(self, batch, batch_idx)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(MethodModule, "training_step", die)
+        with pytest.raises(Killed):
+            run("killed")
+    (path,) = (tmp_path / "killed").glob(name)
+    DAMAGE[kind](path)
+    with caplog.at_level("WARNING"):
+        got, resumed = run("killed")
+    (said,) = [r.getMessage() for r in caplog.records if "is damaged" in r.getMessage()]
+    assert said.startswith(f"{path}: is damaged (")
+    assert said.endswith("; training starts again")
+    for key in want:
+        assert torch.equal(got[key], want[key]), key
+    assert resumed["best_epoch"] == record["best_epoch"]
+
+
+def test_checkpoints_are_written_in_their_own_folder(run, monkeypatch, tmp_path):
+    """A temporary folder that cannot be written, as on a full disk, is not asked; a kill leaves whole files."""
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "nowhere"))
+    run("whole", epochs=2)
+    assert sorted(path.suffix for path in (tmp_path / "whole").iterdir()) == [".ckpt", ".ckpt"]
+
+    def full(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    before = (tmp_path / "whole" / "last.ckpt").read_bytes()
+    monkeypatch.setattr("os.fsync", full)
+    with pytest.raises(OSError, match="No space left"):
+        run("whole", epochs=3)
+    assert (tmp_path / "whole" / "last.ckpt").read_bytes() == before
+    assert sorted(path.suffix for path in (tmp_path / "whole").iterdir()) == [".ckpt", ".ckpt"]
 
 
 @pytest.mark.parametrize("patience", [0, 2])
