@@ -7,12 +7,15 @@ continue; nothing reads it. The operating system releases the lock ``.<name>.loc
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import logging
 import math
 import os
+import re
 import shutil
 import tempfile
+import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
@@ -29,8 +32,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 __all__ = [
-    *("atomic_write", "finished_folder", "load_tensors", "locked", "make_folder", "partial_folder", "read_array"),
-    *("read_json", "read_parquet", "resolve_cache_dir", "save_tensors", "write_json"),
+    *("allocate", "atomic_write", "finished_folder", "is_temporary", "load_tensors", "locked", "make_folder"),
+    *("partial_folder", "read_array", "read_json", "read_parquet", "resolve_cache_dir", "save_tensors", "write_json"),
 ]
 
 log = logging.getLogger(__name__)
@@ -64,10 +67,41 @@ def atomic_write(path: Path, mode: str = "w") -> Iterator[IO[Any]]:
         os.umask(umask)
         os.chmod(name, 0o666 & ~umask)  # mkstemp makes files that only their owner can read
         os.replace(name, path)
-    except BaseException:
+    except BaseException as error:
         with contextlib.suppress(FileNotFoundError):
             os.unlink(name)
+        if isinstance(error, OSError) and error.filename is None and error.errno is not None:  # a full disk
+            raise OSError(error.errno, error.strerror, str(path)) from error
         raise
+
+
+def allocate(path: Path) -> None:
+    """Give a file all of its blocks on the disk. Raises a `UserError` if the disk is too full.
+
+    A write into a memory-mapped file without blocks ends the process ("Bus error") on a full disk.
+    """
+    if not hasattr(os, "posix_fallocate"):  # not on macOS and Windows
+        return
+    size = path.stat().st_size
+    with open(path, "r+b") as file:
+        try:
+            os.posix_fallocate(file.fileno(), 0, size)
+        except OSError as error:
+            if error.errno != errno.ENOSPC:  # a file system that does not know it
+                return
+            free = shutil.disk_usage(path.parent).free
+            problem = f"needs {size / 1e9:.1f} GB, the disk is full ({free / 1e9:.1f} GB free)"
+            raise UserError(f"{path}: {problem}; free some space and repeat the command") from error
+
+
+def is_temporary(name: str, folder: Path, older: float = 3600.0) -> bool:
+    """Return whether a file was left by a kill within `atomic_write`, ``older`` seconds ago or more."""
+    if not re.fullmatch(r"\..+\.[a-z0-9_]{8}", name):
+        return False
+    try:
+        return time.time() - (folder / name).lstat().st_mtime >= older
+    except OSError:
+        return False
 
 
 def _plain(value: Any) -> Any:
@@ -166,6 +200,10 @@ def make_folder(
             (path / CHECKSUMS).unlink(missing_ok=True)
         folder = path if in_place else partial_folder(path)
         folder.mkdir(parents=True, exist_ok=True)
+        if not together:  # nobody else writes into it
+            for name in os.listdir(folder):
+                if is_temporary(name, folder, older=0.0):
+                    (folder / name).unlink()
         build(folder)
         if not (folder / last).is_file():
             raise RuntimeError(f"{what}: the build wrote no {last} into {folder}")

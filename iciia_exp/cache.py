@@ -2,6 +2,7 @@
 
 import argparse
 import os
+import re
 import shutil
 import sys
 from dataclasses import dataclass
@@ -10,11 +11,16 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from iciia_exp.artifacts import finished_folder, resolve_cache_dir
+from iciia_exp.artifacts import is_temporary, read_json, resolve_cache_dir
+from iciia_exp.checksums import CHECKSUMS
+from iciia_exp.errors import UserError
 
 __all__ = ["Entry", "entries", "main", "remove"]
 
 KINDS = ("datasets", "backbones", "features")
+
+# names of artifacts, unfinished ones, and those whose removal was killed
+_OURS = re.compile(r"\.?[^.].*-[0-9a-f]{12}(\.partial)?(?:\.deleted)?")
 
 
 @dataclass(frozen=True)
@@ -29,28 +35,57 @@ class Entry:
 
 
 def entries(cache_dir: Path) -> list[Entry]:
-    """Return the artifacts of the cache, oldest first."""
+    """Return the artifacts of the cache, oldest first.
+
+    A folder is an artifact if its name ends in a digest and it has our manifest, or is unfinished (``.partial``). Other
+    folders, and links, are somebody else's.
+    """
     found = []
     for kind in KINDS:
-        for path in sorted((cache_dir / kind).glob("*/")):
-            files = [f for f in path.rglob("*") if f.is_file()]
-            size = sum(f.stat().st_size for f in files)
-            changed = datetime.fromtimestamp(max([path.stat().st_mtime, *(f.stat().st_mtime for f in files)]))
-            whole = finished_folder(path) and path.suffix != ".partial"
-            found.append(Entry(kind, path, "whole" if whole else "partial", size, changed))
+        for path in sorted((cache_dir / kind).glob("*")):
+            if path.is_symlink() or not path.is_dir() or (match := _OURS.fullmatch(path.name)) is None:
+                continue
+            unfinished = match[1] is not None or path.name.startswith(".")
+            if not unfinished and not _has_manifest(path):
+                continue
+            status = [path.lstat(), *(os.lstat(os.path.join(at, f)) for at, _, files in os.walk(path) for f in files)]
+            changed = datetime.fromtimestamp(max(s.st_mtime for s in status))
+            size = sum(s.st_size for s in status[1:])
+            found.append(Entry(kind, path, "partial" if unfinished else "whole", size, changed))
     return sorted(found, key=lambda e: e.changed)
+
+
+def _has_manifest(path: Path) -> bool:
+    try:
+        return isinstance(read_json(path / "manifest.json").get("format"), int)
+    except UserError:  # damaged: ours, if it has checksums
+        return (path / CHECKSUMS).is_file()
+
+
+def remove_temporary(cache_dir: Path) -> None:
+    """Delete the files that a kill left while they were written."""
+    for kind in KINDS:
+        for path in (cache_dir / kind).glob(".*"):
+            if path.is_file() and not path.is_symlink() and is_temporary(path.name, cache_dir / kind):
+                path.unlink(missing_ok=True)
 
 
 def remove(entry: Entry) -> bool:
     """Delete an entry unless a process is making it now; return whether it was deleted."""
     path = entry.path
     try:
-        with FileLock(path.with_name(f".{path.name.removesuffix('.partial')}.lock"), timeout=0):
-            aside = path.rename(path.with_name(f".{path.name}.deleted"))  # at once: no reader sees half of it
+        with FileLock(path.with_name(f".{_artifact(path.name)}.lock"), timeout=0):
+            aside = path
+            if not path.name.startswith("."):  # else left by a removal that was killed
+                aside = path.rename(path.with_name(f".{path.name}.deleted"))  # at once: no reader sees half of it
             shutil.rmtree(aside)
             return True
     except Timeout:
         return False
+
+
+def _artifact(name: str) -> str:
+    return name.removeprefix(".").removesuffix(".deleted").removesuffix(".partial")
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -86,6 +121,7 @@ def main(arguments: list[str] | None = None) -> int:
             return 2
         if input("delete these? [y/N] ").strip().lower() not in ("y", "yes"):
             return 1
+    remove_temporary(cache_dir)
     busy = [e for e in chosen if not remove(e)]
     for e in busy:
         print(f"kept {e.path.name}: a process is making it now", file=sys.stderr)

@@ -1,12 +1,14 @@
+import errno
 import json
 import math
 import multiprocessing
 import os
 import time
 
+import numpy as np
 import pytest
 
-from iciia_exp.artifacts import atomic_write, finished_folder, make_folder, read_json, write_json
+from iciia_exp.artifacts import allocate, atomic_write, finished_folder, make_folder, read_json, write_json
 from iciia_exp.errors import UserError
 
 
@@ -84,3 +86,30 @@ def test_two_processes_make_it_once(tmp_path):
 def test_a_maker_must_write_its_manifest(tmp_path):
     with pytest.raises(RuntimeError, match=r"no manifest\.json"):
         make_folder(tmp_path / "a", "a", lambda partial: None)
+
+
+def test_a_full_disk_is_said_before_memory_is_mapped(tmp_path, monkeypatch):
+    path = tmp_path / "array.npy"
+    np.lib.format.open_memmap(path, mode="w+", dtype=np.uint8, shape=(1 << 20,)).flush()
+    assert path.stat().st_blocks < 2000  # sparse
+    allocate(path)
+    assert path.stat().st_blocks * 512 >= 1 << 20
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    with pytest.raises(UserError, match=rf"^{path}: needs 0\.0 GB, the disk is full .*; free some space and repeat"):
+        allocate(path)
+
+
+def test_what_a_kill_left_of_a_write_is_removed_by_the_next_build(tmp_path):
+    (tmp_path / "a.partial").mkdir()
+    (tmp_path / "a.partial" / ".part.npz.k3_x9abq").touch()
+    (tmp_path / "a.partial" / ".keep").touch()
+
+    def build(folder):
+        assert sorted(os.listdir(folder)) == [".keep"]
+        write_json(folder / "manifest.json", {})
+
+    make_folder(tmp_path / "a", "a", build)

@@ -11,11 +11,11 @@ from iciia_exp.cache import entries, main
 @pytest.fixture
 def cache(tmp_path):
     folder = tmp_path / "cache"
-    for name in ("backbones/a-1", "features/a-2", "features/b-3.partial"):
+    for name in ("backbones/a-000000000001", "features/a-000000000002", "features/b-000000000003.partial"):
         (folder / name).mkdir(parents=True)
         (folder / name / "data").write_bytes(b"x" * 1000)
         if not name.endswith(".partial"):
-            write_json(folder / name / "manifest.json", {})
+            write_json(folder / name / "manifest.json", {"format": 1})
     return folder
 
 
@@ -25,14 +25,14 @@ def names(folder):
 
 def test_list(cache, capsys):
     assert names(cache) == {
-        ("backbones", "a-1", "whole"),
-        ("features", "a-2", "whole"),
-        ("features", "b-3.partial", "partial"),
+        ("backbones", "a-000000000001", "whole"),
+        ("features", "a-000000000002", "whole"),
+        ("features", "b-000000000003.partial", "partial"),
     }
     assert main(["list"]) == 0
     out = capsys.readouterr().out
     assert "3 entries" in out
-    assert "b-3.partial  (unfinished)" in out
+    assert "b-000000000003.partial  (unfinished)" in out
 
 
 def test_an_empty_cache(tmp_path, capsys):
@@ -49,23 +49,66 @@ def test_clean_asks_first(cache, capsys):
 def test_clean_by_name_and_state(cache):
     assert main(["clean", "--partial", "--yes"]) == 0
     assert len(names(cache)) == 2
-    assert main(["clean", "a-2", "--yes"]) == 0
-    assert names(cache) == {("backbones", "a-1", "whole")}
+    assert main(["clean", "a-000000000002", "--yes"]) == 0
+    assert names(cache) == {("backbones", "a-000000000001", "whole")}
     assert main(["clean", "--yes"]) == 0
     assert not names(cache)
 
 
 def test_clean_by_age(cache):
     old = (datetime.now() - timedelta(days=10)).timestamp()
-    for path in (cache / "backbones" / "a-1").iterdir():
+    for path in (cache / "backbones" / "a-000000000001").iterdir():
         os.utime(path, (old, old))
-    os.utime(cache / "backbones" / "a-1", (old, old))
+    os.utime(cache / "backbones" / "a-000000000001", (old, old))
     assert main(["clean", "--older-than", "5", "--yes"]) == 0
-    assert {n for _, n, _ in names(cache)} == {"a-2", "b-3.partial"}
+    assert {n for _, n, _ in names(cache)} == {"a-000000000002", "b-000000000003.partial"}
 
 
 def test_what_is_being_made_is_kept(cache, capsys):
-    with FileLock(cache / "features" / ".b-3.lock"):
-        assert main(["clean", "b-3", "--yes"]) == 1
+    with FileLock(cache / "features" / ".b-000000000003.lock"):
+        assert main(["clean", "b-000000000003", "--yes"]) == 1
     assert "is making it now" in capsys.readouterr().err
-    assert ("features", "b-3.partial", "partial") in names(cache)
+    assert ("features", "b-000000000003.partial", "partial") in names(cache)
+
+
+def test_what_is_not_ours_is_neither_listed_nor_deleted(cache, tmp_path):
+    """A cache folder that holds data of a user, some with names like ours, and links."""
+    before = names(cache)
+    elsewhere = tmp_path / "elsewhere-0123456789ab"
+    elsewhere.mkdir()
+    write_json(elsewhere / "manifest.json", {"format": 1})
+    for name in ("datasets/imagenet", "features/mine", "features/mine-0123456789ab", "backbones/x.partial"):
+        (cache / name).mkdir(parents=True)
+        (cache / name / "precious").touch()
+    write_json(cache / "features/mine" / "manifest.json", {"format": 1})
+    (cache / "features" / elsewhere.name).symlink_to(elsewhere)
+    (cache / "features" / f"{elsewhere.name}.partial").symlink_to(elsewhere)
+    (cache / "features" / "a-000000000002" / "link").symlink_to(elsewhere)
+    (cache / "features" / "broken-0123456789ab").symlink_to(tmp_path / "nowhere")
+    assert names(cache) == before
+    assert main(["clean", "--yes"]) == 0
+    assert not names(cache)
+    assert (elsewhere / "manifest.json").is_file()
+    left = {str(path.relative_to(cache)) for path in cache.rglob("precious")}
+    assert left == {
+        f"{n}/precious"
+        for n in ("datasets/imagenet", "features/mine", "features/mine-0123456789ab", "backbones/x.partial")
+    }
+    assert (cache / "features" / elsewhere.name).is_symlink()
+
+
+def test_what_a_kill_left_is_removed(cache):
+    aside = cache / "features" / ".a-000000000009.deleted"
+    aside.mkdir()
+    temporary = cache / "datasets" / ".folder-000000000001.json.ab1_z9kq"
+    temporary.parent.mkdir()
+    temporary.touch()
+    old = (datetime.now() - timedelta(days=1)).timestamp()
+    os.utime(temporary, (old, old))
+    young = temporary.with_name(".folder-000000000002.json.ab1_z9kq")
+    young.touch()
+    assert ("features", aside.name, "partial") in names(cache)
+    assert main(["clean", "--yes"]) == 0
+    assert not aside.exists()
+    assert not temporary.exists()
+    assert young.exists()  # somebody may be writing it

@@ -30,6 +30,7 @@ import numpy as np
 import pandas as pd
 
 from iciia_exp.artifacts import (
+    allocate,
     atomic_write,
     finished_folder,
     read_array,
@@ -153,6 +154,8 @@ class FeatureWriter:
                     checks.flush()
                 for file in folder.glob("bad.*.jsonl"):
                     file.unlink()
+                for path in _array_files(folder).values():
+                    allocate(path)
                 return
         except (OSError, ValueError, EOFError):  # absent, or cut off by a kill
             pass
@@ -164,7 +167,13 @@ class FeatureWriter:
         for path in _array_files(folder).values():
             path.unlink()
         for name, (shape, dtype) in wanted.items():
-            np.lib.format.open_memmap(folder / f"{name}.npy", mode="w+", dtype=dtype, shape=shape).flush()
+            path = folder / f"{name}.npy"
+            np.lib.format.open_memmap(path, mode="w+", dtype=dtype, shape=shape).flush()
+            try:
+                allocate(path)
+            except UserError:
+                path.unlink()
+                raise
 
     @staticmethod
     def remaining(folder: Path) -> np.ndarray:

@@ -24,7 +24,15 @@ from typing import Any, ClassVar
 import numpy as np
 import pandas as pd
 
-from iciia_exp.artifacts import atomic_write, make_folder, read_array, read_parquet, resolve_cache_dir, write_json
+from iciia_exp.artifacts import (
+    allocate,
+    atomic_write,
+    make_folder,
+    read_array,
+    read_parquet,
+    resolve_cache_dir,
+    write_json,
+)
 from iciia_exp.data.content import Content
 from iciia_exp.data.dataset import ImageDataset, existing_root
 from iciia_exp.data.readers.leaf import describe_files, find_data, list_files, read_users
@@ -162,6 +170,7 @@ def _convert(files: list[tuple[str, Path]], partial: Path) -> None:
         raise UserError(f"{files[0][1].parent.parent}: LEAF's {len(files)} files hold no images; make them again")
     shape = len(table), SIDE, SIDE
     joined = np.lib.format.open_memmap(partial / "images.npy", mode="w+", dtype=np.uint8, shape=shape)
+    allocate(partial / "images.npy")
     first = 0
     for part, rows in zip(parts, tables, strict=True):
         with np.load(part) as arrays:

@@ -1,5 +1,6 @@
 """Checkpoints that are complete or absent, and checked before training resumes from them."""
 
+import io
 import logging
 import zipfile
 from pathlib import Path
@@ -28,8 +29,10 @@ class AtomicCheckpoints(TorchCheckpointIO):
         if "://" in str(path):
             super().save_checkpoint(checkpoint, path, storage_options)
             return
+        content = io.BytesIO()  # on a full disk, torch.save into a file raises a RuntimeError about positions
+        torch.save(checkpoint, content)
         with atomic_write(Path(path), "wb") as file:
-            torch.save(checkpoint, file)
+            file.write(content.getbuffer())
 
 
 def intact(*paths: Path) -> bool:

@@ -87,7 +87,12 @@ def test_conversion_happens_once_and_moving_changes_nothing(root, tmp_path, monk
     assert caplog.text.count("files converted (") == 4
     assert "4 of 4 files converted (all_data_1_niid_0_keep_0_test_9.json of test)" in caplog.text
     (folder,) = (tmp_path / "own/datasets").glob("femnist-*")
-    assert sorted(p.name for p in folder.iterdir()) == ["checksums.json", "images.npy", "manifest.json", "table.parquet"]
+    assert sorted(p.name for p in folder.iterdir()) == [
+        "checksums.json",
+        "images.npy",
+        "manifest.json",
+        "table.parquet",
+    ]
     monkeypatch.setattr(femnist, "_convert", None)
     shutil.move(root, tmp_path / "moved")
     again = Femnist(tmp_path / "moved", cache_dir=str(tmp_path / "own"))
