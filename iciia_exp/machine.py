@@ -4,6 +4,9 @@ import contextlib
 import ctypes
 import os
 import re
+import signal
+import threading
+import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -14,8 +17,8 @@ import torch
 from iciia_exp.errors import ConfigError, UserError, first_line
 
 __all__ = [
-    *("check_started", "keep_freed_memory", "plain_errors", "process_count", "process_rank", "side_by_side"),
-    "wait_for_others",
+    *("check_started", "end_with_parent", "keep_freed_memory", "plain_errors", "process_count", "process_rank"),
+    *("side_by_side", "wait_for_others"),
 ]
 
 _Item = TypeVar("_Item")
@@ -88,9 +91,28 @@ def keep_freed_memory() -> None:
 
 def _rank_and_count() -> tuple[int, int]:
     for rank, count in (("RANK", "WORLD_SIZE"), ("SLURM_PROCID", "SLURM_NTASKS")):
-        if (number := int(os.environ.get(count) or 1)) > 1:
-            return int(os.environ.get(rank) or 0), number
+        if (number := _environment_number(count, 1)) > 1:
+            return _environment_number(rank, 0), number
     return 0, 1
+
+
+def _environment_number(name: str, otherwise: int) -> int:
+    text = os.environ.get(name) or str(otherwise)
+    if not text.isdecimal():
+        raise UserError(f"{name}={text}: must be a whole number, as torchrun and srun set it; or unset it")
+    return int(text)
+
+
+def end_with_parent(every: float = 1.0) -> None:
+    """End this process soon after its parent has ended, which a process of a killed sweep would survive."""
+    parent = os.getppid()
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(every)
+        os.kill(os.getpid(), signal.SIGKILL)  # Lightning handles SIGTERM, and trains on
+
+    threading.Thread(target=watch, daemon=True, name="end with parent").start()
 
 
 def process_rank() -> int:

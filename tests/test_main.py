@@ -91,6 +91,48 @@ def test_killed_for_real_and_repeated(tmp_path, stages, small):
             assert resumed[key] == value, key
 
 
+def below(process):
+    """Return the numbers of the processes that a process has started, at any depth."""
+    listed = Path(f"/proc/{process}/task/{process}/children")
+    found = [int(number) for number in listed.read_text().split()] if listed.exists() else []
+    return found + [other for one in found for other in below(one)]
+
+
+def running(process):
+    try:
+        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+def test_the_jobs_of_a_killed_sweep_end(small):
+    longer = ("training.recipe.epochs=3000", "training.patience=5000", "groups=1,2")
+    process = command("-m", "+launcher=joblib", "hydra.launcher.n_jobs=2", *small, *longer)
+    deadline = time.monotonic() + 120
+    while len(list(Path("outputs").glob("digits/*/checkpoints/last.ckpt"))) < 2:
+        assert time.monotonic() < deadline
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.02)
+    workers = [number for number in below(process.pid) if b"loky" in Path(f"/proc/{number}/cmdline").read_bytes()]
+    assert len(workers) >= 2
+    process.send_signal(signal.SIGKILL)
+    deadline = time.monotonic() + 30
+    while any(map(running, workers)):
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    finished(process)
+
+
+def test_one_of_several_processes_says_that_it_leaves_the_work(monkeypatch, capsys, small):
+    monkeypatch.setenv("SLURM_NTASKS", "4")
+    monkeypatch.setenv("SLURM_PROCID", "1")
+    assert call(monkeypatch, *small, "method=backbone", "stage=evaluate") == 0
+    assert "process 1 of 4: leaves the work to the first" in capsys.readouterr().out
+    monkeypatch.setenv("WORLD_SIZE", "abc")
+    assert call(monkeypatch, *small) == 2
+    assert capsys.readouterr().err.startswith("error: WORLD_SIZE=abc: must be a whole number")
+
+
 def call(monkeypatch, *arguments):
     """Call the command line in this process; return its exit status."""
     monkeypatch.setattr(sys, "argv", ["iciia_exp", *arguments])

@@ -49,8 +49,10 @@ def execute(stages: Stages, brief: bool = False) -> dict[str, Any] | None:
             stages.tracker.close()
         return _results(stages, brief)
     if process_rank() > 0:  # of several processes that torchrun or srun started
+        if not (shared := _shared(stages)):
+            log.info("process %d of %d: leaves the work to the first", process_rank(), process_count())
         only_first_logs()
-        for goal in _shared(stages):
+        for goal in shared:
             join(goal)
         return None
     _check(stages)

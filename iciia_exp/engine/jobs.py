@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import multiprocessing
 import time
 import traceback
 from collections.abc import Sequence
@@ -15,6 +16,7 @@ from omegaconf import DictConfig
 
 from iciia_exp.engine.terminal import setup_logging
 from iciia_exp.errors import UserError, first_line
+from iciia_exp.machine import end_with_parent
 
 if TYPE_CHECKING:
     from iciia_exp.engine.stages import Stages
@@ -55,6 +57,8 @@ def run_job(config: DictConfig) -> float | None:
 
     from iciia_exp.engine.sweeps import record_job
 
+    if multiprocessing.current_process().name.startswith("Loky"):  # a worker of joblib
+        end_with_parent()
     folder, number = Path(hydra.sweep.dir).resolve(), int(hydra.job.num)
     log.info("\njob %s: %s", number, " ".join(overrides) or "no overrides")
     start = time.monotonic()
