@@ -15,6 +15,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from iciia_exp.config.paths import CONF_DIR
 from iciia_exp.errors import UserError
+from iciia_exp.output import print_error, robust_streams
 
 
 @hydra.main(version_base="1.3", config_path=str(CONF_DIR), config_name="config")
@@ -36,6 +37,7 @@ def main() -> None:
     for flag in {"-m", "--multirun"} & set(sys.argv[1:]):  # Hydra accepts it first or last, not between overrides
         sys.argv.remove(flag)
         sys.argv.insert(1, flag)
+    robust_streams()
     try:
         job()
         if "iciia_exp.engine.jobs" in sys.modules:  # --help and the like import no engine
@@ -49,7 +51,7 @@ def main() -> None:
             raise
         from iciia_exp.config.hydra_errors import explain
 
-        print(f"error: {explain(error)}", file=sys.stderr)
+        print_error(explain(error))
         sys.exit(2)
     except KeyboardInterrupt:
         if tracebacks:

@@ -32,8 +32,9 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 __all__ = [
-    *("allocate", "atomic_write", "finished_folder", "is_temporary", "load_tensors", "locked", "make_folder"),
-    *("partial_folder", "read_array", "read_json", "read_parquet", "resolve_cache_dir", "save_tensors", "write_json"),
+    *("allocate", "atomic_write", "finished_folder", "folder_name", "is_temporary", "load_tensors", "locked"),
+    *("make_folder", "partial_folder", "read_array", "read_json", "read_parquet", "resolve_cache_dir"),
+    *("save_tensors", "write_json"),
 ]
 
 log = logging.getLogger(__name__)
@@ -161,6 +162,15 @@ def read_array(path: Path, mmap: bool = True) -> np.ndarray:
 def finished_folder(path: Path, last: str = "manifest.json") -> bool:
     """Return whether the artifact at ``path`` is complete: ``last``, written last, is there, and so are its files."""
     return (path / last).is_file() and not changed(path)
+
+
+def folder_name(text: str) -> str:
+    """Return a text as a part of a folder's name: without separators, no hidden name, at most 100 characters.
+
+    >>> folder_name("../hf-hub:timm/vit")
+    'hf-hub_timm_vit'
+    """
+    return re.sub(r"[^\w.\-]+", "_", text).strip("._")[:100]
 
 
 def partial_folder(path: Path) -> Path:

@@ -13,7 +13,8 @@ from filelock import FileLock, Timeout
 
 from iciia_exp.artifacts import is_temporary, read_json, resolve_cache_dir
 from iciia_exp.checksums import CHECKSUMS
-from iciia_exp.errors import UserError
+from iciia_exp.errors import UserError, printable
+from iciia_exp.output import exit_status, print_error
 
 __all__ = ["Entry", "entries", "main", "remove"]
 
@@ -100,6 +101,10 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--older-than", type=float, metavar="DAYS", help="only entries unchanged for so many days")
     parser.add_argument("--yes", action="store_true", help="clean without asking")
     options = parser.parse_args(arguments)
+    return exit_status(lambda: _list_or_clean(options), failed=2)
+
+
+def _list_or_clean(options: argparse.Namespace) -> int:
     cache_dir = resolve_cache_dir(options.cache_dir)
     last_change = datetime.now() - timedelta(days=options.older_than or 0)
     chosen = [
@@ -111,13 +116,13 @@ def main(arguments: list[str] | None = None) -> int:
     ]
     print(f"{cache_dir}: {len(chosen)} entries, {sum(e.bytes for e in chosen) / 1e6:,.1f} MB")
     for e in chosen:
-        unfinished = "" if e.state == "whole" else "  (unfinished)"
-        print(f"  {e.bytes / 1e6:10,.1f} MB  {e.changed:%Y-%m-%d %H:%M}  {e.kind:<9}  {e.path.name}{unfinished}")
+        name = printable(e.path.name) + ("" if e.state == "whole" else "  (unfinished)")
+        print(f"  {e.bytes / 1e6:10,.1f} MB  {e.changed:%Y-%m-%d %H:%M}  {e.kind:<9}  {name}")
     if options.command == "list" or not chosen:
         return 0
     if not options.yes:
         if not sys.stdin.isatty():
-            print("error: add --yes to clean without being asked", file=sys.stderr)
+            print_error("add --yes to clean without being asked")
             return 2
         if input("delete these? [y/N] ").strip().lower() not in ("y", "yes"):
             return 1

@@ -10,6 +10,7 @@ import sys
 from typing import Any
 
 from iciia_exp.errors import UserError, first_line
+from iciia_exp.output import exit_status
 
 __all__ = ["main", "workspace"]
 
@@ -79,23 +80,23 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--name", default="iciia_exp", help="of the workspace")
     parser.add_argument("--dry-run", action="store_true", help="print it; needs no network")
     options = parser.parse_args(arguments)
-    try:
-        made = workspace(options.entity, options.project, options.name)
-        if options.dry_run:
-            print(made._to_model().spec.model_dump_json(by_alias=True, indent=2))
-            return 0
-        from iciia_exp.engine.tracking import wandb_logged_in
+    return exit_status(lambda: _save(options), failed=1)
 
-        if not wandb_logged_in():
-            raise UserError("wandb: no API key on this machine; `wandb login` first, or --dry-run")
-        try:
-            made.save()
-        except Exception as error:  # whatever the server or the network says
-            raise UserError(f"wandb: {first_line(error)}") from error
-        print(f"workspace: {made.url}")
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+
+def _save(options: argparse.Namespace) -> int:
+    made = workspace(options.entity, options.project, options.name)
+    if options.dry_run:
+        print(made._to_model().spec.model_dump_json(by_alias=True, indent=2))
+        return 0
+    from iciia_exp.engine.tracking import wandb_logged_in
+
+    if not wandb_logged_in():
+        raise UserError("wandb: no API key on this machine; `wandb login` first, or --dry-run")
+    try:
+        made.save()
+    except Exception as error:  # whatever the server or the network says
+        raise UserError(f"wandb: {first_line(error)}") from error
+    print(f"workspace: {made.url}")
     return 0
 
 

@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 
 __all__ = [
     *("ConfigError", "UserError", "check_bool", "check_choice", "check_float", "check_int", "did_you_mean"),
-    *("first_line", "nearest", "within"),
+    *("first_line", "nearest", "printable", "within"),
 ]
 
 _Made = TypeVar("_Made")
@@ -30,7 +30,7 @@ class ConfigError(UserError):
         super().__init__(key, value, problem)  # the arguments, so that the error survives pickling between processes
 
     def __str__(self) -> str:
-        return f"{self.key}={self.value}: {self.problem}"
+        return f"{self.key}={printable(self.value, lines=False)}: {self.problem}"
 
     def at(self, key: str) -> ConfigError:
         """Return the same error with another key."""
@@ -53,6 +53,25 @@ def first_line(text: object) -> str:
     """
     lines = [line.strip() for line in str(text).splitlines() if line.strip()]
     return lines[0] if lines else "unknown error"
+
+
+def printable(text: object, lines: bool = True) -> str:
+    """Return a text with escapes for control characters, which could change what a terminal shows.
+
+    Args:
+        text: the text, or an object with one.
+        lines: whether line breaks and tabs stay.
+
+    >>> printable("a\\x1b[2Jb")
+    'a\\\\x1b[2Jb'
+    """
+    shown = str(text)
+    if shown.isprintable():
+        return shown
+    return "".join(
+        char if char.isprintable() or (lines and char in "\n\t") else char.encode("unicode_escape").decode()
+        for char in shown
+    )
 
 
 def nearest(word: str, choices: Iterable[str]) -> str | None:

@@ -15,7 +15,7 @@ from iciia_exp.engine.terminal import console, log_file, partition_table, result
 from iciia_exp.engine.tracking import in_wandb_sweep
 from iciia_exp.engine.training.processes import join, only_first_logs
 from iciia_exp.engine.training.train_method import draw_clients
-from iciia_exp.errors import ConfigError, UserError
+from iciia_exp.errors import ConfigError, UserError, printable
 from iciia_exp.machine import check_started, process_count, process_rank
 from iciia_exp.methods.tune.base import Personal
 
@@ -156,5 +156,5 @@ def _results(stages: Stages, brief: bool) -> dict[str, Any]:
     out.print()
     out.print(result_table([row]))
     tested = f"{row['test_clients']:,} test clients, {row['test_images']:,} test images, chunks of {row['images']}"
-    out.print(f"[dim]{tested}; results and plots in {folder}[/dim]", soft_wrap=True)
+    out.print(printable(f"{tested}; results and plots in {folder}"), style="dim", soft_wrap=True)
     return row

@@ -9,7 +9,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from iciia_exp.artifacts import finished_folder, make_folder
+from iciia_exp.artifacts import finished_folder, folder_name, make_folder
 from iciia_exp.digest import digest
 from iciia_exp.errors import UserError
 
@@ -27,7 +27,8 @@ class Artifact:
 
     Args:
         kind: such as ``features``; `ensure` selects by it.
-        label: readable start of the folder's name.
+        label: readable start of the folder's name; characters other than letters, digits, ``.``, ``_`` and ``-``
+            become ``_``.
         science: plain values that can change a number in it, in addition to its needs' digests.
         needs: artifacts that it is made from.
         make: makes it in a folder, continues a killed attempt there, and writes ``last`` last.
@@ -66,7 +67,7 @@ class Artifact:
     @property
     def folder(self) -> Path:
         """Its folder when it is finished."""
-        return self.root / f"{self.label}-{self.digest}"
+        return self.root / f"{folder_name(self.label)}-{self.digest}"
 
     @property
     def finished(self) -> bool:

@@ -14,7 +14,7 @@ from hydra.experimental.callback import Callback
 from omegaconf import DictConfig
 
 from iciia_exp.artifacts import read_json, write_json
-from iciia_exp.errors import UserError
+from iciia_exp.errors import UserError, printable
 
 __all__ = ["SweepReport", "record_job", "take_exit_status"]
 
@@ -71,14 +71,15 @@ class SweepReport(Callback):
             if len(by_base) > 1:  # other clients or another backbone: their accuracies do not belong in one table
                 plot = f"accuracy_vs_overhead-{number}.png"
                 differs = [f"{k.removeprefix('config.')}={v}" for k, v in base if any((k, v) not in b for b in by_base)]
-                out.print(f"[bold]{' '.join(differs)}[/bold] ({plot})", soft_wrap=True)
+                out.print(printable(f"{' '.join(differs)} ({plot})", lines=False), style="bold", soft_wrap=True)
             out.print(result_table(group))
             out.print()
             accuracy_vs_overhead(group, folder / plot)
         done = len(jobs) - len(failures)
-        out.print(f"[dim]{done} of {len(jobs)} jobs done; plot and records in {folder}[/dim]", soft_wrap=True)
+        summary = f"{done} of {len(jobs)} jobs done; plot and records in {folder}"
+        out.print(printable(summary), style="dim", soft_wrap=True)
         if (best := _best_of_search(folder)) is not None:
-            out.print(best, soft_wrap=True)
+            out.print(printable(best), soft_wrap=True)
         common = set.intersection(*(set(job["overrides"]) for job in jobs)) if len(jobs) > 1 else set()
         for job in failures:
             own = " ".join(o for o in job["overrides"] if o not in common)

@@ -12,16 +12,27 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
+from iciia_exp.errors import printable
+from iciia_exp.output import robust_streams
 from iciia_exp.results.columns import COLUMNS, backbone_cell, cell
 from iciia_exp.results.tables import backbone_line, settings, unbalanced
 
 __all__ = ["console", "fraction_bar", "log_file", "partition_table", "progress_bar", "result_table", "setup_logging"]
 
 
+class _Console(Console):
+    def on_broken_pipe(self) -> None:
+        """Go on: Rich would end the run if nobody reads its output any more."""
+
+
 def console() -> Console:
-    """Return a console on the current standard output, 120 columns wide where that is no terminal."""
-    out = Console(highlight=False)
-    return out if out.is_terminal else Console(highlight=False, width=120)
+    """Return a console on the current standard output, 120 columns wide where that is no terminal.
+
+    Text is printed as it is, without Rich's markup.
+    """
+    robust_streams()
+    out = _Console(highlight=False, markup=False, emoji=False)
+    return out if out.is_terminal else _Console(highlight=False, markup=False, emoji=False, width=120)
 
 
 class _Stdout(logging.StreamHandler):
@@ -31,8 +42,13 @@ class _Stdout(logging.StreamHandler):
         self.stream = sys.stdout
         super().emit(record)
 
+    def handleError(self, record: logging.LogRecord) -> None:
+        """Go on if nobody reads the output any more."""
+        if not isinstance(sys.exc_info()[1], OSError):
+            super().handleError(record)
+
     def format(self, record: logging.LogRecord) -> str:
-        text = super().format(record)
+        text = printable(super().format(record))
         return f"{record.levelname.lower()}: {text}" if record.levelno >= logging.WARNING else text
 
 
@@ -53,6 +69,7 @@ class _RunLog(logging.FileHandler):
 
 def setup_logging() -> None:
     """Send the package's log messages to standard output; may be called again."""
+    robust_streams()
     logger = logging.getLogger("iciia_exp")
     logger.setLevel(logging.INFO)
     logger.propagate = False
@@ -116,10 +133,11 @@ def result_table(rows: Sequence[dict[str, Any]]) -> Table:
     alone = {column.key: backbone_cell(base, column, column.console_errors) for column in columns}
     if several:
         alone["runs"] = str(base["runs"])
-    table.add_row(f"{rows[0]['backbone']} alone", *alone.values())
+    table.add_row(printable(f"{rows[0]['backbone']} alone", lines=False), *alone.values())
     for _, row in found.sort_values("sequence_macs", kind="stable").iterrows():
         if row["method"] != "backbone":
-            table.add_row(row["label"], *(cell(row, c.key, c.form, c.console_errors) for c in columns))
+            cells = (cell(row, c.key, c.form, c.console_errors) for c in columns)
+            table.add_row(printable(row["label"], lines=False), *cells)
     table.caption = unbalanced(found) or None
     return table
 

@@ -5,7 +5,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from iciia_exp.errors import UserError
+from iciia_exp.errors import printable
+from iciia_exp.output import exit_status
 
 __all__ = ["main"]
 
@@ -32,14 +33,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--html", type=Path, metavar="FILE", help="write one page with all of it, to open in a browser")
     parser.add_argument("--out", type=Path, metavar="DIR", help="write tables and figures into this folder")
     options = parser.parse_args(arguments)
-    try:
-        return _report(options)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    except BrokenPipeError:  # `| head` has read enough
-        sys.stderr.close()
-        return 0
+    return exit_status(lambda: _report(options), failed=1)
 
 
 def _report(options: argparse.Namespace) -> int:
@@ -54,7 +48,7 @@ def _report(options: argparse.Namespace) -> int:
     shown = [(title, settings(part)) for title, part in comparisons(rows)]
     for number, (title, table) in enumerate(shown):
         text = summary(table)
-        print(f"\n## {title}\n\n{markdown(text)}\n{note(table)}")
+        print(f"\n## {printable(title, lines=False)}\n\n{markdown(text)}\n{note(table)}")
         histories = {}
         if options.history or options.out:
             tables = {name or "history": by_history(table, name) for name in (None, *DRAWN_TYPES)}
@@ -71,15 +65,15 @@ def _report(options: argparse.Namespace) -> int:
     sweeps = partition_sweeps(rows)
     for number, sweep in enumerate(sweeps):
         swept = markdown(sweep_table(sweep))
-        print(f"\n## {sweep.title}\n\n{swept}")
+        print(f"\n## {printable(sweep.title, lines=False)}\n\n{swept}")
         if options.out:
             _write(options.out / f"{number}-heterogeneity.md", swept)
             _write(options.out / f"{number}-heterogeneity", draw_heterogeneity(sweep))
     if options.html:
         _write(options.html, page(shown, sweeps))
-        print(f"\npage: {options.html}")
+        print(f"\npage: {printable(options.html)}")
     if options.out:
-        print(f"\ntables and figures in {options.out}")
+        print(f"\ntables and figures in {printable(options.out)}")
     return 0
 
 

@@ -5,11 +5,14 @@ Accuracies are in percent, costs in percent of the backbone's cost of one image.
 
 import pandas as pd
 
+from iciia_exp.errors import printable
 from iciia_exp.results.columns import COLUMNS, backbone_cell, cell
 from iciia_exp.results.summary import ALL
 from iciia_exp.results.tables import backbone_history, backbone_line, history_of, unbalanced
 
 __all__ = ["by_history", "csv", "latex", "markdown", "note", "summary"]
+
+_FORMULA = ("=", "+", "-", "@", "\t", "\r")
 
 _LATEX = {"±": r"$\pm$", "–": "--", "*": "$^*$", **{character: f"\\{character}" for character in "%_#&${}"}}
 _LATEX |= {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}"}
@@ -70,21 +73,35 @@ def by_history(table: pd.DataFrame, client_type: str | None = None) -> pd.DataFr
 def markdown(table: pd.DataFrame) -> str:
     """Return a Markdown table, its columns aligned."""
     align = ["left"] + ["right"] * (len(table.columns) - 1)
-    return table.to_markdown(index=False, disable_numparse=True, colalign=align) + "\n"
+    plain = table.map(lambda cell: printable(cell, lines=False).replace("|", r"\|"))
+    return plain.to_markdown(index=False, disable_numparse=True, colalign=align) + "\n"
 
 
 def latex(table: pd.DataFrame, caption: str) -> str:
     """Return a LaTeX table for the ``booktabs`` package."""
     escape = str.maketrans(_LATEX)
-    escaped = table.map(lambda cell: cell.translate(escape)).rename(columns=lambda title: title.translate(escape))
+
+    def plain(text: str) -> str:
+        found = printable(text, lines=False).translate(escape)
+        return "{}" + found if found.startswith("[") else found  # after \\ it would be its argument
+
+    escaped = table.map(plain).rename(columns=plain)
     return escaped.style.hide(axis="index").to_latex(
         hrules=True,
         position_float="centering",
         column_format="l" + "r" * (len(table.columns) - 1),
-        caption=caption.translate(escape),
+        caption=plain(caption),
     )
 
 
 def csv(table: pd.DataFrame) -> str:
-    """Return the settings with all their numbers, unrounded, one row each."""
-    return table.drop(columns=["run_dirs", "partition_digests", *table.filter(like="alone_")]).to_csv(index=False)
+    """Return the settings with all their numbers, unrounded, one row each.
+
+    A text that a spreadsheet would run as a formula gets an apostrophe in front.
+    """
+    kept = table.drop(columns=["run_dirs", "partition_digests", *table.filter(like="alone_")])
+
+    def plain(cell: object) -> object:
+        return f"'{cell}" if isinstance(cell, str) and cell.startswith(_FORMULA) else cell
+
+    return kept.map(plain).to_csv(index=False)

@@ -11,7 +11,7 @@ import pandas as pd
 
 from iciia_exp.artifacts import read_json, read_parquet
 from iciia_exp.checksums import verify_folder
-from iciia_exp.errors import UserError, nearest
+from iciia_exp.errors import UserError, nearest, printable
 from iciia_exp.results.columns import COLUMNS, averaged
 from iciia_exp.results.labels import base_of, grouped, label_of, unique_rows, varying
 from iciia_exp.results.published import published_number
@@ -58,7 +58,7 @@ def load_runs(folders: Iterable[Path]) -> list[dict[str, Any]]:
         if len(damaged) == len(paths):
             raise damaged[0]
         for problem in damaged:
-            log.warning("left out: %s", problem)
+            log.warning("left out: %s", printable(problem))
     return sorted(rows.values(), key=lambda row: str(row.get("finished")))  # of several evaluations the newest counts
 
 

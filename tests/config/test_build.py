@@ -109,9 +109,22 @@ def test_no_path_needs_quoting(stages):
         assert " " not in path.name
 
 
+@pytest.mark.parametrize("name", ["../../../esc", "..a", "/abs", "hf-hub:timm/vit", "a b", "[red]x", "=1"])
+def test_no_name_leaves_its_folder(stages, name):
+    made = stages(f"backbone.name='{name}'")
+    for part in (made.backbone, made.features):
+        assert part.folder.parent == part.root
+        assert part.folder.resolve().parent == part.root.resolve()
+        assert not part.folder.name.startswith(".")
+        assert part.folder.name.endswith(f"-digits-{part.digest}")
+
+
 @pytest.mark.parametrize(
     ("override", "message"),
     [
+        ("backbone.name='..'", r"backbone\.name=\.\.: must be a text with a letter or digit"),
+        ("backbone.name=''", "backbone.name=: must be a text"),
+        ("backbone.name=null", "backbone.name=None: must be a text"),
         ("groups=3", "groups=3: must divide the feature width D=32; valid: 1, 2, 4, 8, 16, 32, or max"),
         ("heads=5", "heads=5: must divide"),
         ("method.heads=5", "method.heads=5: must divide"),

@@ -9,7 +9,7 @@ from typing import Any
 
 import pandas as pd
 
-from iciia_exp.errors import ConfigError, UserError, first_line
+from iciia_exp.errors import ConfigError, UserError, first_line, printable
 
 __all__ = ["check_distinct", "existing_file", "few", "list_files", "list_folders", "list_images", "read_csv"]
 
@@ -126,6 +126,6 @@ def few(names: Iterable[object], show: int = 3) -> str:
     >>> few(["a", "b", "c", "d", "e"])
     'a, b, c and 2 more'
     """
-    texts = [str(name) for name in names]
+    texts = [printable(name, lines=False) for name in names]
     more = len(texts) - show
     return ", ".join(texts[:show]) + (f" and {more} more" if more > 0 else "")

@@ -3,6 +3,7 @@
 Legend: B images of a batch, D features, K classes.
 """
 
+import re
 from abc import ABC, abstractmethod
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
@@ -223,6 +224,8 @@ class BackboneSpec:
         published_top1: float | None = None,
         seed: int = 0,
     ) -> None:
+        if not isinstance(name, str) or not re.search(r"\w", name) or not name.isprintable() or len(name) > 100:
+            raise ConfigError("name", name, "must be a text with a letter or digit, of at most 100 characters")
         self.name, self.model, self.recipe = name, model, recipe
         self.train = check_choice("train", train, ("all", "head", "none"))
         self.pretrained = pretrained and weights is None

@@ -1,0 +1,59 @@
+"""Output of commands: no character, closed pipe or terminal ends a run, and errors are one line."""
+
+import codecs
+import os
+import sys
+from collections.abc import Callable
+
+from iciia_exp.errors import UserError, printable
+
+__all__ = ["exit_status", "print_error", "robust_streams"]
+
+#: What a terminal shows that does not know the character.
+_PLAIN = {"±": "+-", "–": "-", "—": "-", "…": "...", "×": "x", "→": "->", "µ": "u", "“": '"', "”": '"', "’": "'"}
+
+
+def _replace(error: UnicodeError) -> tuple[str, int]:
+    assert isinstance(error, UnicodeEncodeError)
+    text = error.object[error.start : error.end]
+    return "".join(_PLAIN.get(char, char.encode("ascii", "backslashreplace").decode()) for char in text), error.end
+
+
+codecs.register_error("iciia_exp", _replace)
+
+
+def robust_streams() -> None:
+    """Let standard output and error write every character, in another form where their encoding does not have it."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="iciia_exp")
+
+
+def print_error(error: object) -> None:
+    """Print an error for a user, without control characters."""
+    print(f"error: {printable(error)}", file=sys.stderr)
+
+
+def exit_status(work: Callable[[], int], failed: int) -> int:
+    """Do the work of a command and return its exit status; errors that a user can act on are printed.
+
+    Args:
+        work: returns the exit status.
+        failed: exit status after an error.
+    """
+    robust_streams()
+    try:
+        status = work()
+        sys.stdout.flush()
+        return status
+    except BrokenPipeError:  # `| head` has read enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what is still to be written
+        return 0
+    except OSError as error:
+        if error.filename is None or error.strerror is None:
+            raise
+        print_error(f"{error.filename}: {error.strerror}")
+        return failed
+    except UserError as error:
+        print_error(error)
+        return failed
