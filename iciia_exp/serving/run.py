@@ -50,6 +50,7 @@ from iciia_exp.models.backbones.base import Backbone, BackboneSpec
 from iciia_exp.models.backbones.weights import listed_classes
 from iciia_exp.results.tables import read_table
 from iciia_exp.seeding import derive_seed
+from iciia_exp.serving.features import as_features, check_answers
 from iciia_exp.serving.run_info import FORMAT, checked_info
 from iciia_exp.tasks import TASKS
 
@@ -244,20 +245,26 @@ class Run:
 
     @torch.inference_mode()
     def predict(
-        self, features: Tensor, mask: Tensor | None = None, clients: str | Sequence[str] | None = None
+        self, features: Any, mask: Tensor | None = None, clients: str | Sequence[str] | None = None
     ) -> Tensor:
         """Return probabilities over `class_names` for the images of one client, [S, D], or of several, [C, S, D].
 
         Args:
-            features: images. All images of a client see each other.
+            features: of the images, numbers as a tensor, array or lists. All images of a client see each other.
             mask: True where an image is real, [C, S]; None where all are.
             clients: name of the client, or names of the C clients, in the partition; read by methods with a state for
                 every client.
         """
-        if features.ndim not in (2, 3) or features.shape[-1] != self.head.in_features or not features.numel():
-            dim, got = self.head.in_features, list(features.shape)
-            raise ValueError(f"features are [S, {dim}] or [C, S, {dim}], got {got}")
-        x_CSD = features.float() if features.ndim == 3 else features.float()[None]
+        dim = self.head.in_features
+        x = as_features(features, "predict", shape := f"[S, {dim}] or [C, S, {dim}]")
+        if x.ndim not in (2, 3) or x.shape[-1] != dim or not x.numel():
+            raise UserError(f"predict: features are {shape}, got {list(x.shape)}")
+        x_CSD = x if x.ndim == 3 else x[None]
+        if mask is not None and mask.shape != x_CSD.shape[:2]:
+            raise UserError(f"predict: mask is {list(mask.shape)}, the images are {list(x_CSD.shape[:2])}")
+        real = x_CSD if mask is None else x_CSD[mask]
+        if not real.isfinite().all():
+            raise UserError("predict: features are not finite numbers")
         if isinstance(self.method, Adaptive):
             logits_CSK = self.method(x_CSD, mask)
         else:
@@ -270,7 +277,8 @@ class Run:
             y_CS = torch.zeros(x_CSD.shape[:2], dtype=torch.int64)
             logits_CSK = self.method.logits(ClientBatch(x_CSD, y_CS, mask_CS, numbers_C))
         probabilities = self.method.task.probabilities(logits_CSK)
-        return probabilities if features.ndim == 3 else probabilities[0]
+        check_answers("predict", probabilities if mask is None else probabilities[mask])
+        return probabilities if x.ndim == 3 else probabilities[0]
 
 
 def _newest(path: Path, pattern: str) -> Path | None:

@@ -34,6 +34,7 @@ from iciia_exp.methods.tune.base import Personal
 from iciia_exp.models.backbones.base import Backbone
 from iciia_exp.serving import personal
 from iciia_exp.serving.compiled import compiled_step
+from iciia_exp.serving.features import as_features, check_answers, numeric
 from iciia_exp.serving.run import Run
 
 __all__ = ["KEEP", "ClientSession", "predict_together"]
@@ -43,6 +44,8 @@ _LEARNED = "learned."  # in the file of a session
 KEEP = ("recent", "reservoir", "diverse")
 
 _FORMAT = 1
+
+_LARGEST = 4 << 30  # bytes of the kept states
 
 # Sessions of a batch; their states are copied into one tensor, 30 KiB an image for N = 3 and D = 1280.
 _TOGETHER = 64
@@ -91,6 +94,10 @@ class ClientSession:
         self._rng = np.random.default_rng(seed)
         dim = self.method.dim if keep == "diverse" else 0
         width = self.method.state_width if isinstance(self.method, Adaptive) else 0
+        if (need := 4 * self.history * (width + dim)) > _LARGEST:
+            limit = _LARGEST // (4 * (width + dim))
+            problem = f"needs {need / 2**30:,.0f} GiB for the states of so many images; at most {limit:,}"
+            raise UserError(f"history={self.history}: {problem}")
         self._state = torch.zeros(self.history, width)
         self._past_1PE = self._state[None]  # the same memory
         self._features = torch.zeros(self.history, dim)
@@ -126,7 +133,8 @@ class ClientSession:
         """Return probabilities over ``run.class_names``, float32 [K], and remember the image.
 
         Args:
-            image: features, float [D]; or, with a backbone, an image of the dataset's form.
+            image: features, numbers [D] as a tensor, array or list. With a backbone also an image: a PIL image, a path,
+                uint8 [H, W], [H, W, 3] or [3, H, W], floats from 0 to 1 of these shapes, or what the dataset gives.
         """
         x_1D = self._as_features(image)
         if isinstance(self.method, Personal):
@@ -143,21 +151,21 @@ class ClientSession:
                 raise UserError(f"torch.compile failed ({first_line(error)}); leave compile out") from error
             if not finite:
                 _checked(x_1D, [self])
+        check_answers(self.client, p_1K, own_1E)  # before the past changes
         self._remember(own_1E[0], x_1D)
         return p_1K[0]
 
     def _as_features(self, image: Any) -> Tensor:
         """Return an image's features, [1, D]."""
-        dim = self.method.dim
-        if isinstance(image, np.ndarray) and image.dtype.kind == "f" and image.ndim == 1:
-            image = torch.from_numpy(image)
-        if not (isinstance(image, Tensor) and image.is_floating_point() and image.ndim == 1):
-            if self.backbone is None:
-                shape = list(image.shape) if hasattr(image, "shape") else type(image).__name__
-                problem = f"expected features, float [{dim}], got {shape}"
-                raise UserError(f"{self.client}: {problem}; for images give the session backbone=run.load_backbone()")
-            image = self.backbone.features(self.backbone.transform(image)[None])[0]
-        return image.float()[None]
+        flat = isinstance(image, list | tuple) or (numeric(image) and image.ndim == 1)
+        if flat or self.backbone is None:
+            return as_features(image, self.client, f"[{self.method.dim}]")[None]
+        try:
+            x = self.backbone.transform(image)
+        except (ValueError, TypeError, OSError, AttributeError, RuntimeError) as error:
+            kind = f"{type(image).__name__} {list(image.shape)}" if numeric(image) else type(image).__name__
+            raise UserError(f"{self.client}: cannot read the image, {kind} ({first_line(error)})") from error
+        return self.backbone.features(x[None])[0].float()[None]
 
     def _remember(self, own_E: Tensor, x_D: Tensor) -> None:
         """Keep one more image, in place of another if the memory is full; ``x_D`` may be [1, D]."""
@@ -226,24 +234,48 @@ class ClientSession:
                     for name in file.keys()  # noqa: SIM118  # not a mapping
                     if name.startswith(_LEARNED)
                 }
-        except Exception as error:
-            raise UserError(f"{path}: is not a saved session ({error})") from error
-        if facts["format"] != _FORMAT:
-            raise UserError(f"{path}: format {facts['format']}, this version reads {_FORMAT}")
-        if facts["run"] != run.path.resolve().name:
-            raise UserError(f"{path}: belongs to the run {facts['run']}, not to {run.path.resolve().name}")
-        session = cls(run, facts["client"], facts["history"], facts["keep"], backbone, compile=compile)
-        session.seen, session.kept = facts["seen"], len(tensors["age"])
-        session._rng.bit_generator.state = facts["random"]
-        for name, tensor in tensors.items():
-            getattr(session, f"_{name}")[: session.kept] = tensor.numpy() if name == "age" else tensor
-        session._real[0, : session.kept] = True
+        except Exception as error:  # safetensors raises several kinds
+            raise UserError(f"{path}: is not a saved session ({first_line(error)})") from error
+        if not isinstance(facts, dict) or facts.get("format") != _FORMAT:
+            found = facts.get("format") if isinstance(facts, dict) else facts
+            raise UserError(f"{path}: format {found}, this version reads {_FORMAT}")
+        if facts.get("run") != run.path.resolve().name:
+            raise UserError(f"{path}: belongs to the run {facts.get('run')}, not to {run.path.resolve().name}")
+        try:
+            session = cls(run, str(facts["client"]), facts["history"], facts["keep"], backbone, compile=compile)
+            session._restore(tensors, check_int("seen", facts["seen"], 0), facts["random"])
+        except UserError as error:
+            raise UserError(f"{path}: {error}") from error
+        except (KeyError, TypeError, ValueError, RuntimeError, OverflowError) as error:
+            raise UserError(f"{path}: is not a saved session ({first_line(error) or error!r})") from error
         if isinstance(session.method, Personal) and learned:
             shapes = {name: tuple(tensor.shape) for name, tensor in learned.items()}
             if shapes != session.method.state_shapes:
                 raise UserError(f"{path}: its state is {shapes}, the run's is {session.method.state_shapes}")
             session.learned = learned
         return session
+
+
+    def _restore(self, tensors: dict[str, Tensor], seen: int, random: dict[str, Any]) -> None:
+        """Take over what `save` wrote."""
+        kept = len(tensors["age"])
+        if kept > min(self.history, seen) or (kept < self.history and kept != seen):
+            raise UserError(f"keeps {kept} images of {seen}, with a history of {self.history}")
+        own = {"state": self._state, "features": self._features}
+        for name, memory in own.items():
+            if tensors[name].shape != (kept, memory.shape[1]):
+                raise UserError(f"{name} is {list(tensors[name].shape)}, not [{kept}, {memory.shape[1]}]")
+            if not tensors[name].isfinite().all():
+                raise UserError(f"{name} has numbers that are not finite")
+        age = tensors["age"].numpy().astype(np.int64)
+        if age.ndim != 1 or len(set(age.tolist())) < kept or not ((age > 0) & (age <= seen)).all():
+            raise UserError("age does not number the images that it has seen")
+        self.seen, self.kept = seen, kept
+        self._rng.bit_generator.state = random
+        for name, memory in own.items():
+            memory[:kept] = tensors[name]
+        self._age[:kept] = age
+        self._real[0, :kept] = True
 
 
 def _checked(x_CD: Tensor, sessions: Sequence[ClientSession], finite: bool = True) -> Tensor:
@@ -258,12 +290,12 @@ def _checked(x_CD: Tensor, sessions: Sequence[ClientSession], finite: bool = Tru
 
 
 @torch.inference_mode()
-def predict_together(sessions: Sequence[ClientSession], features: Tensor) -> Tensor:
+def predict_together(sessions: Sequence[ClientSession], features: Any) -> Tensor:
     """Serve one image of each of many clients, with histories of any lengths.
 
     Args:
         sessions: different sessions of one run.
-        features: float [C, D], one image for each session.
+        features: numbers [C, D], one image for each session, as a tensor, array or list.
 
     Returns:
         Probabilities [C, K], equal to `ClientSession.predict` of each alone.
@@ -274,9 +306,11 @@ def predict_together(sessions: Sequence[ClientSession], features: Tensor) -> Ten
         raise UserError("predict_together: a session is given twice; its images come one after the other")
     if any(s.run is not sessions[0].run for s in sessions):
         raise UserError("predict_together: all sessions must be of the same Run object")
-    if len(features) != len(sessions):
-        raise UserError(f"predict_together: {len(sessions)} sessions and {len(features)} images")
-    return _predict(sessions, _checked(features.float(), sessions))
+    x_CD = as_features(features, "predict_together", f"[{len(sessions)}, {sessions[0].method.dim}]")
+    if x_CD.ndim == 0 or len(x_CD) != len(sessions):
+        number = len(x_CD) if x_CD.ndim else 1
+        raise UserError(f"predict_together: {len(sessions)} sessions and {number} images")
+    return _predict(sessions, _checked(x_CD, sessions))
 
 
 def _predict(sessions: Sequence[ClientSession], x_CD: Tensor) -> Tensor:
@@ -285,18 +319,31 @@ def _predict(sessions: Sequence[ClientSession], x_CD: Tensor) -> Tensor:
         if nothing := [s.client for s in sessions if s.learned is None]:
             problem = f"{method.name} has no state of this client: it is not a test client of the run's partition"
             raise UserError(f"{nothing[0]}: {problem}; give its session labelled images (session.learn)")
+        p_CK = method.task.probabilities(personal.classify(method, x_CD, [s.learned or {} for s in sessions]))
+        _check_each(sessions, p_CK)
         for session in sessions:
             session.seen += 1
-        return method.task.probabilities(personal.classify(method, x_CD, [s.learned or {} for s in sessions]))
+        return p_CK
     assert isinstance(method, Adaptive)
     logits_CK = x_CD.new_empty(len(sessions), method.num_classes)
+    states_CE = x_CD.new_empty(len(sessions), method.state_width)
     lengths = np.array([s.kept for s in sessions])
     # sessions of one length at a time: nothing is padded
     for length in np.unique(lengths):
         rows = np.flatnonzero(lengths == length)
         for batch in np.array_split(rows, -(-len(rows) // _TOGETHER)):
             past_CPE = torch.stack([sessions[i]._state[:length] for i in batch])
-            logits_CK[batch], own_CE = method.step(x_CD[batch], past_CPE)
-            for i, own_E in zip(batch, own_CE, strict=True):
-                sessions[i]._remember(own_E, x_CD[i])
-    return method.task.probabilities(logits_CK)
+            logits_CK[batch], states_CE[batch] = method.step(x_CD[batch], past_CPE)
+    p_CK = method.task.probabilities(logits_CK)
+    _check_each(sessions, p_CK, states_CE)
+    for session, own_E, x_D in zip(sessions, states_CE, x_CD, strict=True):
+        session._remember(own_E, x_D)
+    return p_CK
+
+
+def _check_each(sessions: Sequence[ClientSession], *tensors: Tensor) -> None:
+    """Raise a `UserError` that names the first client whose answer or state is not finite, before a past changes."""
+    for tensor in tensors:
+        if not tensor.isfinite().all():
+            first = int(tensor.isfinite().flatten(1).all(1).int().argmin())
+            check_answers(sessions[first].client, tensor[first])

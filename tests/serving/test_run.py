@@ -68,8 +68,39 @@ def test_mixed_precision_trains_and_the_evaluation_is_in_float32(stages):
 def test_wrong_features_are_refused(finished):
     run = Run.load(finished.run.folder)
     for shape in ((16, 7), (32,), (1, 0, 32)):
-        with pytest.raises(ValueError, match=r"features are \[S, 32\]"):
+        with pytest.raises(UserError, match=r"features are \[S, 32\]"):
             run.predict(torch.zeros(shape))
+    for wrong, message in (
+        (torch.full((2, 32), float("inf")), "features are not finite"),
+        (torch.full((2, 32), 1e30), "the answer is not finite"),
+        (["a.jpg"], "expected features, numbers .* got ndarray of <U5; for images"),
+        ([object()], "got ndarray of object"),
+        (None, "got NoneType"),
+    ):
+        with pytest.raises(UserError, match=f"^predict: .*{message}"):
+            run.predict(wrong)
+    with pytest.raises(UserError, match=r"mask is \[2\], the images are \[1, 2\]"):
+        run.predict(torch.zeros(2, 32), mask=torch.ones(2, dtype=torch.bool))
+
+
+def test_features_of_any_layout(finished):
+    run = Run.load(finished.run.folder)
+    x = np.array(run.features.array()[:4])
+    want = run.predict(torch.from_numpy(x))
+    for same in (
+        x,
+        x.astype(">f4"),
+        x[::-1][::-1],
+        np.asfortranarray(x),
+        x.astype(np.float64),
+        x.tolist(),
+        list(torch.tensor(x)),
+    ):
+        torch.testing.assert_close(run.predict(same), want)
+    torch.testing.assert_close(run.predict((10 * x).astype(np.int16)), run.predict(np.trunc(10 * x)))
+    padded = np.concatenate([x, np.full_like(x, np.nan)])[None]
+    mask = torch.arange(8)[None] < 4
+    torch.testing.assert_close(run.predict(np.nan_to_num(padded), mask=mask)[0, :4], want)
 
 
 def test_missing_and_damaged_runs_are_named(finished, tmp_path):

@@ -1,13 +1,18 @@
 """Serving clients one image at a time."""
 
+import json
 import shutil
 
 import numpy as np
 import pytest
 import torch
 from hydra.utils import instantiate
+from PIL import Image
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import nn
 
+from iciia_exp.data.readers.images import as_picture
 from iciia_exp.errors import UserError
 from iciia_exp.methods.base import Facts
 from iciia_exp.serving.run import Run, save_method
@@ -113,9 +118,118 @@ def test_a_session_compiled_ahead_of_time_is_the_same_and_goes_on_after_loading(
 
 def test_a_large_feature_is_a_finite_one(run):
     session = ClientSession(run, history=3)
-    assert session.predict(torch.full((D,), 3e38)).shape == (len(run.class_names),)
+    assert session.predict(torch.full((D,), 1e8)).isfinite().all()
     with pytest.raises(UserError, match="not finite"):
         session.predict(torch.tensor([float("nan"), *[0.0] * (D - 1)]))
+
+
+@pytest.mark.parametrize("keep", ["recent", "reservoir", "diverse"])
+def test_a_huge_feature_is_refused_and_the_past_unchanged(run, keep, tmp_path):
+    sessions = [ClientSession(run, name, history=3, keep=keep) for name in ("a", "b")]
+    other = ClientSession(run, "c", history=3, keep=keep)
+    x = torch.randn(12, D)
+    for row in x[:6]:
+        predict_together(sessions, row.expand(2, D))
+        other.predict(row)
+    huge = torch.full((D,), 1e30)
+    with pytest.raises(UserError, match=r"^b: the answer is not finite: the features are too large"):
+        sessions[1].predict(huge)
+    with pytest.raises(UserError, match=r"^b: the answer is not finite"):
+        predict_together(sessions, torch.stack([x[6], huge]))
+    assert [session.seen for session in sessions] == [6, 6]
+    for row in x[6:]:
+        want = other.predict(row)
+        assert want.isfinite().all()
+        torch.testing.assert_close(predict_together(sessions, row.expand(2, D)), want.expand(2, -1))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"state": torch.full((3, 2 * 2 * D), float("nan"))}, "state has numbers that are not finite"),
+        ({"state": torch.zeros(3, 5)}, r"state is \[3, 5\]"),
+        ({"age": torch.tensor([1, 1, 2])}, "age does not number"),
+        ({"age": torch.tensor([4, 5, 6, 7])}, "keeps 4 images of 6, with a history of 3"),
+        ({"history": 10**11}, r"history=100000000000: needs .* GiB .*; at most"),
+        ({"history": -1}, "history=-1"),
+        ({"history": "3"}, "history=3: must be a whole number"),
+        ({"seen": 2}, "keeps 3 images of 2"),
+        ({"seen": None}, "seen=None"),
+        ({"keep": "all"}, "keep=all"),
+        ({"random": {}}, "is not a saved session"),
+        ({"format": 7}, "format 7, this version reads 1"),
+        ({"client": None, "run": 5}, "belongs to the run 5"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_a_forged_session_is_refused(run, tmp_path, change, message):
+    session = ClientSession(run, history=3)
+    for row in torch.randn(6, D):
+        session.predict(row)
+    session.save(tmp_path / "good")
+    with safe_open(tmp_path / "good", "pt") as file:
+        facts = json.loads(file.metadata()["session"])
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    facts |= {k: v for k, v in change.items() if k not in tensors}
+    tensors |= {k: v for k, v in change.items() if k in tensors}
+    save_file(tensors, tmp_path / "bad", {"session": json.dumps(facts)})
+    with pytest.raises(UserError, match=f"^{tmp_path}/bad: .*{message}"):
+        ClientSession.load(tmp_path / "bad", run)
+    assert ClientSession.load(tmp_path / "good", run).seen == 6
+
+
+class Pictures:
+    """A backbone whose features are the mean of a picture's colours, and zeros."""
+
+    def transform(self, image):
+        return torch.tensor(np.asarray(as_picture(image).convert("RGB"), dtype=np.float32)).mean((0, 1)) / 255
+
+    def features(self, images):
+        return torch.cat([images, torch.zeros(len(images), D - 3)], 1)
+
+
+def test_images_as_applications_have_them(run, tmp_path):
+    pixels = np.random.default_rng(0).integers(0, 255, (6, 5, 3), dtype=np.uint8)
+    picture = Image.fromarray(pixels)
+    picture.save(tmp_path / "a.png")
+    chw = torch.from_numpy(pixels).permute(2, 0, 1)
+    same = (
+        picture,
+        str(tmp_path / "a.png"),
+        tmp_path / "a.png",
+        pixels,
+        pixels[::-1][::-1],
+        chw,
+        chw / 255,
+        pixels / 255,
+    )
+    answers = [ClientSession(run, backbone=Pictures()).predict(image) for image in same]
+    for answer in answers[1:]:
+        torch.testing.assert_close(answer, answers[0], atol=1e-4, rtol=1e-4)
+    session = ClientSession(run, "kitchen", backbone=Pictures())
+    for wrong, message in (
+        (pixels.astype(np.float32), "floating-point values from .* expected 0 to 1"),
+        (pixels.astype(np.int32), "values of type int32"),
+        (tmp_path / "none.png", "No such file"),
+        (np.zeros((2, 3, 4, 5)), "takes a PIL image, a path, or numbers"),
+        (None, "takes a PIL image|cannot read"),
+    ):
+        with pytest.raises(UserError, match=f"^kitchen: cannot read the image.*{message}"):
+            session.predict(wrong)
+    with pytest.raises(UserError, match=r"^kitchen: features have shape \[2\], the run wants \[16\]"):
+        session.predict([1.0, 2.0])
+    with pytest.raises(UserError, match="^kitchen: features have shape"):
+        session.predict([picture])
+    assert session.seen == 0
+
+
+def test_together_takes_arrays_and_lists(run):
+    x = np.random.default_rng(0).normal(size=(2, D)).astype(np.float32)
+    answers = [
+        predict_together([ClientSession(run), ClientSession(run)], same) for same in (torch.tensor(x), x, x.tolist())
+    ]
+    for answer in answers[1:]:
+        torch.testing.assert_close(answer, answers[0])
 
 
 def test_recent_keeps_the_last(run):
@@ -185,7 +299,7 @@ def test_a_session_of_another_run_is_refused(run, tmp_path):
     [
         (torch.full((D,), float("nan")), "kitchen: features are not finite"),
         (torch.zeros(D + 1), r"kitchen: features have shape \[17\], the run wants \[16\]"),
-        (torch.zeros(2, D), r"kitchen: expected features, float \[16\], got \[2, 16\]"),
+        (torch.zeros(2, D), r"kitchen: features have shape \[2, 16\], the run wants \[16\]"),
         ("photo.jpg", "kitchen: expected features, .* got str; for images"),
     ],
 )

@@ -11,12 +11,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-__all__ = ["BACKGROUND", "decode", "extensions", "open_image", "open_stream", "read_image"]
+__all__ = ["BACKGROUND", "as_picture", "decode", "extensions", "open_image", "open_stream", "read_image"]
 
 #: Colour under transparent pixels of a user's image.
 BACKGROUND = "white"
@@ -84,6 +84,36 @@ def read_image(path: Path) -> Image.Image:
         if "exif" in image.info or image.format in ("TIFF", "MPO"):
             picture = _upright(picture, image)
         return picture
+
+
+def as_picture(image: Any) -> Image.Image:
+    """Return an image as an application has it as a PIL image.
+
+    Args:
+        image: a PIL image; a path; or an array or tensor [H, W], [H, W, C] or [C, H, W] with C = 1, 3 or 4, uint8 or
+            floating-point numbers from 0 to 1.
+
+    Raises a `ValueError` for anything else.
+    """
+    if isinstance(image, Image.Image):
+        return image
+    if isinstance(image, str | os.PathLike):
+        return read_image(Path(image))
+    values = np.asarray(image.detach().cpu() if hasattr(image, "detach") else image)
+    if values.ndim == 3 and values.shape[2] not in (1, 3, 4) and values.shape[0] in (1, 3, 4):
+        values = values.transpose(1, 2, 0)
+    if values.ndim not in (2, 3) or (values.ndim == 3 and values.shape[2] not in (1, 3, 4)) or not values.size:
+        shapes = "[H, W], [H, W, 3] or [3, H, W]"
+        got = f"{type(image).__name__} {list(values.shape)}"
+        raise ValueError(f"takes a PIL image, a path, or numbers {shapes}, not {got}")
+    if values.dtype.kind == "f":
+        low, high = values.min(), values.max()
+        if not (low >= 0 and high <= 1):  # also NaN
+            raise ValueError(f"has floating-point values from {low:g} to {high:g}; expected 0 to 1, or uint8")
+        values = (255 * values.astype(np.float32) + 0.5).astype(np.uint8)
+    elif values.dtype != np.uint8:
+        raise ValueError(f"has values of type {values.dtype}; expected uint8, or floating-point numbers from 0 to 1")
+    return _to_rgb(Image.fromarray(np.ascontiguousarray(values.squeeze(2) if values.shape[2:] == (1,) else values)))
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:

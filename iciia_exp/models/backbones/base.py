@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from iciia_exp.cost import count_macs
+from iciia_exp.data.readers.images import as_picture
 from iciia_exp.errors import ConfigError, UserError, check_choice, check_float, check_int, within
 from iciia_exp.recipe import Recipe
 
@@ -157,8 +158,8 @@ class ImageBackbone(Backbone):
         """Resize and crop one PIL image to the network's input size."""
 
     def transform(self, image: Any) -> Tensor:
-        """Turn a PIL image into uint8 [3, H, W]."""
-        return torch.from_numpy(np.array(self.crop(image.convert("RGB")))).permute(2, 0, 1)
+        """Turn an image (`iciia_exp.data.readers.images.as_picture`) into uint8 [3, H, W]."""
+        return torch.from_numpy(np.array(self.crop(as_picture(image).convert("RGB")))).permute(2, 0, 1)
 
     def normalise(self, images: Tensor) -> Tensor:
         """Return (images / 255 - mean) / std as float32."""
@@ -182,6 +183,12 @@ class ImageBackbone(Backbone):
         from iciia_exp.models.backbones.inference import faster
 
         return faster(self.net, self.normalise(example[None]))
+
+
+def other_form(network: str, takes: str, image: Any) -> UserError:
+    """Return the error of a network that does not take a dataset's images."""
+    got = f"{type(image).__name__} {list(np.shape(image))}"
+    return UserError(f"backbone: {network} takes {takes}, the images are {got}; choose a backbone for such images")
 
 
 class BackboneSpec:

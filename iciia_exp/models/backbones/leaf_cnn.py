@@ -5,10 +5,11 @@ Source: Caldas et al., "LEAF: A Benchmark for Federated Settings" (arXiv:1812.01
 
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
-from iciia_exp.models.backbones.base import Backbone
+from iciia_exp.models.backbones.base import Backbone, other_form
 
 __all__ = ["LeafCNN"]
 
@@ -45,4 +46,6 @@ class LeafCNN(Backbone):
 
     def transform(self, image: Any) -> Tensor:
         """Turn a float32 array [1, 28, 28] of 0 to 1 into the input."""
+        if np.shape(image) != (1, 28, 28):
+            raise other_form("leaf_cnn", "arrays [1, 28, 28]", image)
         return torch.as_tensor(image, dtype=torch.float32) - self.mean

@@ -5,11 +5,12 @@ Legend: B images of a batch, D features, K classes.
 
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from iciia_exp.errors import check_int
-from iciia_exp.models.backbones.base import Backbone
+from iciia_exp.models.backbones.base import Backbone, other_form
 
 __all__ = ["Precomputed"]
 
@@ -37,6 +38,8 @@ class Precomputed(Backbone):
 
     def transform(self, image: Any) -> Tensor:
         """Turn a vector [D] into a float32 tensor."""
+        if np.ndim(image) != 1:
+            raise other_form("precomputed", "vectors", image)
         return torch.as_tensor(image, dtype=torch.float32)
 
     def macs(self, example: Tensor) -> int | None:

@@ -1,0 +1,50 @@
+"""Features as an application has them: tensors, arrays and lists become float32 tensors; the rest is refused."""
+
+from __future__ import annotations
+
+import contextlib
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from iciia_exp.errors import UserError
+
+__all__ = ["as_features", "check_answers", "numeric"]
+
+
+def numeric(value: Any) -> bool:
+    """Return whether a value is a tensor or array of numbers."""
+    if isinstance(value, Tensor):
+        return not value.is_complex()
+    return isinstance(value, np.ndarray) and value.dtype.kind in "fiub"
+
+
+def as_features(value: Any, who: str, shape: str) -> Tensor:
+    """Return features as a float32 tensor on the CPU, which shares no memory with an array of another layout.
+
+    Args:
+        value: tensor or array of numbers of any type and layout, or nested lists of numbers.
+        who: client or function, for the error.
+        shape: that is expected, for the error.
+    """
+    if isinstance(value, list | tuple) and value and all(isinstance(part, Tensor) for part in value):
+        value = torch.stack(list(value)) if len({part.shape for part in value}) == 1 else value
+    elif isinstance(value, list | tuple):
+        with contextlib.suppress(ValueError):  # of different lengths
+            value = np.asarray(value)
+    if not numeric(value):
+        got = f"{type(value).__name__} of {value.dtype}" if isinstance(value, np.ndarray) else type(value).__name__
+        hint = "for images use the features of run.load_backbone(), or a session with backbone="
+        raise UserError(f"{who}: expected features, numbers {shape}, got {got}; {hint}")
+    if isinstance(value, np.ndarray):  # also big-endian or with negative strides, which torch refuses
+        value = torch.from_numpy(np.ascontiguousarray(value, dtype=np.float32))
+    return value.detach().cpu().float()
+
+
+def check_answers(who: str, *tensors: Tensor) -> None:
+    """Raise a `UserError` if an answer or a new state is not finite."""
+    if not all(bool(tensor.isfinite().all()) for tensor in tensors):
+        problem = "the answer is not finite: the features are too large for the method; are they those of the run?"
+        raise UserError(f"{who}: {problem}")
