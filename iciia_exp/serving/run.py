@@ -244,9 +244,7 @@ class Run:
         return int(found[0])
 
     @torch.inference_mode()
-    def predict(
-        self, features: Any, mask: Tensor | None = None, clients: str | Sequence[str] | None = None
-    ) -> Tensor:
+    def predict(self, features: Any, mask: Tensor | None = None, clients: str | Sequence[str] | None = None) -> Tensor:
         """Return probabilities over `class_names` for the images of one client, [S, D], or of several, [C, S, D].
 
         Args:

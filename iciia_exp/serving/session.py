@@ -255,7 +255,6 @@ class ClientSession:
             session.learned = learned
         return session
 
-
     def _restore(self, tensors: dict[str, Tensor], seen: int, random: dict[str, Any]) -> None:
         """Take over what `save` wrote."""
         kept = len(tensors["age"])

@@ -1,5 +1,7 @@
 """Trainer, callbacks, loggers, optimiser and scheduler of the user's choice: used, or refused with the reason."""
 
+import logging
+
 import pandas as pd
 import pytest
 import torch
@@ -84,6 +86,15 @@ def test_a_second_checkpoint_stays(stages):
         ("+trainer.callbacks=[]", r"trainer.callbacks=\[\]: cannot be used: callbacks are objects of the group"),
         ("+trainer.fast_dev_run=true", "trainer.fast_dev_run=True: cannot be used: .*trainer=smoke"),
         ("trainer._target_=builtins.dict", "trainer._target_=builtins.dict: must be Lightning's Trainer"),
+        ("+trainer.overfit_batches=1", "trainer.overfit_batches=1: cannot be used: .*limit_train_batches"),
+        ("+trainer.max_steps=3", "trainer.max_steps=3: cannot be used: .*training.recipe.epochs"),
+        ("+trainer.max_epochs=0", "trainer.max_epochs=0: must be 1 or more, or -1"),
+        ("+trainer.max_epochs=many", "trainer.max_epochs=many: must be 1 or more"),
+        ("+trainer.limit_train_batches=0", "trainer.limit_train_batches=0: must be above 0"),
+        ("+trainer.limit_val_batches=0", "trainer.limit_val_batches=0: must be above 0"),
+        ("+trainer.accumulate_grad_batches=0", "trainer.accumulate_grad_batches=0: must be 1 or more"),
+        ("trainer.precision=16-true", "trainer.precision=16-true: cannot be used: .*16-mixed"),
+        ("trainer.precision=64-true", "trainer.precision=64-true: cannot be used"),
         ("+trainer.max_epoch=3", "trainer.max_epoch: no such key; did you mean trainer.max_epochs"),
     ],
 )
@@ -92,6 +103,16 @@ def test_what_cannot_be_honoured_is_refused_before_any_work(stages, override, me
         execute(stages(override))
     assert not (tmp_path / "outputs").exists()
     assert not (tmp_path / "cache").exists()
+
+
+def test_a_limit_of_the_trainer_is_said_and_none_is_the_recipes(stages, capsys):
+    row = execute(stages("+trainer.max_epochs=1", "+trainer.profiler=simple"))
+    out = capsys.readouterr().out
+    assert out.count("training 1 of 2 epochs (trainer.max_epochs)") == 1  # the backbone
+    assert out.count("training 1 of 3 epochs (trainer.max_epochs)") == 1
+    assert logging.getLogger("lightning.pytorch.profilers.profiler").isEnabledFor(logging.INFO)  # its report
+    assert row["epochs"] == 1
+    assert execute(stages("+trainer.max_epochs=-1"))["epochs"] == 3
 
 
 def test_a_trainer_of_the_user_s_is_used(stages):

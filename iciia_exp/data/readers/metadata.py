@@ -71,10 +71,9 @@ def number_labels(names: pd.Series) -> tuple[np.ndarray, tuple[str, ...]]:
     """Return labels 0..K-1 (int64), and the names of the classes, sorted; by value if all are whole numbers."""
     unique = pd.unique(names)
     numbers = all(re.fullmatch(r"[+-]?\d+", name) for name in unique)
-    value_of = {name: int(name) if numbers else name for name in unique}  # 1 and 01 are one class
-    classes = sorted(set(value_of.values()))
-    label_of = {value: label for label, value in enumerate(classes)}
-    return np.array([label_of[value_of[name]] for name in names], dtype=np.int64), tuple(map(str, classes))
+    classes = sorted(unique, key=lambda name: (int(name), name) if numbers else name)
+    label_of = {name: label for label, name in enumerate(classes)}
+    return np.array([label_of[name] for name in names], dtype=np.int64), tuple(map(str, classes))
 
 
 def split_names(splits: pd.Series, source: Path | str) -> np.ndarray:

@@ -1,5 +1,6 @@
 """Fit: train a module with Lightning, resuming after a kill."""
 
+import logging
 import shutil
 import sys
 from collections.abc import Mapping
@@ -18,6 +19,8 @@ from iciia_exp.engine.training.trainer import interruptible, make_trainer, quiet
 from iciia_exp.machine import process_rank, wait_for_others
 
 __all__ = ["fit"]
+
+log = logging.getLogger(__name__)
 
 
 def fit(
@@ -57,10 +60,14 @@ def fit(
     if not bar and sys.stdout.isatty() and trainer_config.get("enable_progress_bar", True):
         own.append(TQDMProgressBar())
         bar = True
+    epochs = recipe.epochs
+    if (most := trainer_config.get("max_epochs")) not in (None, -1) and most < epochs:
+        log.info("training %s of %d epochs (trainer.max_epochs)", most, epochs)
+        epochs = most
     with quiet_lightning():
         trainer = make_trainer(
             trainer_config,
-            max_epochs=min(recipe.epochs, trainer_config.get("max_epochs") or recipe.epochs),
+            max_epochs=epochs,
             # Lightning moves checkpoints to the end in this order: the last one has the state of the others
             callbacks=[*own, *given.values(), LastCheckpoint(folder)],
             logger=loggers,

@@ -3,7 +3,7 @@
 import logging
 import signal
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -30,6 +30,22 @@ _REFUSED = {
     "limit_predict_batches": "the features of all images are extracted",
     "fast_dev_run": "it leaves out checkpoints and test clients; use trainer=smoke",
     "barebones": "it leaves out checkpoints and loggers",
+    "overfit_batches": "the samplers share out the clients; use trainer.limit_train_batches",
+    "max_steps": "training ends after an epoch, with val images and a checkpoint; use training.recipe.epochs",
+}
+
+_PRECISIONS = ("None", "32", "32-true", "16", "16-mixed", "bf16", "bf16-mixed")
+
+#: What other arguments must be: a check of the value, and its description.
+_LIMITS: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "max_epochs": (lambda v: v is None or v == -1 or v >= 1, "must be 1 or more, or -1 for those of the recipe"),
+    "limit_train_batches": (lambda v: v is None or v > 0, "must be above 0: nothing would be trained"),
+    "limit_val_batches": (lambda v: v is None or v > 0, "must be above 0: val images choose the epoch"),
+    "accumulate_grad_batches": (lambda v: v >= 1, "must be 1 or more"),
+    "precision": (
+        lambda v: str(v) in _PRECISIONS,
+        "cannot be used: weights are float32; one of 32-true, 16-mixed, bf16-mixed",
+    ),
 }
 
 #: Strategies by the first part of their name.
@@ -44,6 +60,7 @@ def quiet_lightning() -> Iterator[None]:
     levels = logger.level, fabric.level
     logger.setLevel(logging.ERROR)
     fabric.setLevel(logging.ERROR)
+    logging.getLogger("lightning.pytorch.profilers").setLevel(logging.INFO)  # its report is what the user asked for
     try:
         with warnings.catch_warnings():
             for message in (
@@ -92,6 +109,9 @@ def make_trainer(config: dict[str, Any], **arguments: Any) -> pl.Trainer:
     for key in own:
         if key in _REFUSED:
             raise ConfigError(f"trainer.{key}", own[key], f"cannot be used: {_REFUSED[key]}")
+    for key, (allowed, problem) in _LIMITS.items():
+        if key in own and not _holds(allowed, own[key]):
+            raise ConfigError(f"trainer.{key}", own[key], problem)
     if isinstance(strategy := own.get("strategy", "auto"), str) and strategy.split("_")[0] not in _STRATEGIES:
         raise ConfigError("trainer.strategy", strategy, f"cannot be used; one of {', '.join(_STRATEGIES)}")
     arguments = {
@@ -114,6 +134,13 @@ def make_trainer(config: dict[str, Any], **arguments: Any) -> pl.Trainer:
             if key in text or (isinstance(value, str) and value in text):
                 raise ConfigError(f"trainer.{key}", value, text) from error
         raise UserError(f"trainer: {text}") from error
+
+
+def _holds(allowed: Callable[[Any], bool], value: Any) -> bool:
+    try:
+        return allowed(value)
+    except TypeError:  # a text where a number is due
+        return False
 
 
 def _plugins(given: Any) -> list[Any]:

@@ -80,6 +80,8 @@ def test_deeper_images_belong_to_the_class_folder(tmp_path):
 
 def test_whole_numbers_are_sorted_by_value(tmp_path):
     assert Folder(make_folder(tmp_path, classes=("10", "9", "1"))).class_names == ("1", "9", "10")
+    named = Folder(make_folder(tmp_path / "padded", classes=("010", "002", "001", "01"))).class_names
+    assert named == ("001", "01", "002", "010")  # folders keep their names
 
 
 # ---- tables
