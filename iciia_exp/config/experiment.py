@@ -25,7 +25,7 @@ from iciia_exp.models.backbones.base import BackboneSpec
 
 __all__ = ["GROUPS", "STAGES", "TOP_LEVEL", "Experiment"]
 
-STAGES = ("all", "backbone", "features", "train", "evaluate")
+STAGES = ("all", "check", "backbone", "features", "train", "evaluate")
 
 GROUPS = (
     *("dataset", "backbone", "features", "partition", "method", "client_mix", "optimizer", "scheduler", "callbacks"),

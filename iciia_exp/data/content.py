@@ -67,7 +67,11 @@ class Content:
             what: that ``read`` reads, in words; digests are kept apart by it.
         """
         names = np.asarray(paths, dtype=object)
-        values = self.each(root, names, read, what)
+        return self.joined(names, self.each(root, names, read, what))
+
+    @staticmethod
+    def joined(names: Sequence[str] | np.ndarray, values: np.ndarray) -> str:
+        """Return a digest of names and of what `each` returns for them."""
         whole = hashlib.sha256(b"\0".join(map(os.fsencode, names)))
         whole.update(values.astype("<i8").tobytes())
         return whole.hexdigest()[:16]

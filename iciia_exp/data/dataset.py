@@ -13,7 +13,7 @@ from typing import Any, ClassVar
 import numpy as np
 import pandas as pd
 
-from iciia_exp.data.content import Content
+from iciia_exp.data.content import Content, bytes_digest
 from iciia_exp.data.readers.images import decode
 from iciia_exp.digest import digest
 from iciia_exp.errors import ConfigError, UserError
@@ -112,6 +112,10 @@ class ImageDataset(ABC):
         """
         return None
 
+    def image_digests(self) -> np.ndarray | None:
+        """Return a digest of every image, int64 [M], 0 for an unreadable one; None where images are not compared."""
+        return None
+
     def backbone_arguments(self) -> dict[str, Any]:
         """Return constructor arguments of the backbone that depend on the dataset."""
         return {}
@@ -137,6 +141,7 @@ class ImageFiles(ImageDataset):
     """A dataset of image files; the column ``path`` of its table is relative to ``root``."""
 
     root: Path
+    _digests: np.ndarray | None = None
 
     def __getitem__(self, index: int) -> Any:
         """Return one image as RGB, in its own size."""
@@ -148,7 +153,13 @@ class ImageFiles(ImageDataset):
 
     def content(self, kept: Content) -> str:
         """Return a digest of the bytes of all images."""
-        return kept.of(self.root, self.table["path"].tolist())
+        paths = self.table["path"].tolist()
+        self._digests = kept.each(self.root, paths, bytes_digest, "bytes")
+        return kept.joined(paths, self._digests)
+
+    def image_digests(self) -> np.ndarray | None:
+        """Return digests of the images' bytes; None before `content`."""
+        return self._digests
 
 
 def dense_labels(label: pd.Series, task: str, num_classes: int) -> np.ndarray:

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from iciia_exp.artifacts import read_json
+from iciia_exp.engine.data_check import findings, split_table, weights_problem
 from iciia_exp.engine.graph import Artifact, NotMade, ensure
 from iciia_exp.engine.stages import Stages
 from iciia_exp.engine.terminal import console, log_file, partition_table, result_table
@@ -24,7 +25,8 @@ __all__ = ["execute"]
 log = logging.getLogger(__name__)
 
 #: Kinds of artifacts that a stage makes.
-KINDS = {
+KINDS: dict[str, tuple[str, ...]] = {
+    "check": (),
     "backbone": ("backbone", "head"),
     "features": ("features",),
     "train": ("run", "states"),
@@ -55,14 +57,36 @@ def execute(stages: Stages, brief: bool = False) -> dict[str, Any] | None:
         for goal in shared:
             join(goal)
         return None
+    if stage == "check":
+        _check_data(stages)
+        return None
     _check(stages)
     in_run = stage in ("train", "evaluate", "all")
     with log_file(run.folder / "run.log") if in_run else nullcontext():
         log.info("%s", _shown(run.folder))
         if not brief:
             console().print(partition_table(stages.clients.statistics(stages.labels)))
+        for found in findings(stages, whole=not stages.features.finished):
+            log.warning("data: %s", found)
         _make(stages)
     return _results(stages, brief) if "evaluation" in KINDS[stage] else None
+
+
+def _check_data(stages: Stages) -> None:
+    """Print what is in the dataset, and what may be wrong with it and with the configuration."""
+    out = console()
+    out.print(split_table(stages))
+    out.print()
+    out.print(partition_table(stages.clients.statistics(stages.labels)))
+    out.print()
+    _check(stages)
+    found = list(findings(stages, whole=True))
+    if (problem := weights_problem(stages)) is not None:
+        found.append(problem)
+    for line in found:
+        log.warning("data: %s", line)
+    if not found:
+        log.info("data: nothing found that is wrong")
 
 
 def _make(stages: Stages) -> None:

@@ -119,6 +119,16 @@ class Features(ImageDataset):
         """Return a digest of all vectors, the same for both kinds of files."""
         return kept.of_one(self.file, lambda _: self._digest(), f"vectors of {self.key}")
 
+    def image_digests(self) -> np.ndarray:
+        """Return a digest of every vector; all are read."""
+        images, found = self._vectors.shape[0], []
+        for first in range(0, images, BLOCK):
+            for row in self._vectors.rows(first, min(first + BLOCK, images)).astype("<f4"):
+                found.append(
+                    int.from_bytes(hashlib.blake2b(row.tobytes(), digest_size=8).digest(), "little", signed=True)
+                )
+        return np.array(found, dtype=np.int64)
+
     def _digest(self) -> bytes:
         content, images = hashlib.sha256(), self._vectors.shape[0]
         for first in range(0, images, BLOCK):

@@ -131,7 +131,7 @@ class Folder(ImageFiles):
         if names:
             kinds = Counter(posixpath.splitext(name)[1].lower() or "no extension" for name in names)
             counts = ", ".join(f"{count} {kind}" for kind, count in kinds.most_common(5))
-            problem = f"passing over {len(names)} files that are no images for Pillow"
+            problem = f"passing over {_files(len(names), 'file')} that Pillow does not read as images"
             log.warning("%s: %s: %s (%s)", self.root, problem, counts, few(names))
 
     def _read_table(self, file: Path, found: list[str]) -> pd.DataFrame:
@@ -173,12 +173,18 @@ class Folder(ImageFiles):
                 raise wrong_folder(self.root, f"has the split folders {', '.join(split_of)} and none for test", TREE)
             folders = [f"{t}/{c}" for t in tops for c in list_folders(self.root / t)] if split else tops
             if empty := sorted(set(folders) - {"/".join(p[: level + 1]) for p in parts}):
-                log.warning("%s: passing over %d folders without images (%s)", self.root, len(empty), few(empty))
+                log.warning(
+                    "%s: passing over %s without images (%s)", self.root, _files(len(empty), "folder"), few(empty)
+                )
             trained = set(classes[splits == "train"])
             if split and (strange := sorted({c for c in classes if c is not None} - trained)):
                 problem = f"has {len(strange)} classes without train images ({few(strange)})"
                 raise wrong_folder(self.root, problem, TREE)
         return splits, classes
+
+
+def _files(count: int, what: str) -> str:
+    return f"{count:,} {what}{'s' * (count != 1)}"
 
 
 def _fill(table: pd.DataFrame, column: str, other: np.ndarray) -> pd.Series:

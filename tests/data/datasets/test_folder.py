@@ -241,8 +241,8 @@ def test_what_is_passed_over_is_counted_and_named(tmp_path, caplog):
     with caplog.at_level("WARNING"):
         assert Folder(tmp_path).table.equals(whole)
     assert [record.getMessage().removeprefix(f"{tmp_path}: ") for record in caplog.records] == [
-        "passing over 3 files that are no images for Pillow: 2 .heic, 1 .txt (notes.txt, train/cup/a.heic, train/cup/b.HEIC)",
-        "passing over 1 folders without images (train/plum)",
+        "passing over 3 files that Pillow does not read as images: 2 .heic, 1 .txt (notes.txt, train/cup/a.heic, train/cup/b.HEIC)",
+        "passing over 1 folder without images (train/plum)",
     ]
 
 

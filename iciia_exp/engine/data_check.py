@@ -1,0 +1,149 @@
+"""Data check: what is in a dataset, and what may be wrong with it, before any work (``stage=check``)."""
+
+import logging
+import unicodedata
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from PIL import Image
+from rich.table import Table
+
+from iciia_exp.data.clients import ROLES
+from iciia_exp.data.dataset import MissingFiles
+from iciia_exp.data.readers.files import few
+from iciia_exp.engine.inputs import Inputs
+from iciia_exp.errors import UserError, printable
+from iciia_exp.tasks import SINGLE_LABEL
+
+__all__ = ["findings", "split_table", "weights_problem"]
+
+log = logging.getLogger(__name__)
+
+_PROBED = 9  # images whose size is compared with the backbone's input
+_COARSE = 64  # sides of an input, in pixels, that lose much of a larger picture
+
+
+def findings(inputs: Inputs, whole: bool) -> Iterator[str]:
+    """Yield what may be wrong with the data, a line each.
+
+    Args:
+        inputs: of the experiment.
+        whole: also compare the images with each other and with the backbone's input, which reads files.
+    """
+    yield from _untrained_classes(inputs)
+    yield from _colliding_names(inputs)
+    if whole and not isinstance(inputs.experiment.dataset_or_missing, MissingFiles):
+        yield from _duplicates(inputs)
+        yield from _sizes(inputs)
+
+
+def split_table(inputs: Inputs) -> Table:
+    """Return a table of the dataset's splits: images, owners, classes and images per class."""
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    table.add_column("split")
+    for name in ("images", "owners", "classes", "images per class: least", "median", "most"):
+        table.add_column(name, justify="right")
+    for split, rows in inputs.table.groupby("split", sort=False):
+        counts = _per_class(inputs.labels[rows.index.to_numpy()], inputs.num_classes)
+        there = counts[counts > 0]
+        cells = (len(rows), rows["owner"].nunique(), len(there), there.min(), int(np.median(there)), there.max())
+        table.add_row(str(split), *(f"{cell:,}" for cell in cells))
+    return table
+
+
+def _per_class(labels: np.ndarray, classes: int) -> np.ndarray:
+    """Return the number of images of each class, int64 [K]."""
+    return labels.astype(np.int64).sum(0) if labels.ndim == 2 else np.bincount(labels, minlength=classes)
+
+
+def _untrained_classes(inputs: Inputs) -> Iterator[str]:
+    clients, labels, classes = inputs.clients, inputs.labels, inputs.num_classes
+    trained = np.union1d(clients.train.values, inputs.backbone_rows)
+    tested = np.unique(clients.test.values)
+    missing = (_per_class(labels[trained], classes) == 0) & (_per_class(labels[tested], classes) > 0)
+    if not missing.any():
+        return
+    names = few(inputs.facts.class_names[k] for k in np.flatnonzero(missing))
+    what = f"{missing.sum()} of {classes} classes have test images and no train images ({names})"
+    if inputs.experiment.dataset_class.task == SINGLE_LABEL:
+        share = np.isin(labels[tested], np.flatnonzero(missing)).sum()
+        what += f"; {share:,} of {len(tested):,} test images are of them"
+    yield what
+
+
+def _colliding_names(inputs: Inputs) -> Iterator[str]:
+    """Yield class names and owners that differ in accents' encoding, case, spaces or leading zeros only."""
+    kinds = {
+        "classes": inputs.facts.class_names,
+        "owners": [o for o in pd.unique(inputs.table["owner"]) if o is not None],
+    }
+    for kind, names in kinds.items():
+        groups: dict[str, list[str]] = {}
+        for name in names:
+            groups.setdefault(_plain_name(str(name)), []).append(str(name))
+        if alike := [part for part in groups.values() if len(part) > 1]:
+            pairs = few(" and ".join(printable(repr(name)) for name in part) for part in alike)
+            yield f"{len(alike)} names of {kind} differ in case, accents' encoding, spaces or zeros only: {pairs}"
+
+
+def _plain_name(name: str) -> str:
+    plain = " ".join(unicodedata.normalize("NFKC", name).casefold().split())
+    return str(int(plain)) if plain.isdecimal() else plain
+
+
+def _duplicates(inputs: Inputs) -> Iterator[str]:
+    """Yield how many val and test images are also train images."""
+    dataset, clients = inputs.experiment.dataset, inputs.clients
+    if (digests := dataset.image_digests()) is None:
+        return
+    rows: dict[str, Any] = {role: np.unique(clients[role].values) for role in ROLES}
+    rows["train"] = np.union1d(rows["train"], inputs.backbone_rows)
+    for role in ("val", "test"):
+        own = np.setdiff1d(rows[role], rows["train"])
+        same = own[np.isin(digests[own], digests[rows["train"]]) & (digests[own] != 0)]
+        if len(same):
+            train = rows["train"][digests[rows["train"]] == digests[same[0]]][0]
+            pair = f"{dataset.describe(int(same[0]))} = {dataset.describe(int(train))}"
+            yield f"{len(same):,} of {len(own):,} {role} images are train images as well ({printable(pair)})"
+
+
+def _sizes(inputs: Inputs) -> Iterator[str]:
+    """Yield if the backbone sees much less than the pictures show."""
+    from iciia_exp.engine.training.extract import probes  # late: it imports Lightning
+
+    dataset = inputs.experiment.dataset
+    try:
+        backbone = inputs.experiment.named(
+            lambda: inputs.experiment.backbone.fresh(inputs.num_classes, **inputs.facts.backbone_arguments), "backbone"
+        )
+        pictures = [dataset[int(row)] for row in probes(np.arange(len(dataset)))[:_PROBED]]
+        pictures = [picture for picture in pictures if isinstance(picture, Image.Image)]
+        taken = [backbone.transform(picture) for picture in pictures]
+    except Exception:  # an image that cannot be read, a network that does not take it: others say so
+        return
+    if not pictures:
+        return
+    channels, side = taken[0].shape[0], min(taken[0].shape[1:])
+    shown = int(np.median([min(picture.size) for picture in pictures]))
+    coarse = side < _COARSE and shown >= 2 * side
+    grey = channels == 1 and any(picture.mode != "L" and _coloured(picture) for picture in pictures)
+    if coarse or grey:
+        what = f"{side} x {side}{' grey' if channels == 1 else ''} pixels"
+        kind = "coloured pictures" if grey else "pictures"
+        yield f"the backbone {inputs.experiment.backbone.name} sees {what} of {kind} whose shorter side is {shown}"
+
+
+def _coloured(picture: Image.Image) -> bool:
+    pixels = np.asarray(picture.convert("RGB").resize((16, 16))).astype(int)
+    return bool((np.ptp(pixels, axis=2) > 16).any())
+
+
+def weights_problem(inputs: Inputs) -> str | None:
+    """Return why the backbone's weights do not fit, or None."""
+    try:
+        inputs.new_backbone()
+    except UserError as error:
+        return str(error)
+    return None
