@@ -16,7 +16,7 @@ import pandas as pd
 
 from iciia_exp.data.content import Content
 from iciia_exp.data.dataset import ImageDataset, MissingFiles, existing_root, table_digest
-from iciia_exp.data.readers.metadata import check_shares, image_table, read_metadata
+from iciia_exp.data.readers.metadata import COLUMNS, check_columns, check_shares, image_table, read_metadata
 from iciia_exp.errors import ConfigError, UserError, check_int, first_line
 
 __all__ = ["Features"]
@@ -51,7 +51,8 @@ class Features(ImageDataset):
     """
 
     name = "features"
-    cosmetic = frozenset({"root", "file", "csv", "key", "shares", "seed"})  # their effect is in `fingerprint`
+    # their effect is in `fingerprint`
+    cosmetic = frozenset({"root", "file", "csv", "key", "shares", "seed", "columns"})
     open_files = frozenset({"_vectors"})
 
     def __init__(
@@ -62,7 +63,9 @@ class Features(ImageDataset):
         csv: str = "images.csv",
         key: str | None = None,
         seed: int = 0,
+        columns: Mapping[str, str] | None = None,
     ) -> None:
+        self.columns = check_columns(columns, COLUMNS)
         self.shares = check_shares(shares)
         self.seed = check_int("seed", seed, 0)
         paths = {"file": Path(file).expanduser(), "csv": Path(csv).expanduser()}
@@ -95,7 +98,7 @@ class Features(ImageDataset):
 
     @cached_property
     def _described(self) -> tuple[pd.DataFrame, tuple[str, ...]]:
-        metadata, (images, _) = read_metadata(self.csv), self._vectors.shape
+        metadata, (images, _) = read_metadata(self.csv, columns=self.columns), self._vectors.shape
         if len(metadata) != images:
             problem = f"has {len(metadata):,} rows, and {self.file} has {images:,} vectors"
             raise UserError(f"{self.csv}: {problem}; there must be one row per vector, in the same order")

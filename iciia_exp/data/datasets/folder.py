@@ -15,7 +15,15 @@ from PIL import Image
 from iciia_exp.data.dataset import ImageFiles, existing_root, wrong_folder
 from iciia_exp.data.readers.files import check_distinct, existing_file, few, list_files, list_folders
 from iciia_exp.data.readers.images import extensions, read_image
-from iciia_exp.data.readers.metadata import check_shares, image_table, parse_times, read_metadata
+from iciia_exp.data.readers.metadata import (
+    COLUMNS,
+    SPLIT_NAMES,
+    check_columns,
+    check_shares,
+    image_table,
+    parse_times,
+    read_metadata,
+)
 from iciia_exp.data.readers.parents import parents_file, read_parents
 from iciia_exp.errors import UserError, check_int
 
@@ -32,10 +40,6 @@ or images anywhere, with a CSV table of their path, label and split"""
 
 CSV_FORM = "a CSV table with a column path and any of label, owner, split, parent, time"
 
-# Names of split folders, in lower case.
-_VAL = ("val", "valid", "validation")
-_SPLIT_FOLDERS = ("backbone", "train", "selection", *_VAL, "test")
-
 SHARES = {"train": 0.6, "val": 0.2, "test": 0.2}
 
 
@@ -45,25 +49,26 @@ class Folder(ImageFiles):
     Every format that Pillow reads is an image; other files are counted and passed over. The orientation of EXIF is
     applied, transparent pixels are white, 16 bits become 8 (`iciia_exp.data.readers.images.read_image`).
 
-    An image in a deeper folder belongs to the class folder above. Split folders are train, test, val (or valid,
-    validation) and backbone; without a test folder, val is the test split. If neither folders nor table give splits,
-    the images of each class are split by ``shares``, or the owners if the table gives owners.
+    An image in a deeper folder belongs to the class folder above. Split folders are train, test, val and backbone, or
+    training, testing, valid, validation and dev; without a test folder, val is the test split. If neither folders nor
+    table give splits, the images of each class are split by ``shares``, or the owners if the table gives owners.
 
     Args:
         root: folder of the images.
-        csv: table by path, or by its name within ``root``. Columns: ``path`` (relative to ``root``) and any of
-            ``label``, ``owner``, ``split``, ``parent`` (texts) and ``time`` or ``timestamp`` (seconds, or ISO dates).
-            Its cells take precedence over the folders, which are used for empty cells and missing columns. Images that
-            are not in the table are left out.
+        csv: table by path, or by its name within ``root``. Columns: ``path`` (relative to ``root`` or to the table, or
+            absolute; images lie in ``root``) and any of ``label``, ``owner``, ``split``, ``parent`` (texts) and
+            ``time`` or ``timestamp`` (seconds, or ISO dates). Its cells take precedence over the folders, which are
+            used for empty cells and missing columns. Images that are not in the table are left out.
         parents: CSV table of parent categories by class (`iciia_exp.data.readers.parents`); a parent in ``csv``
             takes precedence.
         shares: shares of the splits, with sum 1, for data without splits; train, test and any of val and backbone.
         seed: seed of that split.
+        columns: names of the columns in ``csv``, by ours, where they are others: ``{"owner": "user"}``.
     """
 
     name = "folder"
     # their content is in the table, which is in the fingerprint
-    cosmetic: ClassVar[frozenset[str]] = frozenset({"root", "csv", "parents", "shares", "seed"})
+    cosmetic: ClassVar[frozenset[str]] = frozenset({"root", "csv", "parents", "shares", "seed", "columns"})
 
     def __init__(
         self,
@@ -72,7 +77,9 @@ class Folder(ImageFiles):
         parents: str | Path | None = None,
         shares: Mapping[str, float] = SHARES,
         seed: int = 0,
+        columns: Mapping[str, str] | None = None,
     ) -> None:
+        self.columns = check_columns(columns, ("path", *COLUMNS))
         self.root = existing_root(root, "your images", TREE)
         if csv is not None and (self.root / csv).is_file():
             csv = self.root / csv
@@ -114,7 +121,11 @@ class Folder(ImageFiles):
         if given["split"].isna().all():
             del given["split"]
         if len(classes := set(given["label"])) < 2:
-            raise wrong_folder(where, f"has a single class ({few(classes)}), at least 2 are needed", TREE)
+            problem = f"has a single class ({few(classes)}), at least 2 are needed"
+            inner = [top for top in list_folders(self.root) if len(list_folders(self.root / top)) > 1]
+            if self.csv is None and len(inner) == 1:
+                problem += f"; the folders in it are the classes with data_dir={self.root / inner[0]}"
+            raise wrong_folder(where, problem, TREE)
         table, class_names = image_table(given, self.shares, self.seed, where)
         if untrained := set(table["label"]) - set(table["label"][table["split"] == "train"]):
             log.warning("%s: no train images of %s", where, few(class_names[i] for i in sorted(untrained)))
@@ -136,10 +147,10 @@ class Folder(ImageFiles):
 
     def _read_table(self, file: Path, found: list[str]) -> pd.DataFrame:
         """Return the user's table, checked; ``time`` in seconds, the other columns text or None."""
-        table = read_metadata(file, required=("path",), extra=("path",))
-        path = table["path"].str.replace("\\", "/").map(posixpath.normpath).astype(object)
+        table = read_metadata(file, required=("path",), extra=("path",), columns=self.columns)
+        path = self._within_root(table["path"].str.replace("\\", "/"), file, set(found)).astype(object)
         if len(outside := table["path"][path.str.startswith(("/", "../"))]):
-            raise UserError(f"{file}: every path must be relative to {self.root} and lie in it ({few(outside)})")
+            raise UserError(f"{file}: every path must lie in {self.root} ({few(outside)})")
         check_distinct(file, path, "paths")
         table["path"] = path
         files = set(found)
@@ -154,13 +165,28 @@ class Folder(ImageFiles):
             table["time"] = parse_times(table["time"], file)
         return table
 
+    def _within_root(self, paths: pd.Series, file: Path, found: set[str]) -> pd.Series:
+        """Return paths relative to the root: of absolute ones, and of those relative to the table."""
+        root, beside = (posixpath.normpath(place.absolute().as_posix()) for place in (self.root, file.parent))
+
+        def within(path: str) -> str:
+            plain = posixpath.normpath(path)
+            if plain in found or (beside == root and not plain.startswith("/")):
+                return plain
+            other = posixpath.relpath(posixpath.join(beside, plain), root)  # of an absolute path that path itself
+            return other if other in found or plain.startswith(("/", "../")) else plain
+
+        return paths.map(within)
+
     def _read_folders(self, paths: pd.Series) -> tuple[np.ndarray, np.ndarray]:
         """Return the split and the class of every image by its folders; None if they give none."""
         tops = list_folders(self.root)
-        split_of = {top: top.lower() for top in tops if top.lower() in _SPLIT_FOLDERS}
-        split = "train" in split_of.values() and len(split_of) > 1  # "train" alone may be a class
+        split_of = {top: SPLIT_NAMES[top.lower()] for top in tops if top.lower() in SPLIT_NAMES}
+        split = "train" in split_of.values() and len(set(split_of.values())) > 1  # "train" alone may be a class
         if split and "test" not in split_of.values():
-            split_of = {top: "test" if name in _VAL else name for top, name in split_of.items()}
+            split_of = {
+                top: "test" if name == "val" and top.lower() != "selection" else name for top, name in split_of.items()
+            }
         level = 1 if split else 0
         parts = [p.split("/") for p in paths]
         splits = np.array([split_of.get(p[0]) if split else None for p in parts], dtype=object)

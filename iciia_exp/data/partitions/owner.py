@@ -6,6 +6,7 @@ client; 20 % of the train clients, or of each client's train images, are used fo
 Legend: M images of the dataset, N images in use, C clients.
 """
 
+import logging
 from collections.abc import Callable
 
 import numpy as np
@@ -17,6 +18,8 @@ from iciia_exp.errors import ConfigError, check_choice, check_float, check_int
 from iciia_exp.seeding import generator
 
 __all__ = ["Owner", "deal_owners", "give_val", "most_frequent"]
+
+log = logging.getLogger(__name__)
 
 TRAIN, VAL, TEST = range(len(ROLES))
 
@@ -105,13 +108,19 @@ class Owner(Partition):
         self.test_share = check_float("test_share", test_share, 0.0, 0.9, open_low=True)
 
     def assign(self, table: pd.DataFrame, num_classes: int) -> Clients:
-        """Return the clients; raises `ConfigError` for an image without an owner or a role without a client."""
+        """Return the clients; images without an owner are left out.
+
+        Raises `ConfigError` if no image has an owner, or a role has no client.
+        """
         splits_M = table["split"].to_numpy()
         used = np.flatnonzero(splits_M != "backbone")
         owners = table["owner"].iloc[used]
         if lacking := int(owners.isna().sum()):
-            problem = f"{lacking} of the dataset's {len(used)} images have no owner; choose another partition"
-            raise ConfigError("_target_", "Owner", problem)
+            problem = f"{lacking:,} of the dataset's {len(used):,} images have no owner"
+            if lacking == len(used):
+                raise ConfigError("_target_", "Owner", f"{problem}; choose another partition")
+            log.warning("partition: %s; they are left out", problem)
+            used, owners = used[owners.notna().to_numpy()], owners.dropna()
         client_N, names = pd.factorize(owners)
         images_C = np.bincount(client_N, minlength=len(names))
         least = max(self.min_images, len(ROLES) if self.split == "within" else 1)

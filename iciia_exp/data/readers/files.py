@@ -1,17 +1,26 @@
 """File readers: folders of files, and CSV tables."""
 
+import codecs
 import csv
+import io
+import logging
 import os
+import re
 import warnings
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
 
+import numpy as np
 import pandas as pd
 
 from iciia_exp.errors import ConfigError, UserError, first_line, printable
 
 __all__ = ["check_distinct", "existing_file", "few", "list_files", "list_folders", "list_images", "read_csv"]
+
+log = logging.getLogger(__name__)
+
+_UTF16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
+_SEPARATORS = (",", ";", "\t", "|")
 
 #: Extensions of the image files of published datasets, in lower case.
 EXTENSIONS = (".jpeg", ".jpg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".ppm", ".pgm")
@@ -84,25 +93,51 @@ def _entries(folder: Path | str) -> list[os.DirEntry[str]]:
 def read_csv(path: Path, required: Sequence[str] = ()) -> pd.DataFrame:
     """Return a CSV file with a header as stripped text; missing cells are empty.
 
-    A file that is missing, not a CSV file, or without a required column raises `UserError`.
+    Cells are separated by commas, semicolons, tabs or bars. The text is UTF-8 or UTF-16; other bytes are read as
+    Windows-1252, with a warning. A file that is missing, not a CSV file, or without a required column raises
+    `UserError`.
     """
-    options: dict[str, Any] = {"dtype": object, "keep_default_na": False, "encoding": "utf-8-sig", "index_col": False}
+    text, options = _read_text(path), {"dtype": object, "keep_default_na": False, "index_col": False}
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error", pd.errors.ParserWarning)
-            table = pd.read_csv(path, skipinitialspace=True, **options)
-    except FileNotFoundError as error:
-        raise UserError(f"{path}: there is no such file; it must be a CSV file with a header") from error
-    except (OSError, ValueError, csv.Error, pd.errors.ParserWarning) as error:
+            options["sep"] = _separator(text)
+            table = pd.read_csv(io.StringIO(text), skipinitialspace=True, **options)  # type: ignore[call-overload]
+    except (ValueError, csv.Error, pd.errors.ParserWarning) as error:
         problem = first_line(error)
         if isinstance(error, pd.errors.ParserWarning):
-            problem = "rows have more cells than the header; put texts with commas in quotes"
-        raise UserError(f"{path}: cannot be read as a comma-separated UTF-8 file ({problem})") from error
+            problem = "rows have more cells than the header; put texts with the separator in quotes"
+        raise UserError(f"{path}: cannot be read as a CSV file ({problem})") from error
     table.columns = table.columns.str.strip()
     if lacking := [column for column in required if column not in table]:
-        header = ", ".join(table.columns)
+        header = ", ".join(printable(column, lines=False) for column in table.columns)
         raise UserError(f"{path}: has no column {lacking[0]}, only {header}; expected {','.join(required)}")
-    return table.fillna("").apply(lambda column: column.str.strip())
+    table = table.fillna("").apply(lambda column: column.str.strip())
+    if len(table.columns) > 1 and len(again := np.flatnonzero((table == table.columns).all(axis=1))):
+        raise UserError(f"{path}: row {again[0] + 1} repeats the header; remove it")
+    return table
+
+
+def _read_text(path: Path) -> str:
+    try:
+        content = path.read_bytes()
+    except FileNotFoundError as error:
+        raise UserError(f"{path}: there is no such file; it must be a CSV file with a header") from error
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror})") from error
+    if b"\0" in content and not content.startswith(_UTF16):
+        raise UserError(f"{path}: cannot be read as a CSV file (it is no text); save it as CSV, in UTF-8")
+    try:
+        return content.decode("utf-16" if content.startswith(_UTF16) else "utf-8-sig")
+    except UnicodeDecodeError:
+        log.warning("%s: is not UTF-8; reading it as Windows-1252", path)
+        return content.decode("cp1252", "replace")
+
+
+def _separator(text: str) -> str:
+    """Return the separator that cuts the header, quoted texts left out, into most columns; the comma in a tie."""
+    header = re.sub(r'"[^"]*"', "", text.lstrip().partition("\n")[0])
+    return max(_SEPARATORS, key=header.count)
 
 
 def check_distinct(source: Path, values: pd.Series, what: str, hint: str = "") -> None:

@@ -3,6 +3,8 @@
 All functions except `read_metadata` are pure functions of columns of text, with None for an empty cell.
 """
 
+import difflib
+import logging
 import re
 from collections.abc import Collection, Mapping
 from pathlib import Path
@@ -11,16 +13,21 @@ import numpy as np
 import pandas as pd
 
 from iciia_exp.data.dataset import SPLITS
-from iciia_exp.data.readers.files import read_csv
+from iciia_exp.data.readers.files import few, read_csv
 from iciia_exp.errors import ConfigError, UserError, check_choice, check_float, did_you_mean
 from iciia_exp.seeding import generator
 
-__all__ = ["COLUMNS", "check_shares", "image_table", "read_metadata"]
+__all__ = ["COLUMNS", "SPLIT_NAMES", "check_columns", "check_shares", "image_table", "read_metadata"]
+
+log = logging.getLogger(__name__)
 
 #: Columns of a file.
 COLUMNS = ("label", "split", "owner", "parent", "time")
 
 _ALIASES = {"timestamp": "time"}
+# texts that tables have where nothing is known
+_MISSING = {"nan", "none", "null", "na", "n/a", "<na>", "unknown", "-", "?"}
+
 _SPLITS = {
     "backbone": "backbone",
     **dict.fromkeys(("train", "training"), "train"),
@@ -28,42 +35,76 @@ _SPLITS = {
     **dict.fromkeys(("test", "testing"), "test"),
 }
 
+#: Names of splits in columns and folders, in lower case.
+SPLIT_NAMES = _SPLITS
+
 
 def _hint(name: str, choices: Collection[str], otherwise: str) -> str:
     return did_you_mean(name, choices, f"{otherwise} {', '.join(choices)}")
 
 
-def read_metadata(path: Path, required: Collection[str] = ("label",), extra: Collection[str] = ()) -> pd.DataFrame:
+def check_columns(columns: Mapping[str, str] | None, known: Collection[str]) -> dict[str, str]:
+    """Return the name in the file of every column of the configuration that has another; wrong ones raise."""
+    for name, other in (columns or {}).items():
+        check_choice("columns", name, tuple(known))
+        if not isinstance(other, str) or not other.strip():
+            raise ConfigError(f"columns.{name}", other, "must be the name of a column of the CSV file")
+    return {name: other.strip() for name, other in (columns or {}).items() if other.strip() != name}
+
+
+def read_metadata(
+    path: Path, required: Collection[str] = ("label",), extra: Collection[str] = (), columns: Mapping[str, str] = {}
+) -> pd.DataFrame:
     """Read a CSV file with a header into columns of text, with None for an empty cell; NA and null are names.
 
-    ``timestamp`` is read as ``time``; a column without a name (the row numbers that pandas writes) is left out.
+    ``timestamp`` is read as ``time``. Other columns are left out, with a line; so is one without a name (the row
+    numbers that pandas writes).
 
     Args:
-        path: the file, comma-separated, UTF-8.
+        path: the file (`iciia_exp.data.readers.files.read_csv`).
         required: columns that must exist and have no empty cell.
-        extra: columns allowed in addition to `COLUMNS`.
+        extra: columns known in addition to `COLUMNS`.
+        columns: names in the file, by ours, from `check_columns`.
 
     Raises:
-        UserError: no such file, not a CSV file, unknown or missing columns, empty cells of a required column.
+        UserError: no such file, not a CSV file, missing columns or names much like one, empty cells of a required
+            column.
     """
     raw = read_csv(path)
-    allowed = dict.fromkeys((*required, *extra, *COLUMNS))
-    table = {}
+    known = dict.fromkeys((*required, *extra, *COLUMNS))
+    header = ", ".join(repr(column) for column in raw.columns)
+    for ours, theirs in columns.items():
+        if theirs not in raw:
+            raise ConfigError(f"columns.{ours}", theirs, f"is no column of {path}, which has {header}")
+    ours_of = {theirs: ours for ours, theirs in columns.items()}
+    table, other = {}, []
     for column in raw.columns:
         if not column or column.startswith("Unnamed: "):
             continue
-        name = _ALIASES.get(column.lower(), column.lower())
-        if name not in allowed:
-            hint = _hint(name, allowed, "rename or remove it; known:")
-            raise UserError(f"{path}: unknown column {column!r}; {hint}")
+        name = ours_of.get(column) or _ALIASES.get(column.lower(), column.lower())
+        if name not in known or (name in columns and column not in ours_of):
+            near = difflib.get_close_matches(name, known, n=1, cutoff=0.75)
+            if near and near[0] not in table and near[0] not in raw:  # a slip: `onwer`, not `image` for `time`
+                raise UserError(f"{path}: unknown column {column!r}; did you mean {near[0]}? Else rename or remove it")
+            other.append(column)
+            continue
         if name in table:
             raise UserError(f"{path}: two columns for {name}; keep one")
         table[name] = raw[column].astype(object).where(raw[column] != "", None)
     for name in required:
         if name not in table:
-            raise UserError(f"{path}: has no column {name!r}; the header is {', '.join(map(repr, raw.columns))}")
+            hint = f"dataset.columns.{name}=NAME reads another"
+            raise UserError(f"{path}: has no column {name!r}; the header is {header}; {hint}")
         if len(empty := np.flatnonzero(table[name].isna())):
             raise UserError(f"{path}: {name} is empty in {len(empty)} of {len(raw)} rows, first in row {empty[0] + 1}")
+    if other:
+        log.info("%s: leaving out the columns %s", path, few(other))
+    if "owner" in table:
+        missing = table["owner"].dropna()
+        missing = missing[missing.str.lower().isin(_MISSING)]
+        if len(missing):
+            problem = f"{len(missing):,} images have the owner {missing.iloc[0]!r}, which is one client"
+            log.warning("%s: %s; leave the cell empty where the owner is unknown", path, problem)
     return pd.DataFrame(table, dtype=object)
 
 
@@ -104,7 +145,8 @@ def parse_times(times: pd.Series, source: Path | str) -> np.ndarray:
         row = int(wrong.to_numpy().argmax())
         problem = "time must be numbers (seconds) throughout, or ISO dates (2019-05-31T16:20:00) throughout"
         raise UserError(f"{source}: {problem}; row {row + 1} has {times.iloc[row]!r}")
-    return ((dates - pd.Timestamp(0, tz="UTC")) / pd.Timedelta(seconds=1)).to_numpy(dtype=np.float64)
+    microseconds = dates.astype("datetime64[us, UTC]").to_numpy(dtype="datetime64[us]")  # also of the year 9999
+    return np.where(given, microseconds.astype(np.int64) / 1e6, np.nan)
 
 
 def check_shares(shares: Mapping[str, float], key: str = "shares") -> dict[str, float]:

@@ -231,6 +231,44 @@ def test_wrong_folders_are_named(tmp_path, change, message):
         Folder(tmp_path).table  # noqa: B018
 
 
+@pytest.mark.parametrize("form", ["absolute", "beside the table", "backslashes"])
+def test_paths_as_tables_have_them(tmp_path, form):
+    root = make_folder(tmp_path / "data" / "images")
+    write_table(root / "t.csv", path=paths())
+    want = Folder(root, csv="t.csv").table
+    file = tmp_path / "data" / "t.csv"
+    given = {
+        "absolute": [str(root / path) for path in paths()],
+        "beside the table": [f"images/{path}" for path in paths()],
+        "backslashes": [path.replace("/", "\\") for path in paths()],
+    }[form]
+    write_table(file, path=given)
+    assert Folder(root, csv=file).table.equals(want)
+
+
+def test_columns_of_other_names(tmp_path):
+    make_folder(tmp_path)
+    write_table(tmp_path / "t.csv", image=paths(), user=[str(i % 6) for i in range(30)])
+    table = Folder(tmp_path, csv="t.csv", columns={"path": "image", "owner": "user"}).table
+    assert set(table["owner"]) == set("012345")
+
+
+@pytest.mark.parametrize("names", [("training", "testing"), ("Train", "dev", "Test"), ("TRAINING", "valid")])
+def test_split_folders_by_any_name(tmp_path, names):
+    make_folder(tmp_path, per_class=1, splits=names)
+    splits = {"dev": "val", "valid": "test"}
+    expected = {splits.get(name, name.lower().removesuffix("ing")) for name in names}
+    assert set(Folder(tmp_path).table["split"]) == expected
+
+
+def test_a_folder_around_the_classes_is_a_hint(tmp_path):
+    make_folder(tmp_path / "images")
+    with pytest.raises(
+        UserError, match=rf"single class \(images\).*; the .* are the classes with data_dir={tmp_path}/images"
+    ):
+        Folder(tmp_path).table  # noqa: B018
+
+
 def test_what_is_passed_over_is_counted_and_named(tmp_path, caplog):
     make_folder(tmp_path, per_class=1, splits=("train", "test"))
     whole = Folder(tmp_path).table
@@ -269,12 +307,12 @@ def test_images_are_upright_and_without_hidden_colours(tmp_path):
 @pytest.mark.parametrize(
     ("columns", "message"),
     [
-        ({"file": ["a"]}, "unknown column 'file'; rename or remove it; known: path"),
+        ({"file": ["a"]}, "has no column 'path'; the header is 'file'; dataset.columns.path=NAME reads another"),
         ({"path": ["apple/000.jpg", "apple/../apple/000.jpg"]}, r"1 paths are listed twice \(apple/000.jpg\)"),
-        ({"path": ["apple/000.jpg", "../other.jpg"]}, r"lie in it \(../other.jpg\)"),
+        ({"path": ["apple/000.jpg", "../other.jpg"]}, r"every path must lie in .* \(../other.jpg\)"),
         ({"path": ["apple/000.jpg", None]}, "path is empty in 1 of 2 rows"),
         ({"label": ["a", "b"]}, "has no column 'path'"),
-        ({"path": ["/data/000.jpg"]}, "every path must be relative"),
+        ({"path": ["/data/000.jpg"]}, "every path must lie in"),
         ({"path": ["x/000.jpg", "y/000.jpg"]}, r"none of its 2 images is in .* \(x/000.jpg, y/000.jpg\)"),
         ({"path": ["apple/000.jpg"]}, r"t.csv: has a single class \(apple\)"),
         (

@@ -213,3 +213,18 @@ def test_the_writers_of_mnist(reference):
     statistics = clients.statistics(frame["label"].to_numpy()).set_index("role")
     assert statistics["clients"].to_dict() == {"train": 431, "val": 108, "test": 297}
     assert statistics["images"].sum() == 70_000
+
+
+def test_images_without_an_owner_are_left_out(caplog):
+    table = pd.DataFrame(
+        {"label": 0, "split": ["train", "test"] * 6, "owner": ["a", "a", "b", "b"] * 3, "parent": None}
+    )
+    table.loc[[2, 3], "owner"] = None
+    with caplog.at_level("WARNING"):
+        clients = Owner(val_share=0.2).assign(table, 1)
+    assert [record.getMessage() for record in caplog.records] == [
+        "partition: 2 of the dataset's 12 images have no owner; they are left out"
+    ]
+    used = np.concatenate([clients[role].values for role in ("train", "val", "test")])
+    assert sorted(used) == [0, 1, *range(4, 12)]
+    assert clients.ids.tolist() == ["a", "b"]

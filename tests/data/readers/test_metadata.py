@@ -3,6 +3,8 @@ import pandas as pd
 import pytest
 
 from iciia_exp.data.readers.metadata import (
+    COLUMNS,
+    check_columns,
     check_shares,
     deal_splits,
     image_table,
@@ -35,13 +37,14 @@ def test_reads_text_and_keeps_names_that_look_like_missing_values(tmp_path):
     ("text", "message"),
     [
         ("label,onwer\na,b\n", "unknown column 'onwer'; did you mean owner"),
-        ("label,caption\na,b\n", "'caption'; rename or remove it; known: label, split, owner, parent, time"),
-        ("class\na\n", "unknown column 'class'"),
+        ("class\na\n", "has no column 'label'; the header is 'class'; dataset.columns.label=NAME reads another"),
         ("split\ntrain\n", "has no column 'label'; the header is 'split'"),
         ("label,split\na,train\n,test\n", "label is empty in 1 of 2 rows, first in row 2"),
         ("label,time,timestamp\na,1,1\n", "two columns for time"),
-        ("label;split\na;train\n", "unknown column 'label;split'"),
-        ("label,split\na,train,extra\n", "cannot be read as a comma-separated"),
+        ("label;onwer\na;train\n", "unknown column 'onwer'; did you mean owner"),
+        ("label,split\na,train,extra\n", "cannot be read as a CSV file .rows have more cells than the header"),
+        ("label,split\na,train\nlabel,split\nb,test\n", "row 2 repeats the header; remove it"),
+        ("label\0\na\n", "it is no text"),
         ("", "cannot be read"),
     ],
 )
@@ -56,8 +59,49 @@ def test_files_that_cannot_be_used(tmp_path, text, message):
 def test_missing_file_and_wrong_encoding(tmp_path):
     with pytest.raises(UserError, match="there is no such file"):
         read_metadata(tmp_path / "images.csv")
-    with pytest.raises(UserError, match="UTF-8"):
-        read_metadata(written(tmp_path, "label\nZürich\n", "latin-1"))
+    (tmp_path / "images.csv").mkdir()
+    with pytest.raises(UserError, match=r"images\.csv: cannot be read \(Is a directory\)"):
+        read_metadata(tmp_path / "images.csv")
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "latin-1"])
+@pytest.mark.parametrize("separator", [",", ";", "\t", "|"])
+def test_tables_as_programs_write_them(tmp_path, separator, encoding, caplog):
+    text = "\r\n".join(separator.join(cells) for cells in (("label", "owner"), ("Zürich", '"a, b; c"'), ("x", "")))
+    with caplog.at_level("WARNING"):
+        table = read_metadata(written(tmp_path, text, encoding))
+    assert table["label"].tolist() == ["Zürich", "x"]
+    assert table["owner"].tolist() == ["a, b; c", None]
+    assert ["not UTF-8" in r.getMessage() for r in caplog.records] == [True] * (encoding == "latin-1")
+
+
+def test_columns_of_other_names_and_others_are_left_out(tmp_path, caplog):
+    path = written(tmp_path, "image,class,user,caption,width\n1,a,ann,x,3\n")
+    with caplog.at_level("INFO"):
+        table = read_metadata(path, columns={"label": "class", "owner": "user"})
+    assert table.to_dict("list") == {"label": ["a"], "owner": ["ann"]}
+    assert caplog.records[-1].getMessage() == f"{path}: leaving out the columns image, caption, width"
+    with pytest.raises(ConfigError, match=r"^columns\.owner=usr: is no column of .*'image', 'class'"):
+        read_metadata(path, columns={"label": "class", "owner": "usr"})
+    with pytest.raises(ConfigError, match=r"columns=foo"):
+        check_columns({"foo": "user"}, COLUMNS)
+    with pytest.raises(ConfigError, match=r"columns\.owner=3"):
+        check_columns({"owner": 3}, COLUMNS)
+    assert check_columns({"owner": "owner", "label": "class"}, COLUMNS) == {"label": "class"}
+
+
+def test_owners_that_may_be_none_are_said(tmp_path, caplog):
+    with caplog.at_level("WARNING"):
+        read_metadata(written(tmp_path, "label,owner\na,nan\nb,ann\nc,NaN\n"))
+    (said,) = [record.getMessage() for record in caplog.records]
+    assert "2 images have the owner 'nan', which is one client" in said
+
+
+def test_a_time_of_the_far_future(tmp_path):
+    times = parse_times(pd.Series(["9999-12-31", None, "1970-01-01T00:00:01.5"], dtype=object), "t.csv")
+    assert times[0] == 253402214400
+    assert np.isnan(times[1])
+    assert times[2] == 1.5
 
 
 def test_labels_by_name_or_by_number():

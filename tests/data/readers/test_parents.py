@@ -85,9 +85,9 @@ def test_tables_are_read_in_the_order_of_the_classes(tmp_path, text):
         ("class,kind\na,x\n", "no column group_name or parent or group, only class, kind"),
         ("class,parent\na,x\nb,y\nc,\n", r"no parent \(parent\) to c"),
         ("class,parent\na,x\nb,y\nc,x\na,y\n", r"two parents \(parent\) to a"),
-        ("", "cannot be read as a comma-separated UTF-8 file"),
-        ("class,parent\na,x,y,z\nb\n", "more cells than the header; put texts with commas in quotes"),
-        ("class,parent\na,x\nb,y,z\n", "cannot be read as a comma-separated UTF-8 file"),
+        ("", "cannot be read as a CSV file"),
+        ("class,parent\na,x,y,z\nb\n", "more cells than the header; put texts with the separator in quotes"),
+        ("class,parent\na,x\nb,y,z\n", "cannot be read as a CSV file"),
         ("class,parent\n", "lacks 3 of the 3 classes"),
     ],
 )
