@@ -13,7 +13,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from iciia_exp.artifacts import resolve_cache_dir
 from iciia_exp.config.build import build, with_path
-from iciia_exp.config.check import check_keys, flatten, of_library, target_of
+from iciia_exp.config.check import check_keys, class_of, flatten, of_library, target_of
 from iciia_exp.config.hydra_errors import dotted_keys
 from iciia_exp.config.settings import Evaluation, Extraction, Training
 from iciia_exp.data.client_mix import ClientMix
@@ -32,6 +32,16 @@ GROUPS = (
     *("training", "evaluation", "trainer", "logger"),
 )
 TOP_LEVEL = (*GROUPS, "name", "seed", "num_layers", "heads", "groups", "data_dir", "stage", "output_dir", "cache_dir")
+
+_CLASSES: dict[str, type] = {
+    "dataset": ImageDataset,
+    "backbone": BackboneSpec,
+    "features": Extraction,
+    "partition": Partition,
+    "client_mix": ClientMix,
+    "training": Training,
+    "evaluation": Evaluation,
+}
 
 _Made = TypeVar("_Made")
 
@@ -86,7 +96,14 @@ class Experiment:
         }
 
         def built(group: str) -> Any:
-            return _named(aliases, lambda: build(plain[group], group))
+            node, wanted = plain[group], _CLASSES[group]
+            if isinstance(node, dict) and node.get("_partial_"):
+                raise ConfigError(f"{group}._partial_", True, "cannot be set here")
+            made = _named(aliases, lambda: build(node, group))
+            if not isinstance(made, wanted):
+                target = node.get("_target_")
+                raise ConfigError(f"{group}._target_", target, f"must be a class of the package's {wanted.__name__}")
+            return made
 
         def dataset() -> ImageDataset | MissingFiles:
             try:
@@ -98,7 +115,17 @@ class Experiment:
         if not re.fullmatch(r"[\w.\-]+", name) or not name.strip("."):
             raise ConfigError("name", name, "is a folder's name: letters, digits, '.', '_' and '-' only")
         for group in ("method", "optimizer", "scheduler"):
+            if not isinstance(plain[group], dict):
+                raise ConfigError(group, plain[group], "must be one of the group's options")
+            if group == "method":
+                class_of(plain[group], group, Method, "a method (iciia_exp.methods.base.Method)")  # type: ignore[type-abstract]
             check_keys(plain[group], group)
+        if plain["method"].get("_partial_"):
+            raise ConfigError("method._partial_", True, "cannot be set here")
+        for key in ("output_dir", "cache_dir", "data_dir"):
+            given = plain[key]
+            if not (isinstance(given, str) and given.strip()) and not (given is None and key != "output_dir"):
+                raise ConfigError(key, given, "must be the path of a folder")
         for group in ("callbacks", "logger"):
             _check_nodes(plain[group], group)
         return cls(

@@ -49,7 +49,7 @@ class Extraction:
         self.dtype = check_choice("dtype", dtype, ("float32", "float16"))
         self.precision = precision
         self.batch_size = None if batch_size is None else check_int("batch_size", batch_size, 1)
-        self.num_workers = None if num_workers is None else check_int("num_workers", num_workers, 0)
+        self.num_workers = None if num_workers is None else check_int("num_workers", num_workers, 0, 256)
         self.on_bad_image = check_choice("on_bad_image", on_bad_image, ("skip", "error"))
         self.devices, self.num_nodes = check_int("devices", devices, 1), check_int("num_nodes", num_nodes, 1)
 
@@ -88,12 +88,14 @@ class Training:
         prefetch_factor: int | None = None,
         pin_memory: bool | None = None,
     ) -> None:
+        if not isinstance(recipe, Recipe):
+            raise ConfigError("recipe", recipe, "must be a node with a _target_, as in conf/training/default.yaml")
         self.recipe = recipe
         self.images = check_int("images", images, 1)
         self.train_images = self.images if train_images is None else check_int("train_images", train_images, 1)
         self.shuffle_images = check_bool("shuffle_images", shuffle_images)
         self.patience = check_int("patience", patience, 0)
-        self.num_workers = check_int("num_workers", num_workers, 0)
+        self.num_workers = check_int("num_workers", num_workers, 0, 256)
         self.prefetch_factor = None if prefetch_factor is None else check_int("prefetch_factor", prefetch_factor, 1)
         if prefetch_factor is not None and not num_workers:
             raise ConfigError("prefetch_factor", prefetch_factor, "needs processes that gather: num_workers above 0")
@@ -147,11 +149,11 @@ class Evaluation:
         self.cost_images = None if cost_images is None else check_int("cost_images", cost_images, 1)
         self.site: Site = check_choice("site", site, SITES)
         self.history_lengths = sorted({check_int("history_lengths", n, 0) for n in history_lengths})
-        self.history_orders = check_int("history_orders", history_orders, 1)
+        self.history_orders = check_int("history_orders", history_orders, 1, 1000)
         self.history_clients = check_int("history_clients", history_clients, 1)
         self.drawn_clients = check_int("drawn_clients", drawn_clients, 0)
         least = max([1, *self.history_lengths])
         self.history_longest = check_int("history_longest", history_longest, least, why="of history_lengths")
-        self.examples = check_int("examples", examples, 0)
+        self.examples = check_int("examples", examples, 0, 10_000)
         self.neighbours = check_int("neighbours", neighbours, 1)
-        self.pixels = check_int("pixels", pixels, 8)
+        self.pixels = check_int("pixels", pixels, 8, 1024)

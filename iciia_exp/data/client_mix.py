@@ -54,7 +54,7 @@ class ClientMix:
         self.fewest_classes = check_int("fewest_classes", fewest_classes, 1)
         self.most_classes = check_int("most_classes", most_classes, fewest_classes, why="of fewest_classes")
         self.pool = check_choice("pool", pool, ("client", "client_type"))
-        self.size = check_float("size", size, 0.0, open_low=True)
+        self.size = check_float("size", size, 0.0, 1000.0, open_low=True)
         self.unseen_types = check_float("unseen_types", unseen_types, 0.0, 0.9)
 
     @property

@@ -47,7 +47,7 @@ class Digits(ImageDataset):
     has_backbone_images = True
 
     def __init__(self, sizes: Mapping[str, int], noise_std: float = 0.4, seed: int = 0) -> None:
-        self.noise_std = check_float("noise_std", noise_std, 0.0)
+        self.noise_std = check_float("noise_std", noise_std, 0.0, 100.0)
         self.seed = check_int("seed", seed, 0)
         if set(sizes) != set(SPLITS):
             raise ConfigError("sizes", dict(sizes), f"must give the number of images for each of {', '.join(SPLITS)}")

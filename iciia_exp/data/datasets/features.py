@@ -89,8 +89,11 @@ class Features(ImageDataset):
             raise UserError(f"{self.file}: cannot be read ({first_line(error)})") from error
 
     def __getitem__(self, index: int) -> np.ndarray:
-        """Return one vector as float32 [D]."""
-        return self._vectors.rows(index, index + 1)[0]
+        """Return one vector as float32 [D]; raises a `ValueError` if it is not finite."""
+        vector = self._vectors.rows(index, index + 1)[0]
+        if not np.isfinite(vector).all():
+            raise ValueError("has numbers that are not finite")
+        return vector
 
     def backbone_arguments(self) -> dict[str, Any]:
         """Return D."""

@@ -166,6 +166,11 @@ def _convert(files: list[tuple[str, Path]], partial: Path) -> None:
             owner = arrays["owner"].astype(object)
             tables.append(pd.DataFrame({"label": arrays["label"], "split": split, "owner": owner}))
     table = pd.concat(tables, ignore_index=True)
+    listed = pd.concat([part.drop_duplicates("owner") for part in tables], ignore_index=True)
+    twice = listed[listed.duplicated(["split", "owner"])]
+    if len(twice):
+        folder, owner = files[0][1].parent.parent / twice["split"].iloc[0], twice["owner"].iloc[0]
+        raise UserError(f"{folder}: user {owner} is in two files; delete the files of another sampling")
     if table.empty:
         raise UserError(f"{files[0][1].parent.parent}: LEAF's {len(files)} files hold no images; make them again")
     shape = len(table), SIDE, SIDE

@@ -112,7 +112,7 @@ class ClassesPerClient(base.Partition):
         self.images_per_client = check_int("images_per_client", images_per_client, classes_per_client, why=each)
         self.by = check_choice("by", by, ("class", "parent"))
         self.split = check_choice("split", split, ("client", "within"))
-        self.deals = check_int("deals", deals, 1)
+        self.deals = check_int("deals", deals, 1, 1000, "deals of all images")
 
     def assign(self, table: pd.DataFrame, num_classes: int) -> Clients:
         """Return the clients; raises `ConfigError` where a role would have no client or a client no image."""

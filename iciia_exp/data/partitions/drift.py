@@ -134,7 +134,7 @@ class Drift(base.Partition):
         self.phases = check_int("phases", phases, 1)
         self.turnover = check_int("turnover", turnover, 0, classes_per_client, why="of classes_per_client")
         self.by = check_choice("by", by, ("class", "parent"))
-        self.deals = check_int("deals", deals, 1)
+        self.deals = check_int("deals", deals, 1, 1000, "deals of all images")
 
     def assign(self, table: pd.DataFrame, num_classes: int) -> Clients:
         """Return the clients; raises `ConfigError` where a role would have no client."""

@@ -7,6 +7,7 @@ https://github.com/TalwalkarLab/leaf.
 """
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
@@ -18,6 +19,9 @@ __all__ = ["describe_files", "find_data", "list_files", "read_users"]
 
 #: LEAF's folders, and the splits of the dataset.
 _SPLITS = ("train", "test")
+
+# all_data_<shard>_niid_<fraction>_keep_<least>_train_<percent>, as LEAF names its files
+_LEAF_NAME = re.compile(r"(.*?)_\d+_((?:n?iid)_.*?)_(?:train|test)_\d+")
 
 T = TypeVar("T")
 
@@ -32,12 +36,22 @@ def find_data(root: Path, tree: str) -> Path:
 
 
 def list_files(data: Path, tree: str) -> list[tuple[str, Path]]:
-    """Return split and path of every JSON file, train first, each split sorted by name and not empty."""
+    """Return split and path of every JSON file, train first, each split sorted by name and not empty.
+
+    Raises a `UserError` if the files' names are those of several samplings by LEAF.
+    """
     files = []
     for split in _SPLITS:
         if not (paths := sorted((data / split).glob("*.json"))):
             raise wrong_folder(data / split, "has no .json file", tree)
         files += [(split, path) for path in paths]
+    samplings: dict[str, Path] = {}
+    for _, path in files:
+        if match := _LEAF_NAME.fullmatch(path.stem):
+            samplings.setdefault("".join(match.groups()), path)
+    if len(samplings) > 1:
+        names = " and ".join(f"{path.parent.name}/{path.name}" for path in list(samplings.values())[:2])
+        raise UserError(f"{data}: has files of {len(samplings)} samplings ({names}); delete those of all but one")
     return files
 
 

@@ -239,13 +239,17 @@ class BackboneSpec:
         self.weights, self.classes = weights, classes
         self.reserve = check_float("reserve", reserve, 0.0, 0.95)
         self.dim = None if dim is None else check_int("dim", dim, 1)
-        self.published_top1 = published_top1
+        self.published_top1 = (
+            None if published_top1 is None else check_float("published_top1", published_top1, 0.0, 100.0)
+        )
         self.seed = check_int("seed", seed, 0)
         if train == "none" and not (pretrained or weights):
             problem = "nothing gives the network its weights; set pretrained=true or weights=FILE, or train it"
             raise ConfigError("train", train, problem)
         if train == "none" and reserve:
             raise ConfigError("reserve", reserve, "nothing is trained here that could learn from those images; use 0")
+        if recipe is not None and not isinstance(recipe, Recipe):
+            raise ConfigError("recipe", recipe, "must be a node with a _target_, as in conf/backbone/small_cnn.yaml")
         if train == "all" and recipe is None:
             raise ConfigError("recipe", "null", "train=all needs a recipe")
 

@@ -44,7 +44,7 @@ class SmallCNN(Backbone):
         self.channels, self.size = check_int("channels", channels, 1, 3), check_int("size", size, 4)
         check_int("width", width, 1)
         self.dim = check_int("dim", dim, 1)
-        self.mean, self.std = float(mean), check_float("std", std, 0.0, open_low=True)
+        self.mean, self.std = check_float("mean", mean, -1e3, 1e3), check_float("std", std, 0.0, 1e3, open_low=True)
 
         def conv(inputs: int, outputs: int) -> list[nn.Module]:
             return [nn.Conv2d(inputs, outputs, 3, padding=1, bias=False), nn.BatchNorm2d(outputs), nn.ReLU()]

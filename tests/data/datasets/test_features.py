@@ -182,3 +182,14 @@ def test_bad_arguments_name_their_key(tmp_path, change, key):
     with pytest.raises(ConfigError) as error:
         Features(**{"root": tmp_path, "shares": SHARES} | change)
     assert error.value.key == key
+
+
+def test_vectors_that_are_not_finite_are_bad_images(tmp_path):
+    vectors, _ = make_vectors(tmp_path)
+    vectors[3], vectors[50] = np.nan, np.inf
+    np.save(tmp_path / "features.npy", vectors)
+    dataset = Features(tmp_path, SHARES)
+    assert np.isfinite(dataset[4]).all()
+    for row in (3, 50):
+        with pytest.raises(ValueError, match="has numbers that are not finite"):
+            dataset[row]

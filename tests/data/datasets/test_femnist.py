@@ -248,3 +248,18 @@ def test_no_images_at_all(root):
         path.write_text('{"users": [], "num_samples": [], "user_data": {}}')
     with pytest.raises(UserError, match="LEAF's 4 files hold no images"):
         Femnist(root).table  # noqa: B018
+
+
+def test_files_of_two_samplings_are_refused(tmp_path):
+    """Left-over files of another preprocessing: every image would be there twice, or test images in train."""
+    root = make_femnist(tmp_path)
+    first = sorted((root / "data/train").glob("*.json"))[0]
+    shutil.copy(first, other := first.with_name("all_data_0_niid_05_keep_64_train_8.json"))
+    shutil.copy(first, first.with_name("all_data_7_niid_0_keep_0_train_9.json"))
+    with pytest.raises(
+        UserError, match=r"has files of 2 samplings \(train/all_data_0.*json and train/all_data_0_.*\); delete"
+    ):
+        Femnist(root, cache_dir=tmp_path / "cache").table  # noqa: B018
+    other.unlink()
+    with pytest.raises(UserError, match=r"data/train: user .* is in two files; delete the files of another sampling"):
+        Femnist(root, cache_dir=tmp_path / "cache").table  # noqa: B018
