@@ -46,7 +46,8 @@ def main() -> None:
             if (failure := take_failure()) is not None:
                 raise failure
     except (UserError, HydraException, OmegaConfBaseException, ValueError) as error:
-        ours = any(text in str(error) for text in ("Config group override", "No trials are completed"))
+        known = ("Config group override", "No trials are completed", "The --resolve flag")
+        ours = any(text in str(error) for text in known)
         if tracebacks or (isinstance(error, ValueError) and not ours):
             raise
         from iciia_exp.config.hydra_errors import explain

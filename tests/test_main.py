@@ -311,3 +311,30 @@ def test_the_same_from_python(small, tmp_path):
         with pytest.raises(UserError) as error:
             run_experiment(*overrides)
         assert message in str(error.value)
+
+
+def test_run_experiment_within_a_program_of_hydra(small, tmp_path):
+    (tmp_path / "mine.yaml").write_text("mine: 3\n")
+    (tmp_path / "program.py").write_text(
+        "import hydra\nfrom hydra.core.global_hydra import GlobalHydra\nfrom iciia_exp import run_experiment\n"
+        f"@hydra.main(version_base='1.3', config_path={str(tmp_path)!r}, config_name='mine')\n"
+        "def main(config):\n"
+        f"    run = run_experiment(*{list(small)!r}, 'method=backbone')\n"
+        "    print('mine', config.mine, run.method.name, GlobalHydra.instance().is_initialized())\n"
+        "main()\n"
+    )
+    done = subprocess.run([sys.executable, "program.py"], capture_output=True, text=True, timeout=120)
+    assert done.stdout.splitlines()[-1:] == ["mine 3 backbone True"], done.stderr
+
+
+def test_overrides_are_texts():
+    from iciia_exp import run_experiment
+    from iciia_exp.errors import UserError
+
+    with pytest.raises(UserError, match=r"overrides are texts, one by one.*run_experiment\(\*overrides\)"):
+        run_experiment(["method=backbone", "seed=1"])
+
+
+def test_resolve_alone_is_one_line(monkeypatch, capsys):
+    assert call(monkeypatch, "--resolve") == 2
+    assert capsys.readouterr().err.startswith("error: The --resolve flag can only be used in conjunction")

@@ -120,19 +120,26 @@ def client_data(*overrides: str) -> ClientDataModule:
 def _composed(overrides: Sequence[str]) -> DictConfig:
     """Compose the configuration; raises a `UserError` for wrong overrides."""
     from hydra import compose, initialize_config_dir
+    from hydra.core.global_hydra import GlobalHydra
     from hydra.errors import HydraException
     from omegaconf.errors import OmegaConfBaseException
 
     from iciia_exp.config.hydra_errors import explain
     from iciia_exp.config.paths import CONF_DIR
 
+    if wrong := [override for override in overrides if not isinstance(override, str)]:
+        problem = "overrides are texts, one by one, as on the command line"
+        raise UserError(f"{wrong[0]!r}: {problem}: run_experiment('groups=16'), or run_experiment(*overrides)")
     setup_logging()
+    outer = GlobalHydra.instance().hydra  # of a program of the user's that itself runs in @hydra.main
+    GlobalHydra.instance().hydra = None
     try:
         with initialize_config_dir(str(CONF_DIR), version_base="1.3"):
-            config = compose("config", overrides=list(overrides))
+            return compose("config", overrides=list(overrides))
     except (HydraException, OmegaConfBaseException) as error:
         raise UserError(explain(error)) from error
-    return config
+    finally:
+        GlobalHydra.instance().hydra = outer
 
 
 def _execute(config: DictConfig, overrides: Sequence[str], brief: bool = False) -> tuple[Stages, dict[str, Any] | None]:
