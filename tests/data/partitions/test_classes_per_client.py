@@ -103,7 +103,7 @@ def test_within_gives_one_client_the_same_classes_everywhere():
         ({"images_per_client": 2, "split": "within"}, "images_per_client", "without val images; use at least"),
         ({"by": "clas"}, "by", "did you mean class"),
         ({"split": "across"}, "split", "client, within"),
-        ({"deals": 0}, "deals", "at least 1"),
+        ({"deals": 0}, "deals", "1 to 1000"),
         ({"val_share": 0}, "val_share", "above 0"),
         ({"seed": -1}, "seed", "at least 0"),
     ],

@@ -99,7 +99,7 @@ def test_parents_of_too_few_classes_have_no_clients():
         ({"classes_per_client": 4, "by": "parent"}, {}, "classes_per_client", "has 4 classes, .* use 1 to 3"),
         ({"images_per_phase": 900}, {}, "images_per_phase", "images do not fill 4 phases of 2 classes"),
         ({"by": "owner"}, {}, "by", "class, parent"),
-        ({"deals": 0}, {}, "deals", "at least 1"),
+        ({"deals": 0}, {}, "deals", "1 to 1000"),
         ({"val_share": 1.0}, {}, "val_share", "at most 0.9"),
         ({"by": "parent"}, {"parent": None}, "by", "no parent category"),
         ({}, {"label": [[0]] * 3000}, "_target_", "needs one label per image"),

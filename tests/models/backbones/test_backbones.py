@@ -21,7 +21,9 @@ from iciia_exp.models.backbones.leaf_cnn import LeafCNN
 from iciia_exp.models.backbones.timm_backbone import TimmBackbone
 from iciia_exp.models.backbones.torchvision_backbone import TorchvisionBackbone
 
-FILES = sorted((CONF_DIR / "backbone").glob("*.yaml"))
+FILES = sorted(
+    f for f in (CONF_DIR / "backbone").glob("*.yaml") if "\nmodel:\n" in f.read_text("utf-8")
+)  # else composed
 LIBRARIES = {"TimmBackbone", "TorchvisionBackbone"}
 
 #: What makes a configured network cheap enough to build here.
