@@ -97,8 +97,7 @@ class Experiment:
 
         def built(group: str) -> Any:
             node, wanted = plain[group], _CLASSES[group]
-            if isinstance(node, dict) and node.get("_partial_"):
-                raise ConfigError(f"{group}._partial_", True, "cannot be set here")
+            _refuse_partial(node, group)
             made = _named(aliases, lambda: build(node, group))
             if not isinstance(made, wanted):
                 target = node.get("_target_")
@@ -120,8 +119,7 @@ class Experiment:
             if group == "method":
                 class_of(plain[group], group, Method, "a method (iciia_exp.methods.base.Method)")  # type: ignore[type-abstract]
             check_keys(plain[group], group)
-        if plain["method"].get("_partial_"):
-            raise ConfigError("method._partial_", True, "cannot be set here")
+        _refuse_partial(plain["method"], "method")
         for key in ("output_dir", "cache_dir", "data_dir"):
             given = plain[key]
             if not (isinstance(given, str) and given.strip()) and not (given is None and key != "output_dir"):
@@ -177,6 +175,11 @@ def _named(aliases: dict[str, str], function: Callable[[], _Made]) -> _Made:
         if error.key in aliases:
             raise error.at(aliases[error.key]) from error
         raise
+
+
+def _refuse_partial(node: Any, group: str) -> None:
+    if isinstance(node, dict) and node.get("_partial_"):
+        raise ConfigError(f"{group}._partial_", True, "cannot be set here")
 
 
 def _check_nodes(nodes: Any, group: str) -> None:

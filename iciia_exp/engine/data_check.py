@@ -1,6 +1,5 @@
 """Data check: what is in a dataset, and what may be wrong with it, before any work (``stage=check``)."""
 
-import logging
 import unicodedata
 from collections.abc import Iterator
 from typing import Any
@@ -18,8 +17,6 @@ from iciia_exp.errors import UserError, printable
 from iciia_exp.tasks import SINGLE_LABEL
 
 __all__ = ["findings", "split_table", "weights_problem"]
-
-log = logging.getLogger(__name__)
 
 _PROBED = 9  # images whose size is compared with the backbone's input
 _COARSE = 64  # sides of an input, in pixels, that lose much of a larger picture

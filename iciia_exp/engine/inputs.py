@@ -236,8 +236,8 @@ class Inputs:
         groups = ("dataset", "backbone", "features", "partition", "evaluation")
         config: dict[str, Any] = {group: science(e.config[group]) for group in groups}
         config["dataset"]["content"] = None if self.facts.fingerprint is None else digest(self.facts.fingerprint)
-        config["backbone"] |= {"weights": self.weights_digest, "pretrained": spec.pretrained}
-        config["backbone"] |= {"classes": self.weights_classes}
+        weights = {"weights": self.weights_digest, "pretrained": spec.pretrained, "classes": self.weights_classes}
+        config["backbone"] |= weights
         del config["backbone"]["name"]  # a label
         config["features"]["precision"] = e.extraction.precision or self.trainer_science.get("precision")
         config["evaluation"] |= {"images": e.images, "cost_images": e.cost_images}

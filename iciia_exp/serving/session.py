@@ -247,7 +247,7 @@ class ClientSession:
         except UserError as error:
             raise UserError(f"{path}: {error}") from error
         except (KeyError, TypeError, ValueError, RuntimeError, OverflowError) as error:
-            raise UserError(f"{path}: is not a saved session ({first_line(error) or error!r})") from error
+            raise UserError(f"{path}: is not a saved session ({first_line(error)})") from error
         if isinstance(session.method, Personal) and learned:
             shapes = {name: tuple(tensor.shape) for name, tensor in learned.items()}
             if shapes != session.method.state_shapes:

@@ -6,7 +6,7 @@ Legend: M images, D features.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -127,19 +127,20 @@ class Features(ImageDataset):
 
     def image_digests(self) -> np.ndarray:
         """Return a digest of every vector; all are read."""
-        images, found = self._vectors.shape[0], []
-        for first in range(0, images, BLOCK):
-            for row in self._vectors.rows(first, min(first + BLOCK, images)).astype("<f4"):
-                found.append(
-                    int.from_bytes(hashlib.blake2b(row.tobytes(), digest_size=8).digest(), "little", signed=True)
-                )
-        return np.array(found, dtype=np.int64)
+        digests = [hashlib.blake2b(row.tobytes(), digest_size=8).digest() for block in self._blocks() for row in block]
+        return np.frombuffer(b"".join(digests), dtype="<i8").astype(np.int64)
 
     def _digest(self) -> bytes:
-        content, images = hashlib.sha256(), self._vectors.shape[0]
-        for first in range(0, images, BLOCK):
-            content.update(self._vectors.rows(first, min(first + BLOCK, images)).astype("<f4").tobytes())
+        content = hashlib.sha256()
+        for block in self._blocks():
+            content.update(block.tobytes())
         return content.digest()
+
+    def _blocks(self) -> Iterator[np.ndarray]:
+        """Yield all vectors, little-endian float32, some at a time."""
+        images = self._vectors.shape[0]
+        for first in range(0, images, BLOCK):
+            yield self._vectors.rows(first, min(first + BLOCK, images)).astype("<f4")
 
 
 class _Vectors:

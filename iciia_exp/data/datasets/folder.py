@@ -147,7 +147,7 @@ class Folder(ImageFiles):
 
     def _read_table(self, file: Path, found: list[str]) -> pd.DataFrame:
         """Return the user's table, checked; ``time`` in seconds, the other columns text or None."""
-        table = read_metadata(file, required=("path",), extra=("path",), columns=self.columns)
+        table = read_metadata(file, required=("path",), columns=self.columns)
         path = self._within_root(table["path"].str.replace("\\", "/"), file, set(found)).astype(object)
         if len(outside := table["path"][path.str.startswith(("/", "../"))]):
             raise UserError(f"{file}: every path must lie in {self.root} ({few(outside)})")

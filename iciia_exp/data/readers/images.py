@@ -107,10 +107,7 @@ def as_picture(image: Any) -> Image.Image:
         got = f"{type(image).__name__} {list(values.shape)}"
         raise ValueError(f"takes a PIL image, a path, or numbers {shapes}, not {got}")
     if values.dtype.kind == "f":
-        low, high = values.min(), values.max()
-        if not (low >= 0 and high <= 1):  # also NaN
-            raise ValueError(f"has floating-point values from {low:g} to {high:g}; expected 0 to 1, or uint8")
-        values = (255 * values.astype(np.float32) + 0.5).astype(np.uint8)
+        values = _unit_to_bytes(values.astype(np.float32), "0 to 1, or uint8")
     elif values.dtype != np.uint8:
         raise ValueError(f"has values of type {values.dtype}; expected uint8, or floating-point numbers from 0 to 1")
     return _to_rgb(Image.fromarray(np.ascontiguousarray(values.squeeze(2) if values.shape[2:] == (1,) else values)))
@@ -130,14 +127,20 @@ def _to_rgb(image: Image.Image) -> Image.Image:
 
 def _to_bytes(values: np.ndarray, image: Image.Image) -> np.ndarray:
     """Return an image of one channel as uint8, by the range of its type."""
-    low, high = values.min(), values.max()
     if image.mode == "F":
-        if not (low >= 0 and high <= 1):  # also NaN
-            raise ValueError(f"has floating-point values from {low:g} to {high:g}; expected 0 to 1")
-        return (255 * values + 0.5).astype(np.uint8)
+        return _unit_to_bytes(values, "0 to 1")
     if image.mode == "I" and image.format not in ("PNG", "PPM"):  # there, Pillow's name for 16 bits
+        low, high = values.min(), values.max()
         raise ValueError(f"has 32-bit integers ({low} to {high}), whose white is not known; save it with 8 or 16 bits")
     return ((values.astype(np.uint32) + 128) // 257).astype(np.uint8)
+
+
+def _unit_to_bytes(values: np.ndarray, expected: str) -> np.ndarray:
+    """Return floating-point numbers from 0 to 1 as uint8; others raise a `ValueError` that says what is expected."""
+    low, high = values.min(), values.max()
+    if not (low >= 0 and high <= 1):  # also NaN
+        raise ValueError(f"has floating-point values from {low:g} to {high:g}; expected {expected}")
+    return (255 * values + 0.5).astype(np.uint8)
 
 
 def _upright(picture: Image.Image, image: Image.Image) -> Image.Image:

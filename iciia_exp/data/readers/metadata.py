@@ -28,15 +28,13 @@ _ALIASES = {"timestamp": "time"}
 # texts that tables have where nothing is known
 _MISSING = {"nan", "none", "null", "na", "n/a", "<na>", "unknown", "-", "?"}
 
-_SPLITS = {
+#: Names of splits in columns and folders, in lower case.
+SPLIT_NAMES = {
     "backbone": "backbone",
     **dict.fromkeys(("train", "training"), "train"),
     **dict.fromkeys(("val", "valid", "validation", "dev", "selection"), "val"),
     **dict.fromkeys(("test", "testing"), "test"),
 }
-
-#: Names of splits in columns and folders, in lower case.
-SPLIT_NAMES = _SPLITS
 
 
 def _hint(name: str, choices: Collection[str], otherwise: str) -> str:
@@ -52,9 +50,7 @@ def check_columns(columns: Mapping[str, str] | None, known: Collection[str]) -> 
     return {name: other.strip() for name, other in (columns or {}).items() if other.strip() != name}
 
 
-def read_metadata(
-    path: Path, required: Collection[str] = ("label",), extra: Collection[str] = (), columns: Mapping[str, str] = {}
-) -> pd.DataFrame:
+def read_metadata(path: Path, required: Collection[str] = ("label",), columns: Mapping[str, str] = {}) -> pd.DataFrame:
     """Read a CSV file with a header into columns of text, with None for an empty cell; NA and null are names.
 
     ``timestamp`` is read as ``time``. Other columns are left out, with a line; so is one without a name (the row
@@ -62,8 +58,7 @@ def read_metadata(
 
     Args:
         path: the file (`iciia_exp.data.readers.files.read_csv`).
-        required: columns that must exist and have no empty cell.
-        extra: columns known in addition to `COLUMNS`.
+        required: columns that must exist and have no empty cell; they may be others than `COLUMNS`.
         columns: names in the file, by ours, from `check_columns`.
 
     Raises:
@@ -71,7 +66,7 @@ def read_metadata(
             column.
     """
     raw = read_csv(path)
-    known = dict.fromkeys((*required, *extra, *COLUMNS))
+    known = dict.fromkeys((*required, *COLUMNS))
     header = ", ".join(repr(column) for column in raw.columns)
     for ours, theirs in columns.items():
         if theirs not in raw:
@@ -126,9 +121,9 @@ def split_names(splits: pd.Series, source: Path | str) -> np.ndarray:
         if name is None:
             row = int(splits.isna().to_numpy().argmax()) + 1
             raise UserError(f"{source}: split is empty in row {row}; fill it in, or leave the whole column out")
-        if name.lower() not in _SPLITS:
-            raise UserError(f"{source}: unknown split {name!r}; {_hint(name.lower(), _SPLITS, 'must be one of')}")
-    return splits.str.lower().map(_SPLITS).to_numpy(dtype=object)
+        if name.lower() not in SPLIT_NAMES:
+            raise UserError(f"{source}: unknown split {name!r}; {_hint(name.lower(), SPLIT_NAMES, 'must be one of')}")
+    return splits.str.lower().map(SPLIT_NAMES).to_numpy(dtype=object)
 
 
 def parse_times(times: pd.Series, source: Path | str) -> np.ndarray:

@@ -42,6 +42,7 @@ def intact(*paths: Path) -> bool:
             with zipfile.ZipFile(path) as archive:
                 damaged = archive.testzip()
         except (OSError, ValueError, EOFError, zipfile.BadZipFile, NotImplementedError) as error:
+            # the last: a damaged header asks for a compression that zipfile does not know
             damaged = str(error)
         if damaged is not None:
             if process_rank() == 0:
