@@ -2,6 +2,7 @@
 
 import os
 import sys
+from pathlib import Path
 
 # Threads that wait for work may spin only briefly: a training step of 11 ms then takes 12 ms, and 24 ms when two runs
 # share two cores, not 50 to 350 ms (benchmarks/bench_two_runs.py). libgomp reads this when torch is first imported.
@@ -13,6 +14,7 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
+from iciia_exp import __version__
 from iciia_exp.config.paths import CONF_DIR
 from iciia_exp.errors import UserError
 from iciia_exp.output import print_error, robust_streams
@@ -39,6 +41,17 @@ def main() -> None:
         sys.argv.insert(1, flag)
     robust_streams()
     try:
+        Path.cwd()
+    except FileNotFoundError:
+        print_error("the working folder has been deleted; change to one that exists")
+        sys.exit(2)
+    if "--version" in sys.argv[1:]:
+        print(f"iciia_exp {__version__}")
+        return
+    try:
+        from iciia_exp.config.hydra_errors import check_choices
+
+        check_choices(sys.argv[1:])
         job()
         if "iciia_exp.engine.jobs" in sys.modules:  # --help and the like import no engine
             from iciia_exp.engine.jobs import take_failure
@@ -46,13 +59,13 @@ def main() -> None:
             if (failure := take_failure()) is not None:
                 raise failure
     except (UserError, HydraException, OmegaConfBaseException, ValueError) as error:
-        known = ("Config group override", "No trials are completed", "The --resolve flag")
+        known = ("No trials are completed", "The --resolve flag")
         ours = any(text in str(error) for text in known)
         if tracebacks or (isinstance(error, ValueError) and not ours):
             raise
         from iciia_exp.config.hydra_errors import explain
 
-        print_error(explain(error))
+        print_error(explain(error, sys.argv[1:]))
         sys.exit(2)
     except KeyboardInterrupt:
         if tracebacks:

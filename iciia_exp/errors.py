@@ -8,8 +8,8 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any, TypeVar
 
 __all__ = [
-    *("ConfigError", "UserError", "check_bool", "check_choice", "check_float", "check_int", "did_you_mean"),
-    *("first_line", "nearest", "printable", "within"),
+    *("ConfigError", "NotApplicable", "UserError", "check_bool", "check_choice", "check_float", "check_int"),
+    *("did_you_mean", "first_line", "nearest", "printable", "within"),
 ]
 
 _Made = TypeVar("_Made")
@@ -22,7 +22,8 @@ class UserError(Exception):
 class ConfigError(UserError):
     """A configuration value that cannot be used.
 
-    Constructors name their own argument (``key="groups"``); `within` adds what it is a part of in front.
+    Constructors name their own argument (``key="groups"``); `within` adds what it is a part of in front. An empty key
+    is that group itself (``key="", value="owner"`` becomes ``partition=owner``).
     """
 
     def __init__(self, key: str, value: Any, problem: str) -> None:
@@ -30,11 +31,16 @@ class ConfigError(UserError):
         super().__init__(key, value, problem)  # the arguments, so that the error survives pickling between processes
 
     def __str__(self) -> str:
-        return f"{self.key}={printable(self.value, lines=False)}: {self.problem}"
+        key = f"{self.key}=" if self.key else ""
+        return f"{key}{printable(self.value, lines=False)}: {self.problem}"
 
     def at(self, key: str) -> ConfigError:
         """Return the same error with another key."""
         return type(self)(key, self.value, self.problem)
+
+
+class NotApplicable(ConfigError):
+    """A method that cannot run on these clients, this task or this backbone. A sweep leaves it out."""
 
 
 def within(path: str, function: Callable[[], _Made]) -> _Made:
@@ -42,7 +48,7 @@ def within(path: str, function: Callable[[], _Made]) -> _Made:
     try:
         return function()
     except ConfigError as error:
-        raise error.at(f"{path}.{error.key}") from error
+        raise error.at(f"{path}.{error.key}" if error.key else path) from error
 
 
 def first_line(text: object) -> str:

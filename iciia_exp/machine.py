@@ -90,7 +90,10 @@ def keep_freed_memory() -> None:
 
 
 def _rank_and_count() -> tuple[int, int]:
-    for rank, count in (("RANK", "WORLD_SIZE"), ("SLURM_PROCID", "SLURM_NTASKS")):
+    found = [("RANK", "WORLD_SIZE"), ("SLURM_PROCID", "SLURM_NTASKS")]
+    if os.environ.get("SLURM_JOB_NAME") in ("bash", "interactive"):  # a shell of salloc or srun --pty, as for Lightning
+        found.pop()
+    for rank, count in found:
         if (number := _environment_number(count, 1)) > 1:
             return _environment_number(rank, 0), number
     return 0, 1
@@ -143,7 +146,7 @@ def check_started(group: str, devices: Any, num_nodes: int, wanted: int, or_alon
     started = process_count()
     if started > 1 and started != wanted and not (or_alone and wanted == 1):
         number = "1 or as many" if or_alone else "as many"
-        problem = f"{started} processes were started; devices times num_nodes must be {number}"
+        problem = f"torchrun or SLURM says {started} processes; devices times num_nodes must be {number}"
         raise ConfigError(f"{group}.devices", devices, problem)
     if num_nodes > 1 and started == 1:
         problem = f"start the same command on each machine with torchrun or srun, {wanted} processes in all"

@@ -23,7 +23,13 @@ codecs.register_error("iciia_exp", _replace)
 
 
 def robust_streams() -> None:
-    """Let standard output and error write every character, in another form where their encoding does not have it."""
+    """Let standard output and error write every character, in another form where their encoding does not have it.
+
+    Where they are closed, they write nowhere.
+    """
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="iciia_exp")

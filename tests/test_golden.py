@@ -58,11 +58,14 @@ RUNS = {
 
 
 def machine():
-    """Return what rounding depends on: the processor and the version of PyTorch."""
+    """Return what rounding depends on: the processor, with its generation, and the version of PyTorch."""
     try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-        processor = next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").split("\n\n")[0].splitlines()
+        facts = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in lines)}
+        # in a virtual machine the name may be that of many generations
+        processor = ", ".join(facts[key] for key in ("model name", "cpu family", "model", "stepping"))
+        processor += f", {torch.backends.cpu.get_cpu_capability()}"
+    except (OSError, KeyError):
         processor = platform.processor()
     return {"processor": processor, "torch": torch.__version__.split("+")[0]}
 

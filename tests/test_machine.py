@@ -10,7 +10,7 @@ import time
 import pytest
 import torch
 
-from iciia_exp.machine import side_by_side
+from iciia_exp.machine import process_count, side_by_side
 
 # pages that a process gets for the same 40 MiB again and again, above what glibc keeps by itself
 CODE = """
@@ -92,3 +92,12 @@ def test_an_error_comes_through(threads):
     with pytest.raises(ValueError, match="the seventh"):
         made.extend(side_by_side(make, range(1000)))
     assert torch.get_num_threads() == threads
+
+
+def test_the_tasks_of_an_interactive_slurm_job_are_not_processes(monkeypatch):
+    monkeypatch.setenv("SLURM_NTASKS", "4")
+    monkeypatch.setenv("SLURM_PROCID", "0")
+    assert process_count() == 4
+    for name in ("bash", "interactive"):
+        monkeypatch.setenv("SLURM_JOB_NAME", name)
+        assert process_count() == 1

@@ -162,7 +162,16 @@ def call(monkeypatch, *arguments):
         (["groups=1,2"], "groups=1,2: several values are a sweep; add -m"),
         (["groups=["], "groups=[: not of the form key=value"),
         (["groups"], "groups: not of the form key=value"),
-        (["method=null"], "a group cannot be null"),
+        (["stage=check", "method=finetune"], "method=finetune: learns from labelled images of the test clients; "),
+        (["method=[0,1]"], "method=[0,1]: no such option; valid: arm_cml"),
+        (["data_dir=/x/ü[1]"], """quote twice: 'data_dir="/x/ü[1]"'"""),
+        (["partition=owner"], "partition=owner: 1,297 of the dataset's 1,297 images have no owner"),
+        (["groups=${nope}"], "groups: Interpolation key 'nope' not found"),
+        (
+            ["method._target_=nowhere.X"],
+            "cannot be imported (no module nowhere in the working folder or on PYTHONPATH)",
+        ),
+        (["method=null"], "method=null: no such option; valid: arm_cml"),
         (["groups=3"], "groups=3: must divide the feature width D=512; valid: 1, 2, 4,"),
         (
             ["partition.classes_per_client=11"],
@@ -171,7 +180,7 @@ def call(monkeypatch, *arguments):
         (["partition.images_per_client=700"], "partition.images_per_client=700: the 600 train images do not fill one"),
         (["trainer.accelerator=tpus"], "trainer.accelerator=tpus: "),
         (["-m", "grups=1,2"], "grups: no such key; did you mean groups?"),
-        (["--config-name", "nothing"], "nothing"),
+        (["--config-name", "nothing"], "--config-name=nothing: no such configuration"),
     ],
     ids=lambda v: " ".join(v) if isinstance(v, list) else "",
 )
@@ -223,6 +232,17 @@ def test_a_sweep_goes_on_when_a_job_fails_and_says_so(monkeypatch, capsys, tmp_p
     assert len(list(tmp_path.glob("cache/features/*/manifest.json"))) == 1
 
 
+def test_a_sweep_leaves_out_methods_that_cannot_run_on_its_clients(monkeypatch, capsys, tmp_path, small):
+    assert call(monkeypatch, "-m", *small, "method=backbone,finetune") == 0
+    assert [j["status"] for j in jobs(tmp_path)] == ["done", "left out"]
+    out = capsys.readouterr().out.splitlines()
+    assert "1 of 2 jobs done" in out[-2]
+    assert out[-1].startswith("warning: job 1 left out (method=finetune): method=finetune: learns from labelled images")
+    monkeypatch.setenv("ICIIA_EXP_PID", "1")
+    assert call(monkeypatch, "-m", *small, "method=finetune,prompt_tuning") == 1, "nothing ran"
+    assert call(monkeypatch, *small, "method=finetune") == 2
+
+
 def test_a_repeated_sweep_runs_only_what_is_missing(monkeypatch, capsys, small):
     assert call(monkeypatch, "-m", *small, "seed=0") == 0
     monkeypatch.setenv("ICIIA_EXP_PID", "1")
@@ -262,6 +282,15 @@ def test_a_search_asks_val_clients_and_survives_failures(monkeypatch, capsys, tm
 def test_a_search_in_which_nothing_works_is_one_line(monkeypatch, capsys, small):
     assert call(monkeypatch, "-m", "+search=optuna", *small, "hydra.sweeper.n_trials=2", "groups=choice(3)") == 2
     assert capsys.readouterr().err.splitlines()[-1] == "error: no trial of the search succeeded; see the errors above"
+
+
+@pytest.mark.filterwarnings("ignore")  # Optuna 2's own
+def test_a_search_over_a_key_that_the_method_lacks(monkeypatch, capsys, small):
+    assert call(monkeypatch, "-m", "+search=optuna", *small, "method=prior_em") == 2
+    message = capsys.readouterr().err.splitlines()[-1]
+    assert message.startswith(
+        "error: method.dropout: no such key; the search varies it, but this method has none: copy"
+    )
 
 
 def test_jobs_in_parallel_on_this_machine(monkeypatch, capsys, tmp_path, small):
@@ -313,18 +342,25 @@ def test_the_same_from_python(small, tmp_path):
         assert message in str(error.value)
 
 
-def test_run_experiment_within_a_program_of_hydra(small, tmp_path):
-    (tmp_path / "mine.yaml").write_text("mine: 3\n")
-    (tmp_path / "program.py").write_text(
-        "import hydra\nfrom hydra.core.global_hydra import GlobalHydra\nfrom iciia_exp import run_experiment\n"
-        f"@hydra.main(version_base='1.3', config_path={str(tmp_path)!r}, config_name='mine')\n"
-        "def main(config):\n"
-        f"    run = run_experiment(*{list(small)!r}, 'method=backbone')\n"
-        "    print('mine', config.mine, run.method.name, GlobalHydra.instance().is_initialized())\n"
-        "main()\n"
+def test_run_experiment_within_a_program_of_hydra(small, tmp_path, monkeypatch):
+    import hydra
+    from hydra.core.global_hydra import GlobalHydra
+
+    from iciia_exp import run_experiment
+
+    (tmp_path / "mine.yaml").write_text(
+        "defaults: [_self_, {override hydra/job_logging: none}, {override hydra/hydra_logging: none}]\nmine: 3\n"
     )
-    done = subprocess.run([sys.executable, "program.py"], capture_output=True, text=True, timeout=120)
-    assert done.stdout.splitlines()[-1:] == ["mine 3 backbone True"], done.stderr
+    seen = []
+
+    @hydra.main(version_base="1.3", config_path=str(tmp_path), config_name="mine")
+    def program(config):
+        run = run_experiment(*small, "method=backbone")
+        seen.extend([config.mine, run.method.name, GlobalHydra.instance().is_initialized()])
+
+    monkeypatch.setattr(sys, "argv", ["program.py"])
+    program()
+    assert seen == [3, "backbone", True]
 
 
 def test_overrides_are_texts():
@@ -333,6 +369,35 @@ def test_overrides_are_texts():
 
     with pytest.raises(UserError, match=r"overrides are texts, one by one.*run_experiment\(\*overrides\)"):
         run_experiment(["method=backbone", "seed=1"])
+
+
+def test_a_folder_of_options_of_ones_own(small, tmp_path):
+    from iciia_exp import run_experiment
+    from iciia_exp.errors import UserError
+
+    (tmp_path / "my conf" / "method").mkdir(parents=True)
+    (tmp_path / "my conf" / "method" / "mine.yaml").write_text("_target_: iciia_exp.methods.adapt.heads.BackboneOnly\n")
+    assert run_experiment("method=mine", *small, config_dir="my conf").results["method"] == "backbone"
+    with pytest.raises(UserError, match="config_dir=nowhere: no such folder"):
+        run_experiment(*small, config_dir="nowhere")
+
+
+def test_the_version(monkeypatch, capsys):
+    from iciia_exp import __version__
+
+    assert call(monkeypatch, "--version") in (None, 0)
+    assert capsys.readouterr().out == f"iciia_exp {__version__}\n"
+
+
+def test_a_deleted_working_folder_is_one_line(monkeypatch, capsys, tmp_path):
+    (tmp_path / "gone").mkdir()
+    monkeypatch.chdir(tmp_path / "gone")
+    (tmp_path / "gone").rmdir()
+    try:
+        assert call(monkeypatch) == 2
+    finally:
+        monkeypatch.chdir(tmp_path)
+    assert capsys.readouterr().err == "error: the working folder has been deleted; change to one that exists\n"
 
 
 def test_resolve_alone_is_one_line(monkeypatch, capsys):

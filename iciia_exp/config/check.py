@@ -1,16 +1,17 @@
 """Check: keys against signatures, stable names of targets, and the part of a configuration that counts in digests."""
 
+import importlib.util
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
 from hydra.utils import get_object
 
-from iciia_exp.errors import ConfigError, UserError, nearest
+from iciia_exp.errors import ConfigError, UserError, check_bool, check_choice, first_line, nearest
 
 __all__ = [
-    *("callbacks_science", "check_keys", "class_of", "flatten", "identity", "of_library", "parameters_of", "science"),
-    *("target_of", "trainer_science"),
+    *("callbacks_science", "check_keys", "check_nodes", "class_of", "flatten", "identity", "of_library"),
+    *("parameters_of", "science", "target_of", "trainer_science"),
 ]
 
 _Base = TypeVar("_Base")
@@ -40,9 +41,19 @@ def target_of(node: dict[str, Any], path: str) -> Callable[..., Any]:
     if "_target_" not in node:
         raise ConfigError(path, node, "has no _target_; choose one of the group's options")
     try:
-        return get_object(node["_target_"])
+        target = get_object(node["_target_"])
     except Exception as error:
-        raise ConfigError(f"{path}._target_", node["_target_"], f"cannot be imported ({error})") from error
+        name = str(node["_target_"])
+        problem = first_line(error.__cause__ or error)
+        try:
+            if importlib.util.find_spec(name.partition(".")[0]) is None:
+                problem = f"no module {name.partition('.')[0]} in the working folder or on PYTHONPATH"
+        except ValueError:  # an empty name
+            pass
+        raise ConfigError(f"{path}._target_", name, f"cannot be imported ({problem})") from error
+    if not callable(target):
+        raise ConfigError(f"{path}._target_", node["_target_"], "must be a class or a function")
+    return target
 
 
 def class_of(node: dict[str, Any], path: str, base: type[_Base], what: str) -> type[_Base]:
@@ -59,7 +70,10 @@ def class_of(node: dict[str, Any], path: str, base: type[_Base], what: str) -> t
 def parameters_of(target: Callable[..., Any]) -> dict[str, inspect.Parameter]:
     """Return the named parameters of a target, ``self`` left out."""
     named = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
-    return {n: p for n, p in inspect.signature(target).parameters.items() if p.kind in named}
+    try:
+        return {n: p for n, p in inspect.signature(target).parameters.items() if p.kind in named}
+    except ValueError:  # of a built-in class
+        return {}
 
 
 def check_keys(node: dict[str, Any], path: str) -> None:
@@ -75,8 +89,31 @@ def check_keys(node: dict[str, Any], path: str) -> None:
             check_keys(value, f"{path}.{key}")
 
 
+def check_nodes(node: Any, path: str = "") -> None:
+    """Raise for wrong values of Hydra's own keys (``_target_``, ``_partial_`` ...), here and below."""
+    for key, value in _items(node):
+        where = f"{path}.{key}" if path else str(key)
+        if key == "_target_" and not (isinstance(value, str) and value.strip()):
+            raise ConfigError(where, value, "must be the dotted name of a class or function")
+        if key in ("_partial_", "_recursive_"):
+            check_bool(where, value)
+        if key == "_convert_":
+            check_choice(where, value, ("none", "partial", "object", "all"))
+        check_nodes(value, where)
+
+
+def _items(node: Any) -> Iterator[tuple[Any, Any]]:
+    if isinstance(node, dict):
+        yield from node.items()
+    elif isinstance(node, list):
+        yield from enumerate(node)
+
+
 def _takes_any_key(target: Callable[..., Any]) -> bool:
-    return any(p.kind is inspect.Parameter.VAR_KEYWORD for p in inspect.signature(target).parameters.values())
+    try:
+        return any(p.kind is inspect.Parameter.VAR_KEYWORD for p in inspect.signature(target).parameters.values())
+    except ValueError:
+        return True
 
 
 def identity(target: Any) -> str:
@@ -91,10 +128,13 @@ def identity(target: Any) -> str:
 def science(node: Any) -> Any:
     """Return a configuration without the keys that cannot change a number (``cosmetic`` of its target).
 
-    Targets are replaced by their `identity`.
+    Targets are replaced by their `identity`. A key that is left out has its default, and one that is None by default
+    and by value is left out: a new option of a class does not change the digests of what was made before.
     """
-    if isinstance(node, list):
+    if isinstance(node, list | tuple):
         return [science(v) for v in node]
+    if isinstance(node, type):  # the default of a part
+        node = {"_target_": f"{node.__module__}.{node.__qualname__}"}
     if not isinstance(node, dict):
         return node
     if "_target_" not in node:
@@ -105,6 +145,8 @@ def science(node: Any) -> Any:
     else:
         target = get_object(node["_target_"])
         name, cosmetic = identity(target), getattr(target, "cosmetic", frozenset())
+        defaults = {n: p.default for n, p in parameters_of(target).items() if p.default is not p.empty}
+        node = {k: v for k, v in (defaults | node).items() if v is not None or defaults.get(k, ...) is not None}
     values = {k: science(v) for k, v in node.items() if k not in cosmetic and not k.startswith("_")}
     return {"_target_": name, **values}
 

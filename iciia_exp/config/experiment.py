@@ -13,7 +13,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from iciia_exp.artifacts import resolve_cache_dir
 from iciia_exp.config.build import build, with_path
-from iciia_exp.config.check import check_keys, class_of, flatten, of_library, target_of
+from iciia_exp.config.check import check_keys, check_nodes, class_of, flatten, of_library, target_of
 from iciia_exp.config.hydra_errors import dotted_keys
 from iciia_exp.config.settings import Evaluation, Extraction, Training
 from iciia_exp.data.client_mix import ClientMix
@@ -88,7 +88,9 @@ class Experiment:
         try:
             plain: dict[str, Any] = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)  # type: ignore[assignment]
         except OmegaConfBaseException as error:
-            raise UserError(first_line(error)) from error
+            key = f"{error.full_key}: " if error.full_key else ""
+            raise UserError(key + first_line(error)) from error
+        check_nodes(plain)
         aliases = {
             key: match.group(1)
             for key, value in flatten(OmegaConf.to_container(config, resolve=False)).items()  # type: ignore[arg-type]

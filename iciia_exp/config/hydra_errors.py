@@ -1,16 +1,18 @@
 """Hydra errors: one line that names the nearest valid key or option."""
 
+import functools
 import re
-import sys
-from collections.abc import Iterator
+import shlex
+from collections.abc import Iterator, Sequence
 
-from hydra.errors import ConfigCompositionException, MissingConfigException, OverrideParseException
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import ConfigCompositionException, HydraException, MissingConfigException, OverrideParseException
 from omegaconf import DictConfig
 
 from iciia_exp.config.paths import CONF_DIR
 from iciia_exp.errors import UserError, did_you_mean, first_line
 
-__all__ = ["dotted_keys", "explain", "option_names"]
+__all__ = ["check_choices", "dotted_keys", "explain", "option_names"]
 
 
 #: Groups and keys of earlier releases, and their replacements.
@@ -45,28 +47,66 @@ def _groups() -> list[str]:
     return sorted(path.name for path in CONF_DIR.iterdir() if path.is_dir() and any(path.glob("*.yaml")))
 
 
-def _keys() -> list[str]:
-    """Return all dotted keys of the configuration with the options of the command line."""
+def _keys(overrides: Sequence[str]) -> list[str]:
+    """Return all dotted keys of the configuration with the options of the overrides."""
+    return list(_keys_of(frozenset(o for o in overrides if o.lstrip("+").partition("=")[0] in _groups())))
+
+
+@functools.cache
+def _keys_of(overrides: frozenset[str]) -> tuple[str, ...]:
     from hydra import compose, initialize_config_dir
     from hydra.core.global_hydra import GlobalHydra
 
     choices = {}
-    for argument in sys.argv[1:]:
+    for argument in overrides:
         group, _, option = argument.partition("=")
         if option in option_names(group.lstrip("+")) and group.lstrip("+") in _groups():
             choices[group] = argument
     GlobalHydra.instance().clear()
     with initialize_config_dir(str(CONF_DIR), version_base="1.3"):
         config = compose("config", overrides=list(choices.values()))
-    return list(dotted_keys(config))
+    return tuple(dotted_keys(config))
 
 
 def _did_you_mean(word: str, choices: list[str], listed: str) -> str:
     return did_you_mean(word, choices, f"{listed}: {', '.join(choices)}")
 
 
-def explain(error: Exception) -> str:
-    """Return one line that says what is wrong and what would be right."""
+def _not_parsed(override: str) -> str:
+    """Return the error of an override that Hydra's grammar does not have, with the way to write its value."""
+    key, equals, value = override.partition("=")
+    if not equals or not re.fullmatch(r"[+~]*[\w.@/]+", key):
+        return f"{override}: not of the form key=value"
+    text = value.strip("'\"").replace("\\", "\\\\").replace('"', '\\"')
+    right = shlex.quote(f'{key}="{text}"')
+    return f"{override}: not of the form key=value; in a value with special characters, quote twice: {right}"
+
+
+def check_choices(overrides: Sequence[str]) -> None:
+    """Raise a `UserError` for a group that is set to something else than names; Hydra raises a TypeError for it."""
+    groups = _groups()
+    for override in overrides:
+        key, equals, written = override.partition("=")
+        group = key.lstrip("+").partition("@")[0]
+        if not equals or group not in groups or written in option_names(group):
+            continue
+        try:
+            parsed = OverridesParser.create().parse_override(override)
+        except HydraException:
+            continue  # Hydra says what is wrong
+        value = parsed.value()
+        chosen = value if isinstance(value, list) else [value]
+        if not parsed.is_sweep_override() and not all(isinstance(option, str) for option in chosen):
+            raise UserError(f"{group}={written}: no such option; valid: {', '.join(option_names(group))}")
+
+
+def explain(error: Exception, overrides: Sequence[str]) -> str:
+    """Return one line that says what is wrong and what would be right.
+
+    Args:
+        error: of Hydra, of OmegaConf or of the project.
+        overrides: of the command.
+    """
     if isinstance(error, UserError):
         return str(error)
     text = str(error)
@@ -74,6 +114,8 @@ def explain(error: Exception) -> str:
         if error.missing_cfg_file is None:
             return first_line(text)
         group, _, option = error.missing_cfg_file.rpartition("/")
+        if not group:
+            return f"--config-name={option}: no such configuration; leave it out (an experiment is +experiment=NAME)"
         if group in ("hydra/launcher", "hydra/sweeper"):
             return f"{group}={option}: is not installed; pip install 'iciia_exp[sweeps]'"
         options = [o for o in (error.options or option_names(group)) if o]
@@ -89,15 +131,20 @@ def explain(error: Exception) -> str:
             return f"{key}: add a plus sign, +{key}=NAME; valid: {', '.join(option_names(key))}"
         if re.search(r"No match in the defaults list", text):
             return f"{key}: no such key; {_did_you_mean(key, _groups(), 'the groups are')}"
-        return f"{key}: no such key; {did_you_mean(key, _keys(), 'see python -m iciia_exp --help')}"
+        varied = any(o.lstrip("+").startswith("search=") for o in overrides)
+        if varied and not any(o.lstrip("+~").startswith(f"{key}=") for o in overrides):
+            own = "copy conf/search/optuna.yaml into a folder of yours (--config-dir) and change its params"
+            return f"{key}: no such key; the search varies it, but this method has none: {own}"
+        return f"{key}: no such key; {did_you_mean(key, _keys(overrides), 'see python -m iciia_exp --help')}"
     if match := re.search(r"Ambiguous value for argument '([^']+)'", text):
         return f"{match.group(1)}: several values are a sweep; add -m (or write key=[a,b] for a list)"
     if isinstance(error, OverrideParseException):
-        return f"{error.override}: not of the form key=value ({first_line(error.message)}); quote special characters"
+        return _not_parsed(error.override)
+    if match := re.search(r"Error resolving interpolation '([^']+)'", text):
+        blamed = [override for override in overrides if match.group(1) in override]
+        return f"{blamed[0] if blamed else match.group(1)}: cannot be resolved; the groups are: {', '.join(_groups())}"
     if "No trials are completed" in text:
         return "no trial of the search succeeded; see the errors above"
-    if isinstance(error, ValueError):
-        return f"{first_line(text)}: a group cannot be null; choose one of its options"
     if isinstance(error, ConfigCompositionException) and error.__cause__ is not None:
         return f"{first_line(text)} ({first_line(str(error.__cause__))})"
     return first_line(text)

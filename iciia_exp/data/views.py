@@ -14,10 +14,10 @@ from torch.utils.data import Dataset
 
 from iciia_exp.data.batches import ClientBatch, ClientIndex, FeatureBatches, cut_chunks
 from iciia_exp.data.clients import Clients, Ragged
-from iciia_exp.errors import UserError
+from iciia_exp.errors import NotApplicable
 from iciia_exp.seeding import generator
 
-__all__ = ["CloudView", "Devices"]
+__all__ = ["CloudView", "Devices", "require_own_labels"]
 
 # Names of roles in seeds, from the first release: they decide the order of the chunks.
 _SEEDS = {"val": "selection"}
@@ -107,14 +107,6 @@ class Devices:
         """Return how many images of a role every device has, int64 [C]."""
         return self._clients[role].lengths
 
-    def require_own_labels(self, method: str) -> None:
-        """Raise a `UserError` if a device with test images has no train images."""
-        without = (self.lengths("test") > 0) & (self.lengths("train") == 0)
-        if without.any():
-            problem = f"{without.sum():,} of them ({self._clients.ids[without][0]}, say) have none in train"
-            hint = "choose a partition that splits within clients"
-            raise UserError(f"method={method}: learns from labelled images of the test clients; {problem}: {hint}")
-
     def own(self, numbers: np.ndarray) -> dict[str, ClientBatch]:
         """Return all images of some devices by role, with their labels, a device a row."""
         return {role: self._images(self._clients[role], numbers) for role in self._roles}
@@ -122,3 +114,12 @@ class Devices:
     def _images(self, ragged: Ragged, numbers: np.ndarray) -> ClientBatch:
         index_CS = ragged.padded(numbers, int(ragged.lengths[numbers].max(initial=0)))
         return self._batches[ClientIndex(index_CS, numbers)]
+
+
+def require_own_labels(clients: Clients, method: str) -> None:
+    """Raise a `NotApplicable` if a client with test images has no train images."""
+    without = (clients.test.lengths > 0) & (clients.train.lengths == 0)
+    if without.any():
+        problem = f"{without.sum():,} of them ({clients.ids[without][0]}, say) have none in train"
+        hint = "choose a partition that splits within clients"
+        raise NotApplicable("method", method, f"learns from labelled images of the test clients; {problem}: {hint}")

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from iciia_exp.artifacts import read_json
+from iciia_exp.data.views import require_own_labels
 from iciia_exp.engine.data_check import findings, split_table, weights_problem
 from iciia_exp.engine.graph import Artifact, NotMade, ensure
 from iciia_exp.engine.stages import Stages
@@ -18,6 +19,7 @@ from iciia_exp.engine.training.processes import join, only_first_logs
 from iciia_exp.engine.training.train_method import draw_clients
 from iciia_exp.errors import ConfigError, UserError, printable
 from iciia_exp.machine import check_started, process_count, process_rank
+from iciia_exp.methods.base import Ask
 from iciia_exp.methods.tune.base import Personal
 
 __all__ = ["execute"]
@@ -53,6 +55,8 @@ def execute(stages: Stages, brief: bool = False) -> dict[str, Any] | None:
     if process_rank() > 0:  # of several processes that torchrun or srun started
         if not (shared := _shared(stages)):
             log.info("process %d of %d: leaves the work to the first", process_rank(), process_count())
+        else:
+            log.info("process %d of %d: waits for the first, and takes its part", process_rank(), process_count())
         only_first_logs()
         for goal in shared:
             join(goal)
@@ -154,6 +158,8 @@ def _check(stages: Stages) -> None:
         raise ConfigError("evaluation.site", e.evaluation.site, problem)
     with torch.random.fork_rng(devices=[]):
         stages.new_method(nn.Linear(stages.dim, stages.num_classes))
+    if Ask.CLIENT_LABELS in e.method_class.asks:
+        require_own_labels(e.client_mix.known(stages.clients), e.method_class.name)
     if e.method_class.trainable:
         draw_clients(stages, stages.clients, "train")
     configured(e.config["callbacks"])

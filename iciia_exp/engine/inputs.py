@@ -23,7 +23,7 @@ from iciia_exp.digest import digest, file_digest
 from iciia_exp.engine.dataset_facts import DatasetFacts
 from iciia_exp.engine.graph import Artifact
 from iciia_exp.engine.training.processes import training_processes
-from iciia_exp.errors import ConfigError, UserError
+from iciia_exp.errors import ConfigError, NotApplicable, UserError
 from iciia_exp.methods.base import Facts, Method
 from iciia_exp.models.backbones.base import Backbone
 from iciia_exp.serving.run import Run
@@ -124,14 +124,14 @@ class Inputs:
         spec, method = e.backbone, e.method_class.name
         if "logits" in self.reads and spec.train == "head":
             problem = "reads logits, but with backbone.train=head the classifier is fitted after they would be stored"
-            raise ConfigError("method", method, f"{problem}; use backbone.train=all or none")
+            raise NotApplicable("method", method, f"{problem}; use backbone.train=all or none")
         backbone = e.named(lambda: spec.fresh(self.num_classes, **more), "backbone").eval()
         _, example = readable(e.dataset, backbone.transform, probes(np.arange(len(e.dataset))))
         try:
             return backbone.output_shapes(example, self.reads)
         except UserError as error:
             problem = f"cannot work with backbone {spec.name}: {error}; choose a backbone that gives what it reads"
-            raise ConfigError("method", method, problem) from error
+            raise NotApplicable("method", method, problem) from error
 
     def new_backbone(self) -> Backbone:
         """Build the backbone with its initial weights."""
@@ -266,5 +266,5 @@ class Inputs:
         canonical = e.named(lambda: method.canonical(values, dim), "method")
         if e.dataset_class.task not in method.tasks:
             problem = f"knows {' and '.join(method.tasks)} tasks; this dataset's is {e.dataset_class.task}"
-            raise ConfigError("method", method.name, problem)
+            raise NotApplicable("method", method.name, problem)
         return {"_target_": e.config["method"]["_target_"], **canonical}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import multiprocessing
 import time
@@ -12,10 +13,10 @@ from typing import TYPE_CHECKING, Any
 
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
 from iciia_exp.engine.terminal import setup_logging
-from iciia_exp.errors import UserError, first_line
+from iciia_exp.errors import ConfigError, NotApplicable, UserError, first_line
 from iciia_exp.machine import end_with_parent
 
 if TYPE_CHECKING:
@@ -41,12 +42,12 @@ def run_job(config: DictConfig) -> float | None:
     """Run one configuration and return its val accuracy (for hyper-parameter search), if it has one.
 
     Outside a sweep a `UserError` is kept for `take_failure`, because Hydra would print more than one line. In a sweep
-    every error is recorded and logged, and the other jobs go on.
+    every error is recorded and logged, and the other jobs go on; a method that cannot run on these clients is left out.
     """
     global _failure
     setup_logging()
     hydra = HydraConfig.get()
-    overrides = list(hydra.overrides.task)
+    overrides: Any = OmegaConf.to_container(hydra.overrides.task, resolve=False)
     if hydra.mode != RunMode.MULTIRUN:
         try:
             row = _execute(config, overrides)[1]
@@ -67,6 +68,9 @@ def run_job(config: DictConfig) -> float | None:
     try:
         stages, row = _execute(config, overrides, brief=True)
         outcome = {"status": "done", "evaluation_dir": str(stages.evaluation.folder), "error": None}
+    except NotApplicable as error:
+        outcome |= {"status": "left out", "error": str(error)}
+        log.warning("left out: %s", error)
     except Exception as error:
         text = error if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
         outcome |= {"error": first_line(text), "traceback": traceback.format_exc()}
@@ -76,25 +80,26 @@ def run_job(config: DictConfig) -> float | None:
     return row["val_accuracy"] if row else None
 
 
-def run_experiment(*overrides: str) -> Run:
+def run_experiment(*overrides: str, config_dir: str | Path | None = None) -> Run:
     """Run ``python -m iciia_exp OVERRIDES`` from Python, and return the finished run.
 
     >>> run = run_experiment("method=iciia", "groups=16")  # doctest: +SKIP
 
     Args:
         overrides: as on the command line, one value each. Finished artifacts are not made again.
+        config_dir: a folder with options of your own, as ``--config-dir``.
 
     Raises:
         UserError: names a wrong override and a right one.
     """
-    config = _composed(overrides)
+    config = _composed(overrides, config_dir)
     if config.stage not in ("all", "evaluate"):
         raise UserError(f"stage={config.stage}: gives no finished run; leave stage out, or use the command line")
     stages, _ = _execute(config, overrides)
     return stages.load_run(stages.evaluation.folder)
 
 
-def client_data(*overrides: str) -> ClientDataModule:
+def client_data(*overrides: str, config_dir: str | Path | None = None) -> ClientDataModule:
     """Return the client batches of an experiment as a Lightning data module, for a Trainer and modules of your own.
 
     >>> data = client_data("dataset=digits", "partition=dirichlet")  # doctest: +SKIP
@@ -105,6 +110,7 @@ def client_data(*overrides: str) -> ClientDataModule:
 
     Args:
         overrides: as on the command line, one value each.
+        config_dir: a folder with options of your own, as ``--config-dir``.
 
     Raises:
         UserError: names a wrong override and a right one.
@@ -112,32 +118,38 @@ def client_data(*overrides: str) -> ClientDataModule:
     from iciia_exp.engine.training.train_method import data_of
 
     for stage in ("backbone", "features"):
-        stages, _ = _execute(_composed((*overrides, f"stage={stage}")), overrides, brief=True)
+        stages, _ = _execute(_composed((*overrides, f"stage={stage}"), config_dir), overrides, brief=True)
     store, recipe = stages.open_store(), stages.experiment.training.recipe
     return data_of(stages, stages.readable_clients(store), stages.batches(store), recipe)
 
 
-def _composed(overrides: Sequence[str]) -> DictConfig:
+def _composed(overrides: Sequence[str], config_dir: str | Path | None = None) -> DictConfig:
     """Compose the configuration; raises a `UserError` for wrong overrides."""
     from hydra import compose, initialize_config_dir
     from hydra.core.global_hydra import GlobalHydra
     from hydra.errors import HydraException
     from omegaconf.errors import OmegaConfBaseException
 
-    from iciia_exp.config.hydra_errors import explain
+    from iciia_exp.config.hydra_errors import check_choices, explain
     from iciia_exp.config.paths import CONF_DIR
 
     if wrong := [override for override in overrides if not isinstance(override, str)]:
         problem = "overrides are texts, one by one, as on the command line"
         raise UserError(f"{wrong[0]!r}: {problem}: run_experiment('groups=16'), or run_experiment(*overrides)")
+    own = []
+    if config_dir is not None:
+        if not Path(config_dir).is_dir():
+            raise ConfigError("config_dir", config_dir, "no such folder; it has the layout of conf/")
+        own = [f"hydra.searchpath=[{json.dumps(f'file://{Path(config_dir).resolve()}', ensure_ascii=False)}]"]
+    check_choices(overrides)
     setup_logging()
     outer = GlobalHydra.instance().hydra  # of a program of the user's that itself runs in @hydra.main
     GlobalHydra.instance().hydra = None
     try:
         with initialize_config_dir(str(CONF_DIR), version_base="1.3"):
-            return compose("config", overrides=list(overrides))
+            return compose("config", overrides=[*own, *overrides])
     except (HydraException, OmegaConfBaseException) as error:
-        raise UserError(explain(error)) from error
+        raise UserError(explain(error, overrides)) from error
     finally:
         GlobalHydra.instance().hydra = outer
 

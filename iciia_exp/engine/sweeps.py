@@ -6,6 +6,7 @@ folder, so that this works the same in one process, in several and on a cluster.
 
 import contextlib
 import logging
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ _status = 0
 
 
 def take_exit_status() -> int:
-    """Return 1 if a job of this process's last sweep failed, else 0, and reset it."""
+    """Return 1 if a job of this process's last sweep failed or none ran, else 0, and reset it."""
     global _status
     status, _status = _status, 0
     return status
@@ -33,6 +34,21 @@ def take_exit_status() -> int:
 def record_job(folder: Path, number: int, overrides: list[str], outcome: dict[str, Any]) -> None:
     """Write the outcome of job ``number``."""
     write_json(folder / "jobs" / f"{number:05d}.json", {"job": number, "overrides": overrides, **outcome})
+
+
+def _records(folder: Path) -> Iterator[dict[str, Any]]:
+    """Yield the records of a sweep's jobs in their order; damaged ones are left out with a warning."""
+    for path in sorted((folder / "jobs").glob("*.json")):
+        try:
+            record = read_json(path)
+            missing = {"job", "overrides", "status", "evaluation_dir", "error"} - record.keys()
+        except UserError as error:
+            log.warning("%s", error)
+            continue
+        if missing:
+            log.warning("%s: has no %s; the job is left out", path, ", ".join(sorted(missing)))
+        else:
+            yield record
 
 
 def _best_of_search(folder: Path) -> str | None:
@@ -46,7 +62,7 @@ def _best_of_search(folder: Path) -> str | None:
 
 
 class SweepReport(Callback):
-    """Prints a table over a sweep's runs at its end, draws accuracy against overhead, and lists failures."""
+    """Prints a table over a sweep's runs at its end, draws accuracy against overhead, and lists jobs without a run."""
 
     def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
         """Print the report."""
@@ -57,8 +73,9 @@ class SweepReport(Callback):
 
         setup_logging()
         folder = Path(config.hydra.sweep.dir)
-        jobs = [read_json(path) for path in sorted((folder / "jobs").glob("*.json"))]
-        failures = [job for job in jobs if job["status"] != "done"]
+        jobs = list(_records(folder))
+        without = [job for job in jobs if job["status"] != "done"]
+        left_out = [job for job in without if job["status"] == "left out"]
         rows = []
         for path in dict.fromkeys(job["evaluation_dir"] for job in jobs if job["evaluation_dir"]):  # jobs may share one
             with contextlib.suppress(OSError, UserError):
@@ -75,13 +92,14 @@ class SweepReport(Callback):
             out.print(result_table(group))
             out.print()
             accuracy_vs_overhead(group, folder / plot)
-        done = len(jobs) - len(failures)
+        done = len(jobs) - len(without)
         summary = f"{done} of {len(jobs)} jobs done; plot and records in {folder}"
         out.print(printable(summary), style="dim", soft_wrap=True)
         if (best := _best_of_search(folder)) is not None:
             out.print(printable(best), soft_wrap=True)
         common = set.intersection(*(set(job["overrides"]) for job in jobs)) if len(jobs) > 1 else set()
-        for job in failures:
+        for job in without:
             own = " ".join(o for o in job["overrides"] if o not in common)
-            log.error("job %s failed%s: %s", job["job"], f" ({own})" if own else "", job["error"])
-        _status = int(bool(failures))
+            level, status = (logging.WARNING, "left out") if job in left_out else (logging.ERROR, "failed")
+            log.log(level, "job %s %s%s: %s", job["job"], status, f" ({own})" if own else "", job["error"])
+        _status = int(len(without) > len(left_out) or not done)

@@ -24,8 +24,9 @@ def by_groups(table: pd.DataFrame, title: str) -> Any | None:
     if not lines:
         return None
     figure, axes = plots.new_figure(f"{title}: accuracy by groups and layers", "groups", "accuracy (%)")
-    for i, ((method, layers), part) in enumerate(lines):
-        plots.draw_setting(axes, i, part["groups"], part, f"{method} N={layers:.0f}")
+    styles = plots.line_styles([str(method) for (method, _), _ in lines], table["method"])
+    for ((method, layers), part), style in zip(lines, styles, strict=True):
+        plots.draw_setting(axes, part["groups"], part, f"{method} N={layers:.0f}", **style)
     axes.set_xscale("log", base=2)
     ticks = sorted(set(swept["groups"].astype(int)))
     axes.set_xticks(ticks, [str(t) for t in ticks])
@@ -41,22 +42,21 @@ def by_history(table: pd.DataFrame, title: str, client_type: str | None = None) 
 
     ``client_type`` is that of `iciia_exp.results.tables.history_of`.
     """
-    # a setting has its colour by its place in the table, the same in every figure
-    lines = enumerate(row for _, row in table.iterrows())
-    histories = ((i, row, h) for i, row in lines if (h := history_of(row, client_type)) is not None)
+    histories = ((row, h) for _, row in table.iterrows() if (h := history_of(row, client_type)) is not None)
     found = list(islice(histories, plots.MOST_LINES + 1))
     if (alone := backbone_history(table, client_type)) is None:
         return None
     base = alone["backbone_client_accuracy"].drop(index=ALL, errors="ignore")
-    drawn = [f for f in found if f[1]["method"] != "backbone"][: plots.MOST_LINES]
+    drawn = [f for f in found if f[0]["method"] != "backbone"][: plots.MOST_LINES]
     clients = "" if client_type is None else f", {client_type} clients"
     figure, axes = plots.new_figure(
         f"{title}: accuracy by history{clients}", "images of the client seen before", "accuracy, mean over clients (%)"
     )
     place = np.arange(len(base))
-    for i, row, history in drawn:
-        style = {"linestyle": ":" if row["oracle"] else "-", "capsize": 2, "markersize": 5}
-        plots.draw_setting(axes, i, place, history.reindex(base.index), row["label"], "client_accuracy", **style)
+    styles = plots.line_styles([row["method"] for row, _ in drawn], table["method"])
+    for (row, history), style in zip(drawn, styles, strict=True):
+        more: Any = {"linestyle": ":" if row["oracle"] else "-", "capsize": 2, "markersize": 5}
+        plots.draw_setting(axes, place, history.reindex(base.index), row["label"], "client_accuracy", **style, **more)
     axes.plot(place, 100 * base, **plots.BASELINE, label=f"{table['backbone'].iloc[0]} alone")
     axes.set_xticks(place, [str(n) for n in base.index])
     plots.legend(axes, beside=len(drawn) > 4)

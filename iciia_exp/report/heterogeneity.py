@@ -7,7 +7,7 @@ import pandas as pd
 
 from iciia_exp.results.columns import cell
 from iciia_exp.results.labels import base_of, grouped, varying
-from iciia_exp.results.plots import BASELINE, MOST_LINES, draw_setting, legend, new_figure
+from iciia_exp.results.plots import BASELINE, MOST_LINES, draw_setting, legend, line_styles, new_figure
 from iciia_exp.results.tables import settings
 
 __all__ = ["PartitionSweep", "draw_heterogeneity", "partition_sweeps", "sweep_table"]
@@ -68,8 +68,10 @@ def draw_heterogeneity(sweep: PartitionSweep) -> Any:
     figure, axes = new_figure(sweep.title + bars, f"partition.{sweep.key}", "accuracy (%)")
     base = 100 * table.groupby("value")["alone_accuracy"].first()
     axes.plot(base.index, base, **BASELINE, label=f"{table['backbone'].iloc[0]} alone")
-    for i, (label, part) in enumerate(_best_first(table)[:MOST_LINES]):
-        draw_setting(axes, i, part["value"], part, label)
+    lines = _best_first(table)[:MOST_LINES]
+    styles = line_styles([part["method"].iloc[0] for _, part in lines], table["method"])
+    for (label, part), style in zip(lines, styles, strict=True):
+        draw_setting(axes, part["value"], part, label, **style)
     if base.index.min() > 0 and base.index.max() / base.index.min() >= 20:
         axes.set_xscale("log")
         axes.minorticks_off()

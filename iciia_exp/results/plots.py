@@ -1,7 +1,8 @@
 """Plots: gain per client, accuracy by history, accuracy against overhead, examples, and the parts of a figure."""
 
 import io
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +15,26 @@ from iciia_exp.results.tables import backbone_line, settings
 from iciia_exp.tasks import SINGLE_LABEL
 
 __all__ = [
-    *("BASELINE", "BLUE", "ORANGE", "MOST_LINES", "draw_setting", "gains", "hover", "legend", "new_figure", "save"),
-    *("accuracy_vs_history", "accuracy_vs_overhead", "draw_accuracy_vs_overhead", "draw_examples", "gain_per_client"),
+    *(
+        "BASELINE",
+        "BLUE",
+        "ORANGE",
+        "MOST_LINES",
+        "draw_setting",
+        "gains",
+        "hover",
+        "legend",
+        "line_styles",
+        "new_figure",
+    ),
+    *(
+        "save",
+        "accuracy_vs_history",
+        "accuracy_vs_overhead",
+        "draw_accuracy_vs_overhead",
+        "draw_examples",
+        "gain_per_client",
+    ),
 ]
 
 # Colours that differ in lightness too, so that the plots read in grey.
@@ -67,18 +86,34 @@ def save(figure: Any, path: Path) -> Path:
     return path
 
 
-def _line_style(number: int) -> dict[str, Any]:
-    return {"color": _COLOURS[number % len(_COLOURS)], "marker": _MARKERS[number % len(_MARKERS)]}
+def line_styles(lines: Sequence[str], methods: Iterable[str]) -> list[dict[str, str]]:
+    """Return colour and marker of every line of a figure.
+
+    A method has one colour in all figures of a comparison, and its lines have different markers. Where all lines are of
+    one method, they differ in colour, too.
+
+    Args:
+        lines: the method of every line.
+        methods: all methods of the comparison, in the order of its table: neighbours have different colours.
+    """
+    numbers = {method: number for number, method in enumerate(m for m in dict.fromkeys(methods) if m != "backbone")}
+    seen: Counter[str] = Counter()
+    styles = []
+    for method in lines:
+        number, variant = numbers.get(method, 0), seen[method]
+        colour = number if len(set(lines)) > 1 else number + variant
+        marker = _MARKERS[(number + variant) % len(_MARKERS)]
+        styles.append({"color": _COLOURS[colour % len(_COLOURS)], "marker": marker})
+        seen[method] += 1
+    return styles
 
 
-def draw_setting(
-    axes: Any, number: int, x: Any, table: pd.DataFrame, label: str, key: str = "accuracy", **style: Any
-) -> None:
-    """Draw the column ``key`` of a table in percent, with standard errors, as the line with a number.
+def draw_setting(axes: Any, x: Any, table: pd.DataFrame, label: str, key: str = "accuracy", **style: Any) -> None:
+    """Draw the column ``key`` of a table in percent, with standard errors, as a line of a style.
 
     Accuracies of the paper (column ``published``) are a second, hollow line.
     """
-    style = _line_style(number) | {"capsize": 3, "label": label} | style
+    style = {"capsize": 3, "label": label} | style
     line = axes.errorbar(x, 100 * table[key], 100 * table[f"{key}_se"].fillna(0), **style)
     hover(line.lines[0], label)
     if "published" in table and table["published"].notna().any():
@@ -181,8 +216,9 @@ def draw_accuracy_vs_overhead(rows: Sequence[dict[str, Any]], highlight: str | N
     points = table[~table["oracle"] & (table["method"] != "backbone")]
     in_percent = table["backbone_macs"].notna().all()  # unknown for features that were made elsewhere
     cost = points["overhead_percent" if in_percent else "sequence_macs"]
-    numbers = {method: i for i, method in enumerate(sorted(set(points["method"])))}
-    crowded = len(numbers) > 6
+    methods = sorted(set(points["method"]))
+    styles = dict(zip(methods, line_styles(methods, table["method"]), strict=True))
+    crowded = len(methods) > 6
     first = table.iloc[0]
     bars = "standard error over seeds" if (points["runs"] > 1).any() else "95 % interval over clients"
     percent = ", % of the backbone's for one image" if in_percent else ""
@@ -202,7 +238,7 @@ def draw_accuracy_vs_overhead(rows: Sequence[dict[str, Any]], highlight: str | N
     labelled = set()
     for x, (_, point) in zip(cost, points.iterrows(), strict=True):
         method, y = point["method"], 100 * point["accuracy"]
-        style: dict[str, Any] = _line_style(numbers[method]) | {"linestyle": "none"}
+        style: dict[str, Any] = styles[method] | {"linestyle": "none"}
         label = f"{method}: {y:.1f} %" if crowded else method
         error: Any = 100 * point["accuracy_se"]
         if point["runs"] == 1:

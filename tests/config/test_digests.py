@@ -26,6 +26,13 @@ SAME = (
     *("+backbone.dim=32", "+backbone.published_top1=70.5", "training.num_workers=2"),
     "+callbacks.lr._target_=lightning.pytorch.callbacks.LearningRateMonitor",
     "method.shuffle=false",  # with one group it changes nothing
+    *(
+        "+dataset._recursive_=false",
+        "~method.attention",
+        "~backbone.model.channels",
+        "~client_mix.pool",
+    ),  # the defaults
+    "~partition.by",
 )
 SEEDS = ("seed=1", "partition.seed=1", "backbone.seed=1", "dataset.seed=1")
 OTHER = (

@@ -11,6 +11,7 @@ from iciia_exp.checksums import CHECKSUMS
 from iciia_exp.config.experiment import Experiment
 from iciia_exp.engine.execute import execute
 from iciia_exp.engine.stages import Stages
+from iciia_exp.engine.sweeps import _records, record_job
 from iciia_exp.errors import UserError
 from tests.making.damage import DAMAGE, flip
 
@@ -139,3 +140,25 @@ def test_a_trained_backbone(made, of, label):
     else:
         with pytest.raises(UserError, match=r"weights\.safetensors: is not what was written"):
             execute(of(root, TRAINED), brief=True)
+
+
+@pytest.mark.parametrize("kind", DAMAGE)
+def test_facts_of_a_dataset_are_read_again(stages, tmp_path, kind):
+    stages("method=backbone").facts.remember()
+    before = stages("method=backbone").run.digest
+    (facts,) = tmp_path.glob("cache/datasets/digits-*.json")
+    whole = facts.read_bytes()
+    DAMAGE[kind](facts)
+    made = stages("method=backbone")
+    assert made.run.digest == before
+    made.facts.remember()
+    assert facts.read_bytes() == whole
+
+
+@pytest.mark.parametrize("kind", DAMAGE)
+def test_a_sweep_reports_without_the_damaged_record_of_a_job(tmp_path, kind, caplog):
+    for number in (0, 1):
+        record_job(tmp_path, number, [], {"status": "done", "evaluation_dir": None, "error": None})
+    DAMAGE[kind](tmp_path / "jobs" / "00000.json")
+    assert [job["job"] for job in _records(tmp_path)][-1:] == [1]
+    assert kind in ("lost", "flip") or "00000.json" in caplog.text

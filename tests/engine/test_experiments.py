@@ -62,15 +62,17 @@ CHEAP = (
     "groups=16",
 )  # of 2,560 features, most of the time
 
+# instead of the largest networks, which are compared with the library's in tests/models/backbones
+SMALL = ("backbone.model.model=mobilenet_v3_small", "backbone.model.weights_name=IMAGENET1K_V1", "backbone.dim=null")
+SMALL_TIMM = ("backbone.model.model=mobilenetv3_small_050.lamb_in1k", "backbone.dim=null")
+
 EXPERIMENTS = {
     "digits": (None, ()),
     "digits_parents": (None, ()),
     "rivals": (None, ()),
-    **{
-        f"{name}_imagenet": (small_imagenet, (TINY,))
-        for name in ("mobilenetv3", "efficientnet_b4", "efficientnet_b7", "swin_b", "convnext_l")
-    },
-    "resnet152_imagenet": (small_imagenet, (TINY, "features.dtype=float32")),  # random weights, huge features
+    **{f"{name}_imagenet": (small_imagenet, (TINY,)) for name in ("mobilenetv3", "efficientnet_b4")},
+    **{f"{name}_imagenet": (small_imagenet, (TINY, *SMALL)) for name in ("swin_b", "convnext_l", "resnet152")},
+    "efficientnet_b7_imagenet": (small_imagenet, (TINY, *SMALL_TIMM)),
     "mobilenetv2_tiny_imagenet": (small_imagenet, (TINY,)),
     "efficientnet_b0_inaturalist": (lambda root, _: make_inaturalist(root), (TINY,)),
     "cnn_femnist": (lambda root, _: make_femnist(root), ()),

@@ -7,7 +7,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from iciia_exp.data.batches import ClientBatch
-from iciia_exp.data.views import Devices
+from iciia_exp.data.views import require_own_labels
 from iciia_exp.errors import UserError
 from iciia_exp.methods.adapt.arm_cml import ArmCml
 from iciia_exp.methods.adapt.calibration import mean_log_loss
@@ -233,10 +233,9 @@ def test_they_need_labels_of_the_test_clients(kind):
     cloud = small_cloud(D, K)
     empty = type(cloud.clients.train).from_pairs(np.array([0]), np.array([0]), len(cloud.clients))
     clients = type(cloud.clients)(cloud.clients.ids, cloud.clients.types, empty, cloud.clients.val, cloud.clients.test)
-    devices = Devices(clients, cloud.batches)
     assert kind.asks == {Ask.CLIENT_LABELS}
     with pytest.raises(UserError, match=rf"{kind.name}: .* 11 of them \(client 1, say\) have none in train"):
-        devices.require_own_labels(kind.name)
+        require_own_labels(clients, kind.name)
 
 
 def test_state_of_a_client_is_stated(head):

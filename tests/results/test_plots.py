@@ -3,7 +3,7 @@ import pandas as pd
 import pytest
 from matplotlib.image import imread
 
-from iciia_exp.results.plots import accuracy_vs_history, accuracy_vs_overhead, gain_per_client
+from iciia_exp.results.plots import accuracy_vs_history, accuracy_vs_overhead, gain_per_client, line_styles
 from iciia_exp.results.tables import history_summary
 
 
@@ -22,6 +22,16 @@ def drawn(path):
     """Whether the picture has something on it, in more than one colour."""
     pixels = imread(path)[..., :3].reshape(-1, 3)
     return len(np.unique((pixels * 32).astype(int), axis=0)) > 10
+
+
+def test_a_method_has_one_colour_in_all_figures():
+    methods = ("backbone", "iciia", "lame", "prior_em", "t3a")
+    every = dict(zip(methods, line_styles(methods, methods), strict=True))
+    few = line_styles(["t3a", "iciia", "iciia", "lame"], methods)
+    assert [few[0], few[1], few[3]] == [every["t3a"], every["iciia"], every["lame"]]
+    assert few[2]["color"] == few[1]["color"]
+    assert len({tuple(style.items()) for style in few}) == 4
+    assert len({style["color"] for style in line_styles(["iciia"] * 3, methods)}) == 3
 
 
 @pytest.mark.parametrize("clients", [1, 29, 3000])

@@ -98,7 +98,7 @@ def test_a_compiled_session_is_the_same(tmp_path, method):
 @pytest.mark.filterwarnings("ignore")  # of the compiler
 def test_a_session_compiled_ahead_of_time_is_the_same_and_goes_on_after_loading(tmp_path):
     (tmp_path / "r").mkdir()
-    run = make_run(tmp_path / "r", num_layers=2, attention="causal")
+    run = make_run(tmp_path / "r", num_layers=1, attention="causal")
     plain, compiled = ClientSession(run, history=3), ClientSession(run, history=3, compile="inductor")
     rows = torch.randn(8, D)
     for row in rows[:5]:

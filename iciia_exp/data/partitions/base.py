@@ -3,6 +3,7 @@
 Legend: M images of the dataset, N elements of a set, K classes.
 """
 
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import TypeVar
@@ -31,10 +32,15 @@ class Partition(ABC):
         """Return the clients of a dataset's table (columns label, split, owner, parent); a pure function."""
 
 
+def option_name(partition: Partition) -> str:
+    """Return the name of a partition's option in `conf/partition`: that of its class in snake case."""
+    return re.sub(r"(?<=[a-z])(?=[A-Z])", "_", type(partition).__name__).lower()
+
+
 def single_labels(table: pd.DataFrame, partition: Partition) -> np.ndarray:
     """Return the class of every image, int64 [M]; a multi-label table raises `ConfigError`."""
     if not pd.api.types.is_integer_dtype(table["label"].dtype):
-        raise ConfigError("_target_", type(partition).__name__, "needs one label per image; use partition=owner")
+        raise ConfigError("", option_name(partition), "needs one label per image; use partition=owner")
     return table["label"].to_numpy(dtype=np.int64)
 
 
@@ -61,7 +67,7 @@ def role_pools(
     pools = {role: np.flatnonzero(splits_M == role) for role in ROLES}
     for role in ("train", "test"):
         if not len(pools[role]):
-            raise ConfigError("_target_", type(partition).__name__, f"the dataset has no {role} images for any client")
+            raise ConfigError("", option_name(partition), f"the dataset has no {role} images for any client")
     if not len(pools["val"]):
         train = pools["train"]
         drawn = draw_share(labels_M[train], val_share, rng.random(len(train)))

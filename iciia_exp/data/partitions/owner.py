@@ -118,7 +118,7 @@ class Owner(Partition):
         if lacking := int(owners.isna().sum()):
             problem = f"{lacking:,} of the dataset's {len(used):,} images have no owner"
             if lacking == len(used):
-                raise ConfigError("_target_", "Owner", f"{problem}; choose another partition")
+                raise ConfigError("", "owner", f"{problem}; choose another partition")
             log.warning("partition: %s; they are left out", problem)
             used, owners = used[owners.notna().to_numpy()], owners.dropna()
         client_N, names = pd.factorize(owners)

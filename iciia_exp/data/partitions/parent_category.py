@@ -13,7 +13,14 @@ import numpy as np
 import pandas as pd
 
 from iciia_exp.data.clients import Clients, Ragged, positions
-from iciia_exp.data.partitions.base import Partition, clients_of, parents_of_classes, shuffled_groups, single_labels
+from iciia_exp.data.partitions.base import (
+    Partition,
+    clients_of,
+    option_name,
+    parents_of_classes,
+    shuffled_groups,
+    single_labels,
+)
 from iciia_exp.errors import ConfigError, check_choice, check_float, check_int
 from iciia_exp.seeding import generator
 
@@ -80,8 +87,8 @@ def parents_and_pools(
     A multi-label table and a class without a parent raise `ConfigError`.
     """
     labels_M, splits_M = single_labels(table, partition), table["split"]
-    name, hint = type(partition).__name__, "choose another partition"
-    parents_K, names = parents_of_classes(table, num_classes, "_target_", name, hint)
+    name, hint = option_name(partition), "choose another partition"
+    parents_K, names = parents_of_classes(table, num_classes, "", name, hint)
     pools = {"train": splits_M.isin(("train", "val")), "test": splits_M == "test"}
     return parents_K[labels_M], names, {role: np.flatnonzero(images) for role, images in pools.items()}
 

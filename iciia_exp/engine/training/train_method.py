@@ -18,7 +18,7 @@ from iciia_exp.artifacts import atomic_write, read_json, write_json
 from iciia_exp.config.stored import store as store_config
 from iciia_exp.data.batches import ClientBatch, ClientBatchSampler, ClientIndex, FeatureBatches
 from iciia_exp.data.clients import Clients, Ragged
-from iciia_exp.data.views import CloudView, Devices
+from iciia_exp.data.views import CloudView, require_own_labels
 from iciia_exp.engine.inputs import Inputs
 from iciia_exp.engine.training.train_backbone import backbone_head, in_epochs, out_of_fold
 from iciia_exp.machine import process_rank, wait_for_others
@@ -56,7 +56,7 @@ def train_method(inputs: Inputs, folder: Path) -> None:
     draw_val = partial(_drawn_val, inputs, clients, batches)
     cloud = CloudView(known, batches, inputs.num_classes, training.images, draw_val)
     if Ask.CLIENT_LABELS in e.method_class.asks:
-        Devices(known, batches).require_own_labels(method.name)
+        require_own_labels(known, method.name)
 
     fit = _Fit(inputs, clients, batches, cloud, head, folder / "checkpoints")
     record: Record = {"epochs": 0, "seconds": 0.0, **method.learn(cloud, fit)}

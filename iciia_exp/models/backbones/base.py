@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from iciia_exp.cost import count_macs
 from iciia_exp.data.readers.images import as_picture
-from iciia_exp.errors import ConfigError, UserError, check_choice, check_float, check_int, within
+from iciia_exp.errors import ConfigError, UserError, check_choice, check_float, check_int, first_line, within
 from iciia_exp.recipe import Recipe
 
 __all__ = ["Backbone", "BackboneSpec", "ImageBackbone"]
@@ -174,6 +174,20 @@ class ImageBackbone(Backbone):
         images.permute(0, 2, 3, 1).flatten(2).mul_(scale.repeat(width)).sub_(shift.repeat(width))
         return images
 
+    def check_options(self, options: Mapping[str, Any], size: int) -> None:
+        """Raise a `ConfigError` if a network built with ``options`` does not turn a picture into one vector."""
+        if not options:
+            return
+        try:
+            with torch.no_grad():
+                shape = tuple(self.eval().features(torch.zeros(1, 3, size, size, dtype=torch.uint8)).shape)
+        except Exception as error:
+            raise ConfigError("options", dict(options), f"do not fit here ({first_line(error)})") from error
+        self.train()
+        if shape != (1, self.dim):
+            problem = f"do not fit here (a picture becomes {list(shape[1:])}, and not [{self.dim}])"
+            raise ConfigError("options", dict(options), problem)
+
     def features(self, images: Tensor) -> Tensor:
         """Return the classifier's input, [B, D], from uint8 images."""
         return self.net(self.normalise(images))
@@ -233,6 +247,8 @@ class BackboneSpec:
     ) -> None:
         if not isinstance(name, str) or not re.search(r"\w", name) or not name.isprintable() or len(name) > 100:
             raise ConfigError("name", name, "must be a text with a letter or digit, of at most 100 characters")
+        if not callable(model):
+            raise ConfigError("model", model, "must be a node with a _target_, as in conf/backbone/small_cnn.yaml")
         self.name, self.model, self.recipe = name, model, recipe
         self.train = check_choice("train", train, ("all", "head", "none"))
         self.pretrained = pretrained and weights is None

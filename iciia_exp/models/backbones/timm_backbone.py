@@ -52,6 +52,8 @@ class TimmBackbone(ImageBackbone):
             if values is not None and (len(values) != 3 or (key == "std" and min(values) <= 0)):
                 raise ConfigError(key, values, f"must be three numbers{' above 0' if key == 'std' else ''}")
         net = self._create(num_classes)
+        if not hasattr(net, "get_classifier"):
+            raise ConfigError("options", self.options, "do not fit here (the network has no classifier)")
         head = net.get_classifier()
         if not isinstance(head, nn.Linear):
             kind = type(head).__name__
@@ -66,6 +68,7 @@ class TimmBackbone(ImageBackbone):
         config = resolve_data_config({k: v for k, v in given.items() if v is not None}, model=net)
         super().__init__(net, head, config["mean"], config["std"])
         self.head_name, self.data_config = name, config
+        self.check_options(self.options, config["input_size"][-1])
         # only vision transformers without stages, whose blocks all have the same tokens, can return prefix tokens
         intermediates = getattr(net, "forward_intermediates", None)
         if intermediates and "return_prefix_tokens" in inspect.signature(intermediates).parameters:
@@ -88,10 +91,10 @@ class TimmBackbone(ImageBackbone):
             elif "Invalid pretrained tag" in str(error):
                 what, near = "timm has no weights of that tag", nearest(self.model, timm.list_pretrained(f"{name}.*"))
             else:
-                raise
+                raise ConfigError("options", self.options, f"do not fit here ({first_line(error)})") from error
             raise ConfigError("model", self.model, f"{what}{f'; did you mean {near}?' if near else ''}") from error
-        except TypeError as error:
-            raise ConfigError("options", self.options, first_line(error)) from error
+        except Exception as error:
+            raise ConfigError("options", self.options, f"do not fit here ({first_line(error)})") from error
 
     def crop(self, image: Any) -> Any:
         """Resize and crop as timm does for evaluation."""

@@ -63,6 +63,7 @@ class TorchvisionBackbone(ImageBackbone):
         super().__init__(net, head, preset.mean, preset.std)
         self.head_name = name
         self.crop_size, self.interpolation = size, preset.interpolation.value
+        self.check_options(self.options, size)
         self.resize_size = round(preset.resize_size[0] * size / preset.crop_size[0])
 
     def _create(self, num_classes: int, size: int) -> nn.Module:
@@ -71,10 +72,10 @@ class TorchvisionBackbone(ImageBackbone):
         more = next((option for start, option in fixed.items() if self.model.startswith(start)), {})
         try:
             return models.get_model(self.model, weights=None, num_classes=num_classes, **{**more, **self.options})
-        except TypeError as error:
-            raise ConfigError("options", self.options, first_line(error)) from error
-        except ValueError as error:  # MaxVit: a size that its windows do not divide
-            raise ConfigError("image_size", size, first_line(error)) from error
+        except Exception as error:
+            if isinstance(error, ValueError) and not self.options:  # MaxVit: a size that its windows do not divide
+                raise ConfigError("image_size", size, first_line(error)) from error
+            raise ConfigError("options", self.options, f"do not fit here ({first_line(error)})") from error
 
     def crop(self, image: Any) -> Any:
         """Resize the shorter side and crop the centre, as torchvision's evaluation preset does."""

@@ -37,7 +37,8 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
         items = state.items() if isinstance(state, Mapping) else ()
         state = {str(k).removeprefix("module."): v for k, v in items if isinstance(v, Tensor)}
     except Exception as error:
-        raise UserError(f"{path}: cannot be read as weights ({first_line(error)})") from error
+        problem = "not a .safetensors file, nor tensors saved by torch.save; files with other objects are not read"
+        raise UserError(f"{path}: cannot be read as weights ({problem})") from error
     if not state:
         raise UserError(f"{path}: holds no tensors by name")
     return state

@@ -123,7 +123,7 @@ def test_the_hint_of_an_error_works():
 @pytest.mark.parametrize("role", ["train", "test"])
 def test_a_dataset_without_a_role_is_refused(role):
     frame = table()
-    with pytest.raises(ConfigError, match=f"_target_=ClassesPerClient: the dataset has no {role} images"):
+    with pytest.raises(ConfigError, match=f"classes_per_client: the dataset has no {role} images"):
         assign(frame[frame["split"] != role].reset_index(drop=True))
 
 

@@ -131,8 +131,8 @@ def test_the_seed_alone_decides(split):
         ({"clients": 9000, "images_per_client": None}, {}, "clients", "images are enough for; use fewer"),
         ({"split": "within", "clients": 2000, "images_per_client": None}, {}, "clients", "use fewer"),
         ({"split": "across"}, {}, "split", "client, within"),
-        ({}, {"label": [[0]] * 6000}, "_target_", "needs one label per image"),
-        ({}, {"split": "train"}, "_target_", "no test images"),
+        ({}, {"label": [[0]] * 6000}, "", "needs one label per image"),
+        ({}, {"split": "train"}, "", "no test images"),
     ],
 )
 def test_impossible_partitions_name_their_key(arguments, change, key, words):

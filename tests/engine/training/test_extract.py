@@ -54,8 +54,12 @@ def test_errors_from_below_are_plain():
 @pytest.mark.parametrize(
     ("overrides", "started", "message"),
     [
-        (("features.devices=2",), 4, "features.devices=2: 4 processes were started; devices times num_nodes must be"),
-        ((), 2, "features.devices=1: 2 processes were started"),
+        (
+            ("features.devices=2",),
+            4,
+            "features.devices=2: torchrun or SLURM says 4 processes; devices times num_nodes must be",
+        ),
+        ((), 2, "features.devices=1: torchrun or SLURM says 2 processes"),
         (("features.num_nodes=2",), 1, "features.num_nodes=2: start the same command on each machine with torchrun"),
     ],
 )

@@ -86,5 +86,5 @@ def test_what_does_not_fit_is_refused_before_any_work(stages, monkeypatch):
     with pytest.raises(ConfigError, match="^trainer.num_nodes=2: start the same command on each machine with torchrun"):
         execute(stages("+trainer.num_nodes=2"))
     monkeypatch.setenv("WORLD_SIZE", "3")
-    with pytest.raises(ConfigError, match="^trainer.devices=2: 3 processes were started"):
+    with pytest.raises(ConfigError, match="^trainer.devices=2: torchrun or SLURM says 3 processes"):
         execute(stages("trainer.devices=2"))

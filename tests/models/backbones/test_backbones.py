@@ -303,6 +303,25 @@ def test_any_torchvision_model(model):
         assert relative_difference(backbone(images), want) < 1e-4
 
 
+@pytest.mark.parametrize(
+    ("options", "problem"),
+    [
+        ({"in_chans": 1}, "expected input.* to have 1 channels"),
+        ({"features_only": True}, "the network has no classifier"),
+        ({"global_pool": ""}, "a picture becomes"),
+        ({"nope": 3}, "nope"),
+    ],
+)
+def test_options_that_do_not_fit_are_said_at_once(options, problem):
+    with pytest.raises(ConfigError, match=rf"^options=.*: do not fit here \(.*{problem}"):
+        TimmBackbone(3, "resnet18", 32, options=options)
+
+
+def test_options_of_torchvision_that_do_not_fit_are_said_at_once():
+    with pytest.raises(ConfigError, match=r"^options=.*: do not fit here"):
+        TorchvisionBackbone(3, "resnet18", image_size=32, options={"nope": 3})
+
+
 def test_options_reach_the_library():
     assert (
         TimmBackbone(3, "mobilenetv2_100", 32, options={"pad_type": "same"}).net.conv_stem.__class__.__name__
