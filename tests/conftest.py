@@ -84,6 +84,21 @@ def stages(compose):
 
 
 @pytest.fixture
+def with_tokens(compose):
+    """Make the stages of such an experiment with a backbone that gives tokens."""
+    from iciia_exp.config.experiment import Experiment
+    from iciia_exp.engine.stages import Stages
+
+    small = [override for override in SMALL if not override.startswith("backbone.model.")]
+    network = ("backbone=small_vit", "backbone.model.dim=16", "backbone.model.depth=2")
+
+    def make(*overrides):
+        return Stages(Experiment.from_config(compose(*network, *small, *overrides)))
+
+    return make
+
+
+@pytest.fixture
 def undrawn(monkeypatch):
     """Write empty pictures in place of plots, whose drawing takes longer than the rest of a small evaluation."""
     from PIL import Image

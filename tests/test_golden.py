@@ -50,6 +50,7 @@ RUNS = {
             *("oracle_classes", "prior_em", "prior_map", "prompt_tuning", "smoothed_prior", "stata", "t3a"),
         )
     },
+    "miet": ("method=miet", "backbone=small_vit", "backbone.model.depth=2", "method.epochs=10"),
     "iciia causal, 2 layers": ("method=iciia", "method.attention=causal", "num_layers=2", "groups=1"),
     "iciia, published protocol": ("method=iciia", "training=published", "training.recipe.epochs=2"),
     "iciia_prior, all client types": ("method=iciia_prior", "client_mix=all_types", "training=streaming"),
@@ -84,7 +85,8 @@ def measure(overrides):
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # sums in another order have other last digits
     try:
-        run = run_experiment(*SETTING, *overrides)
+        other = any(override.startswith("backbone=") for override in overrides)  # without width
+        run = run_experiment(*(s for s in SETTING if not (other and "width" in s)), *overrides)
     finally:
         torch.set_num_threads(threads)
     clients = run.clients.drop(columns=["client", "client_type"])

@@ -10,7 +10,7 @@ from hydra.errors import ConfigCompositionException, HydraException, MissingConf
 from omegaconf import DictConfig
 
 from iciia_exp.config.paths import CONF_DIR
-from iciia_exp.errors import UserError, did_you_mean, first_line
+from iciia_exp.errors import UserError, did_you_mean, first_line, printable
 
 __all__ = ["check_choices", "dotted_keys", "explain", "option_names"]
 
@@ -107,8 +107,10 @@ def explain(error: Exception, overrides: Sequence[str]) -> str:
         error: of Hydra, of OmegaConf or of the project.
         overrides: of the command.
     """
-    if isinstance(error, UserError):
-        return str(error)
+    return str(error) if isinstance(error, UserError) else printable(_explained(error, overrides), lines=False)
+
+
+def _explained(error: Exception, overrides: Sequence[str]) -> str:
     text = str(error)
     if isinstance(error, MissingConfigException):
         if error.missing_cfg_file is None:

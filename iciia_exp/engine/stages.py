@@ -56,6 +56,9 @@ class Stages(Inputs):
         }
         if len(self.reads) > 1:  # a store of its own; that of features alone keeps its digest
             parts["arrays"] = sorted(self.reads)
+        if "tokens" in self.reads:
+            model = science(self.experiment.config["backbone"]["model"])
+            parts["gather"] = {k: v for k, v in model.items() if k.startswith("gather_")}
         needs = () if self.backbone is None else (self.backbone,)
         make, report = partial(train_backbone.make_features, self), partial(train_backbone.report_features, self)
         return self._shared("features", parts, make, needs, report)
@@ -160,7 +163,8 @@ class Stages(Inputs):
     def _network(self) -> dict[str, Any]:
         """Science of the backbone: its initial weights, and its training if it is trained here."""
         spec, config = self.experiment.backbone, science(self.experiment.config["backbone"])
-        parts = {"model": config["model"], "pretrained": spec.pretrained, "weights": self.weights_digest}
+        model = {k: v for k, v in config["model"].items() if not k.startswith("gather_")}  # of the tokens alone
+        parts = {"model": model, "pretrained": spec.pretrained, "weights": self.weights_digest}
         if spec.train == "all":
             parts |= {"teacher": self._teacher, "trainer": self.trainer_science, "seed": spec.seed}
             # rows of the initial classifier

@@ -13,15 +13,18 @@ Legend: C clients, n train images of a client, m val images, b images of a batch
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from functools import partial
 from typing import NamedTuple, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
 
 from iciia_exp.errors import ConfigError, UserError
 from iciia_exp.recipe import Recipe
+from iciia_exp.seeding import generator
 from iciia_exp.tasks import SINGLE_LABEL, Task
 
 __all__ = ["Examples", "Fitted", "fit_many"]
@@ -50,7 +53,14 @@ class Fitted(NamedTuple):
 
 
 def fit_many(
-    module: nn.Module, train: Examples, val: Examples, task: Task, recipe: Recipe, patience: int | None = None
+    module: nn.Module,
+    train: Examples,
+    val: Examples,
+    task: Task,
+    recipe: Recipe,
+    patience: int | None = None,
+    starts: Mapping[str, Tensor] | None = None,
+    shuffle: int | None = None,
 ) -> Fitted:
     """Train a copy of ``module`` for every client.
 
@@ -63,6 +73,9 @@ def fit_many(
             treat every number of a tensor by itself, as SGD and AdamW do.
         patience: epochs without a better accuracy on the client's val images before its training stops. The best epoch
             is kept, the start if none is better. None: all epochs, and the last is kept.
+        starts: start of some parameters for each client, [C, ...] by name; the others start as in ``module``.
+        shuffle: seed of a new order of the train images in every epoch; it is the same for clients with equally many.
+            None: the order of the images.
 
     Raises:
         ConfigError: the optimiser mixes the numbers of a tensor.
@@ -73,6 +86,7 @@ def fit_many(
     ):
         raise UserError(f"{type(module).__name__}: batch norm cannot be trained for many clients at once")
     _check_elementwise(recipe)
+    starts = starts or {}
     start = {name: p.detach() for name, p in module.named_parameters() if _is_trained(module, p)}
     clients, lengths_C = len(train.y), train.mask.sum(1)
     states = {name: p.new_empty(clients, *p.shape) for name, p in start.items()}
@@ -82,15 +96,20 @@ def fit_many(
     for steps in steps_C.unique().tolist():
         if not steps:  # no images
             for name, p in start.items():
-                states[name][lengths_C == 0] = p
+                states[name][lengths_C == 0] = p if name not in starts else starts[name][lengths_C == 0]
             continue
         same = order[steps_C[order] == steps]  # as many steps for each, so that none gets an empty one
-        dual = _is_dual(module, task, recipe) and steps * recipe.batch_size <= 2 * train.x.shape[-1]
+        plain = not starts and shuffle is None and _is_dual(module, task, recipe)
+        dual = plain and steps * recipe.batch_size <= 2 * train.x.shape[-1]
         for rows in same.split(_at_once(start, train, val, int(lengths_C[same].max()), dual)):
             longest = int(lengths_C[rows].max())
             few = Examples(*(tensor[rows, :longest] for tensor in train))
-            kind = _Dual if dual else _Stacked
-            together = kind(module, start, few, val.take(rows), task, recipe, steps)
+            own = {name: values[rows] for name, values in starts.items()}
+            together: _Together
+            if dual:
+                together = _Dual(module, start, few, val.take(rows), task, recipe)
+            else:
+                together = _Stacked(module, start, few, val.take(rows), task, recipe, steps, own, shuffle)
             best, epochs_C[rows] = _train(together, recipe.epochs, patience)
             for name, values in together.states(best).items():
                 states[name][rows] = values
@@ -179,13 +198,16 @@ class _Stacked:
         task: Task,
         recipe: Recipe,
         steps: int,
+        starts: Mapping[str, Tensor],
+        shuffle: int | None,
     ) -> None:
         self.module, self.train, self.val, self.task, self.recipe, self.steps = module, train, val, task, recipe, steps
+        self.shuffle = shuffle
         self.names = list(start)
         fixed = {**dict(module.named_parameters()), **dict(module.named_buffers())}
         self.fixed = {name: t.detach() for name, t in fixed.items() if name not in start}
         clients = len(train.y)
-        stacked = [nn.Parameter(p.expand(clients, *p.shape).clone()) for p in start.values()]
+        stacked = [nn.Parameter(starts.get(n, p.expand(clients, *p.shape)).clone()) for n, p in start.items()]
         self.trained: list[Tensor] = [*stacked]
         self.optimizer = recipe.make_optimizer(stacked)
         self.scheduler = recipe.make_scheduler(self.optimizer, steps * recipe.epochs, recipe.epochs)
@@ -201,12 +223,17 @@ class _Stacked:
     def epoch(self, number: int) -> None:
         """Train one epoch."""
         size, clip = self.recipe.batch_size, self.recipe.clip_norm
-        x, y, mask = self.train
         self.module.train()
+        order_Cn = None if self.shuffle is None else self._order(number)
         for step in range(self.steps):
             batch = slice(step * size, (step + 1) * size)
+            if order_Cn is None:
+                x, y, mask = (tensor[:, batch] for tensor in self.train)
+            else:
+                rows_C1 = torch.arange(len(order_Cn), device=order_Cn.device)[:, None]
+                x, y, mask = (tensor[rows_C1, order_Cn[:, batch]] for tensor in self.train)
             stacked = dict(zip(self.names, (p.detach() for p in self.trained), strict=True))
-            gradients = self.gradients(stacked, x[:, batch], y[:, batch], mask[:, batch].to(x.dtype))
+            gradients = self.gradients(stacked, x, y, mask.to(x.dtype))
             if clip:
                 norm_C = torch.stack([g.flatten(1).square().sum(1) for g in gradients.values()]).sum(0).sqrt()
                 scale_C = (clip / (norm_C + 1e-6)).clamp(max=1)  # as torch.nn.utils.clip_grad_norm_
@@ -216,6 +243,14 @@ class _Stacked:
             self.optimizer.step()
             self._schedule("step", number * self.steps + step + 1)
         self._schedule("epoch", number + 1)
+
+    def _order(self, epoch: int) -> Tensor:
+        """Return an order of every client's train images, int64 [C, n]; it depends on their number alone."""
+        assert self.shuffle is not None
+        mask_Cn = self.train.mask
+        drawn_n = generator("fit_many", self.shuffle, epoch).random(mask_Cn.shape[1], dtype=np.float32)
+        keys_Cn = torch.from_numpy(drawn_n).to(mask_Cn.device) + ~mask_Cn  # padding stays last
+        return keys_Cn.argsort(dim=1, stable=True)
 
     def _schedule(self, interval: str, count: int) -> None:
         if self.scheduler is None:
@@ -260,7 +295,6 @@ class _Dual:
         val: Examples,
         task: Task,
         recipe: Recipe,
-        steps: int,
     ) -> None:
         self.start, self.x_CnD, self.val, self.task, self.recipe = start, train.x, val, task, recipe
         self.lr = recipe.make_optimizer([nn.Parameter(torch.zeros(1))]).param_groups[0]["lr"]

@@ -70,6 +70,7 @@ EXPERIMENTS = {
     "digits": (None, ()),
     "digits_parents": (None, ()),
     "rivals": (None, ()),
+    "miet_digits": (None, ("backbone.model.depth=2", "method.epochs=3", "method.linear_epochs=2")),
     **{f"{name}_imagenet": (small_imagenet, (TINY,)) for name in ("mobilenetv3", "efficientnet_b4")},
     **{f"{name}_imagenet": (small_imagenet, (TINY, *SMALL)) for name in ("swin_b", "convnext_l", "resnet152")},
     "efficientnet_b7_imagenet": (small_imagenet, (TINY, *SMALL_TIMM)),

@@ -64,14 +64,15 @@ class StoredLogits(TokenMean):
 
 
 def hooked_tokens(backbone, images):
-    """Return the sum of the blocks' outputs, collected by hooks in a pass of the whole network, [B, n, d]."""
+    """Return the sum of the first block's input and the blocks' outputs, read by hooks in a pass, [B, n, d]."""
     seen = []
-    hooks = [block.register_forward_hook(lambda *call: seen.append(call[2])) for block in backbone.net.blocks]
+    hooks = [backbone.net.blocks[0].register_forward_pre_hook(lambda *call: seen.append(call[1][0]))]
+    hooks += [block.register_forward_hook(lambda *call: seen.append(call[2])) for block in backbone.net.blocks]
     try:
         with torch.no_grad():
             backbone(images)
     finally:
         for hook in hooks:
             hook.remove()
-    assert len(seen) == len(backbone.net.blocks)
+    assert len(seen) == len(backbone.net.blocks) + 1
     return torch.stack(seen).sum(0)

@@ -15,6 +15,8 @@ from iciia_exp.tasks import SINGLE_LABEL
 
 #: Sizes of the classifier and the client that `tests/methods/conftest.py` makes.
 D, K, S = 12, 6, 7
+#: Shape of an image's tokens.
+TOKENS = (5, 8)
 
 
 @dataclass
@@ -74,7 +76,9 @@ def small_cloud(dim, classes, clients=12, images=8, task=SINGLE_LABEL, seed=0, n
     rows = [Ragged.from_pairs(client[role == r], np.flatnonzero(role == r), clients) for r in range(3)]
     if task != SINGLE_LABEL:
         labels = np.eye(classes, dtype=np.uint8)[labels] | np.eye(classes, dtype=np.uint8)[(labels + 1) % classes]
-    return SmallCloud(Clients(names, names, *rows), FeatureBatches(features, labels), classes, images)
+    tokens = np.stack([features[:, : TOKENS[1]] * scale for scale in range(1, TOKENS[0] + 1)], 1)
+    batches = FeatureBatches(features, labels, arrays={"tokens": tokens})
+    return SmallCloud(Clients(names, names, *rows), batches, classes, images)
 
 
 class States:

@@ -12,7 +12,8 @@ from iciia_exp.data.batches import ClientBatch
 from iciia_exp.ledger import Budget, Line, Link, Sizes, payload_bytes, serve
 from iciia_exp.methods.adapt.base import Adaptive
 from iciia_exp.methods.tune.base import Personal
-from tests.making.cloud import personalised, small_cloud
+from iciia_exp.models.payloads import pack_tokens
+from tests.making.cloud import TOKENS, personalised, small_cloud
 from tests.methods.test_methods import OneMore, make
 
 D, K, S = 32, 5, 16
@@ -44,10 +45,12 @@ def of_request(method, together):
     if isinstance(method, Personal):
 
         def count(images):
-            batch = ClientBatch(torch.randn(1, images, D), None, None, torch.zeros(1, dtype=torch.int64))
+            arrays = {"tokens": torch.randn(1, images, *TOKENS)}
+            batch = ClientBatch(torch.randn(1, images, D), None, None, torch.zeros(1, dtype=torch.int64), arrays=arrays)
             with FlopCounterMode(display=False) as counter:
                 method.logits(batch)
-            return counter.get_total_flops() // 2 - images * D * K
+            replaced = 0 if "tokens" in method.reads else images * D * K  # the backbone's classifier
+            return counter.get_total_flops() // 2 - replaced
 
         return count(S) if together else count(S) - count(S - 1), "method"
     if together:
@@ -61,6 +64,11 @@ def of_request(method, together):
 def play(method, site, together, budget):
     """Play the serving of one client and one request; return what was measured as lines."""
     link, images = Link(method.name, budget), torch.zeros(S if together else 1, 3, 8, 8, dtype=torch.uint8)
+    if "tokens" in method.reads:  # the backbone is in the cloud, the method on the device
+        link.up("images", images, phase="request")
+        link.down("tokens", pack_tokens(torch.zeros(len(images), *TOKENS), method.sent), phase="request")
+        backbone = Line("request", "cloud", "backbone", macs=count_macs(BACKBONE, images.float()))
+        return [*link.lines(), backbone, Line("request", "device", "method", macs=of_request(method, together)[0])]
     if site == "device":
         link.down("weights", BACKBONE.state_dict(), what="backbone")
         link.down("weights", method.payload())
@@ -102,7 +110,7 @@ def test_a_client_costs_what_the_budget_states(method):
         with FlopCounterMode(display=False) as counter:
             link = Link(method.name, method.budget(Sizes()))
             learned = method.personalise(cloud.devices.own(np.array([client])), link)
-        sizes = Sizes(train=20, val=20, epochs=int(learned.epochs_C[0]), backbone_macs=0)
+        sizes = Sizes(train=20, val=20, epochs=int(learned.epochs_C[0]), backbone_macs=0, image_bytes=0)
         measured = [*link.lines(), Line("client_once", "device", "training", macs=counter.get_total_flops() // 2)]
         stated = [line for line in method.budget(sizes).lines if line.phase == "client_once" and line.kind != "weights"]
         assert ledger(measured) == ledger(stated)

@@ -23,12 +23,14 @@ def learned(folder):
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_labels_of_test_images_change_no_weight(stages, method, cache, monkeypatch, tmp_path):
+def test_labels_of_test_images_change_no_weight(stages, with_tokens, method, cache, monkeypatch, tmp_path):
     monkeypatch.setenv("ICIIA_EXP_CACHE", str(cache))  # one backbone for all of them
     options = (f"method={method}", "training.recipe.epochs=1", "partition.split=within", "stage=train")
+    if method == "miet":
+        stages, options = with_tokens, (*options, "method.epochs=2", "method.linear_epochs=1")
     one = stages(*options)
     for stage in ("backbone", "features"):
-        execute(stages(*options[:-1], f"stage={stage}"))
+        execute(stages(*options, f"stage={stage}"))
     execute(one)
     other = stages(*options, f"output_dir={tmp_path}/permuted")
     # the same clients with the same images; behind them, other labels of the test images

@@ -2,14 +2,11 @@
 
 from typing import Any
 
-import numpy as np
-import torch
-from PIL import Image
 from torch import Tensor, nn
 
-from iciia_exp.data.readers.images import as_picture
 from iciia_exp.errors import check_float, check_int
-from iciia_exp.models.backbones.base import Backbone, other_form
+from iciia_exp.models.backbones.base import Backbone
+from iciia_exp.models.backbones.small_images import small_input
 
 __all__ = ["SmallCNN"]
 
@@ -68,17 +65,5 @@ class SmallCNN(Backbone):
         return self.trunk(images)
 
     def transform(self, image: Any) -> Tensor:
-        """Turn a float32 array [channels, size, size], or an image of any size, into the normalised input.
-
-        The image is that of `iciia_exp.data.readers.images.as_picture`.
-        """
-        own = isinstance(image, np.ndarray) and image.dtype.kind == "f" and image.ndim == 3 and image.shape[0] in (1, 3)
-        if own and image.shape != (self.channels, self.size, self.size):
-            size = f"[{self.channels}, {self.size}, {self.size}]"
-            raise other_form("small_cnn", f"arrays {size}, or pictures of any size", image)
-        if not own:
-            image = as_picture(image).convert("L" if self.channels == 1 else "RGB")
-            if image.size != (self.size, self.size):
-                image = image.resize((self.size, self.size), Image.Resampling.BILINEAR)  # averages when it shrinks
-            image = np.asarray(image, dtype=np.float32).reshape(self.size, self.size, -1).transpose(2, 0, 1) / 255.0
-        return (torch.as_tensor(image) - self.mean) / self.std
+        """Turn an image into the normalised input (`iciia_exp.models.backbones.small_images.small_input`)."""
+        return small_input(image, "small_cnn", self.channels, self.size, self.mean, self.std)

@@ -7,13 +7,13 @@ from urllib.parse import urlparse
 
 import huggingface_hub
 import timm
-import torch
 from timm.data import create_transform, resolve_data_config
 from torch import Tensor, nn
 
 from iciia_exp.errors import ConfigError, check_float, check_int, first_line, nearest
 from iciia_exp.models.backbones.base import ImageBackbone
 from iciia_exp.models.backbones.weights import fetched
+from iciia_exp.models.gather import Gather, levels
 
 __all__ = ["TimmBackbone"]
 
@@ -21,9 +21,9 @@ __all__ = ["TimmBackbone"]
 class TimmBackbone(ImageBackbone):
     """A timm model; the feature is the input of its linear classifier, the crop that of its evaluation transform.
 
-    Vision transformers also give ``tokens`` [B, n, d]: the sum of the outputs of all blocks, before the final norm. It
-    does not include the input of the first block. The first tokens are the class and register tokens, if the model has
-    any, followed by the patches in row-major order.
+    Vision transformers also give ``tokens`` [B, n, d] (`iciia_exp.models.gather`): by default the sum of the input of
+    the first block and the outputs of all blocks, before the final norm. The first tokens are the class and register
+    tokens, if the model has any, followed by the patches in row-major order.
 
     Args:
         num_classes: K.
@@ -32,6 +32,7 @@ class TimmBackbone(ImageBackbone):
         crop_pct: share of the image's shorter side that the crop keeps; null is that of the weights.
         mean, std: of the three channels, 0 to 1; null are those of the weights.
         options: further arguments of `timm.create_model` (``{pad_type: same}``).
+        gather_first, gather_last, gather_grid: levels of the tokens, and side of their grid (`Gather`).
     """
 
     def __init__(
@@ -43,6 +44,9 @@ class TimmBackbone(ImageBackbone):
         mean: Sequence[float] | None = None,
         std: Sequence[float] | None = None,
         options: Mapping[str, Any] | None = None,
+        gather_first: int = 0,
+        gather_last: int | None = None,
+        gather_grid: int | None = None,
     ) -> None:
         self.model, self.options = model, dict(options or {})
         self._size = None if image_size is None else check_int("image_size", image_size, 8)
@@ -73,6 +77,8 @@ class TimmBackbone(ImageBackbone):
         intermediates = getattr(net, "forward_intermediates", None)
         if intermediates and "return_prefix_tokens" in inspect.signature(intermediates).parameters:
             self.gives |= {"tokens"}
+            patches = int(net.patch_embed.num_patches)
+            self.gather = Gather(gather_first, gather_last, gather_grid, len(net.blocks), patches)
         # timm's transform for its prefetcher ends before normalisation, which is done in batches
         self._crop = create_transform(**config, is_training=False, use_prefetcher=True).transforms[:-1]
 
@@ -107,15 +113,8 @@ class TimmBackbone(ImageBackbone):
         if "tokens" not in wanted:
             return super().trunk_outputs(images, wanted)
         net: Any = self.net
-        prefix = bool(net.num_prefix_tokens)
-        last, blocks = net.forward_intermediates(
-            self.normalise(images), return_prefix_tokens=prefix, norm=False, output_fmt="NLC"
-        )
-        features = net.forward_head(last, pre_logits=True)
-        if not prefix:
-            return {"features": features, "tokens": sum(blocks)}
-        patches, first = (sum(parts) for parts in zip(*blocks, strict=True))
-        return {"features": features, "tokens": torch.cat([first, patches], 1)}
+        found, features = levels(net, self.normalise(images))
+        return {"features": features, "tokens": self.gather(found, net.num_prefix_tokens)}
 
     def describe_transform(self) -> dict[str, Any]:
         """Return timm's data configuration."""

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from iciia_exp.errors import UserError
+from iciia_exp.errors import ConfigError, UserError
 from iciia_exp.models.backbones.timm_backbone import TimmBackbone
 from iciia_exp.models.backbones.torchvision_backbone import TorchvisionBackbone
 from tests.making.arrays import hooked_tokens
@@ -24,7 +24,7 @@ SMALL_VIT = {"depth": 2, "patch_size": 8, "embed_dim": 48, "num_heads": 2}
     ],
 )
 @torch.no_grad()
-def test_tokens_are_the_sum_of_the_blocks_and_the_features_are_those_without(model, size, options, tokens):
+def test_tokens_are_the_sum_of_all_levels_and_the_features_are_those_without(model, size, options, tokens):
     torch.manual_seed(0)
     backbone = TimmBackbone(3, model, size, options=options).eval()
     images = torch.randint(0, 256, (2, 3, size, size), dtype=torch.uint8)
@@ -80,3 +80,33 @@ def test_logits_are_those_of_the_features_in_mixed_precision():
     torch.testing.assert_close(given["logits"], want)
     assert not torch.allclose(rounded.float(), want, rtol=1e-4)
     torch.testing.assert_close(given["tokens"].float(), hooked_tokens(backbone, images), rtol=0.1, atol=0.1)
+
+
+@torch.no_grad()
+def test_levels_and_grid_of_the_tokens():
+    torch.manual_seed(0)
+    images = torch.randint(0, 256, (2, 3, 32, 32), dtype=torch.uint8)
+    whole = TimmBackbone(3, "vit_tiny_patch16_224", 32, options=SMALL_VIT).eval()
+
+    def tokens(**gather):
+        backbone = TimmBackbone(3, "vit_tiny_patch16_224", 32, options=SMALL_VIT, **gather).eval()
+        backbone.load_state_dict(whole.state_dict())
+        return backbone.outputs(images, frozenset({"tokens"}))["tokens"]
+
+    each = [tokens(gather_first=level, gather_last=level) for level in range(3)]
+    torch.testing.assert_close(tokens(), sum(each))
+    torch.testing.assert_close(tokens(gather_last=1), each[0] + each[1])
+    torch.testing.assert_close(tokens(gather_first=1), each[1] + each[2])
+    assert torch.equal(each[0][0, 0], each[0][1, 0]), "the class token does not depend on the image yet"
+    pooled = tokens(gather_grid=2)
+    assert pooled.shape == (2, 5, 48)
+    torch.testing.assert_close(pooled[:, 0], tokens()[:, 0])
+    torch.testing.assert_close(pooled[:, 1], tokens()[:, [1, 2, 5, 6]].mean(1))
+    for gather, message in (
+        ({"gather_first": 3}, "gather_first=3: must be a whole number of 0 to 2 .the network has 2 blocks"),
+        ({"gather_last": 9}, "gather_last=9: must be a whole number of 0 to 2"),
+        ({"gather_first": 2, "gather_last": 1}, "gather_last=1: must be a whole number of 2 to 2"),
+        ({"gather_grid": 5}, "gather_grid=5: must be a whole number of 1 to 4 .the network has 16 patches"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            tokens(**gather)
