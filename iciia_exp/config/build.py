@@ -14,11 +14,17 @@ __all__ = ["build", "with_path"]
 
 _Made = TypeVar("_Made")
 
+_TOO_LARGE = "does not fit into this machine's memory; choose smaller sizes"
+
 
 def with_path(path: str, function: Callable[[], _Made]) -> _Made:
     """Call a constructor; errors name the path of its configuration."""
     try:
         return within(path, function)
+    except (RuntimeError, MemoryError) as error:
+        if not _no_memory(error):
+            raise
+        raise UserError(f"{path}: {_TOO_LARGE}") from error
     except InstantiationException as error:
         cause = error.__cause__
         inner = re.search(r"full_key: (\S+)", str(error))
@@ -27,7 +33,11 @@ def with_path(path: str, function: Callable[[], _Made]) -> _Made:
             raise cause.at(f"{where}.{cause.key}") from error
         if isinstance(cause, UserError):
             raise cause from error
-        raise UserError(f"{where}: {first_line(cause or error)}") from error
+        raise UserError(f"{where}: {_TOO_LARGE if _no_memory(cause) else first_line(cause or error)}") from error
+
+
+def _no_memory(error: BaseException | None) -> bool:
+    return isinstance(error, MemoryError) or "allocate memory" in str(error)
 
 
 def build(node: dict[str, Any], path: str, **runtime: Any) -> Any:

@@ -2,6 +2,7 @@
 
 import pytest
 
+from iciia_exp.config.build import with_path
 from iciia_exp.config.experiment import Experiment
 from iciia_exp.config.paths import CONF_DIR
 from iciia_exp.engine.stages import Stages
@@ -40,6 +41,7 @@ from iciia_exp.errors import ConfigError, UserError
         ("callbacks.early_stopping=3", "callbacks.early_stopping=3: has no _target_"),
         ("+logger.mine.name=x", "logger.mine=.*: has no _target_"),
         ("training.prefetch_factor=2", "training.prefetch_factor=2: needs processes"),
+        ("backbone.model.dim=10000000000", "backbone.model.dim=10000000000: must be a whole number of 1 to 65536"),
         ("backbone.model.dim=0", "backbone.model.dim=0: must be a whole number"),
         ("dataset.sizes.test=1700", "dataset.sizes=.*asks for"),
         ("stage=trian", "stage=trian: .*did you mean train"),
@@ -71,6 +73,19 @@ def test_values_out_of_range_name_their_key(stages, override, message):
 def test_structure_is_checked(stages, override, message):
     with pytest.raises(UserError, match=message):
         stages(override)
+
+
+@pytest.mark.parametrize(
+    "error", [MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried")]
+)
+def test_what_does_not_fit_into_memory_is_said(error):
+    def fail():
+        raise error
+
+    with pytest.raises(UserError, match="^backbone: does not fit into this machine's memory; choose smaller sizes$"):
+        with_path("backbone", fail)
+    with pytest.raises(RuntimeError, match="^other$"):
+        with_path("backbone", lambda: (_ for _ in ()).throw(RuntimeError("other")))
 
 
 def test_errors_of_the_partition_name_the_group(stages):

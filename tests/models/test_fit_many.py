@@ -3,6 +3,7 @@
 import copy
 from functools import partial
 
+import numpy as np
 import pytest
 import timm.optim
 import torch
@@ -12,6 +13,7 @@ from iciia_exp.errors import ConfigError, UserError
 from iciia_exp.models import fit_many as module
 from iciia_exp.models.fit_many import Examples, fit_many
 from iciia_exp.recipe import Recipe
+from iciia_exp.seeding import generator
 from iciia_exp.tasks import MULTI_LABEL, SINGLE_LABEL
 
 C, N, M, D, K = 9, 12, 6, 7, 4
@@ -147,3 +149,30 @@ def test_a_client_without_val_images_keeps_the_start():
         fitted = fit_many(start, train, held, SINGLE_LABEL, Recipe(SGD, None, 9, 5), 2)
         assert (fitted.states["weight"] == start.weight).all()
         assert set(fitted.epochs_C.tolist()) == {0, 2}
+
+
+def test_shuffled_batches_and_starts_of_ones_own():
+    """As a plain training of each client, from its own start, with the orders of `generator`."""
+    recipe, seed = Recipe(ADAMW, COSINE, 4, 5, 1.0), 3
+    train, val = images(N, LENGTHS), images(M, LENGTHS.clamp(max=M), seed=1)
+    starts = {"1.bias": torch.randn(C, 5, generator=torch.Generator().manual_seed(5))}
+    together = fit_many(perceptron(), train, val, SINGLE_LABEL, recipe, None, starts, seed)
+    unshuffled = fit_many(perceptron(), train, val, SINGLE_LABEL, recipe, None, starts)
+    assert not torch.allclose(together.states["1.bias"], unshuffled.states["1.bias"])
+    for client in range(C):
+        net, length = perceptron(), int(LENGTHS[client])
+        net[1].bias.data = starts["1.bias"][client].clone()
+        if length:
+            optimizer, steps = recipe.make_optimizer(net.parameters()), -(-length // recipe.batch_size)
+            scheduler = recipe.make_scheduler(optimizer, steps * recipe.epochs, recipe.epochs)["scheduler"]
+            for epoch in range(recipe.epochs):
+                order = generator("fit_many", seed, epoch).random(length, dtype=np.float32).argsort()
+                for at in range(0, length, recipe.batch_size):
+                    rows = order[at : at + recipe.batch_size]
+                    optimizer.zero_grad()
+                    SINGLE_LABEL.loss(net(train.x[client, rows]), train.y[client, rows]).backward()
+                    nn.utils.clip_grad_norm_(net.parameters(), recipe.clip_norm)
+                    optimizer.step()
+                    scheduler.step()
+        for name, p in net.named_parameters():
+            torch.testing.assert_close(together.states[name][client], p.detach(), atol=1e-5, rtol=1e-4)

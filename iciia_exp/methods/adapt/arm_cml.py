@@ -33,7 +33,7 @@ class ArmCml(Adaptive):
 
     def __init__(self, facts: Facts, context: int = 64, hidden: int = 64, dropout: float = 0.1) -> None:
         super().__init__(facts)
-        self.width, self.hidden = check_int("context", context, 1), check_int("hidden", hidden, 1)
+        self.width, self.hidden = check_int("context", context, 1, 65_536), check_int("hidden", hidden, 1, 65_536)
         self.context = nn.Sequential(
             nn.Linear(self.dim, hidden), nn.ReLU(), nn.Linear(hidden, hidden), nn.ReLU(), nn.Linear(hidden, context)
         )

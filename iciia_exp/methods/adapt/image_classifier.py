@@ -35,7 +35,7 @@ class ImageClassifier(nn.Module):
 
     def __init__(self, facts: Facts, perceptron: int = 512) -> None:
         super().__init__()
-        self.task, width = facts.task, check_int("perceptron", perceptron, 0)
+        self.task, width = facts.task, check_int("perceptron", perceptron, 0, 65_536)
         self.head = copy_of(facts.head, trained=False)
         self.perceptron = Perceptron(facts.dim, facts.num_classes, width) if width else None
         if width:

@@ -60,7 +60,7 @@ class Lame(WholeChunks):
         super().__init__(facts, calibrator)
         self.neighbours = check_int("neighbours", neighbours, 0)
         self.weight = check_float("weight", weight, 0.0)
-        self.iterations = check_int("iterations", iterations, 1)
+        self.iterations = check_int("iterations", iterations, 1, 10_000)
 
     def together(self, x_CSD: Tensor, real_CS: Tensor, b_CSK: Tensor) -> Tensor:
         """Return the logits of the last iteration, [C, S, K]."""

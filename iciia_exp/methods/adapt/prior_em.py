@@ -66,7 +66,7 @@ class EMMethod(TrainingFree):
 
     def __init__(self, facts: Facts, calibrator: str = "bcts", iterations: int = 50) -> None:
         super().__init__(facts, calibrator)
-        self.iterations = check_int("iterations", iterations, 1)
+        self.iterations = check_int("iterations", iterations, 1, 10_000)
         self.register_buffer("strength", torch.zeros(()))
 
     def forward(self, x_CSD: Tensor, mask_CS: Tensor | None = None) -> Tensor:

@@ -66,7 +66,10 @@ class StatA(WholeChunks):
         super().__init__(facts, calibrator)
         self.anchor = check_float("anchor", anchor, 0.0, open_low=True)
         self.neighbours = check_int("neighbours", neighbours, 0)
-        self.iterations, self.steps = check_int("iterations", iterations, 1), check_int("steps", steps, 1)
+        self.iterations, self.steps = (
+            check_int("iterations", iterations, 1, 10_000),
+            check_int("steps", steps, 1, 10_000),
+        )
         given = 1.0 if sharpness is None else check_float("sharpness", sharpness, 0.0)
         self.register_buffer("sharpness", torch.tensor(given))
         if sharpness is None:

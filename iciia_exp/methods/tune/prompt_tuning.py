@@ -40,7 +40,7 @@ class PromptTuning(Personal):
 
     def __init__(self, facts: Facts, width: int | None = None) -> None:
         super().__init__(facts)
-        self.width = max(1, self.dim // 2) if width is None else check_int("width", width, 1)
+        self.width = max(1, self.dim // 2) if width is None else check_int("width", width, 1, 65_536)
         self.head = copy_of(facts.head, trained=True)
         self.prompt = nn.Linear(self.width, self.num_classes)
         self.vectors = nn.Parameter(torch.zeros(0, self.width))

@@ -73,10 +73,10 @@ class C3D(Backbone):
     ) -> None:
         super().__init__()
         self.frames = check_int("frames", frames, 16, 16, "the first hidden layer fits no other length")
-        self.height, self.width = check_int("height", height, 112), check_int("width", width, 112)
+        self.height, self.width = check_int("height", height, 112, 1024), check_int("width", width, 112, 1024)
         self.mean = tuple(map(float, mean))
         self.dim = 4096
-        self.net = _trunk(check_int("channels", channels, 1), dropout)
+        self.net = _trunk(check_int("channels", channels, 1, 1024), dropout)
         self.head = nn.Linear(self.dim, num_classes)
 
     def features(self, images: Tensor) -> Tensor:

@@ -28,7 +28,7 @@ class Precomputed(Backbone):
 
     def __init__(self, num_classes: int, dim: int, macs: int | None = None) -> None:
         super().__init__()
-        self.dim = check_int("dim", dim, 1)
+        self.dim = check_int("dim", dim, 1, 1_000_000)
         self._macs = None if macs is None else check_int("macs", macs, 0)
         self.head = nn.Linear(dim, num_classes)
 

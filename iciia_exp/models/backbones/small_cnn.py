@@ -38,9 +38,9 @@ class SmallCNN(Backbone):
         std: float = 0.5,
     ) -> None:
         super().__init__()
-        self.channels, self.size = check_int("channels", channels, 1, 3), check_int("size", size, 4)
-        check_int("width", width, 1)
-        self.dim = check_int("dim", dim, 1)
+        self.channels, self.size = check_int("channels", channels, 1, 3), check_int("size", size, 4, 1024)
+        check_int("width", width, 1, 4096)
+        self.dim = check_int("dim", dim, 1, 65_536)
         self.mean, self.std = check_float("mean", mean, -1e3, 1e3), check_float("std", std, 0.0, 1e3, open_low=True)
 
         def conv(inputs: int, outputs: int) -> list[nn.Module]:

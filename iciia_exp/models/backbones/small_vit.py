@@ -51,8 +51,8 @@ class SmallViT(Backbone):
         gather_grid: int | None = None,
     ) -> None:
         super().__init__()
-        self.channels, self.size = check_int("channels", channels, 1, 3), check_int("size", size, 4)
-        self.dim = check_int("dim", dim, 1)
+        self.channels, self.size = check_int("channels", channels, 1, 3), check_int("size", size, 4, 1024)
+        self.dim = check_int("dim", dim, 1, 4096)
         for key, value, whole in (("patch", patch, size), ("heads", heads, dim)):
             if whole % check_int(key, value, 1):
                 raise ConfigError(key, value, f"must divide {whole}")

@@ -49,7 +49,7 @@ class TimmBackbone(ImageBackbone):
         gather_grid: int | None = None,
     ) -> None:
         self.model, self.options = model, dict(options or {})
-        self._size = None if image_size is None else check_int("image_size", image_size, 8)
+        self._size = None if image_size is None else check_int("image_size", image_size, 8, 4096)
         if crop_pct is not None:
             check_float("crop_pct", crop_pct, 0.0, 1.0, open_low=True)
         for key, values in (("mean", mean), ("std", std)):

@@ -52,7 +52,7 @@ class TorchvisionBackbone(ImageBackbone):
         check_choice("weights_name", weights_name or enum.DEFAULT.name, [w.name for w in enum])
         self.enum = enum[weights_name] if weights_name else enum.DEFAULT
         preset = self.enum.transforms()
-        size = preset.crop_size[0] if image_size is None else check_int("image_size", image_size, 8)
+        size = preset.crop_size[0] if image_size is None else check_int("image_size", image_size, 8, 4096)
         net = self._create(num_classes, size)
         linears = [(n, m) for n, m in net.named_modules() if isinstance(m, nn.Linear)]
         if not linears or linears[-1][1].out_features != num_classes:
