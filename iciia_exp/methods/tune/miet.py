@@ -157,16 +157,20 @@ class Miet(Personal):
         if self.standardise:
             states |= _moments(tokens["train"], own["train"].mask_CS, self.prefix)
         train, val = (self._examples(own[role], tokens.pop(role), classes_Ck, states) for role in ("train", "val"))
-        net = self._network(self.classes)
-        bias_Ck = torch.where(classes_Ck < 0, _UNUSED, 0.0)
-        starts = {"head.bias": bias_Ck}
-        shuffle = derive_seed("miet", self.seed) % 2**31
-        if net.blocks:
-            linear = self._network(self.classes, blocks=0)
-            fitted = fit_many(linear, train, val, self.task, self.linear_recipe, None, starts, shuffle)
-            starts = fitted.states
+        net, linear = self._network(self.classes), self._network(self.classes, blocks=0)
+        starts, shuffle = {"head.bias": torch.where(classes_Ck < 0, _UNUSED, 0.0)}, derive_seed("miet", self.seed)
+        if not net.blocks:
+            train, val = self._read_by(linear, train), self._read_by(linear, val)
+        else:
+            few = self._read_by(linear, train), self._read_by(linear, val)
+            starts = fit_many(linear, *few, self.task, self.linear_recipe, None, starts, shuffle).states
         parameters, epochs_C = fit_many(net, train, val, self.task, self.recipe, self.patience, starts, shuffle)
         return Learned(states | parameters, epochs_C)
+
+    @staticmethod
+    def _read_by(net: LAE, images: Examples) -> Examples:
+        """Return images with the tokens that a network without blocks reads."""
+        return images._replace(x=images.x[:, :, :1]) if net.pool == "class" else images
 
     def _down(self, tokens_CSnd: Tensor, mask_CS: Tensor, link: Link) -> Tensor:
         """Send the tokens of real images to the devices, as numbers of the payload; return them as received."""
