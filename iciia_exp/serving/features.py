@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import math
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -10,8 +12,9 @@ import torch
 from torch import Tensor
 
 from iciia_exp.errors import UserError
+from iciia_exp.methods.base import Method
 
-__all__ = ["as_features", "check_answers", "numeric"]
+__all__ = ["as_arrays", "as_features", "check_answers", "numeric"]
 
 
 def numeric(value: Any) -> bool:
@@ -48,3 +51,28 @@ def check_answers(who: str, *tensors: Tensor) -> None:
     if not all(bool(tensor.isfinite().all()) for tensor in tensors):
         problem = "the answer is not finite: the features are too large for the method; are they those of the run?"
         raise UserError(f"{who}: {problem}")
+
+
+def as_arrays(
+    given: Mapping[str, Any], method: Method, shapes: Mapping[str, Sequence[int]], x_CSD: Tensor
+) -> dict[str, Tensor]:
+    """Return what a method reads beside the features, float32 [C, S, ...] each.
+
+    Args:
+        given: arrays by name; those of one client without C.
+        method: names what it reads.
+        shapes: of one image, by name.
+        x_CSD: the features.
+
+    Raises a `UserError` for an array that is missing, of another shape, or not finite.
+    """
+    found = {}
+    for name in sorted(method.reads - {"features"}):
+        shape = (*x_CSD.shape[:2], *shapes[name])
+        if name not in given:
+            raise UserError(f"{method.name}: reads {name}; give arrays={{{name!r}: ...}}, {list(shape)}")
+        values = as_features(given[name], "predict", f"{name} {list(shape)}")
+        if values.numel() != math.prod(shape) or not values.isfinite().all():
+            raise UserError(f"predict: {name} must be finite numbers {list(shape)}, got {list(values.shape)}")
+        found[name] = values.reshape(shape)
+    return found

@@ -23,7 +23,7 @@ Legend: C clients, S images of a client, D features, K classes.
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -50,7 +50,7 @@ from iciia_exp.models.backbones.base import Backbone, BackboneSpec
 from iciia_exp.models.backbones.weights import listed_classes
 from iciia_exp.results.tables import read_table
 from iciia_exp.seeding import derive_seed
-from iciia_exp.serving.features import as_features, check_answers
+from iciia_exp.serving.features import as_arrays, as_features, check_answers
 from iciia_exp.serving.run_info import FORMAT, checked_info
 from iciia_exp.tasks import TASKS
 
@@ -244,7 +244,13 @@ class Run:
         return int(found[0])
 
     @torch.inference_mode()
-    def predict(self, features: Any, mask: Tensor | None = None, clients: str | Sequence[str] | None = None) -> Tensor:
+    def predict(
+        self,
+        features: Any,
+        mask: Tensor | None = None,
+        clients: str | Sequence[str] | None = None,
+        arrays: Mapping[str, Any] | None = None,
+    ) -> Tensor:
         """Return probabilities over `class_names` for the images of one client, [S, D], or of several, [C, S, D].
 
         Args:
@@ -252,6 +258,7 @@ class Run:
             mask: True where an image is real, [C, S]; None where all are.
             clients: name of the client, or names of the C clients, in the partition; read by methods with a state for
                 every client.
+            arrays: what the method reads beside the features (``method.reads``), by name: ``{"tokens": [S, n, d]}``.
         """
         dim = self.head.in_features
         x = as_features(features, "predict", shape := f"[S, {dim}] or [C, S, {dim}]")
@@ -263,6 +270,7 @@ class Run:
         real = x_CSD if mask is None else x_CSD[mask]
         if not real.isfinite().all():
             raise UserError("predict: features are not finite numbers")
+        more = as_arrays(arrays or {}, self.method, self.info.get("arrays", {}), x_CSD)
         if isinstance(self.method, Adaptive):
             logits_CSK = self.method(x_CSD, mask)
         else:
@@ -273,7 +281,7 @@ class Run:
             numbers_C = torch.tensor([self.client_number(name) for name in names])
             mask_CS = torch.ones(x_CSD.shape[:2], dtype=torch.bool) if mask is None else mask
             y_CS = torch.zeros(x_CSD.shape[:2], dtype=torch.int64)
-            logits_CSK = self.method.logits(ClientBatch(x_CSD, y_CS, mask_CS, numbers_C))
+            logits_CSK = self.method.logits(ClientBatch(x_CSD, y_CS, mask_CS, numbers_C, arrays=more))
         probabilities = self.method.task.probabilities(logits_CSK)
         check_answers("predict", probabilities if mask is None else probabilities[mask])
         return probabilities if x.ndim == 3 else probabilities[0]

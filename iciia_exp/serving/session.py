@@ -81,6 +81,8 @@ class ClientSession:
         self.run, self.client, self.backbone, self.method = run, client, backbone, run.method
         #: What the client's device has learned; None if nothing.
         self.learned: personal.State | None = None
+        if more := sorted(run.method.reads - {"features"}):
+            raise UserError(f"{run.method.name}: reads {' and '.join(more)}; use run.predict with arrays=")
         if isinstance(run.method, Personal):
             if history or compile is not None:
                 raise UserError(f"{run.method.name}: history and compile do not apply; each image is classified alone")

@@ -9,12 +9,15 @@ import pytest
 import torch
 from filelock import FileLock
 
+from iciia_exp import Run
 from iciia_exp.artifacts import read_json
+from iciia_exp.data.batches import cut_chunks
 from iciia_exp.data.states import shard_path
 from iciia_exp.engine import devices
 from iciia_exp.engine.execute import execute
 from iciia_exp.errors import ConfigError, UserError
 from iciia_exp.methods.tune.finetune import FineTune
+from iciia_exp.models.payloads import token_bytes
 from iciia_exp.serving.session import ClientSession, predict_together
 from tests.making.kill import Killed
 
@@ -246,3 +249,31 @@ def test_damaged_states_are_named(stages, damage):
     first = torch.from_numpy(np.flatnonzero(made.clients.test.lengths)[:1])
     with pytest.raises(UserError, match=path.name):
         made.load_run(made.run.folder).method.states_of(first)
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_devices_learn_on_tokens_from_images_to_results(with_tokens):
+    within = ("partition=classes_per_client", "partition.split=within", "partition.images_per_client=20")
+    made = with_tokens("method=miet", *within, "method.epochs=2", "method.linear_epochs=2", "method.payload=int8")
+    row = execute(made)
+    size = token_bytes(17, 16, "int8")
+    assert (row["request_up_bytes"], row["request_down_bytes"]) == (64, size)
+    assert row["leaves_device"] == "images"
+    ledger = pd.read_parquet(made.evaluation.folder / "ledger.parquet")
+    sent = ledger[(ledger["phase"] == "client_once") & (ledger["kind"] == "tokens")]
+    assert sent["bytes"].tolist() == pytest.approx(sent["measured_bytes"].tolist())
+    run = Run.load(made.run.folder, cache_dir=made.experiment.cache_dir)
+    batch = made.batches(run.features)[cut_chunks(run.partition.test, 8)]
+    right = run.method.logits(batch).argmax(-1) == batch.y_CS
+    one, few = run.partition.ids[int(batch.client_C[0])], batch.mask_CS[0]
+    told = run.predict(batch.x_CSD[0][few], clients=one, arrays={"tokens": batch.arrays["tokens"][0][few]})
+    torch.testing.assert_close(told, run.method.logits(batch)[0][few].softmax(-1))
+    for arrays, message in (
+        (None, r"miet: reads tokens; give arrays={'tokens': ...}, \[1, 3, 17, 16\]"),
+        ({"tokens": torch.zeros(3, 5)}, r"tokens must be finite numbers \[1, 3, 17, 16\], got \[3, 5\]"),
+    ):
+        with pytest.raises(UserError, match=message):
+            run.predict(torch.zeros(3, 16), clients=one, arrays=arrays)
+    with pytest.raises(UserError, match="miet: reads tokens; use run.predict with arrays="):
+        ClientSession(run, one)
+    assert int(right[batch.mask_CS].sum()) == run.clients["method_correct"].sum()

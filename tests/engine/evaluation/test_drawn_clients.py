@@ -21,7 +21,7 @@ from tests.making.cloud import small_cloud
 pytestmark = pytest.mark.usefixtures("undrawn")
 
 METHODS = sorted(p.stem for p in (CONF_DIR / "method").glob("*.yaml"))
-OWN_LABELS = ("finetune", "prompt_tuning")
+OWN_LABELS = ("finetune", "prompt_tuning", "miet")
 
 
 def test_drawn_clients_have_their_kinds_of_classes():
@@ -91,13 +91,14 @@ def test_every_method_the_whole_way(stages, method):
 
 
 @pytest.mark.parametrize("method", OWN_LABELS)
-def test_methods_that_need_own_labels(stages, method):
+def test_methods_that_need_own_labels(stages, with_tokens, method):
+    stages = with_tokens if method == "miet" else stages
     with pytest.raises(UserError, match="choose a partition that splits within clients"):
         execute(stages(f"method={method}", "training.recipe.epochs=1"))
     row = execute(p := stages(f"method={method}", "training.recipe.epochs=1", "partition.split=within"))
     assert row["test_clients"] > 0
     with pytest.raises(UserError, match="has a state for every client"):
-        Run.load(p.run.folder).predict(torch.zeros(3, 32))
+        Run.load(p.run.folder).predict(torch.zeros(3, row["dim"]), arrays={"tokens": torch.zeros(3, 17, 16)})
 
 
 def test_a_method_names_the_tasks_it_knows(stages, monkeypatch):
