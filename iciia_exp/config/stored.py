@@ -81,8 +81,11 @@ def _class_of(stored: Any, base: type[_Base], plugins: Plugins) -> type[_Base]:
     if stored["name"] not in classes:  # entry points are searched last: it takes longer than loading a run
         classes |= {identity(c): c for c in _installed(base)}
     if stored["name"] not in classes:
-        hint = did_you_mean(stored["name"], classes, "name the plug-in that it comes from: plugins=[...]")
-        raise UserError(f"{stored['name']!r}: no such {base.__name__} in this package or its plug-ins; {hint}")
+        near = did_you_mean(stored["name"], classes, "")
+        problem = f"no such {base.__name__} in this package or its plug-ins"
+        raise UserError(
+            f"{stored['name']!r}: {problem}; {near}{' Or ' * bool(near)}name the plug-in that it comes from: plugins=[...]"
+        )
     return classes[stored["name"]]
 
 

@@ -32,6 +32,7 @@ class SmallViT(Backbone):
     """
 
     transform_settings = ("size", "channels", "mean", "std")
+    trunk_prefix = "net."
     gives = frozenset({"features", "logits", "tokens"})
 
     def __init__(

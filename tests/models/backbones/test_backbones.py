@@ -106,9 +106,9 @@ def check_against_library(backbone, **options):
 
 
 def test_all_files_are_seen():
-    assert len(FILES) == 14
+    assert len(FILES) == 15
     assert len(LIBRARY_FILES) == 10
-    assert {f.stem for f in OWN_FILES} == {"c3d", "leaf_cnn", "small_cnn", "precomputed"}
+    assert {f.stem for f in OWN_FILES} == {"c3d", "leaf_cnn", "small_cnn", "small_vit", "precomputed"}
 
 
 @named(LIBRARY_FILES)
@@ -124,6 +124,7 @@ EXAMPLES = {
     "c3d": lambda rng: rng.integers(0, 256, (16, 30, 40, 3), dtype=np.uint8),
     "leaf_cnn": lambda rng: rng.random((1, 28, 28), dtype=np.float32),
     "small_cnn": lambda rng: rng.random((1, 8, 8), dtype=np.float32),
+    "small_vit": lambda rng: rng.random((1, 8, 8), dtype=np.float32),
     "precomputed": lambda rng: rng.random(24, dtype=np.float32),
 }
 
