@@ -83,10 +83,8 @@ def _class_of(stored: Any, base: type[_Base], plugins: Plugins) -> type[_Base]:
     if stored["name"] not in classes:
         near = did_you_mean(stored["name"], classes, "")
         problem = f"no such {base.__name__} in this package or its plug-ins"
-        raise UserError(
         hint = f"{near}{' Or ' * bool(near)}name the plug-in that it comes from: plugins=[...]"
         raise UserError(f"{stored['name']!r}: {problem}; {hint}")
-        )
     return classes[stored["name"]]
 
 
