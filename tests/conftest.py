@@ -74,28 +74,21 @@ def compose():
 @pytest.fixture
 def stages(compose):
     """Make the stages of an experiment on the smallest useful setting: seconds become a tenth of a second."""
+    return _stages_of(compose, *SMALL)
+
+
+def _stages_of(compose, *setting):
     from iciia_exp.config.experiment import Experiment
     from iciia_exp.engine.stages import Stages
 
-    def make(*overrides):
-        return Stages(Experiment.from_config(compose(*SMALL, *overrides)))
-
-    return make
+    return lambda *overrides: Stages(Experiment.from_config(compose(*setting, *overrides)))
 
 
 @pytest.fixture
 def with_tokens(compose):
     """Make the stages of such an experiment with a backbone that gives tokens."""
-    from iciia_exp.config.experiment import Experiment
-    from iciia_exp.engine.stages import Stages
-
     small = [override for override in SMALL if not override.startswith("backbone.model.")]
-    network = ("backbone=small_vit", "backbone.model.dim=16", "backbone.model.depth=2")
-
-    def make(*overrides):
-        return Stages(Experiment.from_config(compose(*network, *small, *overrides)))
-
-    return make
+    return _stages_of(compose, "backbone=small_vit", "backbone.model.dim=16", "backbone.model.depth=2", *small)
 
 
 @pytest.fixture

@@ -1,6 +1,5 @@
 """What commands print: names of others cannot change the terminal, and no output ends a run."""
 
-import contextlib
 import io
 import subprocess
 import sys
@@ -81,13 +80,15 @@ def test_errors_of_commands_are_one_line(capsys):
 
 
 @pytest.mark.usefixtures("undrawn")
-@pytest.mark.parametrize("encoding", ["ascii", "latin-1"])
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1", "utf-8"])
 def test_a_run_ends_well_on_any_terminal(small, encoding, monkeypatch):
     raw = io.BytesIO()
     monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(raw, encoding))
     monkeypatch.setattr(sys, "argv", ["iciia_exp", *small, "method=backbone", "output_dir='o[/a] ü'"])
-    with contextlib.suppress(SystemExit):
+    with pytest.raises(SystemExit) as stop:
         main()
+        sys.exit(0)
+    assert not stop.value.code
     sys.stdout.flush()
     assert b"[/a]" in raw.getvalue()
 

@@ -1,6 +1,5 @@
 """Check: keys against signatures, stable names of targets, and the part of a configuration that counts in digests."""
 
-import importlib.util
 import inspect
 from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
@@ -43,13 +42,10 @@ def target_of(node: dict[str, Any], path: str) -> Callable[..., Any]:
     try:
         target = get_object(node["_target_"])
     except Exception as error:
-        name = str(node["_target_"])
-        problem = first_line(error.__cause__ or error)
-        try:
-            if importlib.util.find_spec(name.partition(".")[0]) is None:
-                problem = f"no module {name.partition('.')[0]} in the working folder or on PYTHONPATH"
-        except ValueError:  # an empty name
-            pass
+        name, cause = str(node["_target_"]), error.__cause__
+        problem = first_line(cause or error)
+        if isinstance(cause, ModuleNotFoundError) and cause.name == name.partition(".")[0]:
+            problem = f"no module {cause.name} in the working folder or on PYTHONPATH"
         raise ConfigError(f"{path}._target_", name, f"cannot be imported ({problem})") from error
     if not callable(target):
         raise ConfigError(f"{path}._target_", node["_target_"], "must be a class or a function")
@@ -70,10 +66,14 @@ def class_of(node: dict[str, Any], path: str, base: type[_Base], what: str) -> t
 def parameters_of(target: Callable[..., Any]) -> dict[str, inspect.Parameter]:
     """Return the named parameters of a target, ``self`` left out."""
     named = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+    return {p.name: p for p in _signature(target) if p.kind in named}
+
+
+def _signature(target: Callable[..., Any]) -> list[inspect.Parameter]:
     try:
-        return {n: p for n, p in inspect.signature(target).parameters.items() if p.kind in named}
-    except ValueError:  # of a built-in class
-        return {}
+        return list(inspect.signature(target).parameters.values())
+    except ValueError:  # a built-in class, which does not tell: any key
+        return [inspect.Parameter("arguments", inspect.Parameter.VAR_KEYWORD)]
 
 
 def check_keys(node: dict[str, Any], path: str) -> None:
@@ -110,10 +110,7 @@ def _items(node: Any) -> Iterator[tuple[Any, Any]]:
 
 
 def _takes_any_key(target: Callable[..., Any]) -> bool:
-    try:
-        return any(p.kind is inspect.Parameter.VAR_KEYWORD for p in inspect.signature(target).parameters.values())
-    except ValueError:
-        return True
+    return any(p.kind is inspect.Parameter.VAR_KEYWORD for p in _signature(target))
 
 
 def identity(target: Any) -> str:

@@ -49,22 +49,22 @@ def _groups() -> list[str]:
 
 def _keys(overrides: Sequence[str]) -> list[str]:
     """Return all dotted keys of the configuration with the options of the overrides."""
-    return list(_keys_of(frozenset(o for o in overrides if o.lstrip("+").partition("=")[0] in _groups())))
-
-
-@functools.cache
-def _keys_of(overrides: frozenset[str]) -> tuple[str, ...]:
-    from hydra import compose, initialize_config_dir
-    from hydra.core.global_hydra import GlobalHydra
-
     choices = {}
     for argument in overrides:
         group, _, option = argument.partition("=")
         if option in option_names(group.lstrip("+")) and group.lstrip("+") in _groups():
             choices[group] = argument
+    return list(_keys_of(*choices.values()))
+
+
+@functools.cache
+def _keys_of(*choices: str) -> tuple[str, ...]:
+    from hydra import compose, initialize_config_dir
+    from hydra.core.global_hydra import GlobalHydra
+
     GlobalHydra.instance().clear()
     with initialize_config_dir(str(CONF_DIR), version_base="1.3"):
-        config = compose("config", overrides=list(choices.values()))
+        config = compose("config", overrides=list(choices))
     return tuple(dotted_keys(config))
 
 

@@ -75,7 +75,6 @@ class SweepReport(Callback):
         folder = Path(config.hydra.sweep.dir)
         jobs = list(_records(folder))
         without = [job for job in jobs if job["status"] != "done"]
-        left_out = [job for job in without if job["status"] == "left out"]
         rows = []
         for path in dict.fromkeys(job["evaluation_dir"] for job in jobs if job["evaluation_dir"]):  # jobs may share one
             with contextlib.suppress(OSError, UserError):
@@ -100,6 +99,6 @@ class SweepReport(Callback):
         common = set.intersection(*(set(job["overrides"]) for job in jobs)) if len(jobs) > 1 else set()
         for job in without:
             own = " ".join(o for o in job["overrides"] if o not in common)
-            level, status = (logging.WARNING, "left out") if job in left_out else (logging.ERROR, "failed")
-            log.log(level, "job %s %s%s: %s", job["job"], status, f" ({own})" if own else "", job["error"])
-        _status = int(len(without) > len(left_out) or not done)
+            level = logging.ERROR if job["status"] == "failed" else logging.WARNING
+            log.log(level, "job %s %s%s: %s", job["job"], job["status"], f" ({own})" if own else "", job["error"])
+        _status = int(any(job["status"] == "failed" for job in without) or not done)

@@ -15,26 +15,9 @@ from iciia_exp.results.tables import backbone_line, settings
 from iciia_exp.tasks import SINGLE_LABEL
 
 __all__ = [
-    *(
-        "BASELINE",
-        "BLUE",
-        "ORANGE",
-        "MOST_LINES",
-        "draw_setting",
-        "gains",
-        "hover",
-        "legend",
-        "line_styles",
-        "new_figure",
-    ),
-    *(
-        "save",
-        "accuracy_vs_history",
-        "accuracy_vs_overhead",
-        "draw_accuracy_vs_overhead",
-        "draw_examples",
-        "gain_per_client",
-    ),
+    *("BASELINE", "BLUE", "MOST_LINES", "ORANGE", "draw_setting", "gains", "hover", "legend", "line_styles"),
+    *("accuracy_vs_history", "accuracy_vs_overhead", "draw_accuracy_vs_overhead", "draw_examples", "gain_per_client"),
+    *("new_figure", "save"),
 ]
 
 # Colours that differ in lightness too, so that the plots read in grey.

@@ -9,8 +9,15 @@ Legend: M images of the dataset, K classes, C clients.
 import numpy as np
 import pandas as pd
 
-from iciia_exp.data.clients import ROLES, Clients, Ragged
-from iciia_exp.data.partitions.base import Partition, option_name, parents_of_classes, role_pools, single_labels
+from iciia_exp.data.clients import ROLES, Clients, Ragged, positions
+from iciia_exp.data.partitions.base import (
+    Partition,
+    option_name,
+    parents_of_classes,
+    role_pools,
+    shuffled_groups,
+    single_labels,
+)
 from iciia_exp.errors import ConfigError, check_choice, check_int
 from iciia_exp.seeding import generator
 
@@ -58,21 +65,17 @@ class Tasks(Partition):
         most = {"train": self.shots, "val": self.val_shots, "test": None}
         rows = {}
         for role in ROLES:
-            pool = rng.permutation(pools[role])
-            pool = pool[np.argsort(labels_M[pool], kind="stable")]
-            labels = labels_M[pool]
-            first_K = np.searchsorted(labels, np.arange(num_classes))
-            kept = task_K[labels] >= 0
+            by_class = shuffled_groups(labels_M, pools[role], num_classes, rng)
+            kept = task_K[by_class.row_numbers] >= 0
             if (limit := most[role]) is not None:
-                kept &= np.arange(len(pool)) - first_K[labels] < limit
-            pool = rng.permutation(pool[kept])
-            rows[role] = Ragged.from_pairs(task_K[labels_M[pool]], pool, len(names))
+                kept &= positions(by_class.lengths) < limit
+            rows[role] = shuffled_groups(task_K[labels_M], by_class.values[kept], len(names), rng)
         whole = np.flatnonzero(np.all([rows[role].lengths > 0 for role in ROLES], axis=0))
         if not len(whole):
             problem = f"no task has images of every role and {self.fewest_classes} classes or more"
             raise ConfigError("fewest_classes", self.fewest_classes, problem)
         ids = np.array([names[task] for task in whole], dtype=object)
-        train, val, test = (Ragged.from_pairs(*_pairs(rows[role], whole), len(whole)) for role in ROLES)
+        train, val, test = (Ragged.from_rows([rows[role][int(task)] for task in whole]) for role in ROLES)
         return Clients(ids, np.array(["task"] * len(whole), dtype=object), train, val, test)
 
     def _tasks(self, table: pd.DataFrame, num_classes: int) -> tuple[np.ndarray, list[str]]:
@@ -87,11 +90,3 @@ class Tasks(Partition):
         parents_K, names = parents_of_classes(table, num_classes, "", option_name(self), hint)
         sizes = np.bincount(parents_K, minlength=len(names))
         return np.where(sizes[parents_K] >= self.fewest_classes, parents_K, -1), names
-
-
-def _pairs(ragged: Ragged, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Return the numbers, in ``rows``, and the values of some rows."""
-    place = np.full(len(ragged), -1)
-    place[rows] = np.arange(len(rows))
-    kept = place[ragged.row_numbers] >= 0
-    return place[ragged.row_numbers][kept], ragged.values[kept]

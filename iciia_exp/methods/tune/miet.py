@@ -111,13 +111,12 @@ class Miet(Personal):
             lr=check_float("lr", lr, 0.0, open_low=True),
             weight_decay=check_float("weight_decay", weight_decay, 0.0),
         )
-        scheduler = partial(torch.optim.lr_scheduler.OneCycleLR, pct_start=0.1, max_lr=lr)
-        size = check_int("batch_size", batch_size, 1)
-        self.recipe = Recipe(optimizer, scheduler, check_int("epochs", epochs, 1), size, 0.0)
-        self.linear_recipe = Recipe(optimizer, scheduler, check_int("linear_epochs", linear_epochs, 1), size, 0.0)
+        scheduler = partial(torch.optim.lr_scheduler.OneCycleLR, pct_start=0.1)
+        self.recipe = Recipe(optimizer, scheduler, epochs, batch_size)
+        self.linear_recipe = Recipe(optimizer, scheduler, check_int("linear_epochs", linear_epochs, 1), batch_size)
         self.most_classes: Tensor
         self.register_buffer("most_classes", torch.tensor(self.num_classes))
-        self._network(2)  # errors of its settings
+        self._form()  # errors of its settings
 
     def learn(self, cloud: CloudView, fit: Fit) -> Record:
         """Count the classes of the client with most of them; the backbone is frozen and nothing is trained."""
@@ -125,14 +124,20 @@ class Miet(Personal):
         self.eval()
         return {}
 
-    def _network(self, classes: int, blocks: int | None = None) -> LAE:
-        """Return the network that every device starts with."""
+    def _lae(self, classes: int, linear: bool = False) -> LAE:
+        settings = {**self._settings, "blocks": 0, "subtract": False} if linear else self._settings
+        return LAE(self.width, classes, **settings, prefix=self.prefix)
+
+    def _network(self, classes: int, linear: bool = False) -> LAE:
+        """Return the network that every device starts with, or the linear classifier that is trained first."""
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(derive_seed("miet", self.seed))
-            settings = self._settings if blocks is None else {**self._settings, "blocks": blocks}
-            if not settings["blocks"]:
-                settings = {**settings, "subtract": False}
-            return LAE(self.width, classes, **settings, prefix=self.prefix).to(self.most_classes.device)
+            return self._lae(classes, linear).to(self.most_classes.device)
+
+    def _form(self) -> LAE:
+        """Return a client's network without values: for its shapes and costs, and to call it with a client's state."""
+        with torch.device("meta"):  # no memory and no random numbers: an evaluation classifies in several threads
+            return self._lae(self.classes)
 
     @property
     def classes(self) -> int:
@@ -142,7 +147,7 @@ class Miet(Personal):
     @property
     def state_shapes(self) -> dict[str, tuple[int, ...]]:
         """Parameters of the network, numbers of the classes [k] (-1: none), mean and deviation of the tokens [2, d]."""
-        shapes = {name: tuple(p.shape) for name, p in self._network(self.classes).named_parameters()}
+        shapes = {name: tuple(p.shape) for name, p in self._form().named_parameters()}
         shapes["classes"] = (self.classes,)
         if self.standardise:
             shapes |= {"mean": (2, self.width), "deviation": (2, self.width)}
@@ -157,7 +162,7 @@ class Miet(Personal):
         if self.standardise:
             states |= _moments(tokens["train"], own["train"].mask_CS, self.prefix)
         train, val = (self._examples(own[role], tokens.pop(role), classes_Ck, states) for role in ("train", "val"))
-        net, linear = self._network(self.classes), self._network(self.classes, blocks=0)
+        net, linear = self._network(self.classes), self._network(self.classes, linear=True)
         starts, shuffle = {"head.bias": torch.where(classes_Ck < 0, _UNUSED, 0.0)}, derive_seed("miet", self.seed)
         if not net.blocks:
             train, val = self._read_by(linear, train), self._read_by(linear, val)
@@ -196,7 +201,7 @@ class Miet(Personal):
     def classify(self, batch: ClientBatch, states: Mapping[str, Tensor]) -> Tensor:
         """Return the logits of the clients' networks, [C, S, K]; -10,000 for classes that a client does not have."""
         tokens_CSnd = unpack_tokens(pack_tokens(batch.arrays["tokens"], self.sent))
-        net = self._network(self.classes)
+        net = self._form()
         parameters = {name: states[name] for name, _ in net.named_parameters()}
         own_CSk = vmap(lambda p, x: functional_call(net, p, (x,)))(parameters, self._standard(tokens_CSnd, states))
         place_Ck = states["classes"].long()
@@ -210,7 +215,7 @@ class Miet(Personal):
         Training takes three times that for every train image and epoch, once for the val images of every epoch and the
         start, and 3 d k for every train image and epoch of the linear start.
         """
-        net = self._network(self.classes)
+        net = self._form()
         macs, once = net.macs(self.tokens), sizes.train + sizes.val
         size = token_bytes(self.tokens, self.width, self.sent)
 
@@ -237,7 +242,7 @@ class Miet(Personal):
 
     def num_parameters(self) -> int:
         """Those of one client's network."""
-        return sum(p.numel() for p in self._network(self.classes).parameters())
+        return sum(p.numel() for p in self._form().parameters())
 
 
 def _own_classes(train: ClientBatch, most: int) -> Tensor:
