@@ -160,7 +160,7 @@ def test_the_per_image_classifier_is_not_trained_with_the_module():
 
 
 def test_a_width_that_is_none_is_named():
-    with pytest.raises(ConfigError, match=r"^image.perceptron=-1: must be a whole number of at least 0"):
+    with pytest.raises(ConfigError, match=r"^image.perceptron=-1: must be a whole number of 0 to 65536"):
         build(perceptron=-1)
 
 
