@@ -47,10 +47,22 @@ RUNS = {
         for name in (
             *("arm_cml", "backbone", "client_prior", "client_types", "context_token", "conv_across_images"),
             *("feedforward", "finetune", "iciia", "iciia_prior", "iciia_stream", "lame", "linear_head"),
-            *("oracle_classes", "prior_em", "prior_map", "prompt_tuning", "smoothed_prior", "stata", "t3a"),
+            *(
+                "linear_probe",
+                "oracle_classes",
+                "prior_em",
+                "prior_map",
+                "prompt_tuning",
+                "smoothed_prior",
+                "stata",
+                "t3a",
+            ),
         )
     },
-    "miet": ("method=miet", "backbone=small_vit", "backbone.model.depth=2", "method.epochs=10"),
+    **{
+        name: (f"method={name}", "backbone=small_vit", "backbone.model.depth=2", "method.epochs=10")
+        for name in ("last", "last_block", "miet", "side_network")
+    },
     "iciia causal, 2 layers": ("method=iciia", "method.attention=causal", "num_layers=2", "groups=1"),
     "iciia, published protocol": ("method=iciia", "training=published", "training.recipe.epochs=2"),
     "iciia_prior, all client types": ("method=iciia_prior", "client_mix=all_types", "training=streaming"),

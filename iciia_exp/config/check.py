@@ -71,9 +71,14 @@ def parameters_of(target: Callable[..., Any]) -> dict[str, inspect.Parameter]:
 
 def _signature(target: Callable[..., Any]) -> list[inspect.Parameter]:
     try:
-        return list(inspect.signature(target).parameters.values())
+        found = list(inspect.signature(target).parameters.values())
     except ValueError:  # a built-in class, which does not tell: any key
         return [inspect.Parameter("arguments", inspect.Parameter.VAR_KEYWORD)]
+    passes_on = bool(found) and found[-1].kind is inspect.Parameter.VAR_KEYWORD
+    if passes_on and isinstance(target, type) and target.__module__.startswith("iciia_exp."):  # to its base
+        named = {p.name for p in found}
+        found[-1:] = [p for p in _signature(target.__mro__[1]) if p.name not in named]
+    return found
 
 
 def check_keys(node: dict[str, Any], path: str) -> None:

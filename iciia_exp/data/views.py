@@ -8,6 +8,7 @@ Legend: C clients, S images of a client, D features, K classes.
 
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 from torch.utils.data import Dataset
@@ -32,6 +33,7 @@ class CloudView(Dataset[ClientBatch]):
         num_classes: K.
         images: S, images of a chunk.
         draw_val: yields batches of val clients drawn like the training clients; None: the val clients' chunks.
+        backbone: loads the frozen backbone (`iciia_exp.models.backbones.base.Backbone`).
     """
 
     def __init__(
@@ -41,14 +43,21 @@ class CloudView(Dataset[ClientBatch]):
         num_classes: int,
         images: int,
         draw_val: Callable[[], Iterator[ClientBatch]] | None = None,
+        backbone: Callable[[], Any] | None = None,
     ) -> None:
         #: The partition without its test images.
         self.clients = replace(clients, test=Ragged.empty(len(clients)))
         self.num_classes, self.images = num_classes, images
-        self._batches, self._draw_val = batches, draw_val
+        self._batches, self._draw_val, self._backbone = batches, draw_val, backbone
         self._readable = np.zeros(len(batches.labels), dtype=bool)
         for role in ("train", "val"):
             self._readable[clients[role].values] = True
+
+    def backbone(self) -> Any:
+        """Return the frozen backbone (`iciia_exp.models.backbones.base.Backbone`)."""
+        if self._backbone is None:
+            raise LookupError("the cloud was given no backbone")
+        return self._backbone()
 
     def __getitem__(self, index: ClientIndex) -> ClientBatch:
         """Return features and labels of train and val images; other images raise `PermissionError`."""

@@ -56,7 +56,7 @@ class Stages(Inputs):
         }
         if len(self.reads) > 1:  # a store of its own; that of features alone keeps its digest
             parts["arrays"] = sorted(self.reads)
-        if "tokens" in self.reads:
+        if self.reads & {"tokens", "levels"}:
             model = science(self.experiment.config["backbone"]["model"])
             parts["gather"] = {k: v for k, v in model.items() if k.startswith("gather_")}
         needs = () if self.backbone is None else (self.backbone,)

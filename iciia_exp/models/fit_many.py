@@ -50,6 +50,17 @@ class Fitted(NamedTuple):
 
     states: dict[str, Tensor]  # trained parameters by name, [C, ...]
     epochs_C: Tensor  # int64 [C], passes over the train images
+    accuracy_C: Tensor  # on the val images, 0 without any, or without ``patience``
+
+    def better(self, other: Fitted) -> Fitted:
+        """Return for each client what has the better accuracy on its val images; equal ones are this one's."""
+        other_C = other.accuracy_C > self.accuracy_C
+        states = {
+            name: torch.where(other_C.view(-1, *(1,) * (own.ndim - 1)), other.states[name], own)
+            for name, own in self.states.items()
+        }
+        epochs_C = torch.where(other_C.cpu(), other.epochs_C, self.epochs_C)
+        return Fitted(states, epochs_C, torch.where(other_C, other.accuracy_C, self.accuracy_C))
 
 
 def fit_many(
@@ -90,7 +101,7 @@ def fit_many(
     start = {name: p.detach() for name, p in module.named_parameters() if _is_trained(module, p)}
     clients, lengths_C = len(train.y), train.mask.sum(1)
     states = {name: p.new_empty(clients, *p.shape) for name, p in start.items()}
-    epochs_C = torch.zeros(clients, dtype=torch.int64)
+    epochs_C, accuracy_C = torch.zeros(clients, dtype=torch.int64), train.x.new_zeros(clients)
     steps_C = -(-lengths_C // recipe.batch_size)
     order = torch.argsort(lengths_C, stable=True)
     for steps in steps_C.unique().tolist():
@@ -110,10 +121,10 @@ def fit_many(
                 together = _Dual(module, start, few, val.take(rows), task, recipe)
             else:
                 together = _Stacked(module, start, few, val.take(rows), task, recipe, steps, own, shuffle)
-            best, epochs_C[rows] = _train(together, recipe.epochs, patience)
+            best, epochs_C[rows], accuracy_C[rows] = _train(together, recipe.epochs, patience)
             for name, values in together.states(best).items():
                 states[name][rows] = values
-    return Fitted(states, epochs_C)
+    return Fitted(states, epochs_C, accuracy_C)
 
 
 def _is_trained(module: nn.Module, parameter: nn.Parameter) -> bool:
@@ -152,12 +163,13 @@ class _Together(Protocol):
         """Return the parameters of the module, for the values of ``trained`` of all clients."""
 
 
-def _train(together: _Together, epochs: int, patience: int | None) -> tuple[list[Tensor], Tensor]:
-    """Train with early stopping; return the best values of what is trained, and every client's epochs."""
+def _train(together: _Together, epochs: int, patience: int | None) -> tuple[list[Tensor], Tensor, Tensor]:
+    """Train with early stopping; return the best values of what is trained, every client's epochs and accuracy."""
     if patience is None:
         for number in range(epochs):
             together.epoch(number)
-        return together.trained, torch.full((len(together.trained[0]),), epochs)
+        clients = len(together.trained[0])
+        return together.trained, torch.full((clients,), epochs), together.trained[0].new_zeros(clients)
     best, best_C = [t.clone() for t in together.trained], together.val_accuracy()
     waited_C, epochs_C = torch.zeros_like(best_C, dtype=torch.int64), torch.zeros(len(best_C), dtype=torch.int64)
     here = torch.arange(len(best_C), device=best_C.device)  # clients that are still computed
@@ -177,7 +189,7 @@ def _train(together: _Together, epochs: int, patience: int | None) -> tuple[list
         best_C[rows], waited_C[here] = now_c[better], torch.where(better, 0, waited_C[here] + 1)
         for kept, current in zip(best, together.trained, strict=True):
             kept[rows] = current[better]
-    return best, epochs_C
+    return best, epochs_C, best_C
 
 
 def _accuracy(task: Task, logits_CmK: Tensor, val: Examples) -> Tensor:

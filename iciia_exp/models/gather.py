@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from iciia_exp.errors import ConfigError, check_int
 
-__all__ = ["Gather", "levels"]
+__all__ = ["TOKEN_ARRAYS", "Gather", "levels", "token_arrays"]
 
 
 class Gather:
@@ -46,7 +46,10 @@ class Gather:
 
     def __call__(self, levels: Sequence[Tensor], prefix: int) -> Tensor:
         """Return the tokens of N + 1 levels [B, n, d] in one tensor [B, p + g^2, d]; ``prefix`` is p."""
-        tokens_Bnd = torch.stack([*levels[self.first : self.last + 1]]).sum(0)
+        return self.pooled(torch.stack([*levels[self.first : self.last + 1]]).sum(0), prefix)
+
+    def pooled(self, tokens_Bnd: Tensor, prefix: int) -> Tensor:
+        """Return tokens with their patches averaged to the grid."""
         if self.grid is None:
             return tokens_Bnd
         first_Bpd, patches_Bnd = tokens_Bnd[:, :prefix], tokens_Bnd[:, prefix:]
@@ -54,6 +57,27 @@ class Gather:
         picture_Bdss = patches_Bnd.transpose(1, 2).unflatten(2, (side, -1))
         pooled_Bdgg = nn.functional.adaptive_avg_pool2d(picture_Bdss, self.grid)
         return torch.cat([first_Bpd, pooled_Bdgg.flatten(2).transpose(1, 2)], 1)
+
+
+#: Names of the arrays of `token_arrays`.
+TOKEN_ARRAYS = frozenset({"tokens", "levels", "block_input"})
+
+
+def token_arrays(net: Any, images: Tensor, gather: Gather, wanted: frozenset[str]) -> dict[str, Tensor]:
+    """Return arrays of one of timm's vision transformers, from one pass over B images.
+
+    ``features`` [B, D] always; if wanted, ``tokens`` [B, n, d], the sum of the gathered levels; ``levels``
+    [B, L, n, d], each of them; ``block_input`` [B, n, d], the input of the last block, all its tokens.
+    """
+    found, features = levels(net, images)
+    arrays, prefix = {"features": features}, net.num_prefix_tokens
+    if "tokens" in wanted:
+        arrays["tokens"] = gather(found, prefix)
+    if "levels" in wanted:
+        arrays["levels"] = torch.stack([gather.pooled(z, prefix) for z in found[gather.first : gather.last + 1]], 1)
+    if "block_input" in wanted:
+        arrays["block_input"] = found[-2]
+    return arrays
 
 
 #: Held by the one thread whose input of the first block is being read.

@@ -17,9 +17,10 @@ from torch import Tensor, nn
 
 from iciia_exp.errors import ConfigError, check_bool, check_choice, check_int
 
-__all__ = ["LAE", "POOLS", "LowRankAttention", "prefix_tokens"]
+__all__ = ["LAE", "LAST", "MIXERS", "POOLS", "LowRankAttention", "prefix_tokens"]
 
 POOLS = ("class", "mean")
+MIXERS = ("attention", "perceptron", "convolution")
 
 
 def prefix_tokens(tokens: int) -> int:
@@ -46,10 +47,9 @@ class LowRankAttention(nn.Module):
         if rank % heads:
             raise ConfigError("heads", heads, f"must divide the rank {rank}")
         self.norm = nn.LayerNorm(dim, eps=1e-6)
-        for name in ("query", "key", "value"):
-            matrix = nn.Parameter(torch.empty(dim, rank))
+        self.query, self.key, self.value = (nn.Parameter(torch.empty(dim, rank)) for _ in range(3))
+        for matrix in (self.query, self.key, self.value):
             nn.init.xavier_uniform_(matrix)
-            setattr(self, name, matrix)
         self.up = nn.Parameter(torch.zeros(rank, dim))  # a block starts as the identity
 
     def forward(self, u_Bnd: Tensor) -> Tensor:
@@ -61,6 +61,47 @@ class LowRankAttention(nn.Module):
 
     def _split(self, x_Bnr: Tensor) -> Tensor:
         return x_Bnr.unflatten(2, (self.heads, -1)).transpose(1, 2)  # [B, H, n, e]
+
+    def macs(self, tokens: int) -> int:
+        """Return the MACs of an image with n tokens."""
+        dim, rank = self.query.shape
+        return 4 * tokens * dim * rank + 2 * tokens**2 * rank
+
+
+class Bottleneck(nn.Module):
+    """A perceptron of each token, or a convolution over the patches, with as many weights as `LowRankAttention`.
+
+    It is up(gelu(mix(down(LN(u))))), where ``mix`` is the identity or a depthwise convolution of 3 x 3 patches.
+
+    Args:
+        dim: d.
+        width: of the bottleneck; 2 r for a rank r.
+        prefix: tokens before the patches, which are not convolved.
+        convolve: whether patches are convolved.
+    """
+
+    def __init__(self, dim: int, width: int, prefix: int, convolve: bool) -> None:
+        super().__init__()
+        self.prefix, self.norm = prefix, nn.LayerNorm(dim, eps=1e-6)
+        self.down = nn.Parameter(torch.empty(dim, width))
+        nn.init.xavier_uniform_(self.down)
+        self.mix = nn.Conv2d(width, width, 3, padding=1, groups=width, bias=False) if convolve else None
+        self.up = nn.Parameter(torch.zeros(width, dim))  # a block starts as the identity
+
+    def forward(self, u_Bnd: Tensor) -> Tensor:
+        """Return the tokens with the bottleneck's result added, [B, n, d]."""
+        h_Bnw = self.norm(u_Bnd) @ self.down
+        if self.mix is not None:
+            first_Bpw, patches_Bnw = h_Bnw[:, : self.prefix], h_Bnw[:, self.prefix :]
+            side = int(patches_Bnw.shape[1] ** 0.5)
+            mixed_Bwss = self.mix(patches_Bnw.transpose(1, 2).unflatten(2, (side, side)))
+            h_Bnw = torch.cat([first_Bpw, mixed_Bwss.flatten(2).transpose(1, 2)], 1)
+        return u_Bnd + nn.functional.gelu(h_Bnw) @ self.up
+
+    def macs(self, tokens: int) -> int:
+        """Return the MACs of an image with n tokens."""
+        dim, width = self.down.shape
+        return 2 * tokens * dim * width + (0 if self.mix is None else 9 * (tokens - self.prefix) * width)
 
 
 class LAE(nn.Module):
@@ -77,6 +118,8 @@ class LAE(nn.Module):
         pool: ``class``: the first token; ``mean``: the mean over the patches.
         prefix: tokens before the patches.
         subtract: classify what the blocks added to their input, and not the sum (LAST).
+        mixer: what a block is: ``attention``, or in its place, of the same size, a ``perceptron`` of each token or a
+            ``convolution`` over the patches.
     """
 
     def __init__(
@@ -89,6 +132,7 @@ class LAE(nn.Module):
         pool: str = "class",
         prefix: int = 1,
         subtract: bool = False,
+        mixer: str = "attention",
     ) -> None:
         super().__init__()
         check_int("blocks", blocks, 0, 100), check_int("rank", rank, 1, 4096)
@@ -98,8 +142,15 @@ class LAE(nn.Module):
         self.subtract = check_bool("subtract", subtract)
         if subtract and not blocks:
             raise ConfigError("subtract", subtract, "needs blocks")
-        self.blocks = nn.ModuleList(LowRankAttention(dim, rank, heads) for _ in range(blocks))
-        self.rank, self.norm, self.head = rank, nn.LayerNorm(dim, eps=1e-6), nn.Linear(dim, num_classes)
+        if check_choice("mixer", mixer, MIXERS) == "convolution" and pool == "class":
+            raise ConfigError("mixer", mixer, "does not change the class token; use pool=mean")
+        self.blocks = nn.ModuleList(
+            LowRankAttention(dim, rank, heads)
+            if mixer == "attention"
+            else Bottleneck(dim, 2 * rank, prefix, mixer == "convolution")
+            for _ in range(blocks)
+        )
+        self.norm, self.head = nn.LayerNorm(dim, eps=1e-6), nn.Linear(dim, num_classes)
         nn.init.zeros_(self.head.weight), nn.init.zeros_(self.head.bias)
 
     def stream(self, x_Bnd: Tensor) -> Tensor:
@@ -108,16 +159,38 @@ class LAE(nn.Module):
             x_Bnd = block(x_Bnd)
         return x_Bnd
 
+    def injected(self, x_Bnd: Tensor) -> Tensor:
+        """Return what the stream was given, without what the blocks added, [B, n, d]."""
+        return x_Bnd
+
     def forward(self, x_Bnd: Tensor) -> Tensor:
         """Return the logits, [B, K]."""
         u_Bnd = self.stream(x_Bnd)
         if self.subtract:
-            u_Bnd = u_Bnd - x_Bnd
+            u_Bnd = u_Bnd - self.injected(x_Bnd)
         if self.pool == "class":  # the norm of one token alone
             return self.head(self.norm(u_Bnd[:, 0]))
         return self.head(self.norm(u_Bnd)[:, self.prefix :].mean(1))
 
     def macs(self, tokens: int) -> int:
         """Return the MACs of an image with n tokens."""
-        dim, classes = self.head.in_features, self.head.out_features
-        return len(self.blocks) * (4 * tokens * dim * self.rank + 2 * tokens**2 * self.rank) + dim * classes
+        own = sum(block.macs(tokens) for block in self.blocks)  # type: ignore[operator]
+        return own + self.head.in_features * self.head.out_features
+
+
+class LAST(LAE):
+    """The network of LAST: levels [B, m + 1, n, d] come in one by one.
+
+    The stream starts at level 0, and level i is added before block i (i = 1 ... m). Arguments are those of `LAE`.
+    """
+
+    def stream(self, x_Blnd: Tensor) -> Tensor:
+        """Return the tokens after the last block, [B, n, d]."""
+        u_Bnd = x_Blnd[:, 0]
+        for i, block in enumerate(self.blocks):
+            u_Bnd = block(u_Bnd + x_Blnd[:, i + 1])
+        return u_Bnd
+
+    def injected(self, x_Blnd: Tensor) -> Tensor:
+        """Return the sum of the levels, [B, n, d]."""
+        return x_Blnd.sum(1)

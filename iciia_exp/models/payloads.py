@@ -6,15 +6,18 @@ magnitude.
 Legend: n tokens, d features of a token.
 """
 
+from collections.abc import Sequence
+from math import prod
+
 import torch
 from torch import Tensor
 
-__all__ = ["PAYLOADS", "pack_tokens", "token_bytes", "unpack_tokens"]
+__all__ = ["PAYLOADS", "pack", "packed_bytes", "unpack"]
 
 PAYLOADS = ("float32", "float16", "int8")
 
 
-def pack_tokens(tokens: Tensor, form: str) -> tuple[Tensor, ...]:
+def pack(tokens: Tensor, form: str) -> tuple[Tensor, ...]:
     """Return tokens [..., n, d] as they are sent: one tensor, or with ``int8`` values and scales [..., n]."""
     if form == "int8":
         scale = tokens.abs().amax(-1).float() / 127
@@ -23,7 +26,7 @@ def pack_tokens(tokens: Tensor, form: str) -> tuple[Tensor, ...]:
     return (tokens.to(getattr(torch, form)),)
 
 
-def unpack_tokens(packed: tuple[Tensor, ...]) -> Tensor:
+def unpack(packed: tuple[Tensor, ...]) -> Tensor:
     """Return the tokens as they are received, float32 [..., n, d]."""
     if len(packed) == 1:
         return packed[0].float()
@@ -31,11 +34,11 @@ def unpack_tokens(packed: tuple[Tensor, ...]) -> Tensor:
     return values.float() * scale[..., None]
 
 
-def token_bytes(tokens: int, width: int, form: str) -> int:
-    """Return the bytes of n tokens.
+def packed_bytes(shape: Sequence[int], form: str) -> int:
+    """Return the bytes of tokens of a shape [..., n, d].
 
-    >>> token_bytes(197, 768, "float16"), token_bytes(197, 768, "int8")
+    >>> packed_bytes((197, 768), "float16"), packed_bytes((197, 768), "int8")
     (302592, 152084)
     """
     size = {"float32": 4, "float16": 2, "int8": 1}[form]
-    return tokens * width * size + (4 * tokens if form == "int8" else 0)
+    return prod(shape) * size + (4 * prod(shape[:-1]) if form == "int8" else 0)

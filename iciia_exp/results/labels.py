@@ -32,7 +32,9 @@ def base_of(row: dict[str, Any]) -> tuple[tuple[str, Any], ...]:
     These are the experiment, the dataset, the backbone, its features and the partition.
     """
     parts = ("config.dataset.", "config.backbone.", "config.features.", "config.partition.")
+    of_tokens = "config.backbone.model.gather_"  # which the backbone's own classifier does not read
     kept = {k: v for k, v in row.items() if k.startswith(parts) and not k.endswith(".seed")}
+    kept = {k: v for k, v in kept.items() if not k.startswith(of_tokens)}
     return tuple(sorted({"name": row["name"], "backbone": row["backbone"], **kept}.items()))
 
 

@@ -17,7 +17,7 @@ from iciia_exp.engine import devices
 from iciia_exp.engine.execute import execute
 from iciia_exp.errors import ConfigError, UserError
 from iciia_exp.methods.tune.finetune import FineTune
-from iciia_exp.models.payloads import token_bytes
+from iciia_exp.models.payloads import packed_bytes
 from iciia_exp.serving.session import ClientSession, predict_together
 from tests.making.kill import Killed
 
@@ -256,7 +256,7 @@ def test_devices_learn_on_tokens_from_images_to_results(with_tokens):
     within = ("partition=classes_per_client", "partition.split=within", "partition.images_per_client=20")
     made = with_tokens("method=miet", *within, "method.epochs=2", "method.linear_epochs=2", "method.payload=int8")
     row = execute(made)
-    size = token_bytes(17, 16, "int8")
+    size = packed_bytes((17, 16), "int8")
     assert (row["request_up_bytes"], row["request_down_bytes"]) == (64, size)
     assert row["leaves_device"] == "images"
     ledger = pd.read_parquet(made.evaluation.folder / "ledger.parquet")

@@ -74,6 +74,16 @@ EXPERIMENTS = {
     **{f"{name}_imagenet": (small_imagenet, (TINY,)) for name in ("mobilenetv3", "efficientnet_b4")},
     **{f"{name}_imagenet": (small_imagenet, (TINY, *SMALL)) for name in ("swin_b", "convnext_l", "resnet152")},
     "efficientnet_b7_imagenet": (small_imagenet, (TINY, *SMALL_TIMM)),
+    "miet_tiny_imagenet": (
+        lambda root, _: make_imagenet(root, train=4, val=2),
+        (
+            "backbone.model.model=vit_tiny_patch16_224",
+            TINY,
+            "method.epochs=2",
+            "method.linear_epochs=1",
+            "partition.tasks=2",
+        ),
+    ),
     "mobilenetv2_tiny_imagenet": (small_imagenet, (TINY,)),
     "efficientnet_b0_inaturalist": (lambda root, _: make_inaturalist(root), (TINY,)),
     "cnn_femnist": (lambda root, _: make_femnist(root), ()),

@@ -5,6 +5,8 @@ from functools import cached_property
 
 import numpy as np
 import torch
+from timm.models.vision_transformer import Block
+from torch import nn
 
 from iciia_exp.data.batches import ClientIndex, FeatureBatches, cut_chunks
 from iciia_exp.data.clients import Clients, Ragged
@@ -17,6 +19,19 @@ from iciia_exp.tasks import SINGLE_LABEL
 D, K, S = 12, 6, 7
 #: Shape of an image's tokens.
 TOKENS = (5, 8)
+#: Shapes of the arrays that a method can read beside the features.
+ARRAYS = {"tokens": TOKENS, "levels": (4, *TOKENS), "block_input": TOKENS}
+#: Methods that read other arrays than the features.
+ON_TOKENS = ("last", "last_block", "miet", "side_network")
+
+
+class Network(nn.Module):
+    """A backbone whose last block takes such tokens."""
+
+    def __init__(self):
+        super().__init__()
+        self.net = nn.Module()
+        self.net.blocks = nn.ModuleList([Block(TOKENS[1], 2, qkv_bias=True, init_values=0.5)])
 
 
 @dataclass
@@ -30,7 +45,7 @@ class SmallCloud:
 
     @cached_property
     def view(self):
-        return CloudView(self.clients, self.batches, self.num_classes, self.images)
+        return CloudView(self.clients, self.batches, self.num_classes, self.images, backbone=Network)
 
     @property
     def devices(self):
@@ -77,7 +92,8 @@ def small_cloud(dim, classes, clients=12, images=8, task=SINGLE_LABEL, seed=0, n
     if task != SINGLE_LABEL:
         labels = np.eye(classes, dtype=np.uint8)[labels] | np.eye(classes, dtype=np.uint8)[(labels + 1) % classes]
     tokens = np.stack([features[:, : TOKENS[1]] * scale for scale in range(1, TOKENS[0] + 1)], 1)
-    batches = FeatureBatches(features, labels, arrays={"tokens": tokens})
+    levels = np.stack([tokens, tokens + 1, 2 * tokens, tokens - 1], 1)
+    batches = FeatureBatches(features, labels, arrays={"tokens": tokens, "levels": levels, "block_input": tokens})
     return SmallCloud(Clients(names, names, *rows), batches, classes, images)
 
 

@@ -12,8 +12,9 @@ from iciia_exp.data.batches import ClientBatch
 from iciia_exp.ledger import Budget, Line, Link, Sizes, payload_bytes, serve
 from iciia_exp.methods.adapt.base import Adaptive
 from iciia_exp.methods.tune.base import Personal
-from iciia_exp.models.payloads import pack_tokens
-from tests.making.cloud import TOKENS, personalised, small_cloud
+from iciia_exp.methods.tune.device_network import DeviceNetwork
+from iciia_exp.models.payloads import pack
+from tests.making.cloud import ARRAYS, personalised, small_cloud
 from tests.methods.test_methods import OneMore, make
 
 D, K, S = 32, 5, 16
@@ -45,11 +46,11 @@ def of_request(method, together):
     if isinstance(method, Personal):
 
         def count(images):
-            arrays = {"tokens": torch.randn(1, images, *TOKENS)}
+            arrays = {name: torch.randn(1, images, *shape) for name, shape in ARRAYS.items()}
             batch = ClientBatch(torch.randn(1, images, D), None, None, torch.zeros(1, dtype=torch.int64), arrays=arrays)
             with FlopCounterMode(display=False) as counter:
                 method.logits(batch)
-            replaced = 0 if "tokens" in method.reads else images * D * K  # the backbone's classifier
+            replaced = 0 if isinstance(method, DeviceNetwork) else images * D * K  # the backbone's classifier
             return counter.get_total_flops() // 2 - replaced
 
         return count(S) if together else count(S) - count(S - 1), "method"
@@ -64,9 +65,12 @@ def of_request(method, together):
 def play(method, site, together, budget):
     """Play the serving of one client and one request; return what was measured as lines."""
     link, images = Link(method.name, budget), torch.zeros(S if together else 1, 3, 8, 8, dtype=torch.uint8)
-    if "tokens" in method.reads:  # the backbone is in the cloud, the method on the device
+    if isinstance(method, DeviceNetwork):  # the backbone is in the cloud, the network on the device
         link.up("images", images, phase="request")
-        link.down("tokens", pack_tokens(torch.zeros(len(images), *TOKENS), method.sent), phase="request")
+        kind = "features" if method.array == "features" else "tokens"
+        link.down(kind, pack(torch.zeros(len(images), *method.shape), method.sent), phase="request")
+        if weights := method.payload():
+            link.down("weights", weights)
         backbone = Line("request", "cloud", "backbone", macs=count_macs(BACKBONE, images.float()))
         return [*link.lines(), backbone, Line("request", "device", "method", macs=of_request(method, together)[0])]
     if site == "device":
@@ -93,7 +97,9 @@ def test_a_request_costs_what_the_budget_states(method, site, together):
     )
     budget = method.budget(sizes)
     once = ("features", "labels", "states")
-    stated = [line for line in budget.lines if line.what != "training" and line.kind not in once]
+    stated = [
+        line for line in budget.lines if line.what != "training" and (line.phase == "request" or line.kind not in once)
+    ]
     stated = [line for line in stated if (line.phase, line.site) != ("client_once", "device")]
     assert ledger(play(method, site, together, budget)) == ledger(stated)
 

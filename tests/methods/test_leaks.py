@@ -6,6 +6,7 @@ from safetensors.torch import load_file
 
 from iciia_exp.config.paths import CONF_DIR
 from iciia_exp.engine.execute import execute
+from tests.making.cloud import ON_TOKENS
 
 METHODS = sorted(path.stem for path in (CONF_DIR / "method").glob("*.yaml"))
 ORACLES = {"oracle_classes"}
@@ -26,7 +27,7 @@ def learned(folder):
 def test_labels_of_test_images_change_no_weight(stages, with_tokens, method, cache, monkeypatch, tmp_path):
     monkeypatch.setenv("ICIIA_EXP_CACHE", str(cache))  # one backbone for all of them
     options = (f"method={method}", "training.recipe.epochs=1", "partition.split=within", "stage=train")
-    if method == "miet":
+    if method in ON_TOKENS:
         stages, options = with_tokens, (*options, "method.epochs=2", "method.linear_epochs=1")
     one = stages(*options)
     for stage in ("backbone", "features"):

@@ -14,12 +14,12 @@ from iciia_exp.methods.adapt.heads import BackboneOnly, LinearHead
 from iciia_exp.methods.adapt.iciia import IciiaMethod
 from iciia_exp.methods.adapt.stream import StreamMethod
 from iciia_exp.methods.base import Facts, Method
-from tests.making.cloud import TOKENS, no_fit, small_cloud
+from tests.making.cloud import ARRAYS, no_fit, small_cloud
 
 D, K = 32, 5
 FILES = sorted((CONF_DIR / "method").glob("*.yaml"))
 #: those that answer the partition's clients only have tests of their own
-BY_CLIENT = {"oracle_classes", "finetune", "prompt_tuning", "miet"}
+BY_CLIENT = {path.stem for path in FILES if "methods.tune." in path.read_text()}
 
 
 def make(path):
@@ -29,9 +29,11 @@ def make(path):
         .replace("${groups}", "4")
         .replace("${heads}", "2")
         .replace("${seed}", "0")
+        .replace("epochs: 100", "epochs: 5")
+        .replace("epochs: 50", "epochs: 5")
     )
     node = yaml.safe_load(text)
-    method = instantiate(node, facts=Facts.of(nn.Linear(D, K), arrays={"tokens": TOKENS}), _convert_="all").eval()
+    method = instantiate(node, facts=Facts.of(nn.Linear(D, K), arrays=ARRAYS), _convert_="all").eval()
     cloud = small_cloud(D, K)
     if isinstance(method, StreamMethod):
         method.prepare(cloud.view, no_fit)

@@ -9,7 +9,7 @@ from iciia_exp.errors import ConfigError
 from iciia_exp.ledger import Link, Sizes
 from iciia_exp.methods.base import Facts
 from iciia_exp.methods.tune.miet import Miet
-from iciia_exp.models.payloads import pack_tokens, token_bytes, unpack_tokens
+from iciia_exp.models.payloads import pack, packed_bytes, unpack
 from tests.making.cloud import TOKENS, no_fit, personalised, small_cloud
 
 K, D = 6, 12
@@ -88,11 +88,11 @@ def test_only_tokens_come_down_and_no_label_goes_up():
     cloud = small_cloud(D, K)
     method, link, _ = taught(cloud, payload="int8", epochs=1, linear_epochs=1)
     images = 12 * (8 + 8)
-    assert link.counted == {("client_once", "cloud", "training", "tokens"): images * token_bytes(*TOKENS, "int8")}
+    assert link.counted == {("client_once", "cloud", "training", "tokens"): images * packed_bytes(TOKENS, "int8")}
     budget = method.budget(Sizes(train=8, val=8, image_bytes=100, backbone_macs=7))
     assert budget.leaves_device() == ("images",)
     assert budget.bytes("request", "device") == 100
-    assert budget.bytes("request", "cloud") == token_bytes(*TOKENS, "int8")
+    assert budget.bytes("request", "cloud") == packed_bytes(TOKENS, "int8")
     assert budget.macs("request", "cloud") == 7
     with pytest.raises(PermissionError, match="labels"):
         link.up("labels", torch.zeros(1))
@@ -104,11 +104,11 @@ def test_int8_is_the_vectors(reference):
     with safe_open(reference / "miet_route_formula_vectors.safetensors", "pt") as file:
         for case in ("miet0", "miet1"):
             tokens = file.get_tensor(f"{case}/gathered")
-            values, scale = pack_tokens(tokens, "int8")
+            values, scale = pack(tokens, "int8")
             assert torch.equal(values, file.get_tensor(f"{case}/int8_values"))
             torch.testing.assert_close(scale, file.get_tensor(f"{case}/int8_scale"))
-            assert (unpack_tokens((values, scale)) - tokens).abs().max() <= scale.max() / 2 + 1e-6
-    assert unpack_tokens(pack_tokens(torch.zeros(1, 2, 3), "int8")).tolist() == [[[0.0] * 3] * 2]
+            assert (unpack((values, scale)) - tokens).abs().max() <= scale.max() / 2 + 1e-6
+    assert unpack(pack(torch.zeros(1, 2, 3), "int8")).tolist() == [[[0.0] * 3] * 2]
 
 
 @pytest.mark.parametrize(
@@ -135,6 +135,7 @@ def test_it_needs_tokens():
 
 
 def test_another_seed_is_another_network():
-    (a, b), x = (Miet(facts(), seed=seed)._network(2).blocks[0] for seed in (0, 1)), torch.randn(1, *TOKENS)
+    methods = [Miet(facts(), seed=seed) for seed in (0, 1)]
+    (a, b), x = (method._drawn(method.network).blocks[0] for method in methods), torch.randn(1, *TOKENS)
     assert not torch.equal(a.query, b.query)
     assert torch.equal(a(x), x)

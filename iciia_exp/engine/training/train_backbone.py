@@ -22,7 +22,7 @@ from iciia_exp.models.backbones.base import Backbone
 from iciia_exp.seeding import derive_seed
 
 __all__ = [
-    *("backbone_head", "fit_head", "in_epochs", "load_backbone", "make_features", "out_of_fold"),
+    *("backbone_head", "fit_head", "frozen_backbone", "in_epochs", "load_backbone", "make_features", "out_of_fold"),
     *("report_backbone", "report_features", "report_head", "train_backbone"),
 ]
 
@@ -117,6 +117,11 @@ def load_backbone(inputs: Inputs) -> tuple[Backbone, dict[str, Any]]:
         why = first_line(error)
         raise UserError(f"{path}: cannot be loaded ({why}); delete its folder and repeat") from error
     return backbone, read_json(inputs.backbone.folder / "manifest.json")
+
+
+def frozen_backbone(inputs: Inputs) -> Backbone:
+    """Return the network in evaluation mode, without gradients."""
+    return load_backbone(inputs)[0].eval().requires_grad_(False)
 
 
 # ---- features

@@ -20,7 +20,7 @@ from iciia_exp.data.batches import ClientBatch, ClientBatchSampler, ClientIndex,
 from iciia_exp.data.clients import Clients, Ragged
 from iciia_exp.data.views import CloudView, require_own_labels
 from iciia_exp.engine.inputs import Inputs
-from iciia_exp.engine.training.train_backbone import backbone_head, in_epochs, out_of_fold
+from iciia_exp.engine.training.train_backbone import backbone_head, frozen_backbone, in_epochs, out_of_fold
 from iciia_exp.machine import process_rank, wait_for_others
 from iciia_exp.methods.base import Ask, Record
 from iciia_exp.models.backbones.weights import known_classes
@@ -54,7 +54,8 @@ def train_method(inputs: Inputs, folder: Path) -> None:
     known = e.client_mix.known(clients)
     batches = inputs.batches(store)
     draw_val = partial(_drawn_val, inputs, clients, batches)
-    cloud = CloudView(known, batches, inputs.num_classes, training.images, draw_val)
+    backbone = partial(frozen_backbone, inputs)
+    cloud = CloudView(known, batches, inputs.num_classes, training.images, draw_val, backbone)
     if Ask.CLIENT_LABELS in e.method_class.asks:
         require_own_labels(known, method.name)
 

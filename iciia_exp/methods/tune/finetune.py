@@ -73,7 +73,8 @@ class FineTune(Personal):
     def personalise(self, own: Mapping[str, ClientBatch], link: Link) -> Learned:
         """Train every client's classifier on its train images; its val images choose the epoch."""
         train, val = examples(own["train"]), examples(own["val"])
-        return Learned(*fit_many(self.head, train, val, self.task, self.recipe, self.patience))
+        fitted = fit_many(self.head, train, val, self.task, self.recipe, self.patience)
+        return Learned(fitted.states, fitted.epochs_C)
 
     def classify(self, batch: ClientBatch, states: Mapping[str, Tensor]) -> Tensor:
         """Return the logits of the clients' classifiers, [C, S, K]."""

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from iciia_exp.errors import ConfigError, check_float, check_int
 from iciia_exp.models.backbones.base import Backbone
 from iciia_exp.models.backbones.small_images import small_input
-from iciia_exp.models.gather import Gather, levels
+from iciia_exp.models.gather import TOKEN_ARRAYS, Gather, token_arrays
 
 __all__ = ["SmallViT"]
 
@@ -16,7 +16,7 @@ __all__ = ["SmallViT"]
 class SmallViT(Backbone):
     """timm's vision transformer with a class token; the feature is the class token after the final norm.
 
-    It gives ``tokens`` [B, n, d] (`iciia_exp.models.gather`).
+    It gives ``tokens`` [B, n, d], ``levels`` and ``block_input`` (`iciia_exp.models.gather.token_arrays`).
 
     Args:
         num_classes: K.
@@ -33,7 +33,7 @@ class SmallViT(Backbone):
 
     transform_settings = ("size", "channels", "mean", "std")
     trunk_prefix = "net."
-    gives = frozenset({"features", "logits", "tokens"})
+    gives = frozenset({"features", "logits"}) | TOKEN_ARRAYS
 
     def __init__(
         self,
@@ -76,11 +76,10 @@ class SmallViT(Backbone):
         return self.net(images)
 
     def trunk_outputs(self, images: Tensor, wanted: frozenset[str]) -> dict[str, Tensor]:
-        """Return ``features`` [B, D] and, if wanted, ``tokens`` [B, n, d]."""
-        if "tokens" not in wanted:
+        """Return ``features`` [B, D] and, if wanted, arrays of tokens (`token_arrays`)."""
+        if not wanted & TOKEN_ARRAYS:
             return super().trunk_outputs(images, wanted)
-        found, features = levels(self.net, images)
-        return {"features": features, "tokens": self.gather(found, self.net.num_prefix_tokens)}
+        return token_arrays(self.net, images, self.gather, wanted)
 
     def transform(self, image: Any) -> Tensor:
         """Turn an image into the normalised input (`iciia_exp.models.backbones.small_images.small_input`)."""

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from iciia_exp.errors import ConfigError, check_float, check_int, first_line, nearest
 from iciia_exp.models.backbones.base import ImageBackbone
 from iciia_exp.models.backbones.weights import fetched
-from iciia_exp.models.gather import Gather, levels
+from iciia_exp.models.gather import TOKEN_ARRAYS, Gather, token_arrays
 
 __all__ = ["TimmBackbone"]
 
@@ -21,9 +21,10 @@ __all__ = ["TimmBackbone"]
 class TimmBackbone(ImageBackbone):
     """A timm model; the feature is the input of its linear classifier, the crop that of its evaluation transform.
 
-    Vision transformers also give ``tokens`` [B, n, d] (`iciia_exp.models.gather`): by default the sum of the input of
-    the first block and the outputs of all blocks, before the final norm. The first tokens are the class and register
-    tokens, if the model has any, followed by the patches in row-major order.
+    Vision transformers also give ``tokens`` [B, n, d]: by default the sum of the input of the first block and the
+    outputs of all blocks, before the final norm. The first tokens are the class and register tokens, if the model has
+    any, followed by the patches in row-major order. They give ``levels`` and ``block_input`` as well
+    (`iciia_exp.models.gather.token_arrays`).
 
     Args:
         num_classes: K.
@@ -76,7 +77,7 @@ class TimmBackbone(ImageBackbone):
         # only vision transformers without stages, whose blocks all have the same tokens, can return prefix tokens
         intermediates = getattr(net, "forward_intermediates", None)
         if intermediates and "return_prefix_tokens" in inspect.signature(intermediates).parameters:
-            self.gives |= {"tokens"}
+            self.gives |= TOKEN_ARRAYS
             patches = int(net.patch_embed.num_patches)
             self.gather = Gather(gather_first, gather_last, gather_grid, len(net.blocks), patches)
         # timm's transform for its prefetcher ends before normalisation, which is done in batches
@@ -109,12 +110,10 @@ class TimmBackbone(ImageBackbone):
         return image
 
     def trunk_outputs(self, images: Tensor, wanted: frozenset[str]) -> dict[str, Tensor]:
-        """Return ``features`` [B, D] and, if wanted, ``tokens`` [B, n, d]."""
-        if "tokens" not in wanted:
+        """Return ``features`` [B, D] and, if wanted, arrays of tokens (`token_arrays`)."""
+        if not wanted & TOKEN_ARRAYS:
             return super().trunk_outputs(images, wanted)
-        net: Any = self.net
-        found, features = levels(net, self.normalise(images))
-        return {"features": features, "tokens": self.gather(found, net.num_prefix_tokens)}
+        return token_arrays(self.net, self.normalise(images), self.gather, wanted)
 
     def describe_transform(self) -> dict[str, Any]:
         """Return timm's data configuration."""

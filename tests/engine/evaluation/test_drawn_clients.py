@@ -16,12 +16,12 @@ from iciia_exp.errors import ConfigError, UserError
 from iciia_exp.methods.adapt.heads import BackboneOnly
 from iciia_exp.methods.base import Facts
 from iciia_exp.results.columns import DRAWN_TYPES
-from tests.making.cloud import small_cloud
+from tests.making.cloud import ON_TOKENS, small_cloud
 
 pytestmark = pytest.mark.usefixtures("undrawn")
 
 METHODS = sorted(p.stem for p in (CONF_DIR / "method").glob("*.yaml"))
-OWN_LABELS = ("finetune", "prompt_tuning", "miet")
+OWN_LABELS = ("finetune", "linear_probe", "prompt_tuning", *ON_TOKENS)
 
 
 def test_drawn_clients_have_their_kinds_of_classes():
@@ -92,13 +92,15 @@ def test_every_method_the_whole_way(stages, method):
 
 @pytest.mark.parametrize("method", OWN_LABELS)
 def test_methods_that_need_own_labels(stages, with_tokens, method):
-    stages = with_tokens if method == "miet" else stages
+    stages = with_tokens if method in ON_TOKENS else stages
     with pytest.raises(UserError, match="choose a partition that splits within clients"):
         execute(stages(f"method={method}", "training.recipe.epochs=1"))
     row = execute(p := stages(f"method={method}", "training.recipe.epochs=1", "partition.split=within"))
     assert row["test_clients"] > 0
+    run = Run.load(p.run.folder)
+    arrays = {name: torch.zeros(3, *shape) for name, shape in run.info.get("arrays", {}).items()}
     with pytest.raises(UserError, match="has a state for every client"):
-        Run.load(p.run.folder).predict(torch.zeros(3, row["dim"]), arrays={"tokens": torch.zeros(3, 17, 16)})
+        run.predict(torch.zeros(3, row["dim"]), arrays=arrays)
 
 
 def test_a_method_names_the_tasks_it_knows(stages, monkeypatch):

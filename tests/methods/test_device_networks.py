@@ -1,0 +1,146 @@
+"""Device networks: what devices learn on features, levels and the input of the last block."""
+
+import pytest
+import torch
+from torch import nn
+
+from iciia_exp.errors import ConfigError, NotApplicable
+from iciia_exp.methods.base import Facts
+from iciia_exp.methods.tune.last import Last
+from iciia_exp.methods.tune.last_block import LastBlock
+from iciia_exp.methods.tune.linear_probe import LinearProbe
+from iciia_exp.methods.tune.miet import Miet
+from iciia_exp.methods.tune.side_network import SideNetwork
+from iciia_exp.models.lae import LAE, LAST, Bottleneck
+from tests.making.cloud import ARRAYS, TOKENS, Network, no_fit, personalised, small_cloud
+
+K, D = 6, 12
+FACTS = Facts.of(nn.Linear(D, K), arrays=ARRAYS)
+FEW = {"epochs": 15, "linear_epochs": 15, "batch_size": 8, "lr": 0.01}
+
+
+def taught(method, cloud):
+    method.eval()
+    method.learn(cloud.view, no_fit)
+    return method, *personalised(method, cloud)
+
+
+def accuracy(method, cloud):
+    (batch,) = cloud.chunks("test")
+    right = method.logits(batch).argmax(-1) == batch.y_CS
+    return float(right[batch.mask_CS].float().mean())
+
+
+@pytest.mark.parametrize(
+    ("method", "settings"),
+    [
+        (LinearProbe, {}),
+        (Last, {"rank": 4}),
+        (Last, {"rank": 4, "blocks": 1, "subtract": True}),
+        (SideNetwork, {"width": 4, "heads": 2}),
+        (LastBlock, {"lr": 0.003}),
+        (Miet, {"mixer": "perceptron", "rank": 4}),
+    ],
+)
+def test_devices_learn_their_own_classes(method, settings):
+    cloud = small_cloud(D, K, noise=0.3)
+    method, link, _ = taught(method(FACTS, **FEW | settings), cloud)
+    assert accuracy(method, cloud) > 0.9
+    (sent,) = link.counted
+    assert sent[:3] == ("client_once", "cloud", "training")
+
+
+def test_each_client_takes_its_best_rate():
+    cloud = small_cloud(D, K, noise=2.0)
+    one, other, both = (taught(LinearProbe(FACTS, **FEW | {"lr": lr}), cloud)[0] for lr in (1e-9, 0.05, [1e-9, 0.05]))
+    (val,) = cloud.chunks("val")
+
+    def correct(method):
+        right = (method.logits(val).argmax(-1) == val.y_CS) & val.mask_CS
+        return right.sum(1)
+
+    assert torch.equal(correct(both), torch.maximum(correct(one), correct(other)))
+    assert (correct(other) > correct(one)).any()
+
+
+def test_the_epochs_of_all_rates_count():
+    cloud = small_cloud(D, K)
+    _, _, epochs = taught(LinearProbe(FACTS, **FEW | {"lr": [0.01, 0.1, 1.0]}), cloud)
+    assert epochs.tolist() == [45] * 12
+
+
+def test_levels_are_evenly_spaced():
+    assert Last(FACTS).used == [0, 1, 2, 3]
+    assert Last(FACTS, blocks=2).used == [0, 2, 3]
+    assert SideNetwork(FACTS, blocks=1, width=4).shape == (2, *TOKENS)
+    with pytest.raises(ConfigError, match=r"blocks=4: must be a whole number of 1 to 3 \(4 levels are stored\)"):
+        Last(FACTS, blocks=4)
+    with pytest.raises(ConfigError, match="heads=4: must divide the width 6"):
+        SideNetwork(FACTS, width=6)
+
+
+def test_last_with_all_levels_at_the_start_is_miet():
+    """MIET is LAST with one injection: where all levels but the first are zero, both are the same network."""
+    torch.manual_seed(0)
+    last, lae = LAST(8, 3, 2, 4), LAE(8, 3, 2, 4)
+    for p in last.parameters():
+        nn.init.normal_(p)
+    lae.load_state_dict(last.state_dict())
+    x = torch.randn(5, *TOKENS)
+    levels = torch.stack([x, torch.zeros_like(x), torch.zeros_like(x)], 1)
+    torch.testing.assert_close(last(levels), lae(x))
+    last.subtract = lae.subtract = True
+    torch.testing.assert_close(last(levels), lae(x))
+
+
+def test_training_starts_as_the_backbones_last_block():
+    torch.manual_seed(0)
+    cloud, network = small_cloud(D, K), Network().eval()
+    cloud.view._backbone = lambda: network
+    method, *_ = taught(LastBlock(FACTS, epochs=1, linear_epochs=1, lr=1e-12, weight_decay=0.0), cloud)
+    state, block = method.states.states, network.net.blocks[0]
+    for name, p in block.named_parameters():
+        torch.testing.assert_close(state[f"block.{name}"], p.expand(12, *p.shape))
+    x = torch.randn(3, *TOKENS)
+    torch.testing.assert_close(method._drawn(method.network).block(x), block(x))
+
+
+def test_a_trained_last_block_is_loaded_with_its_form():
+    cloud = small_cloud(D, K)
+    method, *_ = taught(LastBlock(FACTS, epochs=1, linear_epochs=1), cloud)
+    again = LastBlock(FACTS)
+    again.load_state_dict(method.state_dict())
+    assert again.state_shapes == method.state_shapes
+    assert method.payload()["block"].numel() == sum(p.numel() for p in Network().parameters())
+
+
+def test_a_last_block_of_another_kind_is_refused():
+    cloud = small_cloud(D, K)
+    network = Network()
+    network.net.blocks[0].attn.proj = nn.Identity()
+    cloud.view._backbone = lambda: network
+    with pytest.raises(NotApplicable, match="last_block: needs a backbone whose last block is that of a plain vision"):
+        LastBlock(FACTS).learn(cloud.view, no_fit)
+
+
+def test_mixers_have_the_size_of_attention():
+    sizes = {
+        mixer: sum(p.numel() for p in LAE(384, 20, 1, 16, pool="mean", mixer=mixer).parameters())
+        for mixer in ("attention", "perceptron", "convolution")
+    }
+    assert sizes["perceptron"] == sizes["attention"]
+    assert 1 < sizes["convolution"] / sizes["attention"] < 1.02
+    with pytest.raises(ConfigError, match="mixer=convolution: does not change the class token; use pool=mean"):
+        LAE(8, 3, mixer="convolution")
+
+
+def test_a_convolution_reads_the_neighbours_of_a_patch():
+    torch.manual_seed(0)
+    block = Bottleneck(4, 6, prefix=1, convolve=True)
+    nn.init.normal_(block.up)
+    x = torch.randn(1, 17, 4)
+    changed = x.clone()
+    changed[0, 1 + 5] += torch.tensor([1.0, -2.0, 0.5, 1.0])  # row 1, column 1 of 4 x 4
+    moved = (block(changed) - block(x)).abs().sum(-1)[0] > 1e-6
+    near = [row * 4 + column for row in range(3) for column in range(3)]
+    assert moved.nonzero()[:, 0].tolist() == [1 + p for p in near]
