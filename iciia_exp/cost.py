@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["attention_macs", "count_macs", "overheads", "streaming_attention_macs"]
+__all__ = ["attention_macs", "count_macs", "overheads", "streaming_attention_macs", "training_bytes"]
 
 
 def attention_macs(images: int, dim: int, groups: int, layers: int) -> int:
@@ -58,6 +58,39 @@ def overheads(
         "per_image": None if sequence_macs is None else sequence_macs / images * share,
         "streaming": None if streaming_macs is None else streaming_macs * share,
     }
+
+
+def training_bytes(module: torch.nn.Module, shape: tuple[int, ...], batch: int, moments: int = 2) -> int:
+    """Return the memory that training takes at least, in bytes, with float32 numbers.
+
+    It holds the parameters, gradients and moments of those that are trained, a batch of inputs, and what PyTorch keeps
+    of it for the backward pass. Workspace of single operations is left out.
+
+    Args:
+        module: maps a batch [B, ...] to one tensor; it may be on the meta device.
+        shape: of one input.
+        batch: B.
+        moments: that the optimiser keeps of a parameter: 2 of Adam, 0 of plain SGD.
+    """
+    import torch
+
+    parameters = list(module.parameters())
+    sizes = {p.untyped_storage()._cdata: p.nbytes for p in parameters}
+    inputs = torch.empty(batch, *shape, device=parameters[0].device)
+    kept = [inputs.untyped_storage()]  # held, so that no other storage gets its address
+    sizes[kept[0]._cdata] = inputs.nbytes
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage._cdata not in sizes:
+            sizes[storage._cdata] = storage.nbytes()
+            kept.append(storage)
+        return tensor
+
+    module.train()
+    with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        module(inputs)
+    return sum(sizes.values()) + (1 + moments) * sum(p.nbytes for p in parameters if p.requires_grad)
 
 
 def count_macs(module: torch.nn.Module, *inputs: Any) -> int:

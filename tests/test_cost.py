@@ -1,10 +1,17 @@
 """The closed forms against the published table and against PyTorch's counter."""
 
+import weakref
+
 import pytest
 import torch
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
-from iciia_exp.cost import attention_macs, count_macs, overheads, streaming_attention_macs
+from iciia_exp.cost import attention_macs, count_macs, overheads, streaming_attention_macs, training_bytes
 from iciia_exp.models.iciia import ICIIA
+from iciia_exp.models.ladder import Ladder
+from iciia_exp.models.lae import LAE
 
 # iciia: dim, backbone GMACs, (B: MACs as printed, percent as printed), (T: ...); 3 layers, 16 images (paper, Table 2)
 PUBLISHED = [
@@ -62,3 +69,62 @@ def test_overheads_by_convention():
 def test_one_more_image_costs_a_fraction_of_the_published_overhead(backbone_macs, dim, groups, percent):
     # MobileNetV3-L with ICIIA-T (1.62 % as published) and Swin-B with ICIIA-B (1.97 %), N = 3, 16 images
     assert round(100 * streaming_attention_macs(16, dim, groups, 3) / backbone_macs, 2) == percent
+
+
+class Peak(TorchDispatchMode):
+    """Counts the bytes of all tensors that are alive, and the most at once."""
+
+    def __init__(self):
+        super().__init__()
+        self.live, self.now, self.peak = {}, 0, 0
+
+    def hold(self, tensor):
+        storage = tensor.untyped_storage()
+        if storage._cdata not in self.live:
+            self.live[storage._cdata] = storage.nbytes()
+            self.now += storage.nbytes()
+            self.peak = max(self.peak, self.now)
+            weakref.finalize(storage, self.drop, storage._cdata)
+
+    def drop(self, key):
+        self.now -= self.live.pop(key, 0)
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(out):
+            if isinstance(tensor, torch.Tensor):
+                self.hold(tensor)
+        return out
+
+
+@pytest.mark.parametrize(
+    ("make", "shape"),
+    [
+        (lambda: LAE(96, 20, 2, 16), (65, 96)),
+        (lambda: LAE(96, 20, 2, 16, pool="mean", mixer="convolution"), (65, 96)),
+        (lambda: LAE(384, 20, 0), (1, 384)),
+        (lambda: Ladder(96, 20, 4, 24), (5, 65, 96)),
+    ],
+)
+def test_the_memory_of_a_training_is_what_is_alive_in_a_step(make, shape):
+    with torch.device("meta"):
+        stated = training_bytes(make(), shape, 32)
+    net, batch = make(), torch.randn(32, *shape)
+    labels = torch.randint(0, 20, (32,))
+    with Peak() as measured:
+        for tensor in (*net.parameters(), batch):
+            measured.hold(tensor)
+        optimizer = torch.optim.AdamW(net.parameters(), foreach=False)
+        for _ in range(2):
+            optimizer.zero_grad()
+            nn.functional.cross_entropy(net(batch), labels).backward()
+            optimizer.step()
+    assert stated <= measured.peak <= 1.5 * stated  # the workspace of single operations is not stated
+
+
+def test_what_is_not_trained_needs_no_gradients_and_moments():
+    net = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 2))
+    full = training_bytes(net, (8,), 4)
+    net[0].requires_grad_(False)
+    assert full - training_bytes(net, (8,), 4) == 3 * (8 * 8 + 8) * 4
+    assert training_bytes(nn.Linear(5, 3), (5,), 2, moments=0) == 4 * (2 * 18 + 10)

@@ -30,6 +30,8 @@ class Extraction:
         devices: number of CPUs or GPUs of this machine that share the images. The features are the same, to the last
             digit with the same number of threads a process.
         num_nodes: number of machines that share the images; start the same command on each with torchrun or srun.
+        jpeg: quality, 1 to 95, of the JPEG as which the network's input is sent to the cloud; null: uncompressed. The
+            features are those of the decoded JPEG, and its size counts as the size of an image.
     """
 
     cosmetic: ClassVar[frozenset[str]] = frozenset(
@@ -45,7 +47,9 @@ class Extraction:
         on_bad_image: str = "skip",
         devices: int = 1,
         num_nodes: int = 1,
+        jpeg: int | None = None,
     ) -> None:
+        self.jpeg = None if jpeg is None else check_int("jpeg", jpeg, 1, 95)
         self.dtype = check_choice("dtype", dtype, ("float32", "float16"))
         self.precision = precision
         self.batch_size = None if batch_size is None else check_int("batch_size", batch_size, 1)

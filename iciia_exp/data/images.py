@@ -3,19 +3,21 @@
 Legend: B images of a batch, K classes.
 """
 
+import io
 import re
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
 from iciia_exp.data.dataset import ImageDataset
-from iciia_exp.errors import UserError, first_line
+from iciia_exp.errors import ConfigError, UserError, first_line
 
-__all__ = ["ImageBatch", "ImageBlocks", "TransformedImages", "collate", "readable"]
+__all__ = ["ImageBatch", "ImageBlocks", "Jpeg", "TransformedImages", "collate", "readable"]
 
 
 class ImageBatch(NamedTuple):
@@ -67,6 +69,45 @@ class TransformedImages(Dataset[Sample]):
             hint = "repair it, or leave such images out with features.on_bad_image=skip"
             raise UserError(f"{self.dataset.describe(row)}: cannot be read ({problem}); {hint}")
         return Sample(image, self.labels[row], row, problem)
+
+
+class Jpeg:
+    """A backbone's transform whose result went through a JPEG, as when an image is sent to the cloud.
+
+    Args:
+        transform: function from an image to uint8 [3, H, W].
+        quality: of Pillow, 1 to 95.
+    """
+
+    def __init__(self, transform: Callable[[Any], Tensor], quality: int) -> None:
+        self.transform, self.quality = transform, quality
+
+    def encode(self, image: Any) -> bytes:
+        """Return the JPEG of an image."""
+        pixels, buffer = self.transform(image), io.BytesIO()
+        if pixels.dtype != torch.uint8 or pixels.ndim != 3 or len(pixels) != 3:
+            got = f"{str(pixels.dtype).removeprefix('torch.')} {list(pixels.shape)}"
+            problem = f"needs a backbone whose input are pictures, uint8 [3, H, W]; this one's is {got}"
+            raise ConfigError("features.jpeg", self.quality, problem)
+        Image.fromarray(pixels.permute(1, 2, 0).numpy()).save(buffer, "JPEG", quality=self.quality)
+        return buffer.getvalue()
+
+    def __call__(self, image: Any) -> Tensor:
+        """Return the decoded JPEG, uint8 [3, H, W]."""
+        with Image.open(io.BytesIO(self.encode(image))) as picture:
+            return torch.from_numpy(np.array(picture)).permute(2, 0, 1)
+
+    def mean_bytes(self, dataset: ImageDataset, rows: Iterable[int]) -> int:
+        """Return the mean size of the JPEGs of the readable images ``rows``."""
+        sizes = []
+        for row in map(int, rows):
+            try:
+                sizes.append(len(self.encode(dataset[row])))
+            except UserError:
+                raise
+            except Exception:
+                continue
+        return round(float(np.mean(sizes)))
 
 
 class ImageBlocks(Dataset[ImageBatch]):

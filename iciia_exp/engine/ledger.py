@@ -23,7 +23,7 @@ def sizes_of(inputs: Inputs, **more: Any) -> Sizes:
         site=e.evaluation.site,
         backbone_macs=manifest["macs"],
         backbone_bytes=manifest.get("weights_bytes") if own else None,
-        image_bytes=int(np.prod(manifest["input_shape"])) if own else None,
+        image_bytes=manifest.get("image_bytes", int(np.prod(manifest["input_shape"]))) if own else None,
         **more,
     )
 

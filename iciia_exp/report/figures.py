@@ -1,4 +1,4 @@
-"""Figures of a report: accuracy by overhead, groups and history, and the gain per client."""
+"""Figures of a report: accuracy by overhead, bytes, groups and history, and the gain per client."""
 
 from collections.abc import Iterator
 from itertools import islice
@@ -9,11 +9,11 @@ import pandas as pd
 
 from iciia_exp.artifacts import read_json
 from iciia_exp.results import plots
-from iciia_exp.results.columns import DRAWN_TYPES
+from iciia_exp.results.columns import DRAWN_TYPES, cell
 from iciia_exp.results.summary import ALL
 from iciia_exp.results.tables import backbone_history, history_of, read_table
 
-__all__ = ["all_figures", "by_groups", "by_history", "gain_distribution"]
+__all__ = ["all_figures", "by_bytes", "by_groups", "by_history", "gain_distribution"]
 
 
 def by_groups(table: pd.DataFrame, title: str) -> Any | None:
@@ -63,6 +63,41 @@ def by_history(table: pd.DataFrame, title: str, client_type: str | None = None) 
     return figure
 
 
+def by_bytes(table: pd.DataFrame, title: str) -> Any | None:
+    """Draw accuracy against the bytes of a request, up and down, a point for each setting; None where all are equal.
+
+    Settings that no other beats with as few bytes are joined.
+    """
+    points = table[~table["oracle"] & (table["method"] != "backbone")]
+    points = points[points["request_down_bytes"].notna() & points["request_up_bytes"].notna()]
+    points = points.assign(bytes=points["request_down_bytes"] + points["request_up_bytes"])
+    if points["bytes"].nunique() < 2:
+        return None
+    points = points.sort_values(["bytes", "accuracy"], ascending=[True, False])
+    figure, axes = plots.new_figure(
+        f"{title}: accuracy against bytes", "sent for an image, up and down", "accuracy (%)", width=9.2, height=4.8
+    )
+    methods = sorted(set(points["method"]))
+    styles = dict(zip(methods, plots.line_styles(methods, table["method"]), strict=True))
+    for method, part in points.groupby("method", sort=True):
+        style: Any = styles[str(method)] | {"linestyle": "none", "markersize": 7}
+        plots.draw_setting(axes, part["bytes"], part.drop(columns="published"), str(method), **style)
+    front = points[points["accuracy"] > points["accuracy"].cummax().shift(fill_value=-1.0)]
+    style = {"where": "post", "color": "#9a9a9a", "linewidth": 1, "zorder": 0, "label": "best at its bytes"}
+    axes.step(front["bytes"], 100 * front["accuracy"], **style)
+    for _, point in front.iterrows():
+        place: Any = {"textcoords": "offset points", "xytext": (6, -11), "fontsize": 7.5, "color": "#333333"}
+        axes.annotate(point["label"], (point["bytes"], 100 * point["accuracy"]), **place)
+    for _, point in points.drop(front.index).iterrows():
+        text = f"{point['label']}: {100 * point['accuracy']:.1f} %"
+        plots.hover(axes.plot([point["bytes"]], [100 * point["accuracy"]], ",", alpha=0)[0], text)
+    axes.set_xscale("symlog", linthresh=1024, linscale=0.2)
+    axes.set_xlim(left=-100 if (points["bytes"] == 0).any() else points["bytes"].min() / 1.5)
+    axes.xaxis.set_major_formatter(lambda value, _: cell(pd.Series({"bytes": value}), "bytes", "bytes"))
+    plots.legend(axes, beside=True)
+    return figure
+
+
 def gain_distribution(table: pd.DataFrame, title: str) -> Any | None:
     """Draw the distribution of the gain over clients, a box for each setting, all its runs together."""
     boxes: dict[str, np.ndarray] = {}
@@ -98,6 +133,7 @@ def all_figures(table: pd.DataFrame, title: str) -> Iterator[tuple[str, Any]]:
     title = title.split(",")[0]
     yield "accuracy_vs_overhead", plots.draw_accuracy_vs_overhead(rows)
     found = {"accuracy_vs_groups": by_groups(table, title), "accuracy_vs_history": by_history(table, title)}
+    found["accuracy_vs_bytes"] = by_bytes(table, title)
     found |= {f"accuracy_vs_history_{name}": by_history(table, title, name) for name in DRAWN_TYPES}
     found["gain_per_client"] = gain_distribution(table, title)
     yield from ((name, figure) for name, figure in found.items() if figure is not None)

@@ -5,8 +5,8 @@ import torch
 from torch.utils.data import DataLoader
 
 from iciia_exp.data.dataset import ImageDataset
-from iciia_exp.data.images import ImageBlocks, TransformedImages, collate, readable
-from iciia_exp.errors import UserError
+from iciia_exp.data.images import ImageBlocks, Jpeg, TransformedImages, collate, readable
+from iciia_exp.errors import ConfigError, UserError
 
 M = 21
 LABELS = np.arange(M) % 3
@@ -107,3 +107,23 @@ def test_the_first_readable_image():
     message = r"^none of the 2 images tried could be read; the first: c/02\.jpg: OSError: image file is truncated$"
     with pytest.raises(UserError, match=message):
         readable(Pictures(bad=[2, 5]), torch.from_numpy, [2, 5])
+
+
+def test_a_jpeg_is_what_the_network_gets_and_its_size_counts():
+    rng = np.random.default_rng(0)
+    smooth = np.linspace(0, 255, 3 * 32 * 32).reshape(3, 32, 32)
+    pictures = [
+        torch.from_numpy((smooth + 8 * rng.random((3, 32, 32))).clip(0, 255).astype(np.uint8)) for _ in range(3)
+    ]
+    fine, coarse = (Jpeg(lambda image: image, quality) for quality in (95, 5))
+    for picture in pictures:
+        near, far = fine(picture), coarse(picture)
+        assert near.dtype == torch.uint8
+        assert near.shape == picture.shape
+        assert (near.float() - picture).abs().mean() < (far.float() - picture).abs().mean()
+    assert coarse.mean_bytes(pictures, range(3)) < fine.mean_bytes(pictures, range(3)) < 3 * 32 * 32
+    assert fine.mean_bytes(pictures, [0]) == len(fine.encode(pictures[0]))
+    with pytest.raises(
+        ConfigError, match=r"features.jpeg=95: needs a backbone whose input are pictures.* float32 \[1, 8"
+    ):
+        fine(torch.zeros(1, 8, 8))

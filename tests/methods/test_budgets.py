@@ -113,8 +113,8 @@ def test_a_client_costs_what_the_budget_states(method):
         ]
         return
     for client in range(3):
+        link = Link(method.name, method.budget(Sizes()))
         with FlopCounterMode(display=False) as counter:
-            link = Link(method.name, method.budget(Sizes()))
             learned = method.personalise(cloud.devices.own(np.array([client])), link)
         sizes = Sizes(train=20, val=20, epochs=int(learned.epochs_C[0]), backbone_macs=0, image_bytes=0)
         measured = [*link.lines(), Line("client_once", "device", "training", macs=counter.get_total_flops() // 2)]

@@ -1,6 +1,7 @@
 """History evaluation: accuracy by the number of images seen before, without a loop over clients.
 
-A causal method gives every length of ``stream`` in one pass; any other gets the sequences that end with a target.
+A causal method gives every length of ``stream`` in one pass; any other gets the sequences that end with a target. A
+personal method classifies every image of a client once: its answer depends on no other image.
 
 Legend: C clients, B sequences of a batch, S images of a sequence, L lengths, M images, T targets, K classes.
 """
@@ -16,11 +17,12 @@ import torch
 from torch import Tensor, nn
 
 from iciia_exp.config.settings import Evaluation
-from iciia_exp.data.batches import ClientBatch, ClientIndex, FeatureBatches
+from iciia_exp.data.batches import ClientBatch, ClientIndex, FeatureBatches, cut_chunks
 from iciia_exp.data.clients import Clients, Ragged
 from iciia_exp.data.sequences import Sequences, by_length, prefix_sequences, stream_orders
 from iciia_exp.machine import side_by_side
 from iciia_exp.methods.base import Method
+from iciia_exp.methods.tune.base import Personal
 from iciia_exp.results.counts import ClientCountsMetric, Outcomes, outcomes
 from iciia_exp.results.summary import ALL, COUNTS
 from iciia_exp.seeding import generator
@@ -86,17 +88,32 @@ def history_table(
     method = method.to(device)
     numbers_C = torch.from_numpy(numbers).to(device)
 
+    known = _Known(setup, compact, numbers_C, tokens) if isinstance(method, Personal) else None
+
     def answer(batch: ClientBatch) -> Tensor:
         # of the last image, both are the logits after all others
         return method.logits(batch._replace(client_C=numbers_C[batch.client_C]), causal=method.causal)
 
     def read(wanted: _Wanted, index: ClientIndex) -> tuple[Tensor, Outcomes, Outcomes]:
+        if known is not None:
+            client_B, image_BS = (torch.from_numpy(values).to(device) for values in (index.client_C, index.index_CS))
+            return counts.read(
+                wanted, client_B, image_BS, lambda rows, at: known.at(client_B[rows], image_BS[rows, at])
+            )
         batch = batches[index].moved(device)
-        return counts.read(wanted, batch, answer(batch))
+        logits_BSK = answer(batch)
+        assert batch.image_CS is not None  # `FeatureBatches` gives it
+
+        def outcomes_at(row_T: Tensor, at_T: Tensor) -> Outcomes:
+            return outcomes(method.task, logits_BSK[row_T, at_T], batch.y_CS[row_T, at_T])
+
+        return counts.read(wanted, batch.client_C, batch.image_CS, outcomes_at)
 
     several = side_by_side if counts.device.type == "cpu" else map
     with torch.inference_mode():
         counts.read_backbone(head.to(device), batches, compact.values)
+        if known is not None:
+            known.ask()
         for done, (some, indices) in enumerate(steps, 1):
             for answers_M in several(partial(read, counts.wanted(some)), indices()):
                 counts.metric.update(*answers_M)
@@ -142,16 +159,22 @@ class _Counts:
         values = [n for _, n in keys], ends, [self.keys.index(key) for key in keys]
         return _Wanted(*(torch.tensor(value, device=self.device) for value in values))
 
-    def read(self, wanted: _Wanted, batch: ClientBatch, logits_BSK: Tensor) -> tuple[Tensor, Outcomes, Outcomes]:
-        """Return what the metric counts of a batch's targets."""
-        assert batch.image_CS is not None  # `FeatureBatches` gives it
-        size_B1 = batch.mask_CS.sum(1, keepdim=True)
+    def read(
+        self, wanted: _Wanted, client_B: Tensor, image_BS: Tensor, method: Callable[[Tensor, Tensor], Outcomes]
+    ) -> tuple[Tensor, Outcomes, Outcomes]:
+        """Return what the metric counts of a batch's targets.
+
+        Args:
+            wanted: which images are targets.
+            client_B, image_BS: numbers of clients and images, -1 where padded.
+            method: returns the method's outcomes for rows and places of T targets.
+        """
+        size_B1 = (image_BS >= 0).sum(1, keepdim=True)
         at_BL = torch.where(wanted.end_L, size_B1 - 1, wanted.length_L)
         row_T, column_T = (at_BL < size_B1).nonzero().unbind(1)
         at_T = at_BL[row_T, column_T]
-        method = outcomes(self.task, logits_BSK[row_T, at_T], batch.y_CS[row_T, at_T])
-        client_T = batch.client_C[row_T] + wanted.key_L[column_T] * self.clients
-        return client_T, self.backbone.at(self.row_M[batch.image_CS[row_T, at_T]]), method
+        client_T = client_B[row_T] + wanted.key_L[column_T] * self.clients
+        return client_T, self.backbone.at(self.row_M[image_BS[row_T, at_T]]), method(row_T, at_T)
 
     def table(self, ids: np.ndarray, types: np.ndarray) -> pd.DataFrame:
         """Return one row per key and client that had targets."""
@@ -162,6 +185,43 @@ class _Counts:
         columns = {"protocol": names[key], "history": lengths[key], "client": ids[client], "client_type": types[client]}
         columns |= {"targets": c.images_C, "decisions": c.decisions_C}
         return pd.DataFrame(columns | {name: getattr(c, f"{name}_C") for name in COUNTS if name != "images"})
+
+
+class _Known:
+    """Outcomes of a personal method, for every image of every client.
+
+    Args:
+        setup: the method.
+        images: of each client.
+        numbers_C: numbers of the clients.
+        at_once: images of a batch, about.
+    """
+
+    def __init__(self, setup: Setup, images: Ragged, numbers_C: Tensor, at_once: int) -> None:
+        self.setup, self.images, self.numbers_C, self.at_once = setup, images, numbers_C, at_once
+        self.most = int(images.values.max(initial=0)) + 1
+
+    def ask(self) -> None:
+        """Classify all images."""
+        method, chunk = self.setup.method, 32
+        index_CS, client_C = cut_chunks(self.images, chunk)
+        keys, parts = [], []
+        for start in range(0, len(client_C), max(1, self.at_once // chunk)):
+            rows = slice(start, start + max(1, self.at_once // chunk))
+            batch = self.setup.batches[ClientIndex(index_CS[rows], client_C[rows])].moved(self.setup.device)
+            logits_CSK = method.logits(batch._replace(client_C=self.numbers_C[batch.client_C]))
+            parts.append(outcomes(method.task, logits_CSK[batch.mask_CS], batch.y_CS[batch.mask_CS]))
+            assert batch.image_CS is not None  # `FeatureBatches` gives it
+            keys.append(self._key(batch.client_C[:, None], batch.image_CS)[batch.mask_CS])
+        self.keys_M, order = torch.cat(keys).sort()
+        self.outcomes = Outcomes(*(torch.cat(values) for values in zip(*parts, strict=True))).at(order)
+
+    def at(self, client_T: Tensor, image_T: Tensor) -> Outcomes:
+        """Return the outcomes of images of clients."""
+        return self.outcomes.at(torch.searchsorted(self.keys_M, self._key(client_T, image_T)))
+
+    def _key(self, client: Tensor, image: Tensor) -> Tensor:
+        return client * self.most + image
 
 
 def _cut(orders: Callable[[], Iterable[Sequences]], length: int, tokens: int) -> Iterator[ClientIndex]:

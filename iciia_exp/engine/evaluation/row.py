@@ -107,6 +107,7 @@ def result_row(
         "per_image_overhead_percent": cost["per_image"],
         "streaming_overhead_percent": cost["streaming"],
         "state_bytes": one_more.state_bytes,
+        "training_bytes": one_more.training_bytes,
         "site": e.evaluation.site,
         **cost_row(ledger),
         "parameters": method.num_parameters(),

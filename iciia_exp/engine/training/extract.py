@@ -19,7 +19,7 @@ from torch import Tensor
 
 from iciia_exp.config.settings import Extraction
 from iciia_exp.data.dataset import ImageDataset, dense_labels
-from iciia_exp.data.images import TransformedImages, readable
+from iciia_exp.data.images import Jpeg, TransformedImages, readable
 from iciia_exp.data.store import FeatureWriter
 from iciia_exp.engine.training.extractor import Extractor, WriteFeatures, in_time
 from iciia_exp.engine.training.trainer import interruptible, make_trainer, quiet_lightning
@@ -77,7 +77,9 @@ def extract(
     """
     backbone.eval().requires_grad_(False)
     images, first = len(table), process_rank() == 0
-    known, example = readable(dataset, backbone.transform, probes(np.arange(images)))
+    jpeg = None if extraction.jpeg is None else Jpeg(backbone.transform, extraction.jpeg)
+    transform = jpeg or backbone.transform
+    known, example = readable(dataset, transform, probes(np.arange(images)))
     macs, weights_bytes = backbone.macs(example), payload_bytes(backbone.state_dict())
     dtypes = {"features": extraction.dtype, "logits": "float32"}
     layout = {n: (shape, dtypes.get(n, "float16")) for n, shape in backbone.output_shapes(example, arrays).items()}
@@ -100,7 +102,7 @@ def extract(
         if not on_gpu and (seconds := _estimate(dataset, backbone, rows, os.cpu_count() or 1, some)) > 60:
             log.info("features: about %s on this machine's processor, if nothing speeds it up", in_time(seconds))
     if not first or len(rows) or process_count() > 1:  # several work together or not at all
-        wanted = TransformedImages(dataset, backbone.transform, np.arange(images), labels, extraction.on_bad_image)
+        wanted = TransformedImages(dataset, transform, np.arange(images), labels, extraction.on_bad_image)
         module = Extractor(backbone, wanted, extraction, folder, known, example.numel(), arrays)
         with quiet_lightning():
             trainer = extraction_trainer(trainer_config, extraction, WriteFeatures(folder))
@@ -124,6 +126,7 @@ def extract(
         "inference": steps,
         "macs": macs,
         "weights_bytes": weights_bytes,
+        **({} if jpeg is None else {"image_bytes": jpeg.mean_bytes(dataset, probes(np.arange(images)))}),
         "seconds": round(time.monotonic() - start, 2),
         "bad_images": _report_bad(dataset, bad, images),
     }

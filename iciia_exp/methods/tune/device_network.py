@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call, vmap
 
+from iciia_exp.cost import training_bytes
 from iciia_exp.data.batches import ClientBatch
 from iciia_exp.data.views import CloudView
 from iciia_exp.errors import ConfigError, check_bool, check_choice, check_float, check_int
@@ -262,7 +263,8 @@ class DeviceNetwork(Personal):
         if weights := payload_bytes(self.payload()):
             lines.append(Line("client_once", "cloud", "method", kind="weights", bytes=weights))
         lines.append(Line("request", "device", "method", macs=sizes.requested * macs))
-        return Budget(tuple(lines), self.state_bytes())
+        memory = training_bytes(self._form(), self.shape, self.recipes[0][0].batch_size)
+        return Budget(tuple(lines), self.state_bytes(), memory)
 
     def _linear_macs(self) -> int:
         """Return the MACs of the linear start for a train image."""

@@ -12,8 +12,9 @@ from functools import partial
 from typing import ClassVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from iciia_exp.cost import training_bytes
 from iciia_exp.data.batches import ClientBatch
 from iciia_exp.data.views import CloudView
 from iciia_exp.errors import check_float, check_int
@@ -93,7 +94,10 @@ class FineTune(Personal):
             Line("client_once", "device", "backbone", macs=own),
             Line("client_once", "device", "training", macs=images * self.dim * self.num_classes),
         )
-        return Budget(served.lines + learned, served.state_bytes)
+        with torch.device("meta"):
+            classifier = nn.Linear(self.dim, self.num_classes)
+        memory = training_bytes(classifier, (self.dim,), self.recipe.batch_size, moments=0)
+        return Budget(served.lines + learned, served.state_bytes, memory)
 
     def num_parameters(self) -> int:
         """Those of one client's classifier."""
