@@ -22,7 +22,7 @@ from iciia_exp.artifacts import atomic_write, read_json
 from iciia_exp.checksums import verify
 from iciia_exp.errors import UserError, first_line
 
-__all__ = ["ClientStates", "read_facts", "shard_path", "write_shard"]
+__all__ = ["ClientStates", "read_facts", "shard_clients", "shard_path", "write_shard"]
 
 _CLIENTS = "client"  # in a shard, beside the states
 _OPEN = 64  # shards that are kept open
@@ -119,6 +119,11 @@ def _opened(path: Path, *identity: int) -> Any:
 
     verify(path)
     return safe_open(str(path), "pt")
+
+
+def shard_clients(folder: Path, number: int) -> np.ndarray:
+    """Return the numbers of the clients of a shard, int64 [C]. Raises a `UserError` that names a damaged file."""
+    return _clients(shard_path(folder, number))
 
 
 def _clients(path: Path) -> np.ndarray:

@@ -5,6 +5,7 @@ as jobs of a cluster, share the shards by a lock for each.
 """
 
 import logging
+import math
 import time
 from pathlib import Path
 
@@ -14,7 +15,7 @@ from filelock import FileLock, Timeout
 from rich.filesize import decimal
 
 from iciia_exp.artifacts import locked, read_json, write_json
-from iciia_exp.data.states import read_facts, shard_path, write_shard
+from iciia_exp.data.states import read_facts, shard_clients, shard_path, write_shard
 from iciia_exp.data.views import Devices
 from iciia_exp.engine.inputs import Inputs
 from iciia_exp.engine.ledger import sizes_of
@@ -32,6 +33,9 @@ log = logging.getLogger(__name__)
 #: used again, 128 MiB.
 SHARD = 128
 
+#: Numbers that the images of a shard have together, at most, if it has several devices: 1 GiB.
+_NUMBERS = 1 << 28
+
 
 def personalise(inputs: Inputs, folder: Path) -> None:
     """Learn the states of all devices with test images, ``manifest.json`` last; shared with other processes."""
@@ -40,8 +44,9 @@ def personalise(inputs: Inputs, folder: Path) -> None:
     store = inputs.open_store()
     clients = inputs.experiment.client_mix.known(inputs.readable_clients(store))
     devices = Devices(clients, inputs.batches(store), test_labels=Ask.TEST_LABELS in method.asks)
-    shards = [devices.tested[at : at + SHARD] for at in range(0, len(devices.tested), SHARD)]
-    missing = [number for number in range(len(shards)) if not shard_path(folder, number).is_file()]
+    shard = _shard_size(inputs, devices)
+    shards = [devices.tested[at : at + shard] for at in range(0, len(devices.tested), shard)]
+    missing = [number for number in range(len(shards)) if not _is_made(folder, number, shards[number])]
     size, count = method.state_bytes(), len(devices.tested)
     done = f", {len(shards) - len(missing):,} shards of {len(shards):,} done before" * (len(missing) < len(shards))
     log.info("devices: %s x %s%s", f"{count:,}", decimal(size), done)
@@ -54,7 +59,7 @@ def personalise(inputs: Inputs, folder: Path) -> None:
                 lock = FileLock(folder / f".{number:05d}.lock")
                 try:
                     with lock.acquire(timeout=-1 if wait else 0):
-                        if not shard_path(folder, number).is_file():
+                        if not _is_made(folder, number, shards[number]):
                             _make_shard(inputs, method, devices, shards[number], folder, number, device)
                 except Timeout:
                     continue
@@ -62,6 +67,18 @@ def personalise(inputs: Inputs, folder: Path) -> None:
     with locked(folder / "manifest.json", "the states of the devices"):
         if not (folder / "manifest.json").is_file():
             _finish(folder, shards)
+
+
+def _is_made(folder: Path, number: int, clients: np.ndarray) -> bool:
+    """Return whether a shard is there, and has these clients: their number may have been another before a kill."""
+    return shard_path(folder, number).is_file() and np.array_equal(shard_clients(folder, number), clients)
+
+
+def _shard_size(inputs: Inputs, devices: Devices) -> int:
+    """Return the number of devices of a shard."""
+    longest = sum(int(devices.lengths(role)[devices.tested].max(initial=0)) for role in ("train", "val"))
+    numbers = longest * sum(math.prod(shape) for shape in inputs.array_shapes.values())
+    return max(1, min(SHARD, _NUMBERS // max(1, numbers)))
 
 
 def _device(inputs: Inputs) -> torch.device:

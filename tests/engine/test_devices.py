@@ -109,19 +109,33 @@ def test_a_shard_of_another_process_is_waited_for(trained):
 
 def test_the_states_do_not_depend_on_the_shards(trained, monkeypatch):
     made, _, _ = trained
-    shared = [devices.SHARD, 100]
     found = []
-    for size in shared:
+    for size, numbers, count in ((3, 1 << 28, 4), (100, 1 << 28, 1), (100, 1, 11)):
         monkeypatch.setattr(devices, "SHARD", size)
+        monkeypatch.setattr(devices, "_NUMBERS", numbers)  # few images at once, large ones
         shutil.rmtree(made.states.folder, ignore_errors=True)
         made.states.folder.mkdir()
         made.states.make(made.states.folder)
+        assert read_json(made.states.folder / "manifest.json")["shards"] == count
         states = made.load_run(made.run.folder).method.states
         tested = torch.from_numpy(np.flatnonzero(made.clients.test.lengths))
         found.append(states.of(tested))
         assert len(states) == len(tested)
-    for name, state in found[0].items():
-        torch.testing.assert_close(state, found[1][name], atol=1e-5, rtol=1e-5)
+    for other in found[1:]:
+        for name, state in found[0].items():
+            torch.testing.assert_close(state, other[name], atol=1e-5, rtol=1e-5)
+
+
+def test_shards_of_another_size_are_made_again_after_a_kill(trained, monkeypatch):
+    made, whole, _ = trained
+    folder = made.states.folder
+    monkeypatch.setattr(devices, "SHARD", 5)
+    folder.mkdir()
+    made.states.make(folder)
+    (folder / "manifest.json").unlink()  # killed just before the end
+    monkeypatch.setattr(devices, "SHARD", 3)
+    made.states.make(folder)
+    assert same(folder, whole)
 
 
 def test_what_is_not_finite_names_the_client(trained, monkeypatch):
