@@ -10,10 +10,10 @@ import timm
 from timm.data import create_transform, resolve_data_config
 from torch import Tensor, nn
 
-from iciia_exp.errors import ConfigError, check_float, check_int, first_line, nearest
+from iciia_exp.errors import ConfigError, check_choice, check_float, check_int, first_line, nearest
 from iciia_exp.models.backbones.base import ImageBackbone
 from iciia_exp.models.backbones.weights import fetched
-from iciia_exp.models.gather import TOKEN_ARRAYS, Gather, token_arrays
+from iciia_exp.models.gather import CHANNELS, TOKEN_ARRAYS, Gather, stages, token_arrays
 
 __all__ = ["TimmBackbone"]
 
@@ -24,7 +24,8 @@ class TimmBackbone(ImageBackbone):
     Vision transformers also give ``tokens`` [B, n, d]: by default the sum of the input of the first block and the
     outputs of all blocks, before the final norm. The first tokens are the class and register tokens, if the model has
     any, followed by the patches in row-major order. They give ``levels`` and ``block_input`` as well
-    (`iciia_exp.models.gather.token_arrays`).
+    (`iciia_exp.models.gather.token_arrays`). Of convolutional networks with stages, a level is the output of a stage;
+    they give ``tokens`` and ``levels``.
 
     Args:
         num_classes: K.
@@ -34,6 +35,7 @@ class TimmBackbone(ImageBackbone):
         mean, std: of the three channels, 0 to 1; null are those of the weights.
         options: further arguments of `timm.create_model` (``{pad_type: same}``).
         gather_first, gather_last, gather_grid: levels of the tokens, and side of their grid (`Gather`).
+        gather_channels: ``pad`` or ``project``: how the stages of a convolutional network come to one width.
     """
 
     def __init__(
@@ -48,7 +50,9 @@ class TimmBackbone(ImageBackbone):
         gather_first: int = 0,
         gather_last: int | None = None,
         gather_grid: int | None = None,
+        gather_channels: str = "pad",
     ) -> None:
+        self.channels = check_choice("gather_channels", gather_channels, CHANNELS)
         self.model, self.options = model, dict(options or {})
         self._size = None if image_size is None else check_int("image_size", image_size, 8, 4096)
         if crop_pct is not None:
@@ -80,6 +84,10 @@ class TimmBackbone(ImageBackbone):
             self.gives |= TOKEN_ARRAYS
             patches = int(net.patch_embed.num_patches)
             self.gather = Gather(gather_first, gather_last, gather_grid, len(net.blocks), patches)
+        elif parts := stages(net):
+            self.gives |= TOKEN_ARRAYS - {"block_input"}
+            side = -(-config["input_size"][-1] // net.feature_info[-1]["reduction"])
+            self.gather = Gather(gather_first, gather_last, gather_grid, len(parts) - 1, side**2, "stages")
         # timm's transform for its prefetcher ends before normalisation, which is done in batches
         self._crop = create_transform(**config, is_training=False, use_prefetcher=True).transforms[:-1]
 
@@ -113,7 +121,7 @@ class TimmBackbone(ImageBackbone):
         """Return ``features`` [B, D] and, if wanted, arrays of tokens (`token_arrays`)."""
         if not wanted & TOKEN_ARRAYS:
             return super().trunk_outputs(images, wanted)
-        return token_arrays(self.net, self.normalise(images), self.gather, wanted)
+        return token_arrays(self.net, self.normalise(images), self.gather, wanted, self.channels)
 
     def describe_transform(self) -> dict[str, Any]:
         """Return timm's data configuration."""

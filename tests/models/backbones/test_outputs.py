@@ -6,6 +6,7 @@ import torch
 from iciia_exp.errors import ConfigError, UserError
 from iciia_exp.models.backbones.timm_backbone import TimmBackbone
 from iciia_exp.models.backbones.torchvision_backbone import TorchvisionBackbone
+from iciia_exp.models.gather import stages
 from tests.making.arrays import hooked_tokens
 
 SMALL_VIT = {"depth": 2, "patch_size": 8, "embed_dim": 48, "num_heads": 2}
@@ -47,7 +48,6 @@ def test_tokens_are_the_sum_of_all_levels_and_the_features_are_those_without(mod
     ("make", "size"),
     [
         (lambda: TorchvisionBackbone(3, "vit_b_32", image_size=32), 32),
-        (lambda: TimmBackbone(3, "resnet10t", 32), 32),
         (
             lambda: TimmBackbone(3, "swin_tiny_patch4_window7_224", options={"embed_dim": 24, "depths": (1, 1, 1, 1)}),
             224,
@@ -110,3 +110,63 @@ def test_levels_and_grid_of_the_tokens():
     ):
         with pytest.raises(ConfigError, match=message):
             tokens(**gather)
+
+
+@pytest.mark.parametrize(
+    ("model", "size", "widths", "side"),
+    [
+        ("tf_efficientnet_lite0", 128, [16, 24, 40, 80, 112, 192, 320], 4),
+        ("resnet10t", 64, [64, 128, 256, 512], 2),
+        ("convnext_atto", 64, [40, 80, 160, 320], 2),
+        ("mobilenetv3_small_050", 64, [8, 16, 24, 24, 48, 288], 2),
+    ],
+)
+@torch.no_grad()
+def test_tokens_of_a_convolutional_network_are_its_stages(model, size, widths, side):
+    torch.manual_seed(0)
+    backbone = TimmBackbone(3, model, size).eval()
+    images = torch.randint(0, 256, (2, 3, size, size), dtype=torch.uint8)
+    outputs = {}
+    for i, stage in enumerate(stages(backbone.net)):
+        stage.register_forward_hook(lambda m, x, y, i=i: outputs.update({i: y}))
+    given = backbone.outputs(images, frozenset({"features", "tokens", "levels"}))
+    torch.testing.assert_close(given["features"], backbone.features(images), rtol=1e-5, atol=1e-5)
+    assert [outputs[i].shape[1] for i in range(len(outputs))] == widths
+    dim, n = max(widths), side**2
+    assert given["levels"].shape == (2, len(widths), 1 + n, dim)
+    torch.testing.assert_close(given["tokens"], given["levels"].sum(1))
+    for i, (width, level) in enumerate(zip(widths, given["levels"].unbind(1), strict=True)):
+        assert not level[:, :, width:].any()
+        factor = outputs[i].shape[-1] // side
+        place = outputs[i][:, :, :factor, :factor].mean((2, 3))  # the first patch
+        torch.testing.assert_close(level[:, 1, :width], place, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(level[:, 0], level[:, 1:].mean(1))
+    with pytest.raises(UserError, match="gives features, levels, logits and tokens|not block_input"):
+        backbone.outputs(images, frozenset({"block_input"}))
+
+
+@torch.no_grad()
+def test_projected_stages_keep_their_lengths():
+    torch.manual_seed(0)
+    images = torch.randint(0, 256, (2, 3, 64, 64), dtype=torch.uint8)
+    pad = TimmBackbone(3, "resnet10t", 64).eval()
+    project = TimmBackbone(3, "resnet10t", 64, gather_channels="project").eval()
+    project.load_state_dict(pad.state_dict())
+    one, other = (b.outputs(images, frozenset({"levels"}))["levels"] for b in (pad, project))
+    torch.testing.assert_close(one[:, -1], other[:, -1])  # as wide as all
+    torch.testing.assert_close(one.norm(dim=-1), other.norm(dim=-1), rtol=1e-4, atol=1e-4)
+    assert not torch.allclose(one[:, 0], other[:, 0], atol=1e-2)
+    assert torch.equal(other, project.outputs(images, frozenset({"levels"}))["levels"])
+    with pytest.raises(ConfigError, match="gather_channels=zeros: must be one of pad, project"):
+        TimmBackbone(3, "resnet10t", 64, gather_channels="zeros")
+    with pytest.raises(ConfigError, match="gather_last=4: must be a whole number of 0 to 3 .the network has 4 stages"):
+        TimmBackbone(3, "resnet10t", 64, gather_last=4)
+
+
+def test_stages_of_another_form_are_refused():
+    backbone = TimmBackbone(3, "resnet10t", 64).eval()
+    backbone.net.feature_info[-1]["num_chs"] = 2  # as of a network with its channels last
+    with pytest.raises(
+        UserError, match=r"ResNet: its stages give \[64, .*, and not channels x height x width; no tokens"
+    ):
+        backbone.outputs(torch.zeros(1, 3, 64, 64, dtype=torch.uint8), frozenset({"tokens"}))
