@@ -60,7 +60,7 @@ class ImageDataset(ABC):
 
         Columns: ``label`` (int; of a multi-label task a list of the classes that apply), ``split`` (one of `SPLITS`),
         ``owner`` and ``parent`` (text, or None where unknown). Optional: ``path`` (text, relative to the dataset's
-        folder), ``time`` (float64, seconds; NaN where unknown).
+        folder), ``time`` (float64, seconds; NaN where unknown), ``group`` (text, of the image's task, or None).
         """
 
     @abstractmethod

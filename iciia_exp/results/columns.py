@@ -62,6 +62,7 @@ COLUMNS = [
     Column("gain", "gain", "gain", console="gain", console_errors=("se", "low", "high"), wandb="test", interval=True),
     Column("client_accuracy", "client accuracy", console="client\naccuracy", wandb="test", backbone=True),
     Column("client_gain", form="gain", wandb="test"),
+    Column("group_accuracy", "mean of groups", wandb="test", total=True),
     Column("worst_decile", "worst decile", console="worst\ndecile", wandb="test", backbone=True),
     Column("gain_where_backbone_is_worst", form="gain"),
     Column("harmed_share", "harmed (chance)", "harm", console="harmed\n(chance)", wandb="test"),

@@ -19,6 +19,7 @@ from tests.making.omniglot import make_omniglot
 from tests.making.torchvision_sets import accept, make_cifar10, make_cifar100, make_fashion_mnist
 from tests.making.ucf101 import make_ucf101
 from tests.making.vectors import make_vectors
+from tests.making.vtab import make_vtab
 
 pytestmark = pytest.mark.usefixtures("undrawn")
 
@@ -66,6 +67,9 @@ CHEAP = (
 SMALL = ("backbone.model.model=mobilenet_v3_small", "backbone.model.weights_name=IMAGENET1K_V1", "backbone.dim=null")
 SMALL_TIMM = ("backbone.model.model=mobilenetv3_small_050.lamb_in1k", "backbone.dim=null")
 
+SMALL_VIT = ("backbone.model.model=vit_tiny_patch16_224", TINY)
+SMALL_MIET = (*SMALL_VIT, "method.epochs=2", "method.linear_epochs=1")
+
 EXPERIMENTS = {
     "digits": (None, ()),
     "digits_parents": (None, ()),
@@ -74,16 +78,9 @@ EXPERIMENTS = {
     **{f"{name}_imagenet": (small_imagenet, (TINY,)) for name in ("mobilenetv3", "efficientnet_b4")},
     **{f"{name}_imagenet": (small_imagenet, (TINY, *SMALL)) for name in ("swin_b", "convnext_l", "resnet152")},
     "efficientnet_b7_imagenet": (small_imagenet, (TINY, *SMALL_TIMM)),
-    "miet_tiny_imagenet": (
-        lambda root, _: make_imagenet(root, train=4, val=2),
-        (
-            "backbone.model.model=vit_tiny_patch16_224",
-            TINY,
-            "method.epochs=2",
-            "method.linear_epochs=1",
-            "partition.tasks=2",
-        ),
-    ),
+    "miet_tiny_imagenet": (lambda root, _: make_imagenet(root, train=4, val=2), (*SMALL_MIET, "partition.tasks=2")),
+    "miet_vtab": (lambda root, _: make_vtab(root), SMALL_MIET),
+    "miet_omniglot": (lambda root, _: make_omniglot(root), SMALL_MIET),
     "mobilenetv2_tiny_imagenet": (small_imagenet, (TINY,)),
     "efficientnet_b0_inaturalist": (lambda root, _: make_inaturalist(root), (TINY,)),
     "cnn_femnist": (lambda root, _: make_femnist(root), ()),

@@ -27,6 +27,8 @@ __all__ = ["Tasks"]
 class Tasks(Partition):
     """Every client has the train, val and test images of its own classes, of the dataset's splits.
 
+    The type of a client is the group of its task, if the dataset has groups (VTAB), else ``task``.
+
     Args:
         by: ``parent``: a parent category (an alphabet, say) is a task. ``class``: classes are dealt out in turn, so
             that task t has the classes t, t + tasks, t + 2 tasks ...
@@ -76,7 +78,11 @@ class Tasks(Partition):
             raise ConfigError("fewest_classes", self.fewest_classes, problem)
         ids = np.array([names[task] for task in whole], dtype=object)
         train, val, test = (Ragged.from_rows([rows[role][int(task)] for task in whole]) for role in ROLES)
-        return Clients(ids, np.array(["task"] * len(whole), dtype=object), train, val, test)
+        types = np.array(["task"] * len(names), dtype=object)
+        if "group" in table:
+            known = table["group"].notna().to_numpy()
+            types[task_K[labels_M[known]]] = table["group"].to_numpy()[known]
+        return Clients(ids, types[whole], train, val, test)
 
     def _tasks(self, table: pd.DataFrame, num_classes: int) -> tuple[np.ndarray, list[str]]:
         """Return the task of every class, int64 [K], -1 for none, and the names of the tasks."""

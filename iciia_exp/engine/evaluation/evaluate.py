@@ -59,7 +59,7 @@ def evaluate(inputs: Inputs, folder: Path) -> None:
     seconds = time.monotonic() - start
     training, errors = read_json(inputs.run.folder / "training.json"), module.calibration_errors()
     ledger = ledger_table(inputs, run.method)
-    row = result_row(inputs, run.method, store, counts, ledger, training, errors, seconds)
+    row = result_row(inputs, run.method, store, counts, ledger, training, errors, seconds, table)
     _write(folder, "clients", table)
     _write(folder, "ledger", ledger)
     plots = folder / "plots"

@@ -21,7 +21,7 @@ from iciia_exp.engine.ledger import cost_row, sizes_of
 from iciia_exp.methods.base import Ask, Method
 from iciia_exp.results.summary import COUNTS, ClientCounts, summarise
 
-__all__ = ["client_table", "git_revision", "result_row"]
+__all__ = ["client_table", "git_revision", "group_accuracy", "result_row"]
 
 
 def git_revision() -> str | None:
@@ -53,6 +53,12 @@ def client_table(clients: Clients, numbers: np.ndarray, counts: ClientCounts, la
     )
 
 
+def group_accuracy(clients: pd.DataFrame) -> float:
+    """Return the mean over client types of the mean accuracy of their clients, as VTAB averages its groups of tasks."""
+    accuracy = clients["method_correct"] / clients["decisions"]
+    return float(accuracy.groupby(clients["client_type"]).mean().mean())
+
+
 def result_row(
     inputs: Inputs,
     method: Method,
@@ -62,10 +68,11 @@ def result_row(
     training: dict[str, Any],
     errors: dict[str, float],
     seconds: float,
+    clients: pd.DataFrame,
 ) -> dict[str, Any]:
     """Return the row: identity, averages, calibration ``errors``, costs, seeds, times, versions and every setting.
 
-    ``ledger`` is that of `iciia_exp.engine.ledger.ledger_table`.
+    ``ledger`` is that of `iciia_exp.engine.ledger.ledger_table`, ``clients`` that of `client_table`.
     """
     e, images = inputs.experiment, inputs.experiment.cost_images
     one_more = method.budget(sizes_of(inputs))
@@ -96,6 +103,7 @@ def result_row(
         **seeds,
         **summarise(counts),
         **errors,
+        "group_accuracy": group_accuracy(clients) if "group" in inputs.table else None,
         "dim": store.dim,
         "num_classes": store.num_classes,
         "backbone_macs": store.macs,
