@@ -43,10 +43,11 @@ def varying(rows: Sequence[dict[str, Any]]) -> dict[str, list[str]]:
 
     Seeds, layers, heads, groups (a label has them anyway) and `REPORTED` settings are left out.
     """
-    of_method = (f"config.method.{part}{key}" for part in ("", "encoder.") for key in ("num_layers", "heads", "groups"))
-    left_out = {*of_method, *(f"config.{key}" for key in REPORTED)}
+    reported = {f"config.{key}" for key in REPORTED}
     found: dict[str, list[str]] = {}
     for method, group in grouped(rows, lambda row: row["method"]).items():
+        shown = [key for key in ("num_layers", "heads", "groups") if any(row.get(key) for row in group)]
+        left_out = reported | {f"config.method.{part}{key}" for part in ("", "encoder.") for key in shown}
         keys = sorted({k for row in group for k in row if k.startswith("config.") and not k.endswith(".seed")})
         found[method] = [k for k in keys if k not in left_out and len({str(row.get(k)) for row in group}) > 1]
     return found

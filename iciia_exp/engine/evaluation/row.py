@@ -79,8 +79,10 @@ def result_row(
     sequence, streaming = method.budget(sizes_of(inputs, together=True)).method_macs(), one_more.method_macs()
     cost = overheads(sequence, streaming, images, store.macs)
     settings = inputs.settings
-    # of the method, or of its encoder
+    # of the method, or of its encoder; heads of another attention than that among images are an ordinary setting
     attention = {key.rsplit(".", 1)[-1]: value for key, value in settings.items() if key.startswith("method.")}
+    if "num_layers" not in attention:
+        attention.pop("heads", None)
     seeds = {
         "seed": e.seed if e.method_class.trainable else None,
         "partition_seed": settings.get("partition.seed"),
