@@ -139,3 +139,12 @@ def test_another_seed_is_another_network():
     (a, b), x = (method._drawn(method.network).blocks[0] for method in methods), torch.randn(1, *TOKENS)
     assert not torch.equal(a.query, b.query)
     assert torch.equal(a(x), x)
+
+
+def test_a_linear_classifier_of_the_class_token_is_sent_it_alone():
+    cloud = small_cloud(D, K)
+    method, link, _ = taught(cloud, blocks=0)
+    images = 12 * (8 + 8)
+    assert link.counted == {("client_once", "cloud", "training", "tokens"): images * packed_bytes((1, 8), "float16")}
+    assert method.state_shapes["mean"] == (1, 8)
+    assert Miet(facts(), blocks=0, pool="mean").shape == TOKENS

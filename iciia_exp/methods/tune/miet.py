@@ -13,6 +13,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from iciia_exp.data.batches import ClientBatch
 from iciia_exp.methods.base import Facts
 from iciia_exp.methods.tune.device_network import DeviceNetwork
 from iciia_exp.models.lae import LAE
@@ -27,7 +28,7 @@ class Miet(DeviceNetwork):
 
     Args:
         facts: task, sizes, and the shape of the tokens.
-        blocks: m; 0 is a linear classifier.
+        blocks: m; 0 is a linear classifier, and with ``pool: class`` only the class token is sent.
         rank: r.
         heads: H.
         pool: ``class``: the class token is classified; ``mean``: the mean over the patches.
@@ -56,6 +57,12 @@ class Miet(DeviceNetwork):
         network = {"rank": rank, "heads": heads, "pool": pool, "subtract": subtract, "mixer": mixer}
         self._settings: dict[str, Any] = {"blocks": blocks, **network}
         self._form()  # errors of its settings
+        if not blocks and pool == "class":  # the class token alone is sent
+            self.shape, self.kinds = (1, self.width), 1
+
+    def read(self, batch: ClientBatch) -> Tensor:
+        """Return what is sent of a batch, [C, S, n, d]; without blocks the class token alone, n = 1."""
+        return super().read(batch)[:, :, : self.shape[0]]
 
     def network(self, classes: int) -> LAE:
         """Return low-rank attention and a classifier."""
