@@ -35,7 +35,8 @@ class TimmBackbone(ImageBackbone):
         mean, std: of the three channels, 0 to 1; null are those of the weights.
         options: further arguments of `timm.create_model` (``{pad_type: same}``).
         gather_first, gather_last, gather_grid: levels of the tokens, and side of their grid (`Gather`).
-        gather_channels: ``pad`` or ``project``: how the stages of a convolutional network come to one width.
+        gather_channels: how the stages of a convolutional network come to one width, ``pad`` or ``project``; null:
+            ``pad``.
     """
 
     def __init__(
@@ -50,9 +51,9 @@ class TimmBackbone(ImageBackbone):
         gather_first: int = 0,
         gather_last: int | None = None,
         gather_grid: int | None = None,
-        gather_channels: str = "pad",
+        gather_channels: str | None = None,
     ) -> None:
-        self.channels = check_choice("gather_channels", gather_channels, CHANNELS)
+        self.channels = "pad" if gather_channels is None else check_choice("gather_channels", gather_channels, CHANNELS)
         self.model, self.options = model, dict(options or {})
         self._size = None if image_size is None else check_int("image_size", image_size, 8, 4096)
         if crop_pct is not None:
