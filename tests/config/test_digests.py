@@ -66,7 +66,9 @@ def weights_file(tmp_path, monkeypatch):
 
 def row_of(made):
     """Return what labels see of a row of results."""
-    return {"method": made.experiment.method_class.name, **{f"config.{k}": v for k, v in made.settings.items()}}
+    attention = {key: made.settings.get(f"method.{key}") for key in ("groups", "heads", "num_layers")}
+    config = {f"config.{k}": v for k, v in made.settings.items()}
+    return {"method": made.experiment.method_class.name, **attention, **config}
 
 
 ALL = [*SAME, *SEEDS, *OTHER, *EVALUATED, *SHOWN]
