@@ -54,7 +54,11 @@ def check_answers(who: str, *tensors: Tensor) -> None:
 
 
 def as_arrays(
-    given: Mapping[str, Any], method: Method, shapes: Mapping[str, Sequence[int]], x_CSD: Tensor
+    given: Mapping[str, Any],
+    method: Method,
+    shapes: Mapping[str, Sequence[int]],
+    x_CSD: Tensor,
+    who: str = "predict",
 ) -> dict[str, Tensor]:
     """Return what a method reads beside the features, float32 [C, S, ...] each.
 
@@ -63,6 +67,7 @@ def as_arrays(
         method: names what it reads.
         shapes: of one image, by name.
         x_CSD: the features.
+        who: function, for errors.
 
     Raises a `UserError` for an array that is missing, of another shape, or not finite.
     """
@@ -71,8 +76,8 @@ def as_arrays(
         shape = (*x_CSD.shape[:2], *shapes[name])
         if name not in given:
             raise UserError(f"{method.name}: reads {name}; give arrays={{{name!r}: ...}}, {list(shape)}")
-        values = as_features(given[name], "predict", f"{name} {list(shape)}")
+        values = as_features(given[name], who, f"{name} {list(shape)}")
         if values.numel() != math.prod(shape) or not values.isfinite().all():
-            raise UserError(f"predict: {name} must be finite numbers {list(shape)}, got {list(values.shape)}")
+            raise UserError(f"{who}: {name} must be finite numbers {list(shape)}, got {list(values.shape)}")
         found[name] = values.reshape(shape)
     return found

@@ -6,6 +6,7 @@ Legend: C clients, n images, D features, K classes.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,6 +15,7 @@ from iciia_exp.data.batches import ClientBatch
 from iciia_exp.errors import UserError
 from iciia_exp.ledger import Link, Sizes
 from iciia_exp.methods.tune.base import Personal
+from iciia_exp.serving.features import as_arrays
 from iciia_exp.serving.run import Run
 from iciia_exp.tasks import SINGLE_LABEL
 
@@ -34,26 +36,40 @@ def stored(run: Run, client: str) -> State | None:
     return {name: state[0] for name, state in run.method.states_of(torch.from_numpy(numbers[:1])).items()}
 
 
-def learn(run: Run, features: Tensor, labels: Tensor, val: tuple[Tensor, Tensor] | None) -> State:
+def learn(
+    run: Run,
+    features: Any,
+    labels: Tensor,
+    val: Sequence[Any] | None,
+    arrays: Mapping[str, Any] | None = None,
+) -> State:
     """Return the state that a new client's labelled images give.
 
     Args:
         run: of a personal method.
         features: [n, D].
         labels: of the images: int64 [n], or 0/1 [n, K] of a multi-label task.
-        val: further features and labels, which choose the epoch; None: the last quarter of the images.
+        val: further features, labels and, where the method reads them, arrays, which choose the epoch; None: the last
+            quarter of the images.
+        arrays: what the method reads beside the features, [n, ...] by name.
     """
     method = run.method
     assert isinstance(method, Personal)
-    train = _as_batch(method, features, labels)
+    train = _as_batch(run, features, labels, arrays)
     if val is not None:
-        own = {"train": train, "val": _as_batch(method, *val)}
+        own = {"train": train, "val": _as_batch(run, *val)}
     elif len(features) < 2:
         raise UserError("learn: needs two labelled images at least, one to learn from and one to choose the epoch")
     else:
         cut = len(features) - max(1, len(features) // 4)
         parts = (("train", slice(0, cut)), ("val", slice(cut, None)))
-        own = {role: train._replace(**{f: getattr(train, f)[:, part] for f in _OF_IMAGES}) for role, part in parts}
+        own = {
+            role: train._replace(
+                **{f: getattr(train, f)[:, part] for f in _OF_IMAGES},
+                arrays={name: array[:, part] for name, array in train.arrays.items()},
+            )
+            for role, part in parts
+        }
     sizes = Sizes(train=own["train"].x_CSD.shape[1], val=own["val"].x_CSD.shape[1])
     states = method.personalise(own, Link(method.name, method.budget(sizes))).states
     if wrong := [name for name, state in states.items() if not state.isfinite().all()]:
@@ -61,8 +77,10 @@ def learn(run: Run, features: Tensor, labels: Tensor, val: tuple[Tensor, Tensor]
     return {name: state[0].detach() for name, state in states.items()}
 
 
-def classify(method: Personal, x_CD: Tensor, states: Sequence[Mapping[str, Tensor]]) -> Tensor:
-    """Return the logits of one image of each client with its state, [C, K]."""
+def classify(
+    method: Personal, x_CD: Tensor, arrays: Mapping[str, Tensor], states: Sequence[Mapping[str, Tensor]]
+) -> Tensor:
+    """Return the logits of one image of each client with its state, [C, K]; arrays are [C, ...]."""
     stacked = {name: torch.stack([state[name] for state in states]) for name in method.state_shapes}
     shape = (len(x_CD), 1)
     batch = ClientBatch(
@@ -70,12 +88,14 @@ def classify(method: Personal, x_CD: Tensor, states: Sequence[Mapping[str, Tenso
         torch.zeros(shape, dtype=torch.int64),
         torch.ones(shape, dtype=torch.bool),
         torch.full(shape[:1], -1),
+        arrays={name: array[:, None] for name, array in arrays.items()},
     )
     return method.classify(batch, stacked)[:, 0]
 
 
-def _as_batch(method: Personal, features: Tensor, labels: Tensor) -> ClientBatch:
+def _as_batch(run: Run, features: Any, labels: Any, arrays: Mapping[str, Any] | None = None) -> ClientBatch:
     """Return the labelled images of one client; raises a `UserError` if they do not fit the method."""
+    method = run.method
     features, labels = torch.as_tensor(features).float(), torch.as_tensor(labels)
     classes = method.num_classes
     if features.ndim != 2 or features.shape[1] != method.dim or not len(features):
@@ -90,4 +110,5 @@ def _as_batch(method: Personal, features: Tensor, labels: Tensor) -> ClientBatch
     if labels.min() < 0 or labels.max() >= largest:
         raise UserError(f"learn: labels are 0 to {largest - 1}, got {labels.min()} to {labels.max()}")
     mask = torch.ones(1, len(features), dtype=torch.bool)
-    return ClientBatch(features[None], labels[None], mask, torch.tensor([-1]))
+    more = as_arrays(arrays or {}, method, run.info.get("arrays", {}), features[None], "learn")
+    return ClientBatch(features[None], labels[None], mask, torch.tensor([-1]), arrays=more)

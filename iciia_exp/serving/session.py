@@ -19,7 +19,7 @@ Legend: C clients, P kept images, E numbers kept of each, D features, K classes.
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +34,7 @@ from iciia_exp.methods.tune.base import Personal
 from iciia_exp.models.backbones.base import Backbone
 from iciia_exp.serving import personal
 from iciia_exp.serving.compiled import compiled_step
-from iciia_exp.serving.features import as_features, check_answers, numeric
+from iciia_exp.serving.features import as_arrays, as_features, check_answers, numeric
 from iciia_exp.serving.run import Run
 
 __all__ = ["KEEP", "ClientSession", "predict_together"]
@@ -81,8 +81,6 @@ class ClientSession:
         self.run, self.client, self.backbone, self.method = run, client, backbone, run.method
         #: What the client's device has learned; None if nothing.
         self.learned: personal.State | None = None
-        if more := sorted(run.method.reads - {"features"}):
-            raise UserError(f"{run.method.name}: reads {' and '.join(more)}; use run.predict with arrays=")
         if isinstance(run.method, Personal):
             if history or compile is not None:
                 raise UserError(f"{run.method.name}: history and compile do not apply; each image is classified alone")
@@ -118,29 +116,39 @@ class ClientSession:
         own = sum(tensor.nbytes for tensor in (self.learned or {}).values())
         return own + self.kept * 4 * (self._state.shape[1] + self._features.shape[1])
 
-    def learn(self, features: Tensor, labels: Tensor, val: tuple[Tensor, Tensor] | None = None) -> None:
+    def learn(
+        self,
+        features: Any,
+        labels: Tensor,
+        val: Sequence[Any] | None = None,
+        arrays: Mapping[str, Any] | None = None,
+    ) -> None:
         """Learn the client's state from labelled images, for a method whose devices learn.
 
         Args:
             features: [n, D].
             labels: numbers of ``run.class_names``, int64 [n]; of a multi-label task 0/1 [n, K].
-            val: further features and labels, which choose the epoch; None: the last quarter of the images.
+            val: further features and labels (and arrays), which choose the epoch; None: the last quarter of the images.
+            arrays: what the method reads beside the features, by name: ``{"tokens": [n, tokens, d]}``.
         """
         if not isinstance(self.method, Personal):
             raise UserError(f"{self.method.name}: learns nothing on the client; it needs no labels")
-        self.learned = personal.learn(self.run, features, labels, val)
+        self.learned = personal.learn(self.run, features, labels, val, arrays)
 
     @torch.inference_mode()
-    def predict(self, image: Any) -> Tensor:
+    def predict(self, image: Any, arrays: Mapping[str, Any] | None = None) -> Tensor:
         """Return probabilities over ``run.class_names``, float32 [K], and remember the image.
 
         Args:
             image: features, numbers [D] as a tensor, array or list. With a backbone also an image: a PIL image, a path,
                 uint8 [H, W], [H, W, 3] or [3, H, W], floats from 0 to 1 of these shapes, or what the dataset gives.
+            arrays: what the method reads beside the features, of one image: ``{"tokens": [n, d]}``. With an image, the
+                backbone gives them.
         """
-        x_1D = self._as_features(image)
+        x_1D, more = self._as_features(image)
         if isinstance(self.method, Personal):
-            return predict_together([self], x_1D)[0]
+            given = {name: np.asarray(array)[None] for name, array in (arrays or {}).items()}
+            return predict_together([self], x_1D, given | more)[0]
         assert isinstance(self.method, Adaptive)
         if self._compiled is None:
             logits_1K, own_1E = self.method.step(_checked(x_1D, [self]), self._state[None, : self.kept])
@@ -157,17 +165,21 @@ class ClientSession:
         self._remember(own_1E[0], x_1D)
         return p_1K[0]
 
-    def _as_features(self, image: Any) -> Tensor:
-        """Return an image's features, [1, D]."""
+    def _as_features(self, image: Any) -> tuple[Tensor, dict[str, Tensor]]:
+        """Return an image's features, [1, D], and of an image the arrays that the method reads, [1, ...]."""
         flat = isinstance(image, list | tuple) or (numeric(image) and image.ndim == 1)
         if flat or self.backbone is None:
-            return as_features(image, self.client, f"[{self.method.dim}]")[None]
+            return as_features(image, self.client, f"[{self.method.dim}]")[None], {}
         try:
             x = self.backbone.transform(image)
         except (ValueError, TypeError, OSError, AttributeError, RuntimeError) as error:
             kind = f"{type(image).__name__} {list(image.shape)}" if numeric(image) else type(image).__name__
             raise UserError(f"{self.client}: cannot read the image, {kind} ({first_line(error)})") from error
-        return self.backbone.features(x[None])[0].float()[None]
+        wanted = self.method.reads | {"features"}
+        if len(wanted) == 1:
+            return self.backbone.features(x[None])[0].float()[None], {}
+        given = {name: values.float() for name, values in self.backbone.outputs(x[None], wanted).items()}
+        return given.pop("features"), given
 
     def _remember(self, own_E: Tensor, x_D: Tensor) -> None:
         """Keep one more image, in place of another if the memory is full; ``x_D`` may be [1, D]."""
@@ -291,12 +303,15 @@ def _checked(x_CD: Tensor, sessions: Sequence[ClientSession], finite: bool = Tru
 
 
 @torch.inference_mode()
-def predict_together(sessions: Sequence[ClientSession], features: Any) -> Tensor:
+def predict_together(
+    sessions: Sequence[ClientSession], features: Any, arrays: Mapping[str, Any] | None = None
+) -> Tensor:
     """Serve one image of each of many clients, with histories of any lengths.
 
     Args:
         sessions: different sessions of one run.
         features: numbers [C, D], one image for each session, as a tensor, array or list.
+        arrays: what the method reads beside the features, by name, [C, ...].
 
     Returns:
         Probabilities [C, K], equal to `ClientSession.predict` of each alone.
@@ -311,16 +326,19 @@ def predict_together(sessions: Sequence[ClientSession], features: Any) -> Tensor
     if x_CD.ndim == 0 or len(x_CD) != len(sessions):
         number = len(x_CD) if x_CD.ndim else 1
         raise UserError(f"predict_together: {len(sessions)} sessions and {number} images")
-    return _predict(sessions, _checked(x_CD, sessions))
+    method, shapes = sessions[0].method, sessions[0].run.info.get("arrays", {})
+    more = as_arrays(arrays or {}, method, shapes, _checked(x_CD, sessions)[:, None], "predict")
+    return _predict(sessions, x_CD, {name: array[:, 0] for name, array in more.items()})
 
 
-def _predict(sessions: Sequence[ClientSession], x_CD: Tensor) -> Tensor:
+def _predict(sessions: Sequence[ClientSession], x_CD: Tensor, arrays: Mapping[str, Tensor]) -> Tensor:
     method = sessions[0].method
     if isinstance(method, Personal):
         if nothing := [s.client for s in sessions if s.learned is None]:
             problem = f"{method.name} has no state of this client: it is not a test client of the run's partition"
             raise UserError(f"{nothing[0]}: {problem}; give its session labelled images (session.learn)")
-        p_CK = method.task.probabilities(personal.classify(method, x_CD, [s.learned or {} for s in sessions]))
+        states = [s.learned or {} for s in sessions]
+        p_CK = method.task.probabilities(personal.classify(method, x_CD, arrays, states))
         _check_each(sessions, p_CK)
         for session in sessions:
             session.seen += 1

@@ -266,6 +266,33 @@ def test_damaged_states_are_named(stages, damage):
 
 
 @pytest.mark.usefixtures("undrawn")
+def assert_served_on_tokens(made, run, batch, one, told):
+    """A session classifies as the evaluation did, from tokens or from images, and learns a new client."""
+    backbone, row = run.load_backbone(), int(batch.image_CS[0][0])
+    session = ClientSession(run, one, backbone=backbone)
+    features, tokens = batch.x_CSD[0], batch.arrays["tokens"][0]
+    got = session.predict(features[0], {"tokens": tokens[0].numpy()})
+    torch.testing.assert_close(got, told[0])
+    torch.testing.assert_close(session.predict(made.experiment.dataset[row]), told[0], atol=0.01, rtol=0.01)
+    with pytest.raises(UserError, match="miet: reads tokens; give arrays="):
+        session.predict(features[0])
+    few, labels = batch.mask_CS[0], batch.y_CS[0]
+    new = ClientSession(run, "new", backbone=backbone)
+    with pytest.raises(UserError, match="miet: reads tokens; give arrays="):
+        new.learn(features[few], labels[few])
+    with pytest.raises(UserError, match=r"learn: tokens must be finite numbers"):
+        new.learn(features[few], labels[few], arrays={"tokens": tokens[few] * float("inf")})
+    own = features[few], labels[few], {"tokens": tokens[few]}
+    new.learn(*own[:2], own, own[2])
+    assert new.predict(features[0], {"tokens": tokens[0]}).sum() == pytest.approx(1, abs=1e-5)
+    arrays = {"tokens": torch.stack([tokens[0]] * 2)}
+    together = predict_together([session, new], torch.stack([features[0]] * 2), arrays)
+    torch.testing.assert_close(together[0], got)
+    session.save(made.run.folder / "session")
+    again = ClientSession.load(made.run.folder / "session", run)
+    torch.testing.assert_close(again.predict(features[0], {"tokens": tokens[0]}), got)
+
+
 def test_devices_learn_on_tokens_from_images_to_results(with_tokens):
     within = ("partition=classes_per_client", "partition.split=within", "partition.images_per_client=20")
     made = with_tokens("method=miet", *within, "method.epochs=2", "method.linear_epochs=2", "method.payload=int8")
@@ -288,6 +315,5 @@ def test_devices_learn_on_tokens_from_images_to_results(with_tokens):
     ):
         with pytest.raises(UserError, match=message):
             run.predict(torch.zeros(3, 16), clients=one, arrays=arrays)
-    with pytest.raises(UserError, match="miet: reads tokens; use run.predict with arrays="):
-        ClientSession(run, one)
+    assert_served_on_tokens(made, run, batch, one, told)
     assert int(right[batch.mask_CS].sum()) == run.clients["method_correct"].sum()

@@ -1,0 +1,179 @@
+"""MIET's ablations from one store of levels: k, grid, payload, blocks, what a block is, and shots; mean of three seeds.
+
+    python benchmarks/miet_levels.py OUT --part bytes|sums|blocks|shots [overrides of the experiment ...]
+    python benchmarks/miet_levels.py out --part bytes +experiment=miet_tiny_imagenet data_dir=FOLDER backbone.weights=F
+
+Every level of the backbone is stored once (`method=last`); sums and grids are taken from the stored levels, rounded to
+float16 as a store of tokens is. Devices learn with `iciia_exp.methods.tune.miet.Miet`, on the clients of the
+experiment's partition with `partition.seed` and `method.seed` 0, 1 and 2, and classify all test images of their
+classes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from hydra import compose, initialize_config_dir
+
+from iciia_exp.config.experiment import Experiment
+from iciia_exp.config.paths import CONF_DIR
+from iciia_exp.data.batches import FeatureBatches
+from iciia_exp.data.views import CloudView, Devices
+from iciia_exp.engine.execute import execute
+from iciia_exp.engine.stages import Stages
+from iciia_exp.ledger import Link, Sizes
+from iciia_exp.methods.base import Facts
+from iciia_exp.methods.tune.base import Personal
+from iciia_exp.methods.tune.linear_probe import LinearProbe
+from iciia_exp.methods.tune.miet import Miet
+from iciia_exp.models.gather import Gather
+from iciia_exp.models.lae import prefix_tokens
+from iciia_exp.models.payloads import packed_bytes
+
+RECIPE: dict[str, Any] = {"epochs": 40, "linear_epochs": 50, "patience": 10}
+ATTENTION = {"blocks": 1}
+
+#: (label, levels, grid, arguments of the method), by part. Levels: k, a list of levels, or "features".
+SUMS = [
+    ("linear, last feature", "features", None, {}),
+    ("linear, last level", "last", None, {"blocks": 0}),
+    *((f"linear, k = {k}", k, None, {"blocks": 0}) for k in (3, 6, 9, 12)),
+    ("linear, normalised levels", "normalised", None, {"blocks": 0}),
+    ("attention, last level", "last", None, ATTENTION),
+    *((f"attention, k = {k}", k, None, ATTENTION) for k in (6, 9, 12)),
+    ("attention, normalised levels", "normalised", None, ATTENTION),
+]
+BYTES = [
+    ("linear, last feature", "features", None, {}),
+    ("linear", 12, None, {"blocks": 0}),
+    ("linear, int8", 12, None, {"blocks": 0, "payload": "int8"}),
+    ("attention", 12, None, ATTENTION),
+    ("attention, int8", 12, None, ATTENTION | {"payload": "int8"}),
+    ("attention, 4 x 4", 12, 4, ATTENTION),
+    ("attention, 4 x 4, int8", 12, 4, ATTENTION | {"payload": "int8"}),
+    ("attention, 2 x 2, int8", 12, 2, ATTENTION | {"payload": "int8"}),
+]
+BLOCKS = [
+    ("linear", 12, 4, {"blocks": 0}),
+    *((f"attention, m = {m}", 12, 4, {"blocks": m}) for m in (1, 2, 4)),
+    *((f"attention, r = {r}", 12, 4, {"blocks": 1, "rank": r}) for r in (4, 64)),
+    ("perceptron", 12, 4, {"blocks": 1, "mixer": "perceptron"}),
+    ("linear, mean", 12, 4, {"blocks": 0, "pool": "mean"}),
+    ("attention, mean", 12, 4, {"blocks": 1, "pool": "mean"}),
+    ("convolution, mean", 12, 4, {"blocks": 1, "pool": "mean", "mixer": "convolution"}),
+    ("attention, subtracted", 12, 4, {"blocks": 1, "subtract": True}),
+    ("attention, not standardised", 12, 4, {"blocks": 1, "standardise": False}),
+]
+SHOTS = [
+    ("linear, last feature", "features", None, {}),
+    ("linear", 12, 4, {"blocks": 0}),
+    ("attention", 12, 4, ATTENTION),
+]
+PARTS = {
+    "sums": (SUMS, (10,)),
+    "bytes": (BYTES, (10,)),
+    "blocks": (BLOCKS, (10,)),
+    "shots": (SHOTS, (1, 2, 4, 8, 16, 20)),
+}
+
+
+def stages_of(*overrides: str) -> Stages:
+    """Compose an experiment."""
+    with initialize_config_dir(str(CONF_DIR), version_base="1.3"):
+        return Stages(Experiment.from_config(compose("config", overrides=list(overrides))))
+
+
+@cache
+def tokens_of(levels: np.ndarray | Any, which: Any, grid: int | None) -> np.ndarray:
+    """Return a sum of stored levels, float16 [M, n, d]."""
+    depth, tokens = levels.value.shape[1] - 1, levels.value.shape[2]
+    prefix = prefix_tokens(tokens)
+    gather = Gather(0, None, grid, depth, tokens - prefix)
+    parts = []
+    for at in range(0, len(levels.value), 256):
+        z = torch.from_numpy(np.asarray(levels.value[at : at + 256], dtype=np.float32))
+        if which == "normalised":
+            z = z / z.norm(dim=-1, keepdim=True).clamp(min=1e-6)
+        part = z[:, -1] if which == "last" else z.sum(1) if which == "normalised" else z[:, : which + 1].sum(1)
+        parts.append(gather.pooled(part, prefix).half().numpy())
+    return np.concatenate(parts)
+
+
+class Held:
+    """An array that a cache takes as a key."""
+
+    def __init__(self, value: np.ndarray) -> None:
+        self.value = value
+
+
+def accuracy(method: Personal, devices: Devices, clients: Any, batches: FeatureBatches) -> float:
+    """Let devices learn one after another; return the mean over clients of their accuracy on test images."""
+    found = []
+    for client in devices.tested:
+        number = np.array([client])
+        states = method.personalise(devices.own(number), Link(method.name, method.budget(Sizes()))).states
+        test = Devices(clients, batches, test_labels=True).own(number)["test"]
+        with torch.inference_mode():
+            right = (method.classify(test, states).argmax(-1) == test.y_CS)[test.mask_CS]
+        found.append(float(right.float().mean()))
+    return float(np.mean(found))
+
+
+def main() -> None:
+    """Run one part and print its table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("out", type=Path, help="a file of results for each part; what is there is not repeated")
+    parser.add_argument("--part", choices=PARTS, required=True)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("overrides", nargs="+")
+    given = parser.parse_args()
+    made = stages_of(*given.overrides, "method=last")
+    if not made.features.finished:
+        execute(stages_of(*given.overrides, "method=last", "stage=features", "logger=none"))
+    store = made.open_store()
+    levels, labels = Held(store.array("levels")), made.labels
+    settings, all_shots = PARTS[given.part]
+    given.out.mkdir(parents=True, exist_ok=True)
+    file = given.out / f"{given.part}.json"
+    done = json.loads(file.read_text()) if file.is_file() else {}
+    for shots in all_shots:
+        for seed in given.seeds:
+            more = (f"partition.shots={shots}", f"partition.seed={seed}")
+            clients = stages_of(*given.overrides, "method=last", *more).readable_clients(store)
+            for label, which, grid, arguments in settings:
+                key = f"{label} | {shots} | {seed}"
+                if key in done:
+                    continue
+                head = torch.nn.Linear(store.dim, made.num_classes)
+                if which == "features":
+                    batches = FeatureBatches(store.array(), labels)
+                    method: Personal = LinearProbe(Facts.of(head), seed=seed, **RECIPE)
+                else:
+                    tokens = tokens_of(levels, which, grid)
+                    batches = FeatureBatches(store.array(), labels, arrays={"tokens": tokens})
+                    facts = Facts.of(head, arrays={"tokens": tokens.shape[1:]})
+                    method = Miet(facts, seed=seed, **RECIPE | arguments)
+                start = time.monotonic()
+                method.learn(CloudView(clients, batches, made.num_classes, 16), lambda *_: {})
+                found = accuracy(method, Devices(clients, batches), clients, batches)
+                done[key] = [found, packed_bytes(method.shape, method.sent), round(time.monotonic() - start, 1)]
+                file.write_text(json.dumps(done, indent=1))
+                print(f"{key}: {100 * found:.1f} % in {done[key][2]} s", flush=True)
+    for shots in all_shots:
+        print(f"\n{shots} images of a class")
+        for label, *_ in settings:
+            runs = [done[f"{label} | {shots} | {seed}"] for seed in given.seeds]
+            values = 100 * np.array([run[0] for run in runs])
+            error = values.std(ddof=1) / len(values) ** 0.5 if len(values) > 1 else float("nan")
+            print(f"{label:32} {values.mean():5.1f} ± {error:.1f} {runs[0][1]:>8,} bytes")
+
+
+if __name__ == "__main__":
+    main()
