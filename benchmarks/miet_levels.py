@@ -47,8 +47,7 @@ SUMS = [
     *((f"linear, k = {k}", k, None, {"blocks": 0}) for k in (3, 6, 9, 12)),
     ("linear, normalised levels", "normalised", None, {"blocks": 0}),
     ("attention, last level", "last", None, ATTENTION),
-    *((f"attention, k = {k}", k, None, ATTENTION) for k in (6, 9, 12)),
-    ("attention, normalised levels", "normalised", None, ATTENTION),
+    *((f"attention, k = {k}", k, None, ATTENTION) for k in (6, 12)),
 ]
 BYTES = [
     ("linear, last feature", "features", None, {}),
@@ -80,7 +79,7 @@ PARTS = {
     "sums": (SUMS, (10,)),
     "bytes": (BYTES, (10,)),
     "blocks": (BLOCKS, (10,)),
-    "shots": (SHOTS, (1, 2, 4, 8, 16, 20)),
+    "shots": (SHOTS, (2, 8, 20)),
 }
 
 

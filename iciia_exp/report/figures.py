@@ -9,7 +9,7 @@ import pandas as pd
 
 from iciia_exp.artifacts import read_json
 from iciia_exp.results import plots
-from iciia_exp.results.columns import DRAWN_TYPES, cell
+from iciia_exp.results.columns import DRAWN_TYPES
 from iciia_exp.results.summary import ALL
 from iciia_exp.results.tables import backbone_history, history_of, read_table
 
@@ -68,6 +68,8 @@ def by_bytes(table: pd.DataFrame, title: str) -> Any | None:
 
     Settings that no other beats with as few bytes are joined.
     """
+    from matplotlib.ticker import EngFormatter, LogLocator, NullLocator
+
     points = table[~table["oracle"] & (table["method"] != "backbone")]
     points = points[points["request_down_bytes"].notna() & points["request_up_bytes"].notna()]
     points = points.assign(bytes=points["request_down_bytes"] + points["request_up_bytes"])
@@ -91,9 +93,13 @@ def by_bytes(table: pd.DataFrame, title: str) -> Any | None:
     for _, point in points.drop(front.index).iterrows():
         text = f"{point['label']}: {100 * point['accuracy']:.1f} %"
         plots.hover(axes.plot([point["bytes"]], [100 * point["accuracy"]], ",", alpha=0)[0], text)
-    axes.set_xscale("symlog", linthresh=1024, linscale=0.2)
-    axes.set_xlim(left=-100 if (points["bytes"] == 0).any() else points["bytes"].min() / 1.5)
-    axes.xaxis.set_major_formatter(lambda value, _: cell(pd.Series({"bytes": value}), "bytes", "bytes"))
+    if points["bytes"].min() > 0:
+        axes.set_xscale("log")
+        axes.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+    else:  # what is on the device sends nothing
+        axes.set_xscale("symlog", linthresh=1000, linscale=0.2)
+    axes.xaxis.set_major_formatter(EngFormatter("B"))
+    axes.xaxis.set_minor_locator(NullLocator())
     plots.legend(axes, beside=True)
     return figure
 

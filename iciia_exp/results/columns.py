@@ -78,7 +78,7 @@ COLUMNS = [
     Column("client_down_bytes", "down, a client", "bytes", wandb="cost", seeds="common", total=True),
     Column("client_up_bytes", "up, a client", "bytes", wandb="cost", seeds="common", total=True),
     Column("client_device_macs", "learning, device MACs", "macs", wandb="cost", seeds="mean", total=True),
-    Column("training_bytes", "learning, device memory", "bytes", wandb="cost", seeds="common"),
+    Column("training_bytes", "learning, device memory", "bytes", wandb="cost", seeds="common", total=True),
     Column("request_down_bytes", "down, a request", "bytes", wandb="cost", seeds="common", total=True),
     Column("request_up_bytes", "up, a request", "bytes", wandb="cost", seeds="common", total=True),
     Column("request_device_macs", "a request, device MACs", "macs", wandb="cost", seeds="common", total=True),
