@@ -25,7 +25,7 @@ def test_settings_that_none_beats_with_as_few_bytes_are_joined():
     assert front.get_xdata().tolist() == [110, 600, 9100]
     assert [text.get_text() for text in axes.texts] == ["linear_probe", "miet int8", "last"]
     assert axes.get_xscale() == "log"
-    drawn = {label for label in axes.get_legend_handles_labels()[1]}
+    drawn = set(axes.get_legend_handles_labels()[1])
     assert drawn == {"linear_probe", "miet", "last", "best at its bytes"}
 
 
