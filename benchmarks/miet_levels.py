@@ -70,10 +70,12 @@ BLOCKS = [
     ("attention, subtracted", 12, 4, {"blocks": 1, "subtract": True}),
     ("attention, not standardised", 12, 4, {"blocks": 1, "standardise": False}),
 ]
+#: The linear classifier is trained as long, at as many rates, as it is before the attention.
+LONG = {"lr": [0.001, 0.003, 0.01], "linear_epochs": 100}
 SHOTS = [
-    ("linear, last feature", "features", None, {}),
-    ("linear", 12, 4, {"blocks": 0}),
-    ("attention", 12, 4, ATTENTION),
+    ("linear, last feature", "features", None, LONG | {"epochs": 100, "patience": 100}),
+    ("linear", 12, 4, LONG | {"epochs": 100, "patience": 100, "blocks": 0}),
+    ("attention", 12, 4, LONG | ATTENTION),
 ]
 PARTS = {
     "sums": (SUMS, (10,)),
@@ -153,7 +155,7 @@ def main() -> None:
                 head = torch.nn.Linear(store.dim, made.num_classes)
                 if which == "features":
                     batches = FeatureBatches(store.array(), labels)
-                    method: Personal = LinearProbe(Facts.of(head), seed=seed, **RECIPE)
+                    method: Personal = LinearProbe(Facts.of(head), seed=seed, **RECIPE | arguments)
                 else:
                     tokens = tokens_of(levels, which, grid)
                     batches = FeatureBatches(store.array(), labels, arrays={"tokens": tokens})

@@ -10,8 +10,9 @@ last level.
 Legend: B images, L levels (m + 1), n tokens, d features of a token, w width.
 """
 
+from typing import Any
+
 import torch
-from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
 from iciia_exp.errors import ConfigError, check_int
@@ -19,10 +20,12 @@ from iciia_exp.errors import ConfigError, check_int
 __all__ = ["Ladder", "plain_block"]
 
 
-def plain_block(dim: int, heads: int, mlp_ratio: float = 4.0, qkv_bias: bool = True, scaled: bool = False) -> Block:
+def plain_block(dim: int, heads: int, mlp_ratio: float = 4.0, qkv_bias: bool = True, scaled: bool = False) -> Any:
     """Return timm's transformer block with attention that can be trained for many clients at once."""
-    block = Block(dim, heads, mlp_ratio, qkv_bias=qkv_bias, init_values=1.0 if scaled else None)
-    block.attn.fused_attn = False  # type: ignore[assignment]  # its backward pass has no batched form
+    from timm.models.vision_transformer import Block  # late: importing timm takes seconds
+
+    block: Any = Block(dim, heads, mlp_ratio, qkv_bias=qkv_bias, init_values=1.0 if scaled else None)
+    block.attn.fused_attn = False  # its backward pass has no batched form
     return block
 
 

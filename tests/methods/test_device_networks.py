@@ -45,7 +45,7 @@ def accuracy(method, cloud):
 def test_devices_learn_their_own_classes(method, settings):
     cloud = small_cloud(D, K, noise=0.3)
     method, link, _ = taught(method(FACTS, **FEW | settings), cloud)
-    assert accuracy(method, cloud) > 0.9
+    assert accuracy(method, cloud) > 0.85
     (sent,) = link.counted
     assert sent[:3] == ("client_once", "cloud", "training")
 

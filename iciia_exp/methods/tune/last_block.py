@@ -6,7 +6,6 @@ Legend: n tokens, d features of a token, k classes of a client.
 from typing import Any, ClassVar
 
 import torch
-from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
@@ -58,7 +57,7 @@ class LastBlock(DeviceNetwork):
         self.values = parameters_to_vector(own.parameters()).detach()
         return super().learn(cloud, fit)
 
-    def _block(self) -> Block:
+    def _block(self) -> Any:
         """Build a block of the form; its values are drawn at random."""
         heads, hidden, bias, scaled = self.form.tolist()
         return plain_block(self.width, heads, hidden / self.width, bool(bias), bool(scaled))
@@ -100,7 +99,7 @@ class BlockClassifier(nn.Module):
         values: of the block's parameters.
     """
 
-    def __init__(self, block: Block, dim: int, num_classes: int, values: Tensor) -> None:
+    def __init__(self, block: nn.Module, dim: int, num_classes: int, values: Tensor) -> None:
         super().__init__()
         self.block, self.norm, self.head = block, nn.LayerNorm(dim, eps=1e-6), nn.Linear(dim, num_classes)
         if not self.head.weight.is_meta:

@@ -276,7 +276,12 @@ class BackboneSpec:
 
     def fresh(self, num_classes: int, **arguments: Any) -> Backbone:
         """Build the network with fresh weights; raises a `ConfigError` if D is not that of the configuration."""
-        backbone = within("model", lambda: self.model(num_classes=num_classes, **arguments))
+        try:
+            backbone = within("model", lambda: self.model(num_classes=num_classes, **arguments))
+        except TypeError as error:
+            if "missing" not in str(error):
+                raise
+            raise ConfigError("model", self.name, f"lacks arguments ({first_line(error)}); add their keys") from error
         if self.dim is not None and self.dim != backbone.dim:
             raise ConfigError("dim", self.dim, f"the network has D={backbone.dim}")
         return backbone

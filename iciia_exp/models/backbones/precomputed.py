@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from iciia_exp.errors import check_int
+from iciia_exp.errors import ConfigError, check_int
 from iciia_exp.models.backbones.base import Backbone, other_form
 
 __all__ = ["Precomputed"]
@@ -20,14 +20,17 @@ class Precomputed(Backbone):
 
     Args:
         num_classes: K.
-        dim: D of the vectors.
+        dim: D of the vectors; the dataset tells it.
         macs: MACs for one image of the network that made the vectors, without a classifier; None if unknown.
     """
 
     transform_settings = ()  # the transform of the images is unknown
 
-    def __init__(self, num_classes: int, dim: int, macs: int | None = None) -> None:
+    def __init__(self, num_classes: int, dim: int | None = None, macs: int | None = None) -> None:
         super().__init__()
+        if dim is None:
+            problem = "takes feature vectors, whose dataset tells their size; use dataset=features or another backbone"
+            raise ConfigError("", "precomputed", problem)
         self.dim = check_int("dim", dim, 1, 1_000_000)
         self._macs = None if macs is None else check_int("macs", macs, 0)
         self.head = nn.Linear(dim, num_classes)
