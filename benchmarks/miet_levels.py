@@ -81,7 +81,7 @@ PARTS = {
     "sums": (SUMS, (10,)),
     "bytes": (BYTES, (10,)),
     "blocks": (BLOCKS, (10,)),
-    "shots": (SHOTS, (2, 8, 20)),
+    "shots": (SHOTS, (2, 10, 20)),
 }
 
 
