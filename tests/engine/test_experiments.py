@@ -114,3 +114,19 @@ def test_every_experiment_runs(name, compose, tmp_path, monkeypatch, offline_wei
     assert row["backbone_macs"] is None if name == "features" else row["backbone_macs"] > 0
     assert 0 <= row["accuracy"] <= 1
     assert execute(stages) == row
+
+
+def test_images_go_to_the_cloud_as_jpeg(compose, tmp_path, monkeypatch, offline_weights):
+    make_folder(tmp_path / "data")
+    setting = ("+experiment=folder", f"data_dir={tmp_path}/data", "method=linear_head", "evaluation.site=cloud")
+
+    def run(*overrides):
+        return execute(
+            stages := Stages(Experiment.from_config(compose(*setting, *CHEAP, TINY, CLIENTS, *overrides)))
+        ), stages.open_store().manifest
+
+    (plain, _), (small, manifest) = run(), run("features.jpeg=30")
+    assert plain["request_up_bytes"] == 3 * 32 * 32
+    assert small["request_up_bytes"] == manifest["image_bytes"] < 2000
+    assert plain["features_digest"] != small["features_digest"]
+    assert "image_bytes" not in run()[1]
