@@ -14,7 +14,7 @@ from __future__ import annotations
 import argparse
 import json
 import time
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ from hydra import compose, initialize_config_dir
 from iciia_exp.config.experiment import Experiment
 from iciia_exp.config.paths import CONF_DIR
 from iciia_exp.data.batches import FeatureBatches
+from iciia_exp.data.clients import Clients
 from iciia_exp.data.views import CloudView, Devices
 from iciia_exp.engine.execute import execute
 from iciia_exp.engine.stages import Stages
@@ -40,7 +41,8 @@ from iciia_exp.models.payloads import packed_bytes
 RECIPE: dict[str, Any] = {"epochs": 40, "linear_epochs": 50, "patience": 10}
 ATTENTION = {"blocks": 1}
 
-#: (label, levels, grid, arguments of the method), by part. Levels: k, a list of levels, or "features".
+#: (label, levels, grid, arguments of the method), by part. Levels: k for the sum to level k, "last" for the last alone,
+#: "normalised" for the sum of all levels of length 1, or "features".
 SUMS = [
     ("linear, last feature", "features", None, {}),
     ("linear, last level", "last", None, {"blocks": 0}),
@@ -91,15 +93,14 @@ def stages_of(*overrides: str) -> Stages:
         return Stages(Experiment.from_config(compose("config", overrides=list(overrides))))
 
 
-@cache
-def tokens_of(levels: np.ndarray | Any, which: Any, grid: int | None) -> np.ndarray:
+def tokens_of(levels: np.ndarray, which: Any, grid: int | None) -> np.ndarray:
     """Return a sum of stored levels, float16 [M, n, d]."""
-    depth, tokens = levels.value.shape[1] - 1, levels.value.shape[2]
+    depth, tokens = levels.shape[1] - 1, levels.shape[2]
     prefix = prefix_tokens(tokens)
     gather = Gather(0, None, grid, depth, tokens - prefix)
     parts = []
-    for at in range(0, len(levels.value), 256):
-        z = torch.from_numpy(np.asarray(levels.value[at : at + 256], dtype=np.float32))
+    for at in range(0, len(levels), 256):
+        z = torch.from_numpy(np.asarray(levels[at : at + 256], dtype=np.float32))
         if which == "normalised":
             z = z / z.norm(dim=-1, keepdim=True).clamp(min=1e-6)
         part = z[:, -1] if which == "last" else z.sum(1) if which == "normalised" else z[:, : which + 1].sum(1)
@@ -107,20 +108,13 @@ def tokens_of(levels: np.ndarray | Any, which: Any, grid: int | None) -> np.ndar
     return np.concatenate(parts)
 
 
-class Held:
-    """An array that a cache takes as a key."""
-
-    def __init__(self, value: np.ndarray) -> None:
-        self.value = value
-
-
-def accuracy(method: Personal, devices: Devices, clients: Any, batches: FeatureBatches) -> float:
+def accuracy(method: Personal, clients: Clients, batches: FeatureBatches) -> float:
     """Let devices learn one after another; return the mean over clients of their accuracy on test images."""
-    found = []
+    found, devices, link = [], Devices(clients, batches, test_labels=True), Link(method.name, method.budget(Sizes()))
     for client in devices.tested:
-        number = np.array([client])
-        states = method.personalise(devices.own(number), Link(method.name, method.budget(Sizes()))).states
-        test = Devices(clients, batches, test_labels=True).own(number)["test"]
+        own = devices.own(np.array([client]))
+        test = own.pop("test")  # not for the method
+        states = method.personalise(own, link).states
         with torch.inference_mode():
             right = (method.classify(test, states).argmax(-1) == test.y_CS)[test.mask_CS]
         found.append(float(right.float().mean()))
@@ -139,7 +133,7 @@ def main() -> None:
     if not made.features.finished:
         execute(stages_of(*given.overrides, "method=last", "stage=features", "logger=none"))
     store = made.open_store()
-    levels, labels = Held(store.array("levels")), made.labels
+    sums, labels = cache(partial(tokens_of, store.array("levels"))), made.labels
     settings, all_shots = PARTS[given.part]
     given.out.mkdir(parents=True, exist_ok=True)
     file = given.out / f"{given.part}.json"
@@ -157,13 +151,13 @@ def main() -> None:
                     batches = FeatureBatches(store.array(), labels)
                     method: Personal = LinearProbe(Facts.of(head), seed=seed, **RECIPE | arguments)
                 else:
-                    tokens = tokens_of(levels, which, grid)
+                    tokens = sums(which, grid)
                     batches = FeatureBatches(store.array(), labels, arrays={"tokens": tokens})
                     facts = Facts.of(head, arrays={"tokens": tokens.shape[1:]})
                     method = Miet(facts, seed=seed, **RECIPE | arguments)
                 start = time.monotonic()
                 method.learn(CloudView(clients, batches, made.num_classes, 16), lambda *_: {})
-                found = accuracy(method, Devices(clients, batches), clients, batches)
+                found = accuracy(method, clients, batches)
                 done[key] = [found, packed_bytes(method.shape, method.sent), round(time.monotonic() - start, 1)]
                 file.write_text(json.dumps(done, indent=1))
                 print(f"{key}: {100 * found:.1f} % in {done[key][2]} s", flush=True)

@@ -104,13 +104,10 @@ class Budget:
     Attributes:
         lines: computations and payloads.
         state_bytes: size of what is kept of a client between requests.
-        training_bytes: memory that a device needs to train (`iciia_exp.cost.training_bytes`); None if it trains nothing
-            by gradients.
     """
 
     lines: tuple[Line, ...]
     state_bytes: int
-    training_bytes: int | None = None
 
     def macs(self, phase: Phase, site: Site | None = None) -> int | None:
         """Return the MACs of a phase, at one site or both; None if some are unknown."""

@@ -6,7 +6,7 @@ Legend: B images of a batch, K classes.
 import io
 import re
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -18,6 +18,9 @@ from iciia_exp.data.dataset import ImageDataset
 from iciia_exp.errors import ConfigError, UserError, first_line
 
 __all__ = ["ImageBatch", "ImageBlocks", "Jpeg", "TransformedImages", "collate", "readable"]
+
+
+_Made = TypeVar("_Made")
 
 
 class ImageBatch(NamedTuple):
@@ -99,15 +102,8 @@ class Jpeg:
 
     def mean_bytes(self, dataset: ImageDataset, rows: Iterable[int]) -> int:
         """Return the mean size of the JPEGs of the readable images ``rows``."""
-        sizes = []
-        for row in map(int, rows):
-            try:
-                sizes.append(len(self.encode(dataset[row])))
-            except UserError:
-                raise
-            except Exception:
-                continue
-        return round(float(np.mean(sizes)))
+        found = (_read(dataset, self.encode, int(row))[0] for row in rows)
+        return round(float(np.mean([len(jpeg) for jpeg in found if jpeg is not None])))
 
 
 class ImageBlocks(Dataset[ImageBatch]):
@@ -149,7 +145,7 @@ def readable(dataset: ImageDataset, transform: Callable[[Any], Tensor], rows: It
     raise UserError(f"none of the {len(problems)} images tried could be read{''.join(problems[:1])}")
 
 
-def _read(dataset: ImageDataset, transform: Callable[[Any], Tensor], row: int) -> tuple[Tensor | None, str | None]:
+def _read(dataset: ImageDataset, transform: Callable[[Any], _Made], row: int) -> tuple[_Made | None, str | None]:
     """Return a transformed image, or the problem in words, without the folders above the image, which may move."""
     try:
         return transform(dataset[row]), None

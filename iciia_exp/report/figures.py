@@ -11,7 +11,7 @@ from iciia_exp.artifacts import read_json
 from iciia_exp.results import plots
 from iciia_exp.results.columns import DRAWN_TYPES
 from iciia_exp.results.summary import ALL
-from iciia_exp.results.tables import backbone_history, history_of, read_table
+from iciia_exp.results.tables import backbone_history, history_of, pareto_front, read_table
 
 __all__ = ["all_figures", "by_bytes", "by_groups", "by_history", "gain_distribution"]
 
@@ -84,11 +84,11 @@ def by_bytes(table: pd.DataFrame, title: str) -> Any | None:
     for method, part in points.groupby("method", sort=True):
         style: Any = styles[str(method)] | {"linestyle": "none", "markersize": 7}
         plots.draw_setting(axes, part["bytes"], part.drop(columns="published"), str(method), **style)
-    front = points[points["accuracy"] > points["accuracy"].cummax().shift(fill_value=-1.0)]
-    style = {"where": "post", "color": "#9a9a9a", "linewidth": 1, "zorder": 0, "label": "best at its bytes"}
+    front = points[pareto_front(points["bytes"], points["accuracy"])]
+    style = {"where": "post", "color": plots.GREY, "linewidth": 1, "zorder": 0, "label": "best at its bytes"}
     axes.step(front["bytes"], 100 * front["accuracy"], **style)
     for _, point in front.iterrows():
-        place: Any = {"textcoords": "offset points", "xytext": (6, -11), "fontsize": 7.5, "color": "#333333"}
+        place: Any = {"textcoords": "offset points", "xytext": (6, -11), "fontsize": 7.5, "color": plots.DARK}
         axes.annotate(point["label"], (point["bytes"], 100 * point["accuracy"]), **place)
     for _, point in points.drop(front.index).iterrows():
         text = f"{point['label']}: {100 * point['accuracy']:.1f} %"

@@ -33,8 +33,9 @@ def base_of(row: dict[str, Any]) -> tuple[tuple[str, Any], ...]:
     """
     parts = ("config.dataset.", "config.backbone.", "config.features.", "config.partition.")
     of_tokens = "config.backbone.model.gather_"  # which the backbone's own classifier does not read
-    kept = {k: v for k, v in row.items() if k.startswith(parts) and not k.endswith(".seed")}
-    kept = {k: v for k, v in kept.items() if not k.startswith(of_tokens)}
+    kept = {
+        k: v for k, v in row.items() if k.startswith(parts) and not k.startswith(of_tokens) and not k.endswith(".seed")
+    }
     return tuple(sorted({"name": row["name"], "backbone": row["backbone"], **kept}.items()))
 
 

@@ -21,12 +21,12 @@ __all__ = [
 ]
 
 # Colours that differ in lightness too, so that the plots read in grey.
-BLUE, ORANGE, _GREY, _DARK = "#1f5fa8", "#e8912d", "#9a9a9a", "#333333"
+BLUE, ORANGE, GREY, DARK = "#1f5fa8", "#e8912d", "#9a9a9a", "#333333"
 _COLOURS = [BLUE, ORANGE, "#4c9f70", "#7b4ea3", "#b03a48"]  # five, and eight markers: forty pairs
 _MARKERS = ["o", "s", "^", "D", "v", "P", "X", "*"]
 
 #: Line of the backbone's accuracy.
-BASELINE = {"color": _DARK, "linestyle": "--", "linewidth": 1.2}
+BASELINE = {"color": DARK, "linestyle": "--", "linewidth": 1.2}
 
 #: Settings in one plot, at most: more are not told apart.
 MOST_LINES = 10
@@ -119,7 +119,7 @@ def gain_per_client(clients: pd.DataFrame, row: dict[str, Any], path: Path) -> P
     for part, colour, label in (
         (gain > 0, BLUE, "better than the backbone"),
         (gain < 0, ORANGE, "worse"),
-        (gain == 0, _GREY, "equal"),
+        (gain == 0, GREY, "equal"),
     ):
         if not part.any():
             continue
@@ -127,15 +127,15 @@ def gain_per_client(clients: pd.DataFrame, row: dict[str, Any], path: Path) -> P
         if len(gain) > 200:
             height = np.where(part, gain, 0)[drawn]
             axes.fill_between(position[drawn], height, step="mid", color=colour, linewidth=0, label=label)
-        elif colour == _GREY:
-            axes.plot(position[part], gain[part], "_", color=_DARK, markersize=6, label=label)
+        elif colour == GREY:
+            axes.plot(position[part], gain[part], "_", color=DARK, markersize=6, label=label)
         else:
             hatch = "////" if colour == ORANGE else None
             axes.bar(position[part], gain[part], width=0.85, color=colour, hatch=hatch, edgecolor="white", label=label)
     low, high, mean = (100 * row[k] for k in ("client_gain_low", "client_gain_high", "client_gain"))
-    axes.axhspan(low, high, color=_DARK, alpha=0.15, linewidth=0, zorder=0)
+    axes.axhspan(low, high, color=DARK, alpha=0.15, linewidth=0, zorder=0)
     mean_label = f"mean {mean:+.1f} points (95 % interval {low:+.1f} to {high:+.1f})"
-    axes.axhline(mean, color=_DARK, linewidth=1.2, label=mean_label)
+    axes.axhline(mean, color=DARK, linewidth=1.2, label=mean_label)
     axes.axhline(0, color="black", linewidth=0.8)
     axes.set(xlim=(0.3, len(gain) + 0.7), ylim=(min(gain.min(), 0) - 2, max(gain.max(), 0) + 2))
     legend(axes, beside=False)
@@ -164,8 +164,8 @@ def accuracy_vs_history(summary: pd.DataFrame, row: dict[str, Any], path: Path) 
     for key, form, colour, size, label in (
         ("client_accuracy", "o-", BLUE, 6, row["method"]),
         ("worst_decile", "o:", BLUE, 4, "its worst decile"),
-        ("backbone_client_accuracy", "s--", _DARK, 6, f"{row['backbone']} alone"),
-        ("backbone_worst_decile", "s:", _DARK, 4, "the backbone's worst decile"),
+        ("backbone_client_accuracy", "s--", DARK, 6, f"{row['backbone']} alone"),
+        ("backbone_worst_decile", "s:", DARK, 4, "the backbone's worst decile"),
     ):
         axes.plot(place, 100 * part[key], form, color=colour, markersize=size, label=label)
     names = [f"{n}\n{c:,}" if fewer else str(n) for n, c in zip(part["history"], clients, strict=True)]
@@ -215,9 +215,9 @@ def draw_accuracy_vs_overhead(rows: Sequence[dict[str, Any]], highlight: str | N
     axes.axhline(base, **BASELINE, label=f"{first['backbone']} alone: {base:.1f} %")
     if backbone["runs"] == 1:
         low, high = (100 * backbone[f"backbone_accuracy_{side}"] for side in ("low", "high"))
-        axes.axhspan(low, high, color=_DARK, alpha=0.08, linewidth=0)
+        axes.axhspan(low, high, color=DARK, alpha=0.08, linewidth=0)
     for name, bound in (100 * oracles.groupby("method")["accuracy"].mean()).items():
-        axes.axhline(bound, color=_DARK, linestyle=":", linewidth=1.2, label=f"{name} (oracle): {bound:.1f} %")
+        axes.axhline(bound, color=DARK, linestyle=":", linewidth=1.2, label=f"{name} (oracle): {bound:.1f} %")
     labelled = set()
     for x, (_, point) in zip(cost, points.iterrows(), strict=True):
         method, y = point["method"], 100 * point["accuracy"]
@@ -242,7 +242,7 @@ def draw_accuracy_vs_overhead(rows: Sequence[dict[str, Any]], highlight: str | N
             axes.annotate(f"G={int(point['groups'])}", (x, y), xytext=(7, 4), **text)
     front = points.assign(cost=cost)[points["front"]].sort_values(["cost", "accuracy"])
     if len(front) > 1 and highlight is None:
-        style = {"where": "post", "color": _GREY, "linewidth": 1, "zorder": 0, "label": "best at its cost"}
+        style = {"where": "post", "color": GREY, "linewidth": 1, "zorder": 0, "label": "best at its cost"}
         axes.step(front["cost"], 100 * front["accuracy"], **style)
     edge = 10 ** np.floor(np.log10(cost[cost > 0].min())) if (cost > 0).any() else 1.0
     axes.set_xscale("symlog", linthresh=edge, linscale=0.4)

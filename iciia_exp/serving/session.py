@@ -327,7 +327,7 @@ def predict_together(
         number = len(x_CD) if x_CD.ndim else 1
         raise UserError(f"predict_together: {len(sessions)} sessions and {number} images")
     method, shapes = sessions[0].method, sessions[0].run.info.get("arrays", {})
-    more = as_arrays(arrays or {}, method, shapes, _checked(x_CD, sessions)[:, None], "predict")
+    more = as_arrays(arrays or {}, method, shapes, _checked(x_CD, sessions)[:, None])
     return _predict(sessions, x_CD, {name: array[:, 0] for name, array in more.items()})
 
 

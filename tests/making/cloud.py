@@ -116,6 +116,20 @@ def personalised(method, cloud):
     return link, learned.epochs_C
 
 
+def taught(method, cloud):
+    """Let a method learn, then all devices; return it with the link and the epochs of `personalised`."""
+    method.eval()
+    method.learn(cloud.view, no_fit)
+    return method, *personalised(method, cloud)
+
+
+def accuracy(method, cloud):
+    """Return the accuracy on all test images of a cloud."""
+    (batch,) = cloud.chunks("test")
+    right = method.logits(batch).argmax(-1) == batch.y_CS
+    return float(right[batch.mask_CS].float().mean())
+
+
 def studied(method, **cloud):
     """Return a method that has learned from a small cloud of its sizes, and the cloud."""
     cloud = small_cloud(method.dim, method.num_classes, task=method.task, **cloud)

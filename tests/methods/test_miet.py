@@ -10,7 +10,7 @@ from iciia_exp.ledger import Link, Sizes
 from iciia_exp.methods.base import Facts
 from iciia_exp.methods.tune.miet import Miet
 from iciia_exp.models.payloads import pack, packed_bytes, unpack
-from tests.making.cloud import TOKENS, no_fit, personalised, small_cloud
+from tests.making.cloud import TOKENS, accuracy, small_cloud, taught
 
 K, D = 6, 12
 
@@ -19,18 +19,9 @@ def facts(arrays=None):
     return Facts.of(nn.Linear(D, K), arrays={"tokens": TOKENS} if arrays is None else arrays)
 
 
-def taught(cloud, **settings):
+def learned(cloud, **settings):
     settings = {"epochs": 20, "linear_epochs": 20, "batch_size": 8, "rank": 4, "lr": 0.01} | settings
-    method = Miet(facts(), **settings).eval()
-    method.learn(cloud.view, no_fit)
-    link, epochs = personalised(method, cloud)
-    return method, link, epochs
-
-
-def accuracy(method, cloud):
-    (batch,) = cloud.chunks("test")
-    right = method.logits(batch).argmax(-1) == batch.y_CS
-    return float(right[batch.mask_CS].float().mean())
+    return taught(Miet(facts(), **settings), cloud)
 
 
 @pytest.mark.parametrize(
@@ -39,7 +30,7 @@ def accuracy(method, cloud):
 )
 def test_devices_learn_their_own_classes(settings):
     cloud = small_cloud(D, K, noise=0.3)
-    method, _, _ = taught(cloud, **settings)
+    method, _, _ = learned(cloud, **settings)
     assert method.classes == 2
     assert accuracy(method, cloud) > 0.9
     (batch,) = cloud.chunks("test")
@@ -52,7 +43,7 @@ def test_devices_learn_their_own_classes(settings):
 
 def test_a_device_alone_learns_what_it_learns_among_others():
     cloud = small_cloud(D, K, images=11)
-    method, _, _ = taught(cloud, epochs=5, linear_epochs=5)
+    method, _, _ = learned(cloud, epochs=5, linear_epochs=5)
     link = Link(method.name, method.budget(Sizes()))
     for client in (0, 7):
         alone = method.personalise(cloud.devices.own(np.array([client])), link)
@@ -65,7 +56,7 @@ def test_clients_with_fewer_classes_than_others():
     labels = cloud.batches.labels
     one = cloud.clients.train[0]
     labels[one] = labels[one][0]  # a task with one class
-    method, _, _ = taught(cloud, epochs=3, linear_epochs=3)
+    method, _, _ = learned(cloud, epochs=3, linear_epochs=3)
     assert method.classes == 3
     classes = method.states.states["classes"]
     assert classes[0].tolist() == [float(labels[one][0]), -1, -1]
@@ -77,16 +68,16 @@ def test_clients_with_fewer_classes_than_others():
 
 def test_val_decides_and_the_linear_start_is_kept():
     cloud = small_cloud(D, K)
-    linear, _, _ = taught(cloud, blocks=0, epochs=20, patience=20)
+    linear, _, _ = learned(cloud, blocks=0, epochs=20, patience=20)
     # a rate at which nothing is learned: the start is the best epoch
-    method, _, epochs = taught(cloud, epochs=1, patience=1, linear_epochs=20)
+    method, _, epochs = learned(cloud, epochs=1, patience=1, linear_epochs=20)
     assert epochs.tolist() == [1] * 12
     assert abs(accuracy(method, cloud) - accuracy(linear, cloud)) < 0.15
 
 
 def test_only_tokens_come_down_and_no_label_goes_up():
     cloud = small_cloud(D, K)
-    method, link, _ = taught(cloud, payload="int8", epochs=1, linear_epochs=1)
+    method, link, _ = learned(cloud, payload="int8", epochs=1, linear_epochs=1)
     images = 12 * (8 + 8)
     assert link.counted == {("client_once", "cloud", "training", "tokens"): images * packed_bytes(TOKENS, "int8")}
     budget = method.budget(Sizes(train=8, val=8, image_bytes=100, backbone_macs=7))
@@ -143,7 +134,7 @@ def test_another_seed_is_another_network():
 
 def test_a_linear_classifier_of_the_class_token_is_sent_it_alone():
     cloud = small_cloud(D, K)
-    method, link, _ = taught(cloud, blocks=0)
+    method, link, _ = learned(cloud, blocks=0)
     images = 12 * (8 + 8)
     assert link.counted == {("client_once", "cloud", "training", "tokens"): images * packed_bytes((1, 8), "float16")}
     assert method.state_shapes["mean"] == (1, 8)

@@ -96,9 +96,11 @@ class Vtab(ImageFiles):
     @cached_property
     def class_names(self) -> tuple[str, ...]:
         """Task and number of the class, ``dtd/07``."""
-        return tuple(sorted(set(self._names())))
+        return tuple(sorted(set(self._names)))
 
+    @cached_property
     def _names(self) -> list[str]:
+        """The class of every image."""
         images = self._images
         width = len(str(images["number"].max()))
         return [f"{task}/{number:0{width}d}" for task, number in zip(images["task"], images["number"], strict=True)]
@@ -108,6 +110,6 @@ class Vtab(ImageFiles):
         images, number = self._images, {name: label for label, name in enumerate(self.class_names)}
         if twice := images["path"][images["path"].duplicated()].tolist():
             raise UserError(f"{self.root}: lists name an image twice ({few(twice)}); train and val must be apart")
-        labels = np.array([number[name] for name in self._names()], dtype=np.int64)
+        labels = np.array([number[name] for name in self._names], dtype=np.int64)
         table = pd.DataFrame({"label": labels, "split": images["split"], "owner": None, "parent": images["task"]})
         return table.assign(group=images["task"].map(GROUPS), path=images["path"])

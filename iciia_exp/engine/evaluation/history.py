@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from iciia_exp.config.settings import Evaluation
-from iciia_exp.data.batches import ClientBatch, ClientIndex, FeatureBatches, cut_chunks
+from iciia_exp.data.batches import ClientIndex, FeatureBatches, cut_chunks
 from iciia_exp.data.clients import Clients, Ragged
 from iciia_exp.data.sequences import Sequences, by_length, prefix_sequences, stream_orders
 from iciia_exp.machine import side_by_side
@@ -90,10 +90,6 @@ def history_table(
 
     known = _Known(setup, compact, numbers_C, tokens) if isinstance(method, Personal) else None
 
-    def answer(batch: ClientBatch) -> Tensor:
-        # of the last image, both are the logits after all others
-        return method.logits(batch._replace(client_C=numbers_C[batch.client_C]), causal=method.causal)
-
     def read(wanted: _Wanted, index: ClientIndex) -> tuple[Tensor, Outcomes, Outcomes]:
         if known is not None:
             client_B, image_BS = (torch.from_numpy(values).to(device) for values in (index.client_C, index.index_CS))
@@ -101,7 +97,8 @@ def history_table(
                 wanted, client_B, image_BS, lambda rows, at: known.at(client_B[rows], image_BS[rows, at])
             )
         batch = batches[index].moved(device)
-        logits_BSK = answer(batch)
+        # of the last image, logits with and without `causal` are those after all others
+        logits_BSK = method.logits(batch._replace(client_C=numbers_C[batch.client_C]), causal=method.causal)
         assert batch.image_CS is not None  # `FeatureBatches` gives it
 
         def outcomes_at(row_T: Tensor, at_T: Tensor) -> Outcomes:
@@ -112,8 +109,6 @@ def history_table(
     several = side_by_side if counts.device.type == "cpu" else map
     with torch.inference_mode():
         counts.read_backbone(head.to(device), batches, compact.values)
-        if known is not None:
-            known.ask()
         for done, (some, indices) in enumerate(steps, 1):
             for answers_M in several(partial(read, counts.wanted(some)), indices()):
                 counts.metric.update(*answers_M)
@@ -194,22 +189,18 @@ class _Known:
         setup: the method.
         images: of each client.
         numbers_C: numbers of the clients.
-        at_once: images of a batch, about.
+        at_once: images of a batch, at most; 32 or more.
     """
 
+    @torch.inference_mode()
     def __init__(self, setup: Setup, images: Ragged, numbers_C: Tensor, at_once: int) -> None:
-        self.setup, self.images, self.numbers_C, self.at_once = setup, images, numbers_C, at_once
-        self.most = int(images.values.max(initial=0)) + 1
-
-    def ask(self) -> None:
-        """Classify all images."""
-        method, chunk = self.setup.method, 32
-        index_CS, client_C = cut_chunks(self.images, chunk)
+        self.most, method, chunk = int(images.values.max(initial=0)) + 1, setup.method, 32
+        index_CS, client_C = cut_chunks(images, chunk)
         keys, parts = [], []
-        for start in range(0, len(client_C), max(1, self.at_once // chunk)):
-            rows = slice(start, start + max(1, self.at_once // chunk))
-            batch = self.setup.batches[ClientIndex(index_CS[rows], client_C[rows])].moved(self.setup.device)
-            logits_CSK = method.logits(batch._replace(client_C=self.numbers_C[batch.client_C]))
+        for start in range(0, len(client_C), at_once // chunk):
+            rows = slice(start, start + at_once // chunk)
+            batch = setup.batches[ClientIndex(index_CS[rows], client_C[rows])].moved(setup.device)
+            logits_CSK = method.logits(batch._replace(client_C=numbers_C[batch.client_C]))
             parts.append(outcomes(method.task, logits_CSK[batch.mask_CS], batch.y_CS[batch.mask_CS]))
             assert batch.image_CS is not None  # `FeatureBatches` gives it
             keys.append(self._key(batch.client_C[:, None], batch.image_CS)[batch.mask_CS])

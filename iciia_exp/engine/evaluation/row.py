@@ -19,6 +19,7 @@ from iciia_exp.digest import digest
 from iciia_exp.engine.inputs import Inputs
 from iciia_exp.engine.ledger import cost_row, sizes_of
 from iciia_exp.methods.base import Ask, Method
+from iciia_exp.methods.tune.base import Personal
 from iciia_exp.results.summary import COUNTS, ClientCounts, summarise
 
 __all__ = ["client_table", "git_revision", "group_accuracy", "result_row"]
@@ -117,7 +118,7 @@ def result_row(
         "per_image_overhead_percent": cost["per_image"],
         "streaming_overhead_percent": cost["streaming"],
         "state_bytes": one_more.state_bytes,
-        "training_bytes": one_more.training_bytes,
+        "training_bytes": method.training_bytes() if isinstance(method, Personal) else None,
         "site": e.evaluation.site,
         **cost_row(ledger),
         "parameters": method.num_parameters(),

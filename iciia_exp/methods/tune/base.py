@@ -72,6 +72,10 @@ class Personal(Method):
         """Return the size of a client's state, in bytes."""
         return 4 * sum(torch.Size(shape).numel() for shape in self.state_shapes.values())
 
+    def training_bytes(self) -> int | None:
+        """Return the memory that a device needs to train (`iciia_exp.cost.training_bytes`); None: no gradients."""
+        return None
+
 
 def examples(batch: ClientBatch) -> Examples:
     """Return features and labels of a batch for `fit_many`."""

@@ -118,15 +118,15 @@ class DeviceNetwork(Personal):
         return 0
 
     def linear_input(self, x: Tensor) -> Tensor:
-        """Return what the linear classifier reads that training starts with, [C, S, n, d].
+        """Return what the linear classifier reads that training starts with, [C, S, n, d]; by default what is sent.
 
         The classifier is trained first, and the network's ``norm`` and ``head`` start with its values.
         """
-        raise NotImplementedError
+        return x
 
     def linear_input_macs(self) -> int | None:
         """Return the MACs of `linear_input` for an image; None: training has no linear start."""
-        return None
+        return 0
 
     def linear(self, classes: int) -> LAE:
         """Build the linear classifier that training starts with."""
@@ -263,8 +263,11 @@ class DeviceNetwork(Personal):
         if weights := payload_bytes(self.payload()):
             lines.append(Line("client_once", "cloud", "method", kind="weights", bytes=weights))
         lines.append(Line("request", "device", "method", macs=sizes.requested * macs))
-        memory = training_bytes(self._form(), self.shape, self.recipes[0][0].batch_size)
-        return Budget(tuple(lines), self.state_bytes(), memory)
+        return Budget(tuple(lines), self.state_bytes())
+
+    def training_bytes(self) -> int:
+        """Return the memory of a client's network in training with Adam."""
+        return training_bytes(self._form(), self.shape, self.recipes[0][0].batch_size)
 
     def _linear_macs(self) -> int:
         """Return the MACs of the linear start for a train image."""

@@ -94,10 +94,13 @@ class FineTune(Personal):
             Line("client_once", "device", "backbone", macs=own),
             Line("client_once", "device", "training", macs=images * self.dim * self.num_classes),
         )
+        return Budget(served.lines + learned, served.state_bytes)
+
+    def training_bytes(self) -> int:
+        """Return the memory of a client's classifier in training with plain SGD."""
         with torch.device("meta"):
             classifier = nn.Linear(self.dim, self.num_classes)
-        memory = training_bytes(classifier, (self.dim,), self.recipe.batch_size, moments=0)
-        return Budget(served.lines + learned, served.state_bytes, memory)
+        return training_bytes(classifier, (self.dim,), self.recipe.batch_size, moments=0)
 
     def num_parameters(self) -> int:
         """Those of one client's classifier."""

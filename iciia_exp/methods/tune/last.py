@@ -57,10 +57,6 @@ class Last(LevelNetwork):
         with torch.device("meta"):
             return self.network(classes).macs(self.shape[1])
 
-    def linear_input_macs(self) -> int | None:
-        """0: the sum is taken in any case."""
-        return 0
-
     def linear_input(self, x: Tensor) -> Tensor:
         """Return the class token of the sum of the levels, which the blocks do not change yet."""
         return x[..., :1, :].sum(-3)

@@ -19,6 +19,10 @@ class LinearProbe(DeviceNetwork):
         """Return a norm and a linear classifier."""
         return self.linear(classes)
 
+    def linear_input_macs(self) -> int | None:
+        """None: the network is linear itself."""
+        return None
+
     def network_macs(self, classes: int) -> int:
         """D k."""
         return self.width * classes

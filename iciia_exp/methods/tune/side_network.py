@@ -53,10 +53,6 @@ class SideNetwork(LevelNetwork):
         levels, n, d = self.shape
         return levels * n * d * self._settings["width"]
 
-    def linear_input_macs(self) -> int | None:
-        """0."""
-        return 0
-
     def linear_input(self, x: Tensor) -> Tensor:
         """Return the class token of the last level, to which the side network adds nothing yet."""
         return x[..., -1, :1, :]

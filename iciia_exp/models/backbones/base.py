@@ -3,6 +3,7 @@
 Legend: B images of a batch, D features, K classes.
 """
 
+import inspect
 import re
 from abc import ABC, abstractmethod
 from collections import OrderedDict
@@ -277,11 +278,10 @@ class BackboneSpec:
     def fresh(self, num_classes: int, **arguments: Any) -> Backbone:
         """Build the network with fresh weights; raises a `ConfigError` if D is not that of the configuration."""
         try:
-            backbone = within("model", lambda: self.model(num_classes=num_classes, **arguments))
+            inspect.signature(self.model).bind(num_classes=num_classes, **arguments)
         except TypeError as error:
-            if "missing" not in str(error):
-                raise
-            raise ConfigError("model", self.name, f"lacks arguments ({first_line(error)}); add their keys") from error
+            raise ConfigError("model", self.name, f"its keys do not fit ({first_line(error)})") from error
+        backbone = within("model", lambda: self.model(num_classes=num_classes, **arguments))
         if self.dim is not None and self.dim != backbone.dim:
             raise ConfigError("dim", self.dim, f"the network has D={backbone.dim}")
         return backbone

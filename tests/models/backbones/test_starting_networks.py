@@ -13,6 +13,7 @@ from safetensors.torch import save_file
 
 from iciia_exp.errors import ConfigError, UserError
 from iciia_exp.models.backbones.base import BackboneSpec
+from iciia_exp.models.backbones.precomputed import Precomputed
 from iciia_exp.models.backbones.small_cnn import SmallCNN
 from iciia_exp.models.backbones.timm_backbone import TimmBackbone
 from iciia_exp.recipe import Recipe
@@ -220,3 +221,14 @@ def test_a_file_takes_the_place_of_the_library_s_weights():
     spec = BackboneSpec("r", lambda num_classes: None, pretrained=True, weights="w.pth")
     assert spec.started
     assert not spec.pretrained
+
+
+def test_a_network_whose_arguments_are_missing_is_one_line():
+    def network(num_classes, depth):
+        raise AssertionError("was built")
+
+    spec = BackboneSpec("mine", network, train="all", recipe=Recipe())
+    with pytest.raises(ConfigError, match=r"model=mine: its keys do not fit \(missing a required argument: 'depth'\)"):
+        spec.fresh(3)
+    with pytest.raises(ConfigError, match="precomputed: takes feature vectors, whose dataset tells their size"):
+        Precomputed(3)
