@@ -61,7 +61,7 @@ RUNS = {
     },
     **{
         name: (f"method={name}", "backbone=small_vit", "backbone.model.depth=2", "method.epochs=10")
-        for name in ("last", "last_block", "miet", "side_network")
+        for name in ("full_finetune", "last", "last_block", "miet", "side_network")
     },
     "iciia causal, 2 layers": ("method=iciia", "method.attention=causal", "num_layers=2", "groups=1"),
     "iciia, published protocol": ("method=iciia", "training=published", "training.recipe.epochs=2"),

@@ -2,7 +2,7 @@
 
 import logging
 import re
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -140,7 +140,9 @@ class Inputs:
 
     def new_method(self, head: nn.Linear) -> Method:
         """Build the method behind a classifier, with fresh weights."""
-        facts = Facts(self.experiment.dataset_class.task, head, tuple(self.facts.class_names), arrays=self.array_shapes)
+        e, names, more = self.experiment, tuple(self.facts.class_names), self.facts.backbone_arguments
+        network = None if more else partial(e.backbone.fresh, self.num_classes)
+        facts = Facts(e.dataset_class.task, head, names, self.array_shapes, network)
         return build(self.method_config, "method", facts=facts)
 
     def open_store(self) -> FeatureStore:

@@ -58,6 +58,7 @@ class Facts:
         head: the backbone's frozen classifier, K x D.
         class_names: names of the K classes; may be empty.
         arrays: shape of each array that the method reads beside the features, for one image, by name.
+        network: builds the backbone, with fresh weights; None if only its features are known.
     """
 
     def __init__(
@@ -66,18 +67,23 @@ class Facts:
         head: nn.Linear,
         class_names: tuple[str, ...] = (),
         arrays: Mapping[str, tuple[int, ...]] | None = None,
+        network: Callable[[], nn.Module] | None = None,
     ) -> None:
-        self.task, self.head, self.class_names = task, head, class_names
+        self.task, self.head, self.class_names, self.network = task, head, class_names, network
         self.num_classes, self.dim = head.out_features, head.in_features
         #: Shapes of the stored arrays for one image, by name: ``{"features": (D,), "tokens": (n, d)}``.
         self.arrays: Mapping[str, tuple[int, ...]] = {**(arrays or {}), "features": (self.dim,)}
 
     @classmethod
     def of(
-        cls, head: nn.Linear, task: str = SINGLE_LABEL, arrays: Mapping[str, tuple[int, ...]] | None = None
+        cls,
+        head: nn.Linear,
+        task: str = SINGLE_LABEL,
+        arrays: Mapping[str, tuple[int, ...]] | None = None,
+        network: Callable[[], nn.Module] | None = None,
     ) -> Facts:
         """Return the facts of a classifier, for use without an experiment."""
-        return cls(TASKS[task], head, arrays=arrays)
+        return cls(TASKS[task], head, arrays=arrays, network=network)
 
 
 def copy_of(head: nn.Linear, trained: bool) -> nn.Linear:

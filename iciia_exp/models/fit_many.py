@@ -92,9 +92,8 @@ def fit_many(
         ConfigError: the optimiser mixes the numbers of a tensor.
         UserError: the module has layers that training changes without gradients, such as batch norm.
     """
-    if any(
-        isinstance(layer, nn.modules.batchnorm._NormBase) and layer.track_running_stats for layer in module.modules()
-    ):
+    norms = [layer for layer in module.train().modules() if isinstance(layer, nn.modules.batchnorm._NormBase)]
+    if any(layer.training and layer.track_running_stats for layer in norms):
         raise UserError(f"{type(module).__name__}: batch norm cannot be trained for many clients at once")
     _check_elementwise(recipe)
     starts = starts or {}

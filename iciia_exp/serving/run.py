@@ -25,7 +25,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -127,7 +127,11 @@ class Run:
             raise UserError(f"{path}/weights.safetensors: its classifier is {shape}, not what run.json describes")
         head = nn.Linear(info["dim"], info["num_classes"])
         arrays = {name: tuple(sizes) for name, sizes in info.get("arrays", {}).items()}
-        facts = Facts(TASKS[info["task"]], head, tuple(info["class_names"]), arrays)
+        network = None
+        if (stored := info["backbone"]) is not None:
+            build: Any = restore
+            network = partial(build, stored["model"], Backbone, plugins, num_classes=head.out_features)
+        facts = Facts(TASKS[info["task"]], head, tuple(info["class_names"]), arrays, network)
         try:
             method = restore(info["method"], Method, plugins, facts=facts)  # type: ignore[type-abstract]
         except UserError as error:

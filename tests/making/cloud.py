@@ -1,7 +1,7 @@
 """A small cloud: classes that are apart, clients with two of them each."""
 
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 
 import numpy as np
 import torch
@@ -20,18 +20,24 @@ D, K, S = 12, 6, 7
 #: Shape of an image's tokens.
 TOKENS = (5, 8)
 #: Shapes of the arrays that a method can read beside the features.
-ARRAYS = {"tokens": TOKENS, "levels": (4, *TOKENS), "block_input": TOKENS}
+ARRAYS = {"tokens": TOKENS, "levels": (4, *TOKENS), "block_input": TOKENS, "images": (1, 3, 4)}
 #: Methods that read other arrays than the features.
-ON_TOKENS = ("last", "last_block", "miet", "side_network")
+ON_TOKENS = ("full_finetune", "last", "last_block", "miet", "side_network")
 
 
 class Network(nn.Module):
-    """A backbone whose last block takes such tokens."""
+    """A backbone of such images, and a block that takes such tokens."""
 
-    def __init__(self):
+    def __init__(self, dim=D):
         super().__init__()
         self.net = nn.Module()
         self.net.blocks = nn.ModuleList([Block(TOKENS[1], 2, qkv_bias=True, init_values=0.5)])
+        convolution = nn.Conv2d(1, 8, 3, padding=1), nn.BatchNorm2d(8), nn.GELU()
+        self.trunk = nn.Sequential(*convolution, nn.Dropout(), nn.Flatten(), nn.Linear(8 * 12, dim))
+        self.head = nn.Linear(dim, K)
+
+    def forward(self, images):
+        return self.head(self.trunk(images))
 
 
 @dataclass
@@ -45,7 +51,8 @@ class SmallCloud:
 
     @cached_property
     def view(self):
-        return CloudView(self.clients, self.batches, self.num_classes, self.images, backbone=Network)
+        backbone = partial(Network, self.batches.features.shape[1])
+        return CloudView(self.clients, self.batches, self.num_classes, self.images, backbone=backbone)
 
     @property
     def devices(self):
@@ -93,7 +100,9 @@ def small_cloud(dim, classes, clients=12, images=8, task=SINGLE_LABEL, seed=0, n
         labels = np.eye(classes, dtype=np.uint8)[labels] | np.eye(classes, dtype=np.uint8)[(labels + 1) % classes]
     tokens = np.stack([features[:, : TOKENS[1]] * scale for scale in range(1, TOKENS[0] + 1)], 1)
     levels = np.stack([tokens, tokens + 1, 2 * tokens, tokens - 1], 1)
-    batches = FeatureBatches(features, labels, arrays={"tokens": tokens, "levels": levels, "block_input": tokens})
+    pictures = np.tile(features, 12)[:, :12].reshape(-1, *ARRAYS["images"])
+    arrays = {"tokens": tokens, "levels": levels, "block_input": tokens, "images": pictures}
+    batches = FeatureBatches(features, labels, arrays=arrays)
     return SmallCloud(Clients(names, names, *rows), batches, classes, images)
 
 

@@ -1,21 +1,28 @@
 """Device networks: what devices learn on features, levels and the input of the last block."""
 
+from functools import partial
+
+import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from iciia_exp.errors import ConfigError, NotApplicable
+from iciia_exp.ledger import Link, Sizes
 from iciia_exp.methods.base import Facts
+from iciia_exp.methods.tune.full_finetune import FullFinetune
 from iciia_exp.methods.tune.last import Last
 from iciia_exp.methods.tune.last_block import LastBlock
 from iciia_exp.methods.tune.linear_probe import LinearProbe
 from iciia_exp.methods.tune.miet import Miet
 from iciia_exp.methods.tune.side_network import SideNetwork
+from iciia_exp.models.backbones.small_vit import SmallViT
 from iciia_exp.models.lae import LAE, LAST, Bottleneck
-from tests.making.cloud import ARRAYS, TOKENS, Network, accuracy, no_fit, small_cloud, taught
+from tests.making.cloud import ARRAYS, TOKENS, Network, accuracy, no_fit, personalised, small_cloud, taught
 
 K, D = 6, 12
-FACTS = Facts.of(nn.Linear(D, K), arrays=ARRAYS)
+FACTS = Facts.of(nn.Linear(D, K), arrays=ARRAYS, network=Network)
 FEW = {"epochs": 15, "linear_epochs": 15, "batch_size": 8, "lr": 0.01}
 
 
@@ -28,6 +35,7 @@ FEW = {"epochs": 15, "linear_epochs": 15, "batch_size": 8, "lr": 0.01}
         (SideNetwork, {"width": 4, "heads": 2}),
         (LastBlock, {"lr": 0.003}),
         (Miet, {"mixer": "perceptron", "rank": 4}),
+        (FullFinetune, {"lr": 0.003}),
     ],
 )
 def test_devices_learn_their_own_classes(method, settings):
@@ -35,7 +43,8 @@ def test_devices_learn_their_own_classes(method, settings):
     method, link, _ = taught(method(FACTS, **FEW | settings), cloud)
     assert accuracy(method, cloud) > 0.9
     (sent,) = link.counted
-    assert sent[:3] == ("client_once", "cloud", "training")
+    expected = ("device", "training", "labels") if isinstance(method, FullFinetune) else ("cloud", "training")
+    assert sent[1 : 1 + len(expected)] == expected
 
 
 def test_each_client_takes_its_best_rate():
@@ -99,7 +108,7 @@ def test_a_trained_last_block_is_loaded_with_its_form():
     again = LastBlock(FACTS)
     again.load_state_dict(method.state_dict())
     assert again.state_shapes == method.state_shapes
-    assert method.payload()["block"].numel() == sum(p.numel() for p in Network().parameters())
+    assert method.payload()["block"].numel() == sum(p.numel() for p in Network().net.parameters())
 
 
 def test_a_last_block_of_another_kind_is_refused():
@@ -109,6 +118,60 @@ def test_a_last_block_of_another_kind_is_refused():
     cloud.view._backbone = lambda: network
     with pytest.raises(NotApplicable, match="last_block: needs a backbone whose last block is that of a plain vision"):
         LastBlock(FACTS).learn(cloud.view, no_fit)
+
+
+def test_full_fine_tuning_starts_at_the_backbone():
+    torch.manual_seed(0)
+    cloud, network = small_cloud(D, K), Network().eval()
+    cloud.view._backbone = lambda: network
+    method, *_ = taught(FullFinetune(FACTS, epochs=1, linear_epochs=1, lr=1e-12, weight_decay=0.0), cloud)
+    (test,) = cloud.chunks("test")
+    x_CSD = network.trunk(test.arrays["images"].flatten(0, 1)).view(*test.mask_CS.shape, D)
+    batch = test._replace(arrays={"images": x_CSD.unsqueeze(2)})
+    linear, states = LAE(D, method.classes, blocks=0, prefix=1), method.states.states
+    for client in range(12):
+        linear.load_state_dict({name: states[name][client] for name in linear.state_dict()})
+        own = states["classes"][client].long()
+        expected = linear(batch.arrays["images"][client])
+        torch.testing.assert_close(method.logits(test)[client][:, own], expected, rtol=1e-4, atol=1e-4)
+
+
+def test_full_fine_tuning_changes_neither_the_backbone_nor_its_statistics():
+    torch.manual_seed(0)
+    cloud = small_cloud(D, K, images=20)
+    method, again = FullFinetune(FACTS, **FEW), FullFinetune(FACTS, **FEW)
+    method.patience = again.patience = None  # the last epoch is kept
+    taught(method, cloud)
+    again.load_state_dict(method.state_dict())
+    before = {name: t.clone() for name, t in method.state_dict().items()}
+    again.requires_grad_(False)  # as a loaded run
+    personalised(again, cloud)
+    for name, tensor in again.state_dict().items():
+        torch.testing.assert_close(tensor, before[name], rtol=0, atol=0)
+    assert (again.states.states["trunk.trunk.0.weight"] - again.net.trunk[0].weight).abs().max() > 1e-2
+    (test,) = cloud.chunks("test")
+    torch.testing.assert_close(again.logits(test), method.logits(test))
+
+
+def test_the_training_of_a_vision_transformer_costs_what_the_budget_states():
+    cloud = small_cloud(D, K)
+    pictures = np.random.default_rng(0).standard_normal((len(cloud.batches.labels), 1, 8, 8)).astype(np.float32)
+    cloud.batches.arrays["images"] = pictures
+    build = partial(SmallViT, K, dim=D, depth=2, heads=2)
+    method = FullFinetune(Facts.of(nn.Linear(D, K), arrays={"images": (1, 8, 8)}, network=build), epochs=2)
+    cloud.view._backbone = build
+    method.learn(cloud.view, no_fit)
+    link = Link(method.name, method.budget(Sizes()))
+    # one client: of several, the counter takes the gradient of their convolutions as one without groups
+    with FlopCounterMode(display=False) as counter:
+        method.personalise(cloud.devices.own(np.array([3])), link)
+    assert counter.get_total_flops() // 2 == method.training_macs(Sizes(train=8, val=8, epochs=2))
+    assert sum(link.counted.values()) == 16 * 4
+
+
+def test_full_fine_tuning_without_a_backbone_is_refused():
+    with pytest.raises(NotApplicable, match="full_finetune: tunes the backbone, and there is only its features"):
+        FullFinetune(Facts.of(nn.Linear(D, K), arrays=ARRAYS))
 
 
 def test_mixers_have_the_size_of_attention():

@@ -1,5 +1,7 @@
 """What every method must keep: clients are isolated, costs are stated, weights round-trip."""
 
+from functools import partial
+
 import pytest
 import torch
 import yaml
@@ -14,7 +16,7 @@ from iciia_exp.methods.adapt.heads import BackboneOnly, LinearHead
 from iciia_exp.methods.adapt.iciia import IciiaMethod
 from iciia_exp.methods.adapt.stream import StreamMethod
 from iciia_exp.methods.base import Facts, Method
-from tests.making.cloud import ARRAYS, no_fit, small_cloud
+from tests.making.cloud import ARRAYS, Network, no_fit, small_cloud
 
 D, K = 32, 5
 FILES = sorted((CONF_DIR / "method").glob("*.yaml"))
@@ -33,7 +35,8 @@ def make(path):
         .replace("epochs: 50", "epochs: 5")
     )
     node = yaml.safe_load(text)
-    method = instantiate(node, facts=Facts.of(nn.Linear(D, K), arrays=ARRAYS), _convert_="all").eval()
+    facts = Facts.of(nn.Linear(D, K), arrays=ARRAYS, network=partial(Network, D))
+    method = instantiate(node, facts=facts, _convert_="all").eval()
     cloud = small_cloud(D, K)
     if isinstance(method, StreamMethod):
         method.prepare(cloud.view, no_fit)

@@ -73,7 +73,8 @@ def extract(
 
     ``manifest`` is what the caller knows (names, digests); sizes, costs and accuracies are added. ``with_head`` is
     false where the classifier is fitted on these features later. ``arrays`` are stored: features as the configuration
-    says, logits as float32, others as float16. Of several processes only the first finishes it.
+    says, logits as float32, images as the network takes them, others as float16. Of several processes only the first
+    finishes it.
     """
     backbone.eval().requires_grad_(False)
     images, first = len(table), process_rank() == 0
@@ -81,7 +82,7 @@ def extract(
     transform = jpeg or backbone.transform
     known, example = readable(dataset, transform, probes(np.arange(images)))
     macs, weights_bytes = backbone.macs(example), payload_bytes(backbone.state_dict())
-    dtypes = {"features": extraction.dtype, "logits": "float32"}
+    dtypes = {"features": extraction.dtype, "logits": "float32", "images": str(example.numpy().dtype)}
     layout = {n: (shape, dtypes.get(n, "float16")) for n, shape in backbone.output_shapes(example, arrays).items()}
     head = {name: tensor.detach().float().cpu() for name, tensor in backbone.head.state_dict().items()}
     start = time.monotonic()

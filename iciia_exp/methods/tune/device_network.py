@@ -66,6 +66,8 @@ class DeviceNetwork(Personal):
     asks: ClassVar[frozenset[Ask]] = frozenset({Ask.CLIENT_LABELS})
     #: Name of the array that comes down.
     array: ClassVar[str]
+    #: Clients whose images are classified together; None: all of a batch.
+    clients_at_once: ClassVar[int | None] = None
 
     def __init__(
         self,
@@ -232,7 +234,8 @@ class DeviceNetwork(Personal):
         x = unpack(pack(self.read(batch), self.sent))
         net = self._form()
         parameters = {name: states[name] for name, _ in net.named_parameters()}
-        own_CSk = vmap(lambda p, x: functional_call(net, p, (x,)))(parameters, self._standard(x, states))
+        call = vmap(lambda p, x: functional_call(net, p, (x,)), chunk_size=self.clients_at_once)
+        own_CSk = call(parameters, self._standard(x, states))
         place_Ck = states["classes"].long()
         place_Ck = torch.where(place_Ck < 0, self.num_classes, place_Ck)  # a column for outputs without a class
         logits = own_CSk.new_full((*own_CSk.shape[:2], self.num_classes + 1), _ABSENT)
@@ -241,8 +244,7 @@ class DeviceNetwork(Personal):
     def budget(self, sizes: Sizes) -> Budget:
         """An image up, its array down, the backbone on the cloud, the network on the device.
 
-        Training takes three times the network's MACs for every train image and epoch (less `input_macs`), once for the
-        val images of every epoch and each start, and 3 d k for every train image and epoch of a linear start.
+        Training takes `training_macs`.
         """
         macs, once = self.network_macs(self.classes), sizes.train + sizes.val
         size = packed_bytes(self.shape, self.sent)
@@ -250,9 +252,7 @@ class DeviceNetwork(Personal):
         def times(number: int, each: int | None) -> int | None:
             return None if each is None else number * each
 
-        training = sizes.train * (sizes.epochs * (3 * macs - self.input_macs()) + self._linear_macs())
-        training += sizes.val * (sizes.epochs + len(self.recipes)) * macs
-        lines = [Line("client_once", "device", "training", macs=training)]
+        lines = [Line("client_once", "device", "training", macs=self.training_macs(sizes))]
         sent: list[tuple[Phase, str, int]] = [("client_once", "training", once), ("request", "method", sizes.requested)]
         for phase, what, images in sent:
             lines += [
@@ -264,6 +264,16 @@ class DeviceNetwork(Personal):
             lines.append(Line("client_once", "cloud", "method", kind="weights", bytes=weights))
         lines.append(Line("request", "device", "method", macs=sizes.requested * macs))
         return Budget(tuple(lines), self.state_bytes())
+
+    def training_macs(self, sizes: Sizes) -> int:
+        """Return the MACs of a client's training.
+
+        They are three times the network's for every train image and epoch (less `input_macs`), once for the val images
+        of every epoch and each start, and 3 d k for every train image and epoch of a linear start.
+        """
+        macs = self.network_macs(self.classes)
+        training = sizes.train * (sizes.epochs * (3 * macs - self.input_macs()) + self._linear_macs())
+        return training + sizes.val * (sizes.epochs + len(self.recipes)) * macs
 
     def training_bytes(self) -> int:
         """Return the memory of a client's network in training with Adam."""

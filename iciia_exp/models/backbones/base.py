@@ -37,7 +37,7 @@ class Backbone(nn.Module, ABC):
     #: Prefix of the trunk's weights here, which weight files of the original network do not have.
     trunk_prefix: ClassVar[str] = ""
     #: Names of the arrays that `outputs` can return.
-    gives: frozenset[str] = frozenset({"features", "logits"})
+    gives: frozenset[str] = frozenset({"features", "logits", "images"})
 
     @property
     def num_classes(self) -> int:
@@ -62,12 +62,14 @@ class Backbone(nn.Module, ABC):
     def outputs(self, images: Tensor, wanted: frozenset[str]) -> dict[str, Tensor]:
         """Return the arrays ``wanted`` by name, from one pass over a batch of transformed images.
 
-        Every network gives ``features`` [B, D] and ``logits`` [B, K]. Raises a `UserError` for a name not in `gives`.
+        Every network gives ``features`` [B, D], ``logits`` [B, K], and the transformed ``images``. Raises a `UserError`
+        for a name not in `gives`.
         """
         if missing := sorted(wanted - self.gives):
-            given = " and ".join(sorted(self.gives))
+            *some, last = sorted(self.gives)
+            given = f"{', '.join(some)} and {last}"
             raise UserError(f"{type(self).__name__} gives {given}, not {' and '.join(missing)}")
-        arrays = self.trunk_outputs(images, wanted)
+        arrays = {"images": images, **self.trunk_outputs(images, wanted)}
         if "logits" in wanted:
             with torch.autocast(images.device.type, enabled=False):  # equal to the classifier of the stored features
                 arrays["logits"] = self.head(arrays["features"].to(self.head.weight.dtype))
@@ -166,9 +168,9 @@ class ImageBackbone(Backbone):
         """Return (images / 255 - mean) / std as float32."""
         scale = torch.tensor([1 / (255 * s) for s in self.std], device=images.device)
         shift = torch.tensor([m / s for m, s in zip(self.mean, self.std, strict=True)], device=images.device)
-        if images.ndim != 4:
+        if images.ndim != 4 or images.is_floating_point():  # stored images must not change
             shape = (-1, *(1,) * (images.ndim - 2))
-            return images.to(torch.float32).mul_(scale.view(shape)).sub_(shift.view(shape))
+            return images * scale.view(shape) - shift.view(shape)
         images = images.to(torch.float32, memory_format=torch.channels_last)
         # in rows of 3 W numbers: in pixels of 3 it takes four times as long on a CPU
         width = images.shape[3]

@@ -33,7 +33,7 @@ class SmallViT(Backbone):
 
     transform_settings = ("size", "channels", "mean", "std")
     trunk_prefix = "net."
-    gives = frozenset({"features", "logits"}) | TOKEN_ARRAYS
+    gives = Backbone.gives | TOKEN_ARRAYS
 
     def __init__(
         self,

@@ -64,7 +64,7 @@ def test_every_network_gives_features_and_logits_and_refuses_the_rest(make, size
     assert torch.equal(given["logits"], backbone.head(given["features"]))
     assert list(backbone.outputs(images, frozenset({"logits"}))) == ["logits"]
     name = type(backbone).__name__
-    with pytest.raises(UserError, match=f"^{name} gives features and logits, not quality and tokens$"):
+    with pytest.raises(UserError, match=f"^{name} gives features, images and logits, not quality and tokens$"):
         backbone.outputs(images, frozenset({"features", "quality", "tokens"}))
 
 
@@ -141,7 +141,7 @@ def test_tokens_of_a_convolutional_network_are_its_stages(model, size, widths, s
         place = outputs[i][:, :, :factor, :factor].mean((2, 3))  # the first patch
         torch.testing.assert_close(level[:, 1, :width], place, rtol=1e-4, atol=1e-4)
         torch.testing.assert_close(level[:, 0], level[:, 1:].mean(1))
-    with pytest.raises(UserError, match="gives features, levels, logits and tokens|not block_input"):
+    with pytest.raises(UserError, match="gives features, images, levels, logits and tokens, not block_input"):
         backbone.outputs(images, frozenset({"block_input"}))
 
 
