@@ -7,7 +7,8 @@ is public; number of blocks, rank, heads and pooling are ours.
     block:  h = LN(u);  Q, K, V = h A_q, h A_k, h A_v;  u <- u + softmax(Q K^T / sqrt(r/H)) V A_up
     logits: W pool(LN(u_m)) + b
 
-MACs of an image: m (4 n d r + 2 n^2 r) + d K. Parameters: m (4 d r + 2 d) + 2 d + d K + K.
+MACs of an image: m (4 n d r + 2 n^2 r) + d K. Parameters: m (4 d r + 2 d) + 2 d + d K + K. With ``pool="both"`` the
+classifier has 2 d inputs.
 
 Legend: B images, n tokens, d features of a token, r rank, H heads, e = r/H, m blocks, K classes.
 """
@@ -19,7 +20,7 @@ from iciia_exp.errors import ConfigError, check_bool, check_choice, check_int
 
 __all__ = ["LAE", "LAST", "MIXERS", "POOLS", "LowRankAttention", "prefix_tokens"]
 
-POOLS = ("class", "mean")
+POOLS = ("class", "mean", "both")
 MIXERS = ("attention", "perceptron", "convolution")
 
 
@@ -115,7 +116,7 @@ class LAE(nn.Module):
         blocks: m.
         rank: r.
         heads: H.
-        pool: ``class``: the first token; ``mean``: the mean over the patches.
+        pool: ``class``: the first token; ``mean``: the mean over the patches; ``both``: one after the other.
         prefix: tokens before the patches.
         subtract: classify what the blocks added to their input, and not the sum (LAST).
         mixer: what a block is: ``attention``, or in its place, of the same size, a ``perceptron`` of each token or a
@@ -137,7 +138,7 @@ class LAE(nn.Module):
         super().__init__()
         check_int("blocks", blocks, 0, 100), check_int("rank", rank, 1, 4096)
         self.pool, self.prefix = check_choice("pool", pool, POOLS), prefix
-        if pool == "class" and not prefix:
+        if pool != "mean" and not prefix:
             raise ConfigError("pool", pool, "the backbone has no class token; use mean")
         self.subtract = check_bool("subtract", subtract)
         if subtract and not blocks:
@@ -150,7 +151,8 @@ class LAE(nn.Module):
             else Bottleneck(dim, 2 * rank, prefix, mixer == "convolution")
             for _ in range(blocks)
         )
-        self.norm, self.head = nn.LayerNorm(dim, eps=1e-6), nn.Linear(dim, num_classes)
+        self.norm = nn.LayerNorm(dim, eps=1e-6)
+        self.head = nn.Linear(2 * dim if pool == "both" else dim, num_classes)
         nn.init.zeros_(self.head.weight), nn.init.zeros_(self.head.bias)
 
     def stream(self, x_Bnd: Tensor) -> Tensor:
@@ -170,7 +172,9 @@ class LAE(nn.Module):
             u_Bnd = u_Bnd - self.injected(x_Bnd)
         if self.pool == "class":  # the norm of one token alone
             return self.head(self.norm(u_Bnd[:, 0]))
-        return self.head(self.norm(u_Bnd)[:, self.prefix :].mean(1))
+        h_Bnd = self.norm(u_Bnd)
+        mean_Bd = h_Bnd[:, self.prefix :].mean(1)
+        return self.head(mean_Bd if self.pool == "mean" else torch.cat([h_Bnd[:, 0], mean_Bd], 1))
 
     def macs(self, tokens: int) -> int:
         """Return the MACs of an image with n tokens."""

@@ -66,6 +66,13 @@ def test_the_epochs_of_all_rates_count():
     assert epochs.tolist() == [45] * 12
 
 
+def test_the_linear_start_has_a_rate_of_its_own():
+    assert [recipe.optimizer.keywords["lr"] for recipe in LastBlock(FACTS).recipes[0]] == [0.0001, 0.001]
+    assert [recipe.optimizer.keywords["lr"] for recipe in Last(FACTS, lr=0.01).recipes[0]] == [0.01, 0.01]
+    with pytest.raises(ConfigError, match="linear_lr=0: must be"):
+        Last(FACTS, linear_lr=0)
+
+
 def test_levels_are_evenly_spaced():
     assert Last(FACTS).used == [0, 1, 2, 3]
     assert Last(FACTS, blocks=2).used == [0, 2, 3]

@@ -26,7 +26,15 @@ def learned(cloud, **settings):
 
 @pytest.mark.parametrize(
     "settings",
-    [{}, {"blocks": 0}, {"pool": "mean"}, {"subtract": True}, {"payload": "int8"}, {"standardise": False, "heads": 2}],
+    [
+        {},
+        {"blocks": 0},
+        {"pool": "mean"},
+        {"pool": "both"},
+        {"subtract": True},
+        {"payload": "int8"},
+        {"standardise": False, "heads": 2},
+    ],
 )
 def test_devices_learn_their_own_classes(settings):
     cloud = small_cloud(D, K, noise=0.3)

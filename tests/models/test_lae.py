@@ -33,12 +33,13 @@ def test_it_is_the_formula(reference, case, pool, subtract):
 
 
 @pytest.mark.parametrize(("blocks", "rank", "heads"), [(0, 4, 1), (1, 4, 2), (3, 6, 3)])
-@pytest.mark.parametrize("pool", ["class", "mean"])
+@pytest.mark.parametrize("pool", ["class", "mean", "both"])
 def test_costs_are_the_closed_forms(blocks, rank, heads, pool):
     n, d, classes = 17, 24, 7
     net = LAE(d, classes, blocks, rank, heads, pool)
     assert count_macs(net, torch.randn(1, n, d)) == net.macs(n)
-    trained = blocks * (4 * d * rank + 2 * d) + 2 * d + d * classes + classes
+    inputs = 2 * d if pool == "both" else d
+    trained = blocks * (4 * d * rank + 2 * d) + 2 * d + inputs * classes + classes
     assert sum(p.numel() for p in net.parameters()) == trained
 
 
@@ -47,6 +48,18 @@ def test_published_costs():
     net = LAE(768, 10, 1, 16)
     assert round((net.macs(197) - 7680) / 1e6, 1) == 10.9
     assert sum(p.numel() for p in net.blocks.parameters()) == 50_688
+
+
+def test_both_is_the_class_token_and_the_mean():
+    torch.manual_seed(0)
+    both, token, mean = (LAE(8, 4, 2, 4, pool=pool) for pool in ("both", "class", "mean"))
+    for p in both.parameters():
+        torch.nn.init.normal_(p)
+    state = both.state_dict()
+    for part, columns in ((token, slice(8)), (mean, slice(8, 16))):
+        part.load_state_dict(state | {"head.weight": state["head.weight"][:, columns]})
+    x = torch.randn(3, 10, 8)
+    torch.testing.assert_close(both(x), token(x) + mean(x) - both.head.bias)
 
 
 def test_it_starts_as_the_linear_classifier():
@@ -60,7 +73,7 @@ def test_it_starts_as_the_linear_classifier():
 def test_bad_values():
     for arguments, message in (
         ({"heads": 3}, "heads=3: must divide the rank 16"),
-        ({"pool": "max"}, "pool=max: must be one of class, mean"),
+        ({"pool": "max"}, "pool=max: must be one of class, mean, both"),
         ({"prefix": 0}, "pool=class: the backbone has no class token; use mean"),
         ({"blocks": 0, "subtract": True}, "subtract=True: needs blocks"),
     ):

@@ -57,6 +57,7 @@ class DeviceNetwork(Personal):
         batch_size: images of a step.
         epochs: of the network.
         linear_epochs: of the linear classifier that training starts with, if there is one.
+        linear_lr: rate of that classifier; None: ``lr``.
         patience: epochs without a better accuracy on the client's val images before training stops.
         seed: of initial values and orders.
     """
@@ -81,6 +82,7 @@ class DeviceNetwork(Personal):
         linear_epochs: int = 50,
         patience: int = 100,
         seed: int = 0,
+        linear_lr: float | None = None,
     ) -> None:
         super().__init__(facts)
         if self.array not in facts.arrays:
@@ -98,8 +100,10 @@ class DeviceNetwork(Personal):
         decay, rates = check_float("weight_decay", weight_decay, 0.0), _rates(lr)
         check_int("linear_epochs", linear_epochs, 1)
         #: Of the network and of the linear classifier, for each rate.
+        own = None if linear_lr is None else check_float("linear_lr", linear_lr, 0.0, open_low=True)
         self.recipes = [
-            [_recipe(rate, decay, number, batch_size) for number in (epochs, linear_epochs)] for rate in rates
+            [_recipe(rate, decay, epochs, batch_size), _recipe(own or rate, decay, linear_epochs, batch_size)]
+            for rate in rates
         ]
         self.most_classes: Tensor
         self.register_buffer("most_classes", torch.tensor(self.num_classes))
@@ -284,7 +288,8 @@ class DeviceNetwork(Personal):
         if (before := self.linear_input_macs()) is None:
             return 0
         epochs = sum(linear_recipe.epochs for _, linear_recipe in self.recipes)
-        return before + 3 * epochs * self.width * self.classes
+        with torch.device("meta"):
+            return before + 3 * epochs * self.linear(self.classes).macs(1)
 
     def payload(self) -> dict[str, Tensor]:
         """Return nothing: a device draws the initial values itself."""

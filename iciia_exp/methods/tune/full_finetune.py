@@ -36,7 +36,7 @@ class FullFinetune(DeviceNetwork):
 
     Args:
         facts: task, sizes, and the backbone's network.
-        lr, weight_decay, batch_size, epochs, linear_epochs, patience, seed: as in `DeviceNetwork`.
+        lr, weight_decay, batch_size, epochs, linear_epochs, patience, seed, linear_lr: as in `DeviceNetwork`.
     """
 
     name = "full_finetune"
@@ -54,8 +54,11 @@ class FullFinetune(DeviceNetwork):
         linear_epochs: int = 50,
         patience: int = 20,
         seed: int = 0,
+        linear_lr: float | None = 0.001,
     ) -> None:
-        super().__init__(facts, False, "float32", lr, weight_decay, batch_size, epochs, linear_epochs, patience, seed)
+        super().__init__(
+            facts, False, "float32", lr, weight_decay, batch_size, epochs, linear_epochs, patience, seed, linear_lr
+        )
         if facts.network is None:
             raise NotApplicable("method", self.name, "tunes the backbone, and there is only its features")
         self.width = facts.dim

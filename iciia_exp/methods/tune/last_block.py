@@ -25,15 +25,22 @@ class LastBlock(DeviceNetwork):
 
     Args:
         facts: task, sizes, and the shape of the tokens.
-        standardise, lr, training: arguments of `DeviceNetwork`.
+        standardise, lr, linear_lr, training: arguments of `DeviceNetwork`.
     """
 
     name = "last_block"
     reads: ClassVar[frozenset[str]] = frozenset({"features", "block_input"})
     array = "block_input"
 
-    def __init__(self, facts: Facts, standardise: bool = False, lr: Any = 0.0001, **training: Any) -> None:
-        super().__init__(facts, standardise=standardise, lr=lr, **training)
+    def __init__(
+        self,
+        facts: Facts,
+        standardise: bool = False,
+        lr: Any = 0.0001,
+        linear_lr: float | None = 0.001,
+        **training: Any,
+    ) -> None:
+        super().__init__(facts, standardise=standardise, lr=lr, linear_lr=linear_lr, **training)
         self.form: Tensor
         self.values: Tensor
         #: Heads, width of the perceptron, and whether it has biases of queries, keys and values, and layer scale.

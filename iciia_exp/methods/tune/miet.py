@@ -31,7 +31,7 @@ class Miet(DeviceNetwork):
         blocks: m; 0 is a linear classifier, and with ``pool: class`` only the class token is sent.
         rank: r.
         heads: H.
-        pool: ``class``: the class token is classified; ``mean``: the mean over the patches.
+        pool: ``class``: the class token is classified; ``mean``: the mean over the patches; ``both``.
         subtract: classify what the blocks added (LAST).
         mixer: what a block is: ``attention``, or in its place, of the same size, a ``perceptron`` of each token or a
             ``convolution`` over the patches.
