@@ -177,7 +177,7 @@ def test_the_training_of_a_vision_transformer_costs_what_the_budget_states():
 
 
 def test_full_fine_tuning_without_a_backbone_is_refused():
-    with pytest.raises(NotApplicable, match="full_finetune: tunes the backbone, and there is only its features"):
+    with pytest.raises(NotApplicable, match="full_finetune: tunes the backbone, and there are only its features"):
         FullFinetune(Facts.of(nn.Linear(D, K), arrays=ARRAYS))
 
 

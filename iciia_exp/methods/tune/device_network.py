@@ -99,8 +99,8 @@ class DeviceNetwork(Personal):
         self.patience, self.seed = check_int("patience", patience, 1), check_int("seed", seed, 0)
         decay, rates = check_float("weight_decay", weight_decay, 0.0), _rates(lr)
         check_int("linear_epochs", linear_epochs, 1)
-        #: Of the network and of the linear classifier, for each rate.
         own = None if linear_lr is None else check_float("linear_lr", linear_lr, 0.0, open_low=True)
+        #: Of the network and of the linear classifier, for each rate.
         self.recipes = [
             [_recipe(rate, decay, epochs, batch_size), _recipe(own or rate, decay, linear_epochs, batch_size)]
             for rate in rates

@@ -60,7 +60,7 @@ class FullFinetune(DeviceNetwork):
             facts, False, "float32", lr, weight_decay, batch_size, epochs, linear_epochs, patience, seed, linear_lr
         )
         if facts.network is None:
-            raise NotApplicable("method", self.name, "tunes the backbone, and there is only its features")
+            raise NotApplicable("method", self.name, "tunes the backbone, and there are only its features")
         self.width = facts.dim
         self.net: Any = facts.network().eval()
         self.net.head = nn.Identity()
