@@ -72,7 +72,10 @@ def _composed(*overrides, hydra=False):
     from iciia_exp.config.paths import CONF_DIR
 
     parsed = [] if hydra else OverridesParser.create().parse_overrides(list(overrides))
-    values = [o for o in parsed if not (CONF_DIR / o.key_or_group).is_dir() and not o.is_sweep_override()]
+    by_hydra = [
+        o for o in parsed if (CONF_DIR / o.key_or_group).is_dir() or o.is_sweep_override() or o.is_hydra_override()
+    ]
+    values = [o for o in parsed if o not in by_hydra]
     set_later = {o.input_line for o in values}
     config = copy.deepcopy(_by_hydra(*(o for o in overrides if o not in set_later), hydra=hydra))
     ConfigLoaderImpl._apply_overrides_to_config(values, config)

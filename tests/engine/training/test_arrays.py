@@ -137,7 +137,9 @@ def test_what_a_method_reads_makes_a_store_of_its_own(stages, monkeypatch):
 def test_a_backbone_without_the_array_is_refused_before_any_work(folder, tmp_path):
     with pytest.raises(ConfigError) as error:
         execute(folder("method=backbone", TOKENS))
-    message = "method=token_mean: cannot work with backbone small_cnn: SmallCNN gives features and logits, not tokens"
+    message = (
+        "method=token_mean: cannot work with backbone small_cnn: SmallCNN gives features, images and logits, not tokens"
+    )
     assert str(error.value) == f"{message}; choose a backbone that gives what it reads"
     assert not artifacts_in(tmp_path / "cache")
 
