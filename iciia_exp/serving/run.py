@@ -127,10 +127,8 @@ class Run:
             raise UserError(f"{path}/weights.safetensors: its classifier is {shape}, not what run.json describes")
         head = nn.Linear(info["dim"], info["num_classes"])
         arrays = {name: tuple(sizes) for name, sizes in info.get("arrays", {}).items()}
-        network = None
-        if (stored := info["backbone"]) is not None:
-            build: Any = restore
-            network = partial(build, stored["model"], Backbone, plugins, num_classes=head.out_features)
+        stored = info["backbone"]
+        network = None if stored is None else partial(_network, stored, plugins, num_classes=head.out_features)
         facts = Facts(TASKS[info["task"]], head, tuple(info["class_names"]), arrays, network)
         try:
             method = restore(info["method"], Method, plugins, facts=facts)  # type: ignore[type-abstract]
@@ -216,9 +214,7 @@ class Run:
             if not Path(weights).is_file() or file_digest(Path(weights)) != file["digest"]:
                 raise UserError(f"{weights}: not the file that the features were made with ({file['file']})")
 
-        def network(**arguments: Any) -> Backbone:
-            return restore(stored["model"], Backbone, self.plugins, **arguments)  # type: ignore[type-abstract]
-
+        network = partial(_network, stored, self.plugins)
         torch.manual_seed(derive_seed("backbone", 0))  # as when the features were made
         classes = stored["classes"]
         try:
@@ -289,6 +285,11 @@ class Run:
         probabilities = self.method.task.probabilities(logits_CSK)
         check_answers("predict", probabilities if mask is None else probabilities[mask])
         return probabilities if x.ndim == 3 else probabilities[0]
+
+
+def _network(stored: Mapping[str, Any], plugins: Plugins, **arguments: Any) -> Backbone:
+    """Build the network that ``backbone`` of ``run.json`` describes, with fresh weights."""
+    return restore(stored["model"], Backbone, plugins, **arguments)  # type: ignore[type-abstract]
 
 
 def _newest(path: Path, pattern: str) -> Path | None:

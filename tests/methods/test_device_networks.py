@@ -134,12 +134,11 @@ def test_full_fine_tuning_starts_at_the_backbone():
     method, *_ = taught(FullFinetune(FACTS, epochs=1, linear_epochs=1, lr=1e-12, weight_decay=0.0), cloud)
     (test,) = cloud.chunks("test")
     x_CSD = network.trunk(test.arrays["images"].flatten(0, 1)).view(*test.mask_CS.shape, D)
-    batch = test._replace(arrays={"images": x_CSD.unsqueeze(2)})
     linear, states = LAE(D, method.classes, blocks=0, prefix=1), method.states.states
     for client in range(12):
         linear.load_state_dict({name: states[name][client] for name in linear.state_dict()})
         own = states["classes"][client].long()
-        expected = linear(batch.arrays["images"][client])
+        expected = linear(x_CSD[client].unsqueeze(1))
         torch.testing.assert_close(method.logits(test)[client][:, own], expected, rtol=1e-4, atol=1e-4)
 
 

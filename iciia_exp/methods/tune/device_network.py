@@ -30,7 +30,7 @@ from iciia_exp.recipe import Recipe
 from iciia_exp.seeding import derive_seed
 from iciia_exp.tasks import SINGLE_LABEL
 
-__all__ = ["DeviceNetwork", "LevelNetwork"]
+__all__ = ["DeviceNetwork", "LevelNetwork", "images_up"]
 
 #: Logit of a class that the client does not have; its probability is 0 in float32.
 _ABSENT = -1e4
@@ -250,18 +250,11 @@ class DeviceNetwork(Personal):
 
         Training takes `training_macs`.
         """
-        macs, once = self.network_macs(self.classes), sizes.train + sizes.val
-        size = packed_bytes(self.shape, self.sent)
-
-        def times(number: int, each: int | None) -> int | None:
-            return None if each is None else number * each
-
-        lines = [Line("client_once", "device", "training", macs=self.training_macs(sizes))]
-        sent: list[tuple[Phase, str, int]] = [("client_once", "training", once), ("request", "method", sizes.requested)]
-        for phase, what, images in sent:
+        macs, size = self.network_macs(self.classes), packed_bytes(self.shape, self.sent)
+        lines = [Line("client_once", "device", "training", macs=self.training_macs(sizes)), *images_up(sizes)]
+        for phase, what, images in _sent(sizes):
             lines += [
-                Line(phase, "device", what, kind="images", bytes=times(images, sizes.image_bytes)),
-                Line(phase, "cloud", "backbone", macs=times(images, sizes.backbone_macs)),
+                Line(phase, "cloud", "backbone", macs=_times(images, sizes.backbone_macs)),
                 Line(phase, "cloud", what, kind=self._kind, bytes=images * size),
             ]
         if weights := payload_bytes(self.payload()):
@@ -325,6 +318,23 @@ class LevelNetwork(DeviceNetwork):
         """Return the levels that are sent, [C, S, L, n, d]."""
         levels = batch.arrays["levels"]
         return levels if len(self.used) == levels.shape[2] else levels[:, :, self.used]
+
+
+def _sent(sizes: Sizes) -> list[tuple[Phase, str, int]]:
+    """Return when images are sent, what for, and how many."""
+    return [("client_once", "training", sizes.train + sizes.val), ("request", "method", sizes.requested)]
+
+
+def _times(number: int, each: int | None) -> int | None:
+    return None if each is None else number * each
+
+
+def images_up(sizes: Sizes) -> list[Line]:
+    """Return the lines of a client's images that go to the cloud, in training and in a request."""
+    return [
+        Line(phase, "device", what, kind="images", bytes=_times(images, sizes.image_bytes))
+        for phase, what, images in _sent(sizes)
+    ]
 
 
 def _rates(lr: float | Sequence[float]) -> list[float]:

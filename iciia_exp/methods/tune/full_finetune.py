@@ -19,9 +19,9 @@ from iciia_exp.cost import count_macs, training_bytes
 from iciia_exp.data.batches import ClientBatch
 from iciia_exp.data.views import CloudView
 from iciia_exp.errors import NotApplicable
-from iciia_exp.ledger import Budget, Line, Link, Phase, Sizes
+from iciia_exp.ledger import Budget, Line, Link, Sizes
 from iciia_exp.methods.base import Facts, Fit, Record
-from iciia_exp.methods.tune.device_network import DeviceNetwork
+from iciia_exp.methods.tune.device_network import DeviceNetwork, images_up
 
 __all__ = ["FullFinetune"]
 
@@ -117,15 +117,9 @@ class FullFinetune(DeviceNetwork):
 
     def budget(self, sizes: Sizes) -> Budget:
         """Images and labels up, logits down, everything else in the cloud."""
-        once = sizes.train + sizes.val
-
-        def image_bytes(number: int) -> int | None:
-            return None if sizes.image_bytes is None else number * sizes.image_bytes
-
-        sent: list[tuple[Phase, str, int]] = [("client_once", "training", once), ("request", "method", sizes.requested)]
-        lines = [Line(phase, "device", what, kind="images", bytes=image_bytes(n)) for phase, what, n in sent]
-        lines += [
-            Line("client_once", "device", "training", kind="labels", bytes=4 * once),
+        lines = [
+            *images_up(sizes),
+            Line("client_once", "device", "training", kind="labels", bytes=4 * (sizes.train + sizes.val)),
             Line("client_once", "cloud", "training", macs=self.training_macs(sizes)),
             Line("request", "cloud", "backbone", macs=sizes.requested * self._pass_macs),
             Line("request", "cloud", "method", macs=sizes.requested * self.width * self.classes),

@@ -170,7 +170,7 @@ class ImageBackbone(Backbone):
         shift = torch.tensor([m / s for m, s in zip(self.mean, self.std, strict=True)], device=images.device)
         if images.ndim != 4 or images.is_floating_point():  # stored images must not change
             shape = (-1, *(1,) * (images.ndim - 2))
-            return images * scale.view(shape) - shift.view(shape)
+            return (images * scale.view(shape)).sub_(shift.view(shape))
         images = images.to(torch.float32, memory_format=torch.channels_last)
         # in rows of 3 W numbers: in pixels of 3 it takes four times as long on a CPU
         width = images.shape[3]
