@@ -44,6 +44,10 @@ class Examples(NamedTuple):
         """Return some of the clients."""
         return Examples(*(tensor[rows] for tensor in self))
 
+    def none(self) -> Examples:
+        """Return examples of the same clients without any image."""
+        return Examples(*(tensor[:, :0] for tensor in self))
+
 
 class Fitted(NamedTuple):
     """The trained modules."""
@@ -109,7 +113,7 @@ def fit_many(
                 states[name][lengths_C == 0] = p if name not in starts else starts[name][lengths_C == 0]
             continue
         same = order[steps_C[order] == steps]  # as many steps for each, so that none gets an empty one
-        plain = not starts and shuffle is None and _is_dual(module, task, recipe)
+        plain = shuffle is None and set(starts) in (set(), set(start)) and _is_dual(module, task, recipe)
         dual = plain and steps * recipe.batch_size <= 2 * train.x.shape[-1]
         for rows in same.split(_at_once(start, train, val, int(lengths_C[same].max()), dual)):
             longest = int(lengths_C[rows].max())
@@ -117,7 +121,7 @@ def fit_many(
             own = {name: values[rows] for name, values in starts.items()}
             together: _Together
             if dual:
-                together = _Dual(module, start, few, val.take(rows), task, recipe)
+                together = _Dual(own or start, few, val.take(rows), task, recipe)
             else:
                 together = _Stacked(module, start, few, val.take(rows), task, recipe, steps, own, shuffle)
             best, epochs_C[rows], accuracy_C[rows] = _train(together, recipe.epochs, patience)
@@ -300,8 +304,7 @@ class _Dual:
 
     def __init__(
         self,
-        module: nn.Module,
-        start: dict[str, Tensor],
+        start: Mapping[str, Tensor],
         train: Examples,
         val: Examples,
         task: Task,
@@ -310,13 +313,11 @@ class _Dual:
         self.start, self.x_CnD, self.val, self.task, self.recipe = start, train.x, val, task, recipe
         self.lr = recipe.make_optimizer([nn.Parameter(torch.zeros(1))]).param_groups[0]["lr"]
         self.real_Cn1 = train.mask.to(train.x.dtype)[:, :, None]
-        classes = len(start["bias"])
+        classes = start["bias"].shape[-1]
         self.one_hot_CnK = nn.functional.one_hot(train.y, classes).to(train.x.dtype)
         across_CDn = train.x.transpose(1, 2)
         self.gram_Cnn, self.near_Cmn = torch.bmm(train.x, across_CDn), torch.bmm(val.x, across_CDn)
-        self.start_CnK, self.start_CmK = (
-            nn.functional.linear(x, start["weight"], start["bias"]) for x in (train.x, val.x)
-        )
+        self.start_CnK, self.start_CmK = (_logits(start, x) for x in (train.x, val.x))
         self.trained = [torch.zeros_like(self.start_CnK), self.start_CnK.new_zeros(len(train.y), 1, classes)]
 
     @torch.no_grad()
@@ -359,6 +360,14 @@ class _Dual:
         change_CnK, bias_C1K = trained
         weight_CKD = torch.baddbmm(self.start["weight"], change_CnK.transpose(1, 2), self.x_CnD)
         return {"weight": weight_CKD, "bias": self.start["bias"] + bias_C1K[:, 0]}
+
+
+def _logits(start: Mapping[str, Tensor], x_CnD: Tensor) -> Tensor:
+    """Return the logits of linear classifiers, of one for all clients or of one for each, [C, n, K]."""
+    weight, bias = start["weight"], start["bias"]
+    if weight.ndim == 2:
+        return nn.functional.linear(x_CnD, weight, bias)
+    return torch.baddbmm(bias[:, None], x_CnD, weight.transpose(1, 2))
 
 
 def _is_dual(module: nn.Module, task: Task, recipe: Recipe) -> bool:

@@ -114,6 +114,24 @@ def test_each_module_is_trained_as_if_alone(case, dual, monkeypatch):
     assert len(set(fitted.epochs_C.tolist())) > 1  # some stop early, one has no images
 
 
+@pytest.mark.parametrize("dual", [True, False])
+@pytest.mark.parametrize("names", [["weight", "bias"], ["bias"]])
+def test_clients_start_where_they_are_told(dual, names, monkeypatch):
+    if not dual:
+        monkeypatch.setattr(module, "_is_dual", lambda *_: False)
+    recipe, train, val = Recipe(SGD, None, 4, 5, 0.8), images(N, LENGTHS), images(M, LENGTHS.clamp(max=M), seed=1)
+    shapes, rng = {"weight": (K, D), "bias": (K,)}, torch.Generator().manual_seed(3)
+    starts = {name: torch.randn(C, *shapes[name], generator=rng) for name in names}
+    fitted = fit_many(linear(), train, val, SINGLE_LABEL, recipe, 2, starts)
+    for client in range(C):
+        own = linear()
+        own.load_state_dict({name: value[client] for name, value in starts.items()}, strict=False)
+        want, epochs = alone(own, train, val, SINGLE_LABEL, recipe, 2, client)
+        assert fitted.epochs_C[client] == epochs
+        for name, value in want.named_parameters():
+            torch.testing.assert_close(fitted.states[name][client], value.detach(), atol=1e-5, rtol=1e-4)
+
+
 def test_clients_in_parts_are_those_of_all_together(monkeypatch):
     recipe, train, val = Recipe(SGD, None, 5, 5, 1.0), images(N, LENGTHS), images(M, LENGTHS.clamp(max=M), seed=1)
     whole = fit_many(linear(), train, val, SINGLE_LABEL, recipe, 2)
