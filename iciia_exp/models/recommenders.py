@@ -1,0 +1,321 @@
+"""Recommenders: click models on user, target item and the user's histories of items.
+
+Source: the models of MPDA (KDD 2022, 2180-2190), layer by layer as released: DIN (KDD 2018), Wide & Deep (DLRS 2016),
+PNN (ICDM 2016), DeepFM (IJCAI 2017) and logistic regression. Batch norms and Dice use their running statistics in
+evaluation mode; the released code never uses others.
+
+A model looks rows up in its tables first (`Recommender.lookup`) and computes on them (`Recommender.compute`), so that
+gradients can be taken for the rows that were read, and not for whole tables.
+
+Legend: B interactions, H histories, L slots of a history, G categories of an item, d width of item and of category
+embeddings, u width of a user's, e = 2 d of an item with its categories.
+"""
+
+from abc import abstractmethod
+from collections.abc import Mapping
+from itertools import pairwise
+from typing import ClassVar, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+__all__ = ["DIN", "LR", "PNN", "RECOMMENDERS", "DeepFM", "Interactions", "Recommender", "WideDeep"]
+
+#: Histories of a user: disliked and liked items.
+HISTORIES = 2
+#: Tables of two numbers for every id: user, target, and each history.
+_LINEAR = {"user_linear": 2} | {f"{ids}_linear_{at}": 2 for ids in ("item", "category") for at in range(1 + HISTORIES)}
+#: Epsilon of the batch norms.
+_EPS = 1e-3
+#: Weight before the softmax of a slot that is empty.
+_MASKED = -(2.0**32) + 1
+
+
+class Interactions(NamedTuple):
+    """Users and items that they may like. Padding: -1 for slots of a history and for categories."""
+
+    user_B: Tensor  # int64
+    item_B: Tensor
+    categories_BG: Tensor
+    items_BHL: Tensor  # the histories, disliked items before liked ones
+    categories_BHLG: Tensor
+    tags_BT: Tensor | None = None  # further numbers of the item, for `LR`
+
+
+class Recommender(nn.Module):
+    """A click model: logits [B, 2] of no and yes.
+
+    Args:
+        users, items, categories: numbers of each.
+        widths: of the rows of its tables; a table's name begins with what its rows are for: ``user``, ``item`` or
+            ``category``.
+    """
+
+    #: Whether every row that is read has a gradient of its own, as of a table; False: as of a matrix on a multi-hot
+    #: vector, where equal ids share a row.
+    rows_apart: ClassVar[bool] = True
+
+    def __init__(self, users: int, items: int, categories: int, widths: Mapping[str, int]) -> None:
+        super().__init__()
+        sizes = {"user": users, "item": items, "category": categories}
+        tables = {name: nn.Embedding(sizes[name.split("_")[0]], width) for name, width in widths.items()}
+        self.tables = nn.ModuleDict(tables)
+
+    @abstractmethod
+    def places(self, x: Interactions) -> dict[str, Tensor]:
+        """Return the rows that are read of every table, int64 [B, N], by name of the table."""
+
+    def lookup(self, x: Interactions) -> dict[str, Tensor]:
+        """Return the rows at `places`, [B, N, width], by name of the table."""
+        return {name: self.tables[name](place) for name, place in self.places(x).items()}
+
+    @abstractmethod
+    def compute(self, x: Interactions, rows: Mapping[str, Tensor]) -> Tensor:
+        """Return the logits [B, 2], from the rows of `lookup`."""
+
+    def forward(self, x: Interactions) -> Tensor:
+        """Return the logits [B, 2]."""
+        return self.compute(x, self.lookup(x))
+
+
+class _Embedded(Recommender):
+    """A model on embeddings of user, target and slots.
+
+    Args:
+        users, items, categories: numbers of each.
+        user_width: u.
+        item_width: d, of an item's embedding and of a category's.
+    """
+
+    def __init__(self, users: int, items: int, categories: int, user_width: int, item_width: int) -> None:
+        widths = {"user": user_width, "item": item_width, "category": item_width}
+        super().__init__(users, items, categories, widths | self.more_tables)
+
+    #: Further tables.
+    more_tables: ClassVar[Mapping[str, int]] = {}
+
+    def places(self, x: Interactions) -> dict[str, Tensor]:
+        """Return the rows that are read of every table.
+
+        An empty slot reads item 0, a row like others. Where a category is missing, row 0 is read and masked.
+        """
+        categories = torch.cat([x.categories_BG, x.categories_BHLG.flatten(1)], 1)
+        items = torch.cat([x.item_B[:, None], x.items_BHL.flatten(1)], 1)
+        return {"user": x.user_B[:, None], "item": items.clamp(min=0), "category": categories.clamp(min=0)}
+
+    def fields(self, x: Interactions, rows: Mapping[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the vectors of user [B, u], target [B, e] and slots [B, H, L, e], the mean of the categories first."""
+        shape, slots = x.categories_BG.shape, x.items_BHL.shape
+        target, slot = rows["category"].split([shape[1], rows["category"].shape[1] - shape[1]], 1)
+        means = [
+            _mean(part.unflatten(1, size), ids)
+            for part, size, ids in ((target, shape[1:], x.categories_BG), (slot, (*slots[1:], -1), x.categories_BHLG))
+        ]
+        item_B1d, slot_BNd = rows["item"].split([1, rows["item"].shape[1] - 1], 1)
+        target_Be = torch.cat([means[0], item_B1d[:, 0]], -1)
+        slots_BHLe = torch.cat([means[1], slot_BNd.unflatten(1, slots[1:])], -1)
+        return rows["user"][:, 0], target_Be, slots_BHLe
+
+
+def _mean(rows: Tensor, ids: Tensor) -> Tensor:
+    """Return the mean of the categories that are there, [..., G, d] to [..., d]; 0 without any."""
+    there = (ids >= 0).to(rows.dtype).unsqueeze(-1)
+    return (rows * there).sum(-2) / (there.sum(-2) + 1e-7)
+
+
+def _linear_ids(x: Interactions) -> dict[str, Tensor]:
+    """Return the ids of the tables of two numbers, int64 [B, N], -1 where there is none."""
+    items = [x.item_B[:, None], *x.items_BHL.unbind(1)]
+    categories = [x.categories_BG, *x.categories_BHLG.flatten(2).unbind(1)]
+    pairs = (("item", items), ("category", categories))
+    many = {f"{name}_linear_{at}": ids for name, inputs in pairs for at, ids in enumerate(inputs)}
+    return {"user_linear": x.user_B[:, None]} | many
+
+
+def _linear_places(x: Interactions) -> dict[str, Tensor]:
+    return {name: ids.clamp(min=0) for name, ids in _linear_ids(x).items()}
+
+
+def _linear(x: Interactions, rows: Mapping[str, Tensor]) -> Tensor:
+    """Return the sum of the two numbers of all ids, [B, 2]."""
+    found = [(rows[name] * (ids >= 0).unsqueeze(-1)).sum(1) for name, ids in _linear_ids(x).items()]
+    return torch.stack(found).sum(0)
+
+
+def _norm(width: int) -> nn.BatchNorm1d:
+    return nn.BatchNorm1d(width, eps=_EPS, momentum=0.01)
+
+
+class Dice(nn.Module):
+    """An activation between x and alpha x, by the sigmoid of x normalised (DIN, section 5.3)."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.alpha = nn.Parameter(torch.zeros(width))
+        self.norm = nn.BatchNorm1d(width, eps=1e-9, momentum=0.01, affine=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the activation, with the shape of ``x``."""
+        p = self.norm(x).sigmoid()
+        return self.alpha * (1 - p) * x + p * x
+
+
+def _perceptron(width: int, activation: type[nn.Module] | None = None) -> nn.Sequential:
+    """Return 200, 80 and 2 outputs; by default with a PReLU for every number."""
+    made = [nn.PReLU(n, init=0.0) if activation is None else activation() for n in (200, 80)]
+    return nn.Sequential(nn.Linear(width, 200), made[0], nn.Linear(200, 80), made[1], nn.Linear(80, 2))
+
+
+class _Attention(nn.Module):
+    """Attention of a target to the slots of a history, by a perceptron of both (DIN, section 4.3)."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        sizes = (2 * width, 80, 40)
+        layers = [layer for a, b in pairwise(sizes) for layer in (nn.Linear(a, b), nn.Sigmoid())]
+        self.score = nn.Sequential(*layers, nn.Linear(40, 1))
+
+    def forward(self, target_Be: Tensor, slots_BLe: Tensor, there_BL: Tensor) -> Tensor:
+        """Return the weighted sum of the slots, [B, e]; of a history without items all slots weigh the same."""
+        pairs = torch.cat([target_Be.unsqueeze(1).expand_as(slots_BLe), slots_BLe], -1)
+        score_BL = self.score(pairs)[..., 0]
+        weight_BL = torch.where(there_BL, score_BL, _MASKED).softmax(-1)
+        return (weight_BL.unsqueeze(-1) * slots_BLe).sum(1)
+
+
+class DIN(_Embedded):
+    """Deep interest network: each history by attention, and its plain sum."""
+
+    def __init__(self, users: int, items: int, categories: int, user_width: int = 9, item_width: int = 9) -> None:
+        super().__init__(users, items, categories, user_width, item_width)
+        e = 2 * item_width
+        self.attention = nn.ModuleList(_Attention(e) for _ in range(HISTORIES))
+        width = user_width + (2 * HISTORIES + 1) * e
+        self.norm = _norm(width)
+        self.net = nn.Sequential(nn.Linear(width, 200), Dice(200), nn.Linear(200, 80), Dice(80), nn.Linear(80, 2))
+
+    def compute(self, x: Interactions, rows: Mapping[str, Tensor]) -> Tensor:
+        """Return the logits [B, 2]."""
+        user_Bu, target_Be, slots_BHLe = self.fields(x, rows)
+        parts = [user_Bu]
+        for h, attend in enumerate(self.attention):
+            slots_BLe = slots_BHLe[:, h]
+            parts += [attend(target_Be, slots_BLe, x.items_BHL[:, h] >= 0), slots_BLe.sum(1)]
+        return self.net(self.norm(torch.cat([*parts, target_Be], -1)))
+
+
+class _FieldModel(_Embedded):
+    """A model of four fields of one width, each with a batch norm: user, the histories' sums, target.
+
+    Args:
+        users, items, categories: numbers of each.
+        item_width: d, of an item's embedding and of a category's; a user's is twice as wide.
+    """
+
+    def __init__(self, users: int, items: int, categories: int, item_width: int = 9) -> None:
+        super().__init__(users, items, categories, 2 * item_width, item_width)
+        #: Number of fields, and their width.
+        self.count, self.width = HISTORIES + 2, 2 * item_width
+        self.norms = nn.ModuleList(_norm(self.width) for _ in range(self.count))
+
+    def normed(self, x: Interactions, rows: Mapping[str, Tensor]) -> list[Tensor]:
+        """Return the fields [B, e]."""
+        user_Be, target_Be, slots_BHLe = self.fields(x, rows)
+        fields = [user_Be, *slots_BHLe.sum(2).unbind(1), target_Be]
+        return [norm(field) for norm, field in zip(self.norms, fields, strict=True)]
+
+
+class WideDeep(_FieldModel):
+    """Wide & Deep: a perceptron, and a linear layer on the fields and their products."""
+
+    def __init__(self, users: int, items: int, categories: int, item_width: int = 9) -> None:
+        super().__init__(users, items, categories, item_width)
+        self.net = _perceptron(self.count * self.width)
+        pairs = self.count * (self.count - 1) // 2
+        self.wide = nn.Linear((self.count + pairs) * self.width, 2, bias=False)
+
+    def compute(self, x: Interactions, rows: Mapping[str, Tensor]) -> Tensor:
+        """Return the logits [B, 2]."""
+        fields = self.normed(x, rows)
+        products = [a * b for i, a in enumerate(fields) for b in fields[i + 1 :]]
+        return self.net(torch.cat(fields, -1)) + self.wide(torch.cat(fields + products, -1))
+
+
+class PNN(_FieldModel):
+    """Product network: a perceptron on the fields and on products of them.
+
+    The released loop appends products to the list that it walks: 4 fields become 21 blocks, and not 10.
+    """
+
+    def __init__(self, users: int, items: int, categories: int, item_width: int = 9) -> None:
+        super().__init__(users, items, categories, item_width)
+        self.net = _perceptron(len(self._blocks([torch.zeros(1)] * self.count)) * self.width)
+
+    def _blocks(self, fields: list[Tensor]) -> list[Tensor]:
+        blocks = list(fields)
+        for i in range(len(fields) - 1):
+            blocks += [blocks[i] * other for other in blocks[i + 1 :]]
+        return blocks
+
+    def compute(self, x: Interactions, rows: Mapping[str, Tensor]) -> Tensor:
+        """Return the logits [B, 2]."""
+        return self.net(torch.cat(self._blocks(self.normed(x, rows)), -1))
+
+
+class DeepFM(_FieldModel):
+    """DeepFM: a perceptron, the dot products of the fields, and two numbers for every id."""
+
+    more_tables = _LINEAR
+
+    def __init__(self, users: int, items: int, categories: int, item_width: int = 9) -> None:
+        super().__init__(users, items, categories, item_width)
+        self.net = _perceptron(self.count * self.width, nn.Sigmoid)
+        self.cross = nn.Linear(self.count * (self.count - 1) // 2, 2, bias=False)
+        self.linear_norm = _norm(2)
+
+    def places(self, x: Interactions) -> dict[str, Tensor]:
+        """Return the rows that are read of every table."""
+        return super().places(x) | _linear_places(x)
+
+    def compute(self, x: Interactions, rows: Mapping[str, Tensor]) -> Tensor:
+        """Return the logits [B, 2]."""
+        fields = self.normed(x, rows)
+        dots = [(a * b).sum(-1) for i, a in enumerate(fields) for b in fields[i + 1 :]]
+        linear_B2 = self.linear_norm(_linear(x, rows))
+        return self.net(torch.cat(fields, -1)) + self.cross(torch.stack(dots, -1)) + linear_B2
+
+
+class LR(Recommender):
+    """Logistic regression: two numbers for every id of every input, a linear layer on tags, and a batch norm.
+
+    Args:
+        users, items, categories: numbers of each.
+        tags: T, further numbers of an item.
+    """
+
+    rows_apart = False
+
+    def __init__(self, users: int, items: int, categories: int, tags: int = 0) -> None:
+        super().__init__(users, items, categories, _LINEAR)
+        self.bias = nn.Parameter(torch.zeros(2))
+        self.tags = nn.Linear(tags, 2, bias=False) if tags else None
+        self.norm = _norm(2)
+
+    def places(self, x: Interactions) -> dict[str, Tensor]:
+        """Return the rows that are read of every table."""
+        return _linear_places(x)
+
+    def compute(self, x: Interactions, rows: Mapping[str, Tensor]) -> Tensor:
+        """Return the logits [B, 2]."""
+        logits_B2 = _linear(x, rows) + self.bias
+        return self.norm(logits_B2 if self.tags is None else logits_B2 + self.tags(x.tags_BT))
+
+
+#: The models by name.
+RECOMMENDERS: dict[str, type[Recommender]] = {
+    "lr": LR,
+    "wide_deep": WideDeep,
+    "pnn": PNN,
+    "deepfm": DeepFM,
+    "din": DIN,
+}
