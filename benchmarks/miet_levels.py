@@ -114,7 +114,7 @@ def accuracy(method: Personal, clients: Clients, batches: FeatureBatches) -> flo
     for client in devices.tested:
         own = devices.own(np.array([client]))
         test = own.pop("test")  # not for the method
-        states = method.personalise(own, link).states
+        states = method.personalise(own, link, None).states
         with torch.inference_mode():
             right = (method.classify(test, states).argmax(-1) == test.y_CS)[test.mask_CS]
         found.append(float(right.float().mean()))

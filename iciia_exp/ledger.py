@@ -24,7 +24,7 @@ PHASES: tuple[Phase, ...] = ("cloud_once", "client_once", "round", "request")
 SITES: tuple[Site, ...] = ("cloud", "device")
 
 #: Kinds of payloads.
-KINDS = ("weights", "features", "tokens", "logits", "images", "labels", "states", "prompt", "picture")
+KINDS = ("weights", "features", "tokens", "logits", "images", "labels", "states", "id", "prompt", "picture")
 
 #: What is computed, or whose payload it is. ``recomputation``: the method on all images of the client again, where it
 #: cannot keep state that one more image leaves valid.
@@ -79,6 +79,8 @@ class Sizes:
         image_bytes: size of an image as it is sent; None if unknown.
         train, val: labelled images of the client.
         epochs: passes over the train images, where the device trains.
+        received: samples of other clients that come down.
+        passed: such samples in training, counted once for every pass.
     """
 
     images: int = 16
@@ -90,6 +92,8 @@ class Sizes:
     train: int = 0
     val: int = 0
     epochs: int = 0
+    received: int = 0
+    passed: int = 0
 
     @property
     def requested(self) -> int:

@@ -16,7 +16,7 @@ from rich.filesize import decimal
 
 from iciia_exp.artifacts import locked, read_json, write_json
 from iciia_exp.data.states import read_facts, shard_clients, shard_path, write_shard
-from iciia_exp.data.views import Devices
+from iciia_exp.data.views import CloudView, Devices
 from iciia_exp.engine.inputs import Inputs
 from iciia_exp.engine.ledger import sizes_of
 from iciia_exp.engine.terminal import progress_bar
@@ -43,7 +43,9 @@ def personalise(inputs: Inputs, folder: Path) -> None:
     assert isinstance(method, Personal)
     store = inputs.open_store()
     clients = inputs.experiment.client_mix.known(inputs.readable_clients(store))
-    devices = Devices(clients, inputs.batches(store), test_labels=Ask.TEST_LABELS in method.asks)
+    batches = inputs.batches(store)
+    devices = Devices(clients, batches, test_labels=Ask.TEST_LABELS in method.asks)
+    cloud = CloudView(clients, batches, inputs.num_classes, inputs.experiment.training.images)
     shard = _shard_size(inputs, devices)
     shards = [devices.tested[at : at + shard] for at in range(0, len(devices.tested), shard)]
     missing = [number for number in range(len(shards)) if not _is_made(folder, number, shards[number])]
@@ -60,7 +62,7 @@ def personalise(inputs: Inputs, folder: Path) -> None:
                 try:
                     with lock.acquire(timeout=-1 if wait else 0):
                         if not _is_made(folder, number, shards[number]):
-                            _make_shard(inputs, method, devices, shards[number], folder, number, device)
+                            _make_shard(inputs, method, devices, cloud, shards[number], folder, number, device)
                 except Timeout:
                     continue
                 bar.update(task, completed=sum(shard_path(folder, n).is_file() for n in range(len(shards))))
@@ -93,6 +95,7 @@ def _make_shard(
     inputs: Inputs,
     method: Personal,
     devices: Devices,
+    cloud: CloudView,
     numbers: np.ndarray,
     folder: Path,
     number: int,
@@ -102,7 +105,7 @@ def _make_shard(
     start = time.monotonic()
     link = Link(method.name, method.budget(sizes_of(inputs)))
     own = {role: batch.moved(device) for role, batch in devices.own(numbers).items()}
-    learned = method.personalise(own, link)
+    learned = method.personalise(own, link, cloud)
     for name, state in learned.states.items():
         if tuple(state.shape[1:]) != method.state_shapes[name]:
             raise ValueError(f"{method.name}: state {name} is {list(state.shape)}, not as its state_shapes")
@@ -113,6 +116,7 @@ def _make_shard(
             raise UserError(f"client {client}: {problem}; a smaller learning rate may help")
     facts = {
         "epochs": learned.epochs_C.tolist(),
+        "counts": {name: count_C.tolist() for name, count_C in learned.counts.items()},
         "seconds": round(time.monotonic() - start, 3),
         "payloads": [[*key, size] for key, size in link.counted.items()],
     }
@@ -127,11 +131,15 @@ def _finish(folder: Path, shards: list[np.ndarray]) -> None:
         payloads[phase, site, what, kind] = payloads.get((phase, site, what, kind), 0) + size
     devices = sum(map(len, shards))
     epochs = [count for shard in facts for count in shard["epochs"]]
+    counts: dict[str, list[int]] = {}
+    for name, own in (pair for shard in facts for pair in shard.get("counts", {}).items()):
+        counts.setdefault(name, []).extend(own)
     manifest = {
         "format": 1,
         "shards": len(shards),
         "devices": devices,
         "epochs": epochs,
+        "counts": counts,
         "seconds": round(sum(shard["seconds"] for shard in facts), 2),
         "payloads": [[*key, size] for key, size in payloads.items()],
     }
@@ -146,5 +154,7 @@ def report_devices(folder: Path, made: bool) -> None:
     count, epochs = manifest["devices"], manifest["epochs"]
     if not made:
         log.info("devices: %s learned before", f"{count:,}")
-    elif any(epochs):
-        log.info("devices: %.1f epochs on average in %.1f s", np.mean(epochs), manifest["seconds"])
+        return
+    found = {"epochs": epochs, **manifest.get("counts", {})}
+    if means := [f"{np.mean(values):,.1f} {name}" for name, values in found.items() if any(values)]:
+        log.info("devices: %s on average, in %.1f s", ", ".join(means), manifest["seconds"])

@@ -39,7 +39,9 @@ def ledger_table(inputs: Inputs, method: Method) -> pd.DataFrame:
         budgets = [(1.0, method.budget(sizes_of(inputs)))]
     else:
         manifest = read_json(inputs.states.folder / "manifest.json")
-        budgets = list(_of_devices(inputs, method, manifest["epochs"]))
+        counts = {name: manifest.get("counts", {}).get(name) for name in ("received", "passed")}
+        counts = {name: values for name, values in counts.items() if values}
+        budgets = list(_of_devices(inputs, method, {"epochs": manifest["epochs"], **counts}))
         measured = {tuple(key): size / manifest["devices"] for *key, size in manifest["payloads"]}
     link = Link(method.name, budgets[0][1])
     if ("client_once", "cloud", "method", "weights") in budgets[0][1].keys:
@@ -58,14 +60,17 @@ def ledger_table(inputs: Inputs, method: Method) -> pd.DataFrame:
     return table
 
 
-def _of_devices(inputs: Inputs, method: Method, epochs: list[int]) -> Iterable[tuple[float, Budget]]:
-    """Yield the budget of every kind of test client, and its share of them: equal sizes are one kind."""
+def _of_devices(inputs: Inputs, method: Method, counts: dict[str, list[int]]) -> Iterable[tuple[float, Budget]]:
+    """Yield the budget of every kind of test client, and its share of them: equal sizes are one kind.
+
+    ``counts`` are further sizes of every test client.
+    """
     clients = inputs.experiment.client_mix.known(inputs.readable_clients(inputs.open_store()))
     tested = np.flatnonzero(clients.test.lengths)
-    sizes = np.stack([clients.train.lengths[tested], clients.val.lengths[tested], np.array(epochs, dtype=np.int64)], 1)
-    kinds, counts = np.unique(sizes, axis=0, return_counts=True)
-    for (train, val, passes), count in zip(kinds.tolist(), counts.tolist(), strict=True):
-        yield count / len(tested), method.budget(sizes_of(inputs, train=train, val=val, epochs=passes))
+    sizes = {"train": clients.train.lengths[tested], "val": clients.val.lengths[tested], **counts}
+    kinds, numbers = np.unique(np.stack([*sizes.values()], 1), axis=0, return_counts=True)
+    for kind, number in zip(kinds.tolist(), numbers.tolist(), strict=True):
+        yield number / len(tested), method.budget(sizes_of(inputs, **dict(zip(sizes, kind, strict=True))))
 
 
 def cost_row(ledger: pd.DataFrame) -> dict[str, Any]:

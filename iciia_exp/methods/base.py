@@ -47,6 +47,7 @@ class Ask(Enum):
     """What a method must know of a client beside its images; such a method serves the partition's clients alone."""
 
     CLIENT_LABELS = "labels of the client's own train images"
+    CLOUD_SAMPLES = "labelled train images of other clients, which the cloud holds and sends"
     TEST_LABELS = "labels of the images it is tested on: an oracle, shown apart and never ranked"
 
 

@@ -71,7 +71,7 @@ def learn(
             for role, part in parts
         }
     sizes = Sizes(train=own["train"].x_CSD.shape[1], val=own["val"].x_CSD.shape[1])
-    states = method.personalise(own, Link(method.name, method.budget(sizes))).states
+    states = method.personalise(own, Link(method.name, method.budget(sizes)), None).states
     if wrong := [name for name, state in states.items() if not state.isfinite().all()]:
         raise UserError(f"learn: {wrong[0]} has numbers that are not finite; are the features those of the run?")
     return {name: state[0].detach() for name, state in states.items()}

@@ -120,7 +120,7 @@ def personalised(method, cloud):
     """Let all devices learn; return the link that counted their payloads, and the epochs of each."""
     link = Link(method.name, method.budget(Sizes()))
     with torch.no_grad():
-        learned = method.personalise(cloud.devices.own(cloud.devices.tested), link)
+        learned = method.personalise(cloud.devices.own(cloud.devices.tested), link, cloud.view)
     method.states = States(learned.states)
     return link, learned.epochs_C
 

@@ -11,11 +11,12 @@ from iciia_exp.cost import count_macs
 from iciia_exp.data.batches import ClientBatch
 from iciia_exp.ledger import Budget, Line, Link, Sizes, payload_bytes, serve
 from iciia_exp.methods.adapt.base import Adaptive
+from iciia_exp.methods.base import Ask
 from iciia_exp.methods.tune.base import Personal
 from iciia_exp.methods.tune.device_network import DeviceNetwork
 from iciia_exp.methods.tune.full_finetune import FullFinetune
 from iciia_exp.models.payloads import pack
-from tests.making.cloud import ARRAYS, personalised, small_cloud
+from tests.making.cloud import ARRAYS, no_fit, personalised, small_cloud
 from tests.methods.test_methods import OneMore, make
 
 D, K, S = 32, 5, 16
@@ -122,15 +123,17 @@ def test_a_client_costs_what_the_budget_states(method):
             line for line in method.budget(Sizes()).lines if (line.phase, line.site) == ("client_once", "device")
         ]
         return
+    if Ask.CLOUD_SAMPLES in method.asks:  # it counts the clients
+        method.learn(cloud.view, no_fit)
     for client in range(3):
         link = Link(method.name, method.budget(Sizes()))
         with FlopCounterMode(display=False) as counter:
-            learned = method.personalise(cloud.devices.own(np.array([client])), link)
-        sizes = Sizes(train=20, val=20, epochs=int(learned.epochs_C[0]), backbone_macs=0, image_bytes=0)
-        site = "cloud" if isinstance(method, FullFinetune) else "device"
-        measured = [*link.lines(), Line("client_once", site, "training", macs=counter.get_total_flops() // 2)]
+            learned = method.personalise(cloud.devices.own(np.array([client])), link, cloud.view)
+        counts = {name: int(learned.counts.get(name, [0])[0]) for name in ("received", "passed")}
+        sizes = Sizes(train=20, val=20, epochs=int(learned.epochs_C[0]), **counts, backbone_macs=0, image_bytes=0)
         stated = [line for line in method.budget(sizes).lines if line.phase == "client_once" and line.kind != "weights"]
-        assert ledger(measured) == ledger(stated)
+        assert ledger(link.lines()) == ledger([line for line in stated if line.kind])
+        assert counter.get_total_flops() // 2 == sum(line.macs for line in stated)
 
 
 @pytest.mark.parametrize("method", METHODS, indirect=True)

@@ -170,7 +170,7 @@ def test_the_training_of_a_vision_transformer_costs_what_the_budget_states():
     link = Link(method.name, method.budget(Sizes()))
     # one client: of several, the counter takes the gradient of their convolutions as one without groups
     with FlopCounterMode(display=False) as counter:
-        method.personalise(cloud.devices.own(np.array([3])), link)
+        method.personalise(cloud.devices.own(np.array([3])), link, cloud.view)
     assert counter.get_total_flops() // 2 == method.training_macs(Sizes(train=8, val=8, epochs=2))
     assert sum(link.counted.values()) == 16 * 4
 

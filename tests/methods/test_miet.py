@@ -54,7 +54,7 @@ def test_a_device_alone_learns_what_it_learns_among_others():
     method, _, _ = learned(cloud, epochs=5, linear_epochs=5)
     link = Link(method.name, method.budget(Sizes()))
     for client in (0, 7):
-        alone = method.personalise(cloud.devices.own(np.array([client])), link)
+        alone = method.personalise(cloud.devices.own(np.array([client])), link, cloud.view)
         for name, state in alone.states.items():
             torch.testing.assert_close(state[0], method.states.states[name][client], atol=1e-4, rtol=1e-4)
 

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from iciia_exp.data.batches import ClientBatch
 from iciia_exp.data.states import ClientStates
+from iciia_exp.data.views import CloudView
 from iciia_exp.errors import UserError
 from iciia_exp.ledger import Link
 from iciia_exp.methods.base import Method
@@ -25,13 +26,14 @@ class Learned(NamedTuple):
 
     states: dict[str, Tensor]  # float32, [C, ...], with the shapes of `Personal.state_shapes`
     epochs_C: Tensor  # int64 [C], passes over the train images; 0 where the device trains nothing
+    counts: Mapping[str, Tensor] = {}  # what else was counted of every device, int64 [C] by name; see `Sizes`
 
 
 class Personal(Method):
     """A method with a state for every client, learned on the client's device.
 
     The cloud learns once (`learn`), then `personalise` is called for some devices at a time, in an order of the
-    engine's choice. A device's state depends on its own images alone.
+    engine's choice. A device's state depends on its own images and on what the cloud sends it.
     """
 
     #: An image's logits depend on its client, not on other images.
@@ -45,13 +47,14 @@ class Personal(Method):
         """Shapes of one client's state, by name; all float32."""
 
     @abstractmethod
-    def personalise(self, own: Mapping[str, ClientBatch], link: Link) -> Learned:
+    def personalise(self, own: Mapping[str, ClientBatch], link: Link, cloud: CloudView | None) -> Learned:
         """Learn the states of C devices.
 
         Args:
             own: all images of the devices with their labels, padded, a device a row: ``train`` and ``val``; of an
                 oracle also ``test``.
             link: every payload between a device and the cloud passes it, and is in the method's `budget`.
+            cloud: what the cloud may read, for a method that asks for its samples; None where it is not at hand.
         """
 
     @abstractmethod

@@ -169,7 +169,7 @@ class DeviceNetwork(Personal):
             shapes |= dict.fromkeys(("mean", "deviation"), (*self.shape[:-2], self.kinds, self.width))
         return shapes
 
-    def personalise(self, own: Mapping[str, ClientBatch], link: Link) -> Learned:
+    def personalise(self, own: Mapping[str, ClientBatch], link: Link, cloud: CloudView | None) -> Learned:
         """Train the network of every client on its train images; its val images choose epoch and rate."""
         classes_Ck = _own_classes(own["train"], self.classes)
         states = {"classes": classes_Ck.float()}

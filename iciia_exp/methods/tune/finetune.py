@@ -8,27 +8,22 @@ Legend: C clients, S images of a client, n train and m val images, D features, K
 """
 
 from collections.abc import Mapping
-from functools import partial
 from typing import ClassVar
 
-import torch
-from torch import Tensor, nn
-
-from iciia_exp.cost import training_bytes
 from iciia_exp.data.batches import ClientBatch
 from iciia_exp.data.views import CloudView
-from iciia_exp.errors import check_float, check_int
+from iciia_exp.errors import check_int
 from iciia_exp.ledger import Budget, Line, Link, Sizes, serve
-from iciia_exp.methods.base import Ask, Facts, Fit, Record, copy_of
-from iciia_exp.methods.tune.base import Learned, Personal, examples
+from iciia_exp.methods.base import Ask, Facts, Fit, Record
+from iciia_exp.methods.tune.base import Learned, examples
+from iciia_exp.methods.tune.classifier import PersonalClassifier, sgd_recipe
 from iciia_exp.models.fit_many import fit_many
-from iciia_exp.recipe import Recipe
 from iciia_exp.tasks import SINGLE_LABEL
 
 __all__ = ["FineTune"]
 
 
-class FineTune(Personal):
+class FineTune(PersonalClassifier):
     """A linear classifier for every client.
 
     Args:
@@ -54,32 +49,19 @@ class FineTune(Personal):
         epochs: int = 100,
         patience: int = 10,
     ) -> None:
-        super().__init__(facts)
-        sgd = partial(torch.optim.SGD, lr=check_float("lr", lr, 0.0, open_low=True))
-        clip_norm = check_float("clip_norm", clip_norm, 0.0, open_low=True)
-        self.recipe = Recipe(sgd, None, epochs, batch_size, clip_norm)
+        super().__init__(facts, sgd_recipe(lr, epochs, batch_size, clip_norm))
         self.patience = check_int("patience", patience, 1)
-        self.head = copy_of(facts.head, trained=False)
 
     def learn(self, cloud: CloudView, fit: Fit) -> Record:
         """Nothing: the cloud has the backbone's classifier."""
         self.eval()
         return {}
 
-    @property
-    def state_shapes(self) -> dict[str, tuple[int, ...]]:
-        """A classifier: weight [K, D] and bias [K]."""
-        return {"weight": (self.num_classes, self.dim), "bias": (self.num_classes,)}
-
-    def personalise(self, own: Mapping[str, ClientBatch], link: Link) -> Learned:
+    def personalise(self, own: Mapping[str, ClientBatch], link: Link, cloud: CloudView | None) -> Learned:
         """Train every client's classifier on its train images; its val images choose the epoch."""
         train, val = examples(own["train"]), examples(own["val"])
         fitted = fit_many(self.head, train, val, self.task, self.recipe, self.patience)
         return Learned(fitted.states, fitted.epochs_C)
-
-    def classify(self, batch: ClientBatch, states: Mapping[str, Tensor]) -> Tensor:
-        """Return the logits of the clients' classifiers, [C, S, K]."""
-        return torch.baddbmm(states["bias"][:, None], batch.x_CSD, states["weight"].transpose(1, 2))
 
     def budget(self, sizes: Sizes) -> Budget:
         """Nothing in a request: the client's classifier replaces the backbone's, and nothing is sent.
@@ -95,13 +77,3 @@ class FineTune(Personal):
             Line("client_once", "device", "training", macs=images * self.dim * self.num_classes),
         )
         return Budget(served.lines + learned, served.state_bytes)
-
-    def training_bytes(self) -> int:
-        """Return the memory of a client's classifier in training with plain SGD."""
-        with torch.device("meta"):
-            classifier = nn.Linear(self.dim, self.num_classes)
-        return training_bytes(classifier, (self.dim,), self.recipe.batch_size, moments=0)
-
-    def num_parameters(self) -> int:
-        """Those of one client's classifier."""
-        return self.num_classes * (self.dim + 1)

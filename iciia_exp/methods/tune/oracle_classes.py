@@ -48,7 +48,7 @@ class OracleClasses(Personal):
         """1 for the client's classes, 0 for others, [K]."""
         return {"has": (self.num_classes,)}
 
-    def personalise(self, own: Mapping[str, ClientBatch], link: Link) -> Learned:
+    def personalise(self, own: Mapping[str, ClientBatch], link: Link, cloud: CloudView | None) -> Learned:
         """Read the labels of the test images."""
         test = own["test"]
         has_CK = torch.zeros(len(test.y_CS), self.num_classes, device=test.y_CS.device)

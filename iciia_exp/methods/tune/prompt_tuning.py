@@ -62,7 +62,7 @@ class PromptTuning(Personal):
         """A vector [D/2]."""
         return {"vector": (self.width,)}
 
-    def personalise(self, own: Mapping[str, ClientBatch], link: Link) -> Learned:
+    def personalise(self, own: Mapping[str, ClientBatch], link: Link, cloud: CloudView | None) -> Learned:
         """Receive the vectors that the cloud has trained on the devices' features and labels."""
         client_C = own["train"].client_C
         if ((client_C < 0) | (client_C >= len(self.vectors))).any():

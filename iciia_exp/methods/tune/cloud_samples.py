@@ -1,0 +1,127 @@
+"""Cloud samples: a client's device trains its classifier on labelled samples of other clients too.
+
+The cloud holds the labelled train images of all clients. This is not federated learning: a device gets features and
+labels of other clients.
+
+Legend: C clients, N samples of other clients, M candidates, D features, K classes.
+"""
+
+from collections.abc import Mapping
+from typing import ClassVar
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from iciia_exp.data.batches import ClientBatch, ClientIndex
+from iciia_exp.data.views import CloudView
+from iciia_exp.errors import UserError, check_int
+from iciia_exp.ledger import Budget, Line, Link, Sizes, serve
+from iciia_exp.methods.base import Ask, Facts, Fit, Record
+from iciia_exp.methods.tune.base import examples
+from iciia_exp.methods.tune.classifier import PersonalClassifier, sgd_recipe
+from iciia_exp.models.fit_many import Examples, Fitted, fit_many
+from iciia_exp.tasks import SINGLE_LABEL
+
+__all__ = ["CloudSamples", "held"]
+
+
+class CloudSamples(PersonalClassifier):
+    """A linear classifier for every client, trained on samples of other clients as well.
+
+    Args:
+        facts: task, sizes, and the backbone's classifier, where every client starts.
+        lr: rate of SGD.
+        batch_size: images of a step, in the order of the images.
+        clip_norm: largest norm of a gradient.
+        epochs: passes over samples of other clients.
+        own_epochs: passes over the own images, afterwards.
+        patience: passes over the own images without a better accuracy on the client's val images before training
+            stops; the best is kept. None: all of them, and the last is kept.
+    """
+
+    trainable = False
+    tasks = (SINGLE_LABEL,)
+    asks: ClassVar[frozenset[Ask]] = frozenset({Ask.CLIENT_LABELS, Ask.CLOUD_SAMPLES})
+
+    def __init__(
+        self,
+        facts: Facts,
+        lr: float,
+        batch_size: int,
+        clip_norm: float,
+        epochs: int,
+        own_epochs: int,
+        patience: int | None,
+    ) -> None:
+        super().__init__(facts, sgd_recipe(lr, epochs, batch_size, clip_norm))
+        self.own_recipe = sgd_recipe(lr, check_int("own_epochs", own_epochs, 1), batch_size, clip_norm)
+        self.patience = None if patience is None else check_int("patience", patience, 1)
+        #: Numbers of clients and of their train images, for the budget.
+        self.clients: Tensor
+        self.samples: Tensor
+        for name in ("clients", "samples"):
+            self.register_buffer(name, torch.tensor(0))
+
+    def learn(self, cloud: CloudView, fit: Fit) -> Record:
+        """Count what the cloud holds; nothing is trained: its model is the backbone's classifier."""
+        self.clients.fill_(int((cloud.clients.train.lengths > 0).sum()))
+        self.samples.fill_(len(cloud.clients.train.values))
+        self.eval()
+        return {}
+
+    def starts(self, clients: int) -> dict[str, Tensor]:
+        """Return the cloud's classifier for some clients, [C, ...]."""
+        return {name: p.detach().expand(clients, *p.shape) for name, p in self.head.named_parameters()}
+
+    def down(self, cloud: CloudView, index_CN: np.ndarray, own: ClientBatch, link: Link) -> Examples:
+        """Send features and labels of some images, -1 for none, to the devices; return them as received."""
+        batch = cloud[ClientIndex(index_CN, own.client_C.cpu().numpy())].moved(own.x_CSD.device)
+        x_CND, y_CN = torch.zeros_like(batch.x_CSD), torch.zeros_like(batch.y_CS)
+        x_CND[batch.mask_CS] = link.down("features", batch.x_CSD[batch.mask_CS], what="training")
+        y_CN[batch.mask_CS] = link.down("labels", batch.y_CS[batch.mask_CS], what="training")
+        return Examples(x_CND, y_CN, batch.mask_CS)
+
+    def pass_over(self, samples: Examples, states: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return the classifiers after `epochs` on samples of others, [C, ...] each."""
+        return fit_many(self.head, samples, samples.none(), self.task, self.recipe, starts=states).states
+
+    def finish(self, states: Mapping[str, Tensor], own: Mapping[str, ClientBatch]) -> Fitted:
+        """Train on the own images, from the classifiers so far."""
+        train, val = examples(own["train"]), examples(own["val"])
+        return fit_many(self.head, train, val, self.task, self.own_recipe, self.patience, states)
+
+    def payload(self) -> dict[str, Tensor]:
+        """Return nothing: a device starts with the backbone's classifier."""
+        return {}
+
+    def device_budget(self, sizes: Sizes, *, up: Mapping[str, int], macs: int, cloud_macs: int) -> Budget:
+        """Return the budget of a device that gets ``sizes.received`` samples.
+
+        Args:
+            sizes: of client and request.
+            up: bytes that the device sends, by kind.
+            macs: of the device, beside training on samples of others and on its own images.
+            cloud_macs: of finding the samples.
+        """
+        served = serve(sizes, self.num_classes, macs=0, weights=0, state_bytes=self.state_bytes())
+        images = 2 * (sizes.passed + sizes.epochs * sizes.train)
+        if self.patience is not None:
+            images += (sizes.epochs + 1) * sizes.val
+        own = None if sizes.backbone_macs is None else (sizes.train + sizes.val) * sizes.backbone_macs
+        learned = (
+            Line("client_once", "device", "backbone", macs=own),
+            Line("client_once", "device", "training", macs=macs + images * self.dim * self.num_classes),
+            Line("client_once", "cloud", "training", macs=cloud_macs),
+            *(Line("client_once", "device", "training", kind=kind, bytes=size) for kind, size in up.items()),
+            Line("client_once", "cloud", "training", kind="features", bytes=4 * sizes.received * self.dim),
+            Line("client_once", "cloud", "training", kind="labels", bytes=8 * sizes.received),
+        )
+        return Budget(served.lines + learned, served.state_bytes)
+
+
+def held(cloud: CloudView | None, method: str) -> CloudView:
+    """Return the cloud; raises a `UserError` where it is not at hand."""
+    if cloud is None:
+        raise UserError(f"{method}: trains on samples of other clients, and the cloud that holds them is not at hand")
+    return cloud

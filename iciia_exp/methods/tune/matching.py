@@ -1,0 +1,73 @@
+"""Matching: the other clients that are most similar to a client, as the cloud sees it.
+
+Legend: C clients, U clients of the cloud, M matched clients, D features, K classes.
+"""
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from iciia_exp.data.batches import ClientBatch, ClientIndex
+from iciia_exp.data.views import CloudView
+from iciia_exp.ledger import Link
+from iciia_exp.seeding import generator
+
+__all__ = ["MATCHING", "match_clients"]
+
+#: Kind of payload that goes up, by way of matching: counts of classes, a mean feature, or the client's number.
+MATCHING = {"overlap": "labels", "nearest": "features", "random": "id"}
+
+#: Clients whose mean features are computed together.
+_AT_ONCE = 1024
+
+
+def match_clients(cloud: CloudView, train: ClientBatch, link: Link, way: str, most: int, seed: int) -> np.ndarray:
+    """Return M other clients with train images for each of C clients, most similar first, int64 [C, M].
+
+    Args:
+        cloud: holds the train images of U clients.
+        train: train images of the C clients.
+        link: what a client is matched by goes up.
+        way: ``overlap``: cosine similarity of the numbers of images of each class; ``nearest``: that of mean features;
+            ``random``.
+        most: M; the cloud has as many other clients at least.
+        seed: of the random order; each client has its own.
+    """
+    there_U, client_C = cloud.clients.train.lengths > 0, train.client_C.cpu()
+    if way == "random":
+        numbers = link.up(MATCHING[way], train.client_C, what="training").tolist()
+        clients = np.flatnonzero(there_U)
+        drawn = [generator("matching", seed, number).permutation(clients) for number in numbers]
+        return np.stack([part[part != number][:most] for part, number in zip(drawn, numbers, strict=True)])
+    if way == "overlap":
+        own = _class_counts(train, cloud.num_classes)
+        others = torch.from_numpy(cloud.class_counts("train"))
+    else:
+        own, others = _mean_features(train), torch.cat([*_all_mean_features(cloud)])
+    own = link.up(MATCHING[way], own, what="training").cpu()
+    near_CU = F.normalize(own, dim=-1) @ F.normalize(others, dim=-1).T
+    near_CU[:, ~there_U] = -torch.inf
+    known = (client_C >= 0).nonzero()[:, 0]  # the others are new
+    near_CU[known, client_C[known]] = -torch.inf
+    return near_CU.topk(most).indices.numpy()
+
+
+def _class_counts(batch: ClientBatch, classes: int) -> Tensor:
+    """Return the number of images of each class, float32 [C, K]."""
+    counts = torch.zeros(len(batch.y_CS), classes, device=batch.y_CS.device)
+    return counts.scatter_add_(1, batch.y_CS, batch.mask_CS.float())
+
+
+def _mean_features(batch: ClientBatch) -> Tensor:
+    """Return the mean feature of every client, [C, D]."""
+    return (batch.x_CSD * batch.mask_CS.unsqueeze(-1)).sum(1) / batch.mask_CS.sum(1, keepdim=True).clamp(min=1)
+
+
+def _all_mean_features(cloud: CloudView) -> list[Tensor]:
+    """Return those of all clients of the cloud, in parts."""
+    images, parts = cloud.clients.train, []
+    for ids in np.split(np.arange(len(images)), range(_AT_ONCE, len(images), _AT_ONCE)):
+        index = images.padded(ids, int(images.lengths[ids].max()))
+        parts.append(_mean_features(cloud[ClientIndex(index, ids)]))
+    return parts

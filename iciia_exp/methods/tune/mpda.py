@@ -1,0 +1,159 @@
+"""MPDA: a device accepts or rejects whole other clients by what their samples do to its own loss.
+
+Source: "On-Device Learning for Model Personalization with Large-Scale Cloud-Coordinated Domain Adaption" (KDD 2022,
+2180-2190), and its released code. The cloud matches M other clients and sends their labelled samples. From the cloud's
+model, the device trains on one of them after the other, and keeps what it has learned if its loss on the device's own
+images is lower than before. At last it trains on its own images.
+
+The released code matches at random and judges by the AUC on the own train images. Nearest mean features, and own val
+images as judge, are ours.
+
+Legend: C clients, n train and m val images of a client, M candidates, D features, K classes.
+"""
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from iciia_exp.data.batches import ClientBatch
+from iciia_exp.data.views import CloudView
+from iciia_exp.errors import check_choice, check_int
+from iciia_exp.ledger import Budget, Link, Sizes
+from iciia_exp.methods.base import Facts
+from iciia_exp.methods.tune.base import Learned
+from iciia_exp.methods.tune.cloud_samples import CloudSamples, held
+from iciia_exp.methods.tune.matching import MATCHING, match_clients
+from iciia_exp.models.fit_many import Examples
+
+__all__ = ["MPDA"]
+
+#: What trains: nothing but the own images; the accepted clients alone; as many of the first candidates, and the own
+#: images; the accepted clients, and the own images.
+ARMS = ("local", "selected", "match", "mpda")
+#: Least improvement of the loss for a client to be accepted.
+_BETTER = 1e-7
+
+
+class MPDA(CloudSamples):
+    """A classifier for every client, trained on clients that its device has accepted and on its own images.
+
+    Args:
+        facts: task, sizes, and the backbone's classifier, where every client starts.
+        arm: ``mpda``, or a part of it: ``local`` trains on the own images alone, ``selected`` on accepted clients
+            alone, ``match`` on as many of the first candidates as were accepted, and on the own images.
+        matching: the order of the candidates: ``overlap`` of their classes, ``nearest`` mean features, or ``random``.
+        candidates: M; all other clients if there are fewer.
+        judge: whose loss decides: ``train``, or ``val`` images of the client (train where it has none).
+        lr, batch_size, clip_norm, epochs, own_epochs, patience: see `CloudSamples`; ``epochs`` are those on the images
+            of a candidate.
+        seed: of the random matching.
+    """
+
+    name = "mpda"
+
+    def __init__(
+        self,
+        facts: Facts,
+        arm: str = "mpda",
+        matching: str = "overlap",
+        candidates: int = 20,
+        judge: str = "train",
+        lr: float = 0.05,
+        batch_size: int = 16,
+        clip_norm: float = 5.0,
+        epochs: int = 5,
+        own_epochs: int = 20,
+        patience: int | None = None,
+        seed: int = 0,
+    ) -> None:
+        super().__init__(facts, lr, batch_size, clip_norm, epochs, own_epochs, patience)
+        self.arm = check_choice("arm", arm, ARMS)
+        self.matching = check_choice("matching", matching, MATCHING)
+        self.judge = check_choice("judge", judge, ("train", "val"))
+        self.seed = check_int("seed", seed, 0)
+        self.most = check_int("candidates", candidates, 1)
+
+    @property
+    def candidates(self) -> int:
+        """M: all other clients if there are fewer than asked for."""
+        return 0 if self.arm == "local" else max(0, min(self.most, int(self.clients) - 1))
+
+    def personalise(self, own: Mapping[str, ClientBatch], link: Link, cloud: CloudView | None) -> Learned:
+        """Train on accepted candidates and on the own images; every device by itself."""
+        clients = len(own["train"].y_CS)
+        states, counts = self.starts(clients), {}
+        if self.candidates:
+            sets = self._received(held(cloud, self.name), own["train"], link)
+            lengths_CM = torch.stack([part.mask.sum(1).cpu() for part in sets], 1)
+            passes_CM = torch.ones_like(lengths_CM)
+            states, accepted_CM = self._select(states, sets, own)
+            if self.arm == "match":
+                first_CM = torch.arange(len(sets)) < accepted_CM.sum(1, keepdim=True)
+                states, passes_CM = self._through(sets, first_CM), passes_CM + first_CM
+            passed_C = self.recipe.epochs * (lengths_CM * passes_CM).sum(1)
+            counts = {"received": lengths_CM.sum(1), "passed": passed_C, "accepted": accepted_CM.sum(1)}
+        if self.arm == "selected":
+            return Learned(states, torch.zeros(clients, dtype=torch.int64), counts)
+        fitted = self.finish(states, own)
+        return Learned(fitted.states, fitted.epochs_C, counts)
+
+    def _received(self, cloud: CloudView, train: ClientBatch, link: Link) -> list[Examples]:
+        """Match clients to the devices; send their samples down, a set of each for every device, M of them."""
+        ids_CM = match_clients(cloud, train, link, self.matching, self.candidates, self.seed)
+        images = cloud.clients.train
+        sets = []
+        for ids_C in ids_CM.T:
+            index_CN = images.padded(ids_C, int(images.lengths[ids_C].max()))
+            sets.append(self.down(cloud, index_CN, train, link))
+        return sets
+
+    def _select(
+        self, states: dict[str, Tensor], sets: list[Examples], own: Mapping[str, ClientBatch]
+    ) -> tuple[dict[str, Tensor], Tensor]:
+        """Return classifiers that were trained on the accepted sets, and which were accepted, bool [C, M]."""
+        best_C, accepted = self._loss(states, own), []
+        for part in sets:
+            tried = self.pass_over(part, states)
+            loss_C = self._loss(tried, own)
+            better_C = loss_C < best_C - _BETTER
+            best_C = torch.where(better_C, loss_C, best_C)
+            states = {name: _where(better_C, tried[name], states[name]) for name in states}
+            accepted.append(better_C.cpu())
+        return states, torch.stack(accepted, 1)
+
+    def _through(self, sets: list[Examples], used_CM: Tensor) -> dict[str, Tensor]:
+        """Return classifiers that were trained on some of the sets, of every client its own, from the cloud's."""
+        states = self.starts(len(used_CM))
+        for part, used_C in zip(sets, used_CM.to(sets[0].mask.device).unbind(1), strict=True):
+            states = self.pass_over(part._replace(mask=part.mask & used_C[:, None]), states)
+        return states
+
+    def _loss(self, states: Mapping[str, Tensor], own: Mapping[str, ClientBatch]) -> Tensor:
+        """Return the mean log-loss on the images that judge, [C]."""
+        found = {}
+        for role in ("train", "val") if self.judge == "val" else ("train",):
+            batch = own[role]
+            losses = self.task.loss(self.classify(batch, states).flatten(0, 1), batch.y_CS.flatten(), reduction="none")
+            found[role] = (losses.view(batch.mask_CS.shape) * batch.mask_CS).sum(1) / batch.mask_CS.sum(1).clamp(min=1)
+        return _where(own[self.judge].mask_CS.any(1), found[self.judge], found["train"])
+
+    def budget(self, sizes: Sizes) -> Budget:
+        """Nothing in a request. A client sends what it is matched by, and gets the samples of M clients.
+
+        Training takes 2 D K MACs for every sample and pass, and D K for every image that judges and candidate, and
+        for the start.
+        """
+        judging, up, matching = 0, {}, 0
+        if self.candidates:
+            images = sizes.train + (sizes.val if self.judge == "val" else 0)
+            judging = (self.candidates + 1) * images * self.dim * self.num_classes
+            width = {"overlap": self.num_classes, "nearest": self.dim, "random": 0}[self.matching]
+            up = {MATCHING[self.matching]: 4 * width or 8}
+            matching = int(self.clients) * width
+        return self.device_budget(sizes, up=up, macs=judging, cloud_macs=matching)
+
+
+def _where(choose_C: Tensor, one: Tensor, other: Tensor) -> Tensor:
+    """Return for every client one of two tensors [C, ...]."""
+    return torch.where(choose_C.view(-1, *(1,) * (one.ndim - 1)), one, other)
