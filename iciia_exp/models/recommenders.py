@@ -89,7 +89,7 @@ class _Embedded(Recommender):
 
     def __init__(self, users: int, items: int, categories: int, user_width: int, item_width: int) -> None:
         widths = {"user": user_width, "item": item_width, "category": item_width}
-        super().__init__(users, items, categories, widths | self.more_tables)
+        super().__init__(users, items, categories, {**widths, **self.more_tables})
 
     #: Further tables.
     more_tables: ClassVar[Mapping[str, int]] = {}

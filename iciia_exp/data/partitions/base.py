@@ -6,6 +6,7 @@ Legend: M images of the dataset, N elements of a set, K classes.
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import TypeVar
 
 import numpy as np
@@ -14,6 +15,7 @@ import pandas as pd
 from iciia_exp.data.clients import ROLES, Clients, Ragged, rank_within
 from iciia_exp.data.readers.files import few
 from iciia_exp.errors import ConfigError, check_float, check_int
+from iciia_exp.seeding import generator
 
 __all__ = ["Partition"]
 
@@ -23,9 +25,18 @@ T = TypeVar("T")
 class Partition(ABC):
     """A rule that assigns a dataset's images to clients."""
 
-    def __init__(self, val_share: float, seed: int) -> None:
+    def __init__(self, val_share: float, seed: int, train_images: int | None = None) -> None:
         self.val_share = check_float("val_share", val_share, 0.0, 0.9, open_low=True)
         self.seed = check_int("seed", seed, 0)
+        self.train_images = None if train_images is None else check_int("train_images", train_images, 1)
+
+    def limited(self, clients: Clients) -> Clients:
+        """Return the clients with ``train_images`` random train images at most; more contain fewer."""
+        if self.train_images is None:
+            return clients
+        train = clients.train
+        keys = generator("train_images", self.seed).random(len(train.values))
+        return replace(clients, train=train.where(rank_within(train.row_numbers, keys) < self.train_images))
 
     @abstractmethod
     def assign(self, table: pd.DataFrame, num_classes: int) -> Clients:

@@ -94,6 +94,7 @@ class ClassesPerClient(base.Partition):
         deals: how often the train and val images are assigned, with other classes each time; test images once.
         val_share: share of the train images of every class for val, if the dataset has no val images.
         seed: seed of the partition.
+        train_images: of a client, at most, drawn at random; null: all.
     """
 
     def __init__(
@@ -105,8 +106,9 @@ class ClassesPerClient(base.Partition):
         deals: int = 10,
         val_share: float = 0.2,
         seed: int = 0,
+        train_images: int | None = None,
     ) -> None:
-        super().__init__(val_share, seed)
+        super().__init__(val_share, seed, train_images)
         self.classes_per_client = check_int("classes_per_client", classes_per_client, 1)
         each = "one image of each class"
         self.images_per_client = check_int("images_per_client", images_per_client, classes_per_client, why=each)
@@ -137,4 +139,4 @@ class ClassesPerClient(base.Partition):
                 raise ConfigError("images_per_client", self.images_per_client, problem)
             ids = base.numbered(name, len(clients))
             entries += [(i, names[parent], images) for i, (parent, images) in zip(ids, clients, strict=True)]
-        return base.clients_of(entries)
+        return self.limited(base.clients_of(entries))

@@ -92,6 +92,7 @@ class Owner(Partition):
         val_share: share of the rest, likewise. ``given`` uses it if the dataset has no val images: a share of the
             train owners if no owner has both train and test images, otherwise of each owner's train images.
         seed: seed of the partition.
+        train_images: of a client, at most, drawn at random; null: all.
     """
 
     def __init__(
@@ -101,8 +102,9 @@ class Owner(Partition):
         test_share: float = 0.2,
         val_share: float = 0.2,
         seed: int = 0,
+        train_images: int | None = None,
     ) -> None:
-        super().__init__(val_share, seed)
+        super().__init__(val_share, seed, train_images)
         self.split = check_choice("split", split, ("given", "client", "within"))
         self.min_images = check_int("min_images", min_images, 1)
         self.test_share = check_float("test_share", test_share, 0.0, 0.9, open_low=True)
@@ -154,4 +156,4 @@ class Owner(Partition):
         client_M[used], roles_M[used], order_M[used] = client_N, roles_N, order_N
         text = np.array([*map(str, parents), "owner"], dtype=object)  # type -1 is the last
         ids, in_time = np.array([*map(str, names)], dtype=object), bool(np.ptp(time_N) > 0)
-        return Clients.from_assignment(ids, text[types_C], client_M, roles_M, order_M, in_time)
+        return self.limited(Clients.from_assignment(ids, text[types_C], client_M, roles_M, order_M, in_time))

@@ -138,6 +138,7 @@ class ParentCategory(Partition):
             images then count in chunks of ``test_chunk`` too, and all three roles are divided evenly (UCF101: chunks
             of 16).
         seed: seed of the partition.
+        train_images: of a client, at most, drawn at random; null: all.
     """
 
     def __init__(
@@ -147,8 +148,9 @@ class ParentCategory(Partition):
         val_share: float = 0.2,
         val_by: str = "image",
         seed: int = 0,
+        train_images: int | None = None,
     ) -> None:
-        super().__init__(val_share, seed)
+        super().__init__(val_share, seed, train_images)
         self.chunks = _chunks(train_chunk, test_chunk)
         self.val_by = check_choice("val_by", val_by, ("image", "owner"))
 
@@ -158,14 +160,14 @@ class ParentCategory(Partition):
         rng = generator("parent_category", self.seed)
         if self.val_by == "image":
             dealt = deal_parents(parents_M, pools, self.chunks, rng, even=False)
-            return parent_clients(dealt, names, self.chunks, self.val_share)
+            return self.limited(parent_clients(dealt, names, self.chunks, self.val_share))
         if table["owner"].isna().any():
             raise ConfigError("val_by", "owner", "the dataset has images without an owner; use image")
         labels_M, owners_M = table["label"].to_numpy(), pd.factorize(table["owner"])[0]
         train, val = split_off_groups(labels_M, owners_M, pools["train"], self.val_share, rng)
         pools = {"train": train, "val": val, "test": pools["test"]}
         dealt = deal_parents(parents_M, pools, self.chunks | {"val": self.chunks["test"]}, rng, even=True)
-        return parent_clients(dealt, names, self.chunks)
+        return self.limited(parent_clients(dealt, names, self.chunks))
 
 
 def mix_samples(

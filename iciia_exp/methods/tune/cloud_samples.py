@@ -6,6 +6,7 @@ labels of other clients.
 Legend: C clients, N samples of other clients, M candidates, D features, K classes.
 """
 
+from abc import abstractmethod
 from collections.abc import Mapping
 from typing import ClassVar
 
@@ -18,12 +19,15 @@ from iciia_exp.data.views import CloudView
 from iciia_exp.errors import UserError, check_int
 from iciia_exp.ledger import Budget, Line, Link, Sizes, serve
 from iciia_exp.methods.base import Ask, Facts, Fit, Record
-from iciia_exp.methods.tune.base import examples
+from iciia_exp.methods.tune.base import Learned, examples
 from iciia_exp.methods.tune.classifier import PersonalClassifier, sgd_recipe
 from iciia_exp.models.fit_many import Examples, Fitted, fit_many
 from iciia_exp.tasks import SINGLE_LABEL
 
-__all__ = ["CloudSamples", "held"]
+__all__ = ["CloudSamples"]
+
+#: Numbers of samples that some devices get together, at most, if they are several: 256 MiB.
+_NUMBERS = 1 << 26
 
 
 class CloudSamples(PersonalClassifier):
@@ -69,6 +73,29 @@ class CloudSamples(PersonalClassifier):
         self.samples.fill_(len(cloud.clients.train.values))
         self.eval()
         return {}
+
+    @abstractmethod
+    def most_received(self, cloud: CloudView, most: int) -> int:
+        """Return how many samples a device with ``most`` train images gets, at most."""
+
+    @abstractmethod
+    def learn_from(self, cloud: CloudView, own: Mapping[str, ClientBatch], link: Link) -> Learned:
+        """Learn the states of some devices; arguments as of `personalise`."""
+
+    def personalise(self, own: Mapping[str, ClientBatch], link: Link, cloud: CloudView | None) -> Learned:
+        """Train on samples of others and on the own images, some devices at a time."""
+        if cloud is None:
+            problem = "trains on samples of other clients, and the cloud that holds them is not at hand"
+            raise UserError(f"{self.name}: {problem}")
+        clients, most = own["train"].y_CS.shape
+        size = max(1, _NUMBERS // (1 + self.dim * self.most_received(cloud, most)))
+        parts = [
+            self.learn_from(cloud, {role: _rows(batch, slice(at, at + size)) for role, batch in own.items()}, link)
+            for at in range(0, clients, size)
+        ]
+        states = {name: torch.cat([part.states[name] for part in parts]) for name in parts[0].states}
+        counts = {name: torch.cat([part.counts[name] for part in parts]) for name in parts[0].counts}
+        return Learned(states, torch.cat([part.epochs_C for part in parts]), counts)
 
     def starts(self, clients: int) -> dict[str, Tensor]:
         """Return the cloud's classifier for some clients, [C, ...]."""
@@ -120,8 +147,7 @@ class CloudSamples(PersonalClassifier):
         return Budget(served.lines + learned, served.state_bytes)
 
 
-def held(cloud: CloudView | None, method: str) -> CloudView:
-    """Return the cloud; raises a `UserError` where it is not at hand."""
-    if cloud is None:
-        raise UserError(f"{method}: trains on samples of other clients, and the cloud that holds them is not at hand")
-    return cloud
+def _rows(batch: ClientBatch, rows: slice) -> ClientBatch:
+    """Return some clients of a batch."""
+    parts = {name: value[rows] for name, value in batch._asdict().items() if isinstance(value, Tensor)}
+    return batch._replace(**parts, arrays={name: array[rows] for name, array in batch.arrays.items()})

@@ -9,7 +9,7 @@ Legend: C clients, n train and m val images of a client, N samples of other clie
 features, K classes.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from functools import partial
 
 import numpy as np
@@ -24,7 +24,7 @@ from iciia_exp.errors import check_choice, check_float, check_int
 from iciia_exp.ledger import Budget, Link, Sizes
 from iciia_exp.methods.base import Facts
 from iciia_exp.methods.tune.base import Learned, examples
-from iciia_exp.methods.tune.cloud_samples import CloudSamples, held
+from iciia_exp.methods.tune.cloud_samples import CloudSamples
 from iciia_exp.methods.tune.matching import match_clients
 from iciia_exp.models.fit_many import Examples, fit_many
 from iciia_exp.models.retrieval import Pool
@@ -83,9 +83,13 @@ class CoDA(CloudSamples):
         self.seed = check_int("seed", seed, 0)
         self._pool: tuple[CloudView, Pool, np.ndarray] | None = None
 
-    def personalise(self, own: Mapping[str, ClientBatch], link: Link, cloud: CloudView | None) -> Learned:
+    def most_received(self, cloud: CloudView, most: int) -> int:
+        """Retrieved samples, and as many random ones."""
+        return 2 * min(self.ratio * most, len(cloud.clients.train.values))
+
+    def learn_from(self, cloud: CloudView, own: Mapping[str, ClientBatch], link: Link) -> Learned:
         """Train on retrieved samples, then on the own images; every device by itself."""
-        cloud, train = held(cloud, self.name), own["train"]
+        train = own["train"]
         most_C = np.minimum(self.ratio * train.mask_CS.sum(1).cpu().numpy(), self._others(cloud, train))
         samples = self.down(cloud, _padded(self._retrieved(cloud, train, link, most_C)), train, link)
         received_C = torch.from_numpy(most_C)
@@ -113,7 +117,9 @@ class CoDA(CloudSamples):
         images = cloud.clients.train
         if self.retrieval == "overlap":
             others = int((images.lengths > 0).sum()) - 1
-            ids_CM = match_clients(cloud, train, link, "overlap", min(others, int(most_C.max(initial=0))), self.seed)
+            ids_CM: Iterable[np.ndarray] = match_clients(
+                cloud, train, link, "overlap", min(others, int(most_C.max(initial=0))), self.seed
+            )
         else:
             ids_CM = self._of_type(cloud, link.up("id", train.client_C, what="training").cpu().numpy())
         found = []
@@ -179,7 +185,7 @@ class CoDA(CloudSamples):
         found = fit_many(blank, both, both.none(), self.task, self.filter_recipe).states
         logits_CN2 = torch.baddbmm(found["bias"][:, None], self.represent(samples.x, samples.y), found["weight"].mT)
         own_CN = (logits_CN2[..., 1] - logits_CN2[..., 0]).masked_fill(~samples.mask, -torch.inf)
-        best = own_CN.argsort(1, descending=True, stable=True)
+        best = own_CN.argsort(stable=True, dim=1, descending=True)
         kept_C = (self.keep * samples.mask.sum(1)).ceil()
         mask = torch.arange(best.shape[1], device=best.device) < kept_C[:, None]
         return Examples(samples.x.take_along_dim(best[..., None], 1), samples.y.take_along_dim(best, 1), mask)
@@ -215,7 +221,7 @@ def _padded(rows: list[np.ndarray]) -> np.ndarray:
 
 def _shuffled(mask_CN: Tensor, *seed: int | str) -> Tensor:
     """Return an order of every client's real images, padding last, int64 [C, N]; it depends on their number alone."""
-    first = mask_CN.logical_not().int().argsort(1, stable=True)
+    first = mask_CN.logical_not().int().argsort(stable=True, dim=1)
     drawn = torch.arange(mask_CN.shape[1]).repeat(len(mask_CN), 1)
     for row, length in zip(drawn, mask_CN.sum(1).tolist(), strict=True):
         row[:length] = torch.from_numpy(generator(*seed, length).permutation(length))

@@ -13,6 +13,7 @@ Legend: C clients, n train and m val images of a client, M candidates, D feature
 
 from collections.abc import Mapping
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -22,7 +23,7 @@ from iciia_exp.errors import check_choice, check_int
 from iciia_exp.ledger import Budget, Link, Sizes
 from iciia_exp.methods.base import Facts
 from iciia_exp.methods.tune.base import Learned
-from iciia_exp.methods.tune.cloud_samples import CloudSamples, held
+from iciia_exp.methods.tune.cloud_samples import CloudSamples
 from iciia_exp.methods.tune.matching import MATCHING, match_clients
 from iciia_exp.models.fit_many import Examples
 
@@ -69,7 +70,7 @@ class MPDA(CloudSamples):
     ) -> None:
         super().__init__(facts, lr, batch_size, clip_norm, epochs, own_epochs, patience)
         self.arm = check_choice("arm", arm, ARMS)
-        self.matching = check_choice("matching", matching, MATCHING)
+        self.matching = check_choice("matching", matching, tuple(MATCHING))
         self.judge = check_choice("judge", judge, ("train", "val"))
         self.seed = check_int("seed", seed, 0)
         self.most = check_int("candidates", candidates, 1)
@@ -79,12 +80,16 @@ class MPDA(CloudSamples):
         """M: all other clients if there are fewer than asked for."""
         return 0 if self.arm == "local" else max(0, min(self.most, int(self.clients) - 1))
 
-    def personalise(self, own: Mapping[str, ClientBatch], link: Link, cloud: CloudView | None) -> Learned:
-        """Train on accepted candidates and on the own images; every device by itself."""
+    def most_received(self, cloud: CloudView, most: int) -> int:
+        """Those of the M largest clients."""
+        return int(np.sort(cloud.clients.train.lengths)[::-1][: self.candidates].sum())
+
+    def learn_from(self, cloud: CloudView, own: Mapping[str, ClientBatch], link: Link) -> Learned:
+        """Train on accepted candidates, then on the own images; every device by itself."""
         clients = len(own["train"].y_CS)
         states, counts = self.starts(clients), {}
         if self.candidates:
-            sets = self._received(held(cloud, self.name), own["train"], link)
+            sets = self._received(cloud, own["train"], link)
             lengths_CM = torch.stack([part.mask.sum(1).cpu() for part in sets], 1)
             passes_CM = torch.ones_like(lengths_CM)
             states, accepted_CM = self._select(states, sets, own)

@@ -5,7 +5,7 @@ import pandas as pd
 import pytest
 
 from iciia_exp.data.clients import ROLES
-from iciia_exp.data.partitions import ClassesPerClient, Dirichlet, Drift
+from iciia_exp.data.partitions import ClassesPerClient, Dirichlet, Drift, Owner, ParentCategory
 from iciia_exp.data.partitions.base import draw_share, numbered, parents_of_classes, role_pools, share_out
 from iciia_exp.errors import ConfigError
 
@@ -94,3 +94,31 @@ def test_largest_remainders_come_first():
 def test_numbers_are_as_wide_as_needed():
     assert numbered("c", 10)[-1] == "c-9"
     assert numbered("c", 101)[0] == "c-000"
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda most: ParentCategory(train_chunk=20, test_chunk=10, train_images=most),
+        lambda most: Owner(split="within", train_images=most),
+        lambda most: ClassesPerClient(split="within", images_per_client=30, train_images=most),
+    ],
+)
+def test_clients_with_few_train_images(make):
+    rng = np.random.default_rng(0)
+    split = np.repeat(["train", "test"], [400, 200])
+    label = rng.integers(0, 8, 600)
+    owner = np.array([f"o{i}" for i in rng.integers(0, 12, 600)], dtype=object)
+    images = pd.DataFrame({"label": label, "split": split, "owner": owner, "parent": [f"p{k // 4}" for k in label]})
+    every, few, fewer = (make(most).assign(images, 8) for most in (None, 7, 3))
+    assert every.train.lengths.max() > 7
+    assert few.train.lengths.tolist() == every.train.lengths.clip(max=7).tolist()
+    for client in range(len(every)):
+        assert set(fewer.train[client]) <= set(few.train[client]) <= set(every.train[client])
+        assert [i for i in every.train[client] if i in set(few.train[client])] == few.train[client].tolist(), (
+            "the order"
+        )
+    for role in ("val", "test"):
+        assert few[role].values.tolist() == every[role].values.tolist()
+    with pytest.raises(ConfigError, match="train_images"):
+        make(0)
