@@ -174,7 +174,11 @@ class CoDA(CloudSamples):
 
     def _kept(self, samples: Examples, others: Examples, train: Examples) -> Examples:
         """Return the samples that look most like the own ones to a classifier trained on the device."""
-        parts = [(train, 1)] * self._times + [(samples, 0), (others, 0)]
+        count_C1 = samples.mask.sum(1, keepdim=True) + others.mask.sum(1, keepdim=True)  # own images are repeated
+        place = torch.arange(samples.y.shape[1] + others.y.shape[1], device=train.y.device).expand(len(train.y), -1)
+        turn = place % train.mask.sum(1, keepdim=True).clamp(min=1)
+        own = Examples(train.x.take_along_dim(turn[..., None], 1), train.y.take_along_dim(turn, 1), place < count_C1)
+        parts = [(own, 1), (samples, 0), (others, 0)]
         mask = torch.cat([part.mask for part, _ in parts], 1)
         order = _shuffled(mask, self.name, self.seed)
         x = torch.cat([self.represent(part.x, part.y) for part, _ in parts], 1).take_along_dim(order[..., None], 1)
@@ -190,16 +194,11 @@ class CoDA(CloudSamples):
         mask = torch.arange(best.shape[1], device=best.device) < kept_C[:, None]
         return Examples(samples.x.take_along_dim(best[..., None], 1), samples.y.take_along_dim(best, 1), mask)
 
-    @property
-    def _times(self) -> int:
-        """How often own images are repeated to be as many as retrieved and random ones."""
-        return 2 * self.ratio
-
     def budget(self, sizes: Sizes) -> Budget:
         """Nothing in a request. A client sends what samples are found by, and gets them.
 
-        Training takes 2 D K MACs for every sample and pass. The device's classifier of own and other samples has 2 x 2
-        D weights.
+        Training takes 2 D K MACs for every sample and pass. The classifier of own and other samples has 2 x 2 D
+        weights; own images are repeated until they are as many as the others.
         """
         up, found = {"id": 8}, 0
         if self.retrieval == "overlap":
@@ -209,8 +208,7 @@ class CoDA(CloudSamples):
             found = sizes.train * int(self.samples) * 2 * self.dim
         macs = 0
         if self.keep < 1:
-            images = 2 * self.filter_recipe.epochs * (self._times * sizes.train + sizes.received) + sizes.received // 2
-            macs = images * 4 * self.dim
+            macs = (4 * self.filter_recipe.epochs * sizes.received + sizes.received // 2) * 4 * self.dim
         return self.device_budget(sizes, up=up, macs=macs, cloud_macs=found)
 
 

@@ -50,7 +50,8 @@ def match_clients(cloud: CloudView, train: ClientBatch, link: Link, way: str, mo
     near_CU[:, ~there_U] = -torch.inf
     known = (client_C >= 0).nonzero()[:, 0]  # the others are new
     near_CU[known, client_C[known]] = -torch.inf
-    return near_CU.topk(most).indices.numpy()
+    order_CU = near_CU.argsort(stable=True, dim=1, descending=True)  # of equally similar ones the first
+    return order_CU[:, :most].numpy()
 
 
 def _class_counts(batch: ClientBatch, classes: int) -> Tensor:
