@@ -63,7 +63,7 @@ class CoDA(CloudSamples):
         self,
         facts: Facts,
         retrieval: str = "overlap",
-        ratio: int = 5,
+        ratio: int = 10,
         keep: float = 1.0,
         filter_epochs: int = 20,
         lr: float = 0.05,
