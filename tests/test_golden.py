@@ -45,10 +45,11 @@ RUNS = {
     **{
         name: (f"method={name}",)
         for name in (
-            *("arm_cml", "backbone", "client_prior", "client_types", "context_token", "conv_across_images"),
+            *("arm_cml", "backbone", "client_prior", "client_types", "coda", "context_token", "conv_across_images"),
             *("feedforward", "finetune", "iciia", "iciia_prior", "iciia_stream", "lame", "linear_head"),
             *(
                 "linear_probe",
+                "mpda",
                 "oracle_classes",
                 "prior_em",
                 "prior_map",
