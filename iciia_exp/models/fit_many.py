@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from functools import partial
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -76,6 +76,7 @@ def fit_many(
     patience: int | None = None,
     starts: Mapping[str, Tensor] | None = None,
     shuffle: int | None = None,
+    clip_rows: bool = False,
 ) -> Fitted:
     """Train a copy of ``module`` for every client.
 
@@ -91,6 +92,9 @@ def fit_many(
         starts: start of some parameters for each client, [C, ...] by name; the others start as in ``module``.
         shuffle: seed of a new order of the train images in every epoch; it is the same for clients with equally many.
             None: the order of the images.
+        clip_rows: count every row that a module reads of its tables by itself in the norm of the gradient, as
+            TensorFlow does with sparse gradients, and not the rows of equal ids together. The module has ``taps(x)``,
+            zeros that its ``forward(x, taps)`` adds to such rows, by name of the table's parameter.
 
     Raises:
         ConfigError: the optimiser mixes the numbers of a tensor.
@@ -104,7 +108,7 @@ def fit_many(
     start = {name: p.detach() for name, p in module.named_parameters() if _is_trained(module, p)}
     clients, lengths_C = len(train.y), train.mask.sum(1)
     states = {name: p.new_empty(clients, *p.shape) for name, p in start.items()}
-    epochs_C, accuracy_C = torch.zeros(clients, dtype=torch.int64), train.x.new_zeros(clients)
+    epochs_C, accuracy_C = torch.zeros(clients, dtype=torch.int64), torch.zeros(clients, device=train.x.device)
     steps_C = -(-lengths_C // recipe.batch_size)
     order = torch.argsort(lengths_C, stable=True)
     for steps in steps_C.unique().tolist():
@@ -123,7 +127,7 @@ def fit_many(
             if dual:
                 together = _Dual(own or start, few, val.take(rows), task, recipe)
             else:
-                together = _Stacked(module, start, few, val.take(rows), task, recipe, steps, own, shuffle)
+                together = _Stacked(module, start, few, val.take(rows), task, recipe, steps, own, shuffle, clip_rows)
             best, epochs_C[rows], accuracy_C[rows] = _train(together, recipe.epochs, patience)
             for name, values in together.states(best).items():
                 states[name][rows] = values
@@ -215,9 +219,10 @@ class _Stacked:
         steps: int,
         starts: Mapping[str, Tensor],
         shuffle: int | None,
+        clip_rows: bool = False,
     ) -> None:
         self.module, self.train, self.val, self.task, self.recipe, self.steps = module, train, val, task, recipe, steps
-        self.shuffle = shuffle
+        self.shuffle, self.clip_rows = shuffle, clip_rows
         self.names = list(start)
         fixed = {**dict(module.named_parameters()), **dict(module.named_buffers())}
         self.fixed = {name: t.detach() for name, t in fixed.items() if name not in start}
@@ -226,13 +231,14 @@ class _Stacked:
         self.trained: list[Tensor] = [*stacked]
         self.optimizer = recipe.make_optimizer(stacked)
         self.scheduler = recipe.make_scheduler(self.optimizer, steps * recipe.epochs, recipe.epochs)
-        self.gradients = vmap(grad(self._loss), in_dims=(0, 0, 0, 0), randomness="different")
+        self.gradients = vmap(grad(self._loss, argnums=(0, 1) if clip_rows else 0), randomness="different")
 
-    def _logits(self, trained: dict[str, Tensor], x_b: Tensor) -> Tensor:
-        return functional_call(self.module, {**self.fixed, **trained}, (x_b,))
+    def _logits(self, trained: dict[str, Tensor], x_b: Tensor, *taps: dict[str, Tensor]) -> Tensor:
+        return functional_call(self.module, {**self.fixed, **trained}, (x_b, *taps))
 
-    def _loss(self, trained: dict[str, Tensor], x_b: Tensor, y_b: Tensor, real_b: Tensor) -> Tensor:
-        losses = self.task.loss(self._logits(trained, x_b), y_b, reduction="none")  # [b], or [b, K] of attributes
+    def _loss(self, trained: dict[str, Tensor], *batch: Any) -> Tensor:
+        *taps, x_b, y_b, real_b = batch
+        losses = self.task.loss(self._logits(trained, x_b, *taps), y_b, reduction="none")  # [b], or [b, K]
         return (losses.view(len(losses), -1).mean(1) * real_b).sum() / real_b.sum()
 
     def epoch(self, number: int) -> None:
@@ -248,9 +254,14 @@ class _Stacked:
                 rows_C1 = torch.arange(len(order_Cn), device=order_Cn.device)[:, None]
                 x, y, mask = (tensor[rows_C1, order_Cn[:, batch]] for tensor in self.train)
             stacked = dict(zip(self.names, (p.detach() for p in self.trained), strict=True))
-            gradients = self.gradients(stacked, x, y, mask.to(x.dtype))
+            real = mask.to(torch.float32)
+            if self.clip_rows:
+                gradients, rows = self.gradients(stacked, vmap(self.module.taps)(x), x, y, real)  # type: ignore[arg-type]
+            else:
+                gradients, rows = self.gradients(stacked, x, y, real), {}
             if clip:
-                norm_C = torch.stack([g.flatten(1).square().sum(1) for g in gradients.values()]).sum(0).sqrt()
+                parts = (rows | {n: g for n, g in gradients.items() if n not in rows}).values()
+                norm_C = torch.stack([g.flatten(1).square().sum(1) for g in parts]).sum(0).sqrt()
                 scale_C = (clip / (norm_C + 1e-6)).clamp(max=1)  # as torch.nn.utils.clip_grad_norm_
                 gradients = {n: g * scale_C.view(-1, *(1,) * (g.ndim - 1)) for n, g in gradients.items()}
             for name, p in zip(self.names, self.trained, strict=True):

@@ -19,7 +19,7 @@ from typing import ClassVar, NamedTuple
 import torch
 from torch import Tensor, nn
 
-__all__ = ["DIN", "LR", "PNN", "RECOMMENDERS", "DeepFM", "Interactions", "Recommender", "WideDeep"]
+__all__ = ["DIN", "LR", "PNN", "RECOMMENDERS", "DeepFM", "Interactions", "OnCatalog", "Recommender", "WideDeep"]
 
 #: Histories of a user: disliked and liked items.
 HISTORIES = 2
@@ -309,6 +309,55 @@ class LR(Recommender):
         """Return the logits [B, 2]."""
         logits_B2 = _linear(x, rows) + self.bias
         return self.norm(logits_B2 if self.tags is None else logits_B2 + self.tags(x.tags_BT))
+
+
+class OnCatalog(nn.Module):
+    """A click model on rows of numbers: user, item, and the items of each history, -1 where a slot is empty.
+
+    Batch norms and Dice stay in evaluation mode: on a device, the statistics do not move.
+
+    Args:
+        net: the model.
+        categories_IG: categories of every item, -1 where it has fewer, int64.
+        tags_IT: further numbers of every item, for `LR`.
+    """
+
+    def __init__(self, net: Recommender, categories_IG: Tensor, tags_IT: Tensor | None = None) -> None:
+        super().__init__()
+        self.net = net
+        self.categories_IG: Tensor
+        self.tags_IT: Tensor | None
+        self.register_buffer("categories_IG", categories_IG)
+        self.register_buffer("tags_IT", tags_IT)
+
+    def train(self, mode: bool = True) -> "OnCatalog":
+        """Leave the statistics as they are."""
+        return super().train(False)
+
+    def read(self, x_BF: Tensor) -> Interactions:
+        """Return users, items and histories of rows [B, 2 + H L]."""
+        user_B, item_B, histories_BN = x_BF[:, 0].long(), x_BF[:, 1].long(), x_BF[:, 2:].long()
+        items_BHL = histories_BN.unflatten(1, (HISTORIES, -1))
+        of_items = self.categories_IG[items_BHL.clamp(min=0)]
+        categories_BHLG = torch.where(items_BHL.unsqueeze(-1) < 0, -1, of_items)
+        tags_BT = None if self.tags_IT is None else self.tags_IT[item_B]
+        return Interactions(user_B, item_B, self.categories_IG[item_B], items_BHL, categories_BHLG, tags_BT)
+
+    def taps(self, x_BF: Tensor) -> dict[str, Tensor]:
+        """Return zeros for the rows that are read, by name of the parameter; `forward` adds them to the rows."""
+        if not self.net.rows_apart:
+            return {}
+        rows = self.net.lookup(self.read(x_BF))
+        return {f"net.tables.{name}.weight": torch.zeros_like(part) for name, part in rows.items()}
+
+    def forward(self, x_BF: Tensor, taps: Mapping[str, Tensor] | None = None) -> Tensor:
+        """Return the logits [B, 2]."""
+        x = self.read(x_BF)
+        rows = self.net.lookup(x)
+        for name, tap in (taps or {}).items():
+            table = name.removeprefix("net.tables.").removesuffix(".weight")
+            rows[table] = rows[table] + tap
+        return self.net.compute(x, rows)
 
 
 #: The models by name.

@@ -1,12 +1,17 @@
 """Recommenders against vectors of the released models."""
 
 import json
+from functools import partial
 
 import pytest
 import torch
 from safetensors import safe_open
+from sklearn.metrics import roc_auc_score
 
-from iciia_exp.models.recommenders import RECOMMENDERS, Interactions
+from iciia_exp.models.fit_many import Examples, fit_many
+from iciia_exp.models.recommenders import HISTORIES, RECOMMENDERS, Interactions, OnCatalog
+from iciia_exp.recipe import Recipe
+from iciia_exp.tasks import SingleLabel
 
 CASES = [("mpda_models_vectors", name) for name in RECOMMENDERS] + [("mpda_vectors", f"case{i}") for i in range(2)]
 
@@ -122,3 +127,101 @@ def test_logits_are_those_of_the_released_model(case):
     x, _ = case.interactions("test")
     assert any((row < 0).all() for row in x.items_BHL[:, 1])  # histories without an item
     torch.testing.assert_close(case.net(x), case.get("test_logits"), atol=1e-5, rtol=1e-5)
+
+
+class Click(SingleLabel):
+    """The released loss."""
+
+    def loss(self, logits_MK, y, **options):
+        return -(logits_MK.softmax(-1).gather(-1, y[:, None])[:, 0] + 1e-7).log()
+
+
+class Rows(OnCatalog):
+    """A model on numbers of interactions: in the vectors an item has other categories from one slot to another."""
+
+    def __init__(self, net, every):
+        super().__init__(net, torch.zeros(1, 1, dtype=torch.int64))
+        self.every = every
+
+    def read(self, x_BF):
+        return Interactions(*(None if part is None else part[x_BF[:, 0]] for part in self.every))
+
+
+def users_of(case):
+    """Return the interactions of all users one after the other, and the numbers and labels of each one's."""
+    names = [f"user{i}" for i in range(case.sizes["candidates"] + 1)]
+    parts = [case.interactions(name) for name in [*names, "test"]]
+    every = Interactions(
+        *(None if part[0] is None else torch.cat(part) for part in zip(*(x for x, _ in parts), strict=True))
+    )
+    sets, at = [], 0
+    for _, y in parts:
+        sets.append((torch.arange(at, at + len(y)), y))
+        at += len(y)
+    return every, sets
+
+
+@pytest.mark.parametrize("case", CASES, indirect=True, ids=[name for _, name in CASES])
+def test_training_and_acceptance_are_those_of_the_release(case):
+    every, sets = users_of(case)
+    net = Rows(case.net, every)
+    sgd = partial(torch.optim.SGD, lr=case.sizes["lr"])
+    recipe = Recipe(sgd, None, 1, case.sizes["batch"], case.sizes["clip_global_norm"])
+
+    def trained(states, numbers, y):
+        examples = Examples(numbers[None, :, None], y[None], torch.ones(1, len(y), dtype=torch.bool))
+        return fit_many(net, examples, examples.none(), Click("click"), recipe, starts=states, clip_rows=True).states
+
+    def auc(states, numbers, y):
+        own = {name: value[0] for name, value in states.items()}
+        with torch.no_grad():
+            score = torch.func.functional_call(net, own, (numbers[:, None],)).softmax(-1)[:, 1]
+        return roc_auc_score(y, score)
+
+    def assert_state(states, part):
+        for name, value in case.state(part).items():
+            if f"net.{name}" in states:
+                torch.testing.assert_close(states[f"net.{name}"][0], value, atol=1e-5, rtol=1e-5)
+
+    start = {name: p.detach()[None] for name, p in net.named_parameters()}
+    own, test = sets[0], sets[-1]
+    first = tuple(part[: case.sizes["batch"]] for part in own)
+    assert_state(trained(start, *first), "one_step")
+    best, states, accepted, found = auc(start, *own), start, [], []
+    for candidate in sets[1:-1]:
+        tried = trained(states, *candidate)
+        found.append(auc(tried, *own))
+        accepted.append(int(found[-1] > best + 1e-7))
+        if accepted[-1]:
+            best, states = found[-1], tried
+    assert found == pytest.approx(case.get("candidate_auc").tolist(), abs=1e-5)
+    assert accepted == case.get("accepted").tolist()
+    final = trained(states, *own)
+    assert_state(final, "final")
+    assert auc(final, *test) == pytest.approx(float(case.get("arms_auc")[3, 1]), abs=1e-9)
+
+
+@pytest.mark.parametrize("name", RECOMMENDERS)
+def test_many_users_train_together_as_alone(name):
+    torch.manual_seed(0)
+    users, items, categories, slots = 5, 9, 4, 3
+    of_items = torch.randint(-1, categories, (items, 2))
+    net = OnCatalog(RECOMMENDERS[name](users, items, categories), of_items)
+    histories = torch.randint(-1, items, (users, 6, HISTORIES * slots))
+    x = torch.cat(
+        [torch.arange(users).expand(6, -1).T[..., None], torch.randint(0, items, (users, 6, 1)), histories], 2
+    )
+    mask = torch.arange(6) < torch.tensor([6, 4, 1, 0, 5])[:, None]
+    examples = Examples(x, torch.randint(0, 2, (users, 6)), mask)
+    recipe = Recipe(partial(torch.optim.SGD, lr=0.5), None, 2, 4, 0.1)
+    for clip_rows in (False, True):
+        together = fit_many(net, examples, examples.none(), Click("click"), recipe, clip_rows=clip_rows).states
+        for user in range(users):
+            one = examples.take(torch.tensor([user]))
+            alone = fit_many(net, one, one.none(), Click("click"), recipe, clip_rows=clip_rows).states
+            for key, value in alone.items():
+                torch.testing.assert_close(value[0], together[key][user], atol=1e-6, rtol=1e-5)
+    x = net.read(x[0])
+    assert (x.categories_BHLG[x.items_BHL < 0] == -1).all()
+    item = int(x.items_BHL.max())
+    assert x.categories_BHLG[x.items_BHL == item][0].tolist() == of_items[item].tolist()
