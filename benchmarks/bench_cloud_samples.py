@@ -1,0 +1,156 @@
+"""MPDA and CoDA: many devices at once against a loop over devices, memory by the number of clients, and the search.
+
+    python benchmarks/bench_cloud_samples.py methods [--clients 10000] [--looped 10] [--threads 2]
+    python benchmarks/bench_cloud_samples.py search [--samples 10000 100000] [--threads 2]
+
+`methods`: simulated clients with 2 of 10 classes and 20 train images each. The loop trains one `torch.nn.Linear` after
+the other, on the same samples with the same recipe; both run in turn, in shards of 128 clients as in
+`iciia_exp.engine.devices`. Printed: median time of a client, the ratio, the time of all clients and the memory that is
+held at the end and at a tenth of the clients. `search`: samples nearest to 20 own images of a client.
+"""
+
+import argparse
+import copy
+import resource
+import statistics
+import time
+from collections.abc import Callable
+from functools import partial
+
+import numpy as np
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from iciia_exp.data.batches import ClientIndex, FeatureBatches
+from iciia_exp.data.clients import Clients, Ragged
+from iciia_exp.data.views import CloudView, Devices
+from iciia_exp.ledger import Link, Sizes
+from iciia_exp.machine import keep_freed_memory
+from iciia_exp.methods.base import Facts
+from iciia_exp.methods.tune.cloud_samples import CloudSamples
+from iciia_exp.methods.tune.coda import CoDA
+from iciia_exp.methods.tune.mpda import MPDA
+from iciia_exp.models.retrieval import Pool
+
+CLASSES, IMAGES, SHARD = 10, 20, 128
+
+
+def simulated(clients: int, dim: int) -> tuple[Clients, FeatureBatches]:
+    """Return clients with 20 train images of 2 classes each, and their features."""
+    rng = np.random.default_rng(0)
+    centres = rng.standard_normal((CLASSES, dim))
+    own = rng.permuted(np.tile(np.arange(CLASSES), (clients, 1)), axis=1)[:, :2]
+    labels = own[np.arange(clients)[:, None], rng.integers(0, 2, (clients, IMAGES))].ravel()
+    features = np.empty((len(labels), dim), dtype=np.float32)
+    for part in np.array_split(np.arange(len(labels)), max(1, len(labels) // 10_000)):
+        features[part] = centres[labels[part]] + 2 * rng.standard_normal((len(part), dim))
+    ids, empty = np.array([f"c{i}" for i in range(clients)], dtype=object), Ragged.empty(clients)
+    train = Ragged.from_lengths(np.full(clients, IMAGES), np.arange(len(labels)))
+    return Clients(ids, ids, train, empty, empty), FeatureBatches(features, labels)
+
+
+def passes(net: nn.Linear, x: torch.Tensor, y: torch.Tensor, epochs: int) -> nn.Linear:
+    """Train a copy of a classifier."""
+    net = copy.deepcopy(net)
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.05)
+    for _ in range(epochs):
+        for at in range(0, len(x), 16):
+            optimizer.zero_grad()
+            F.cross_entropy(net(x[at : at + 16]), y[at : at + 16]).backward()
+            nn.utils.clip_grad_norm_(net.parameters(), 5.0)
+            optimizer.step()
+    return net
+
+
+def loop(head: nn.Linear, cloud: CloudView, numbers: np.ndarray, kind: str) -> None:
+    """Train one client after the other; matching is left out."""
+    for number in numbers:
+        others = np.arange(number + 1, number + 21) % len(cloud.clients)
+        index = cloud.clients.train.padded(np.append(others, number), IMAGES)
+        batch = cloud[ClientIndex(index, np.append(others, number))]
+        x, y, net = batch.x_CSD[-1], batch.y_CS[-1], head
+        if kind == "coda":
+            net = passes(net, batch.x_CSD[:10].flatten(0, 1), batch.y_CS[:10].flatten(), 5)
+        else:
+            with torch.no_grad():
+                best = F.cross_entropy(net(x), y)
+            for other_x, other_y in zip(batch.x_CSD[:-1], batch.y_CS[:-1], strict=True):
+                tried = passes(net, other_x, other_y, 5)
+                with torch.no_grad():
+                    loss = F.cross_entropy(tried(x), y)
+                if loss < best - 1e-7:
+                    net, best = tried, loss
+        passes(net, x, y, 20)
+
+
+def timed(work: Callable[[], object]) -> float:
+    """Return the seconds that some work takes."""
+    start = time.perf_counter()
+    work()
+    return time.perf_counter() - start
+
+
+def methods(options: argparse.Namespace) -> None:
+    """Print a line for each method and size."""
+    for dim in (64, 512):
+        clients, batches = simulated(options.clients, dim)
+        cloud, devices = CloudView(clients, batches, CLASSES, IMAGES), Devices(clients, batches)
+        torch.manual_seed(0)
+        head = nn.Linear(dim, CLASSES)
+        kinds: dict[str, CloudSamples] = {"mpda": MPDA(Facts.of(head)), "coda": CoDA(Facts.of(head))}
+        for kind, method in kinds.items():
+            method.learn(cloud, lambda *_: {})
+            link = Link(kind, method.budget(Sizes()))
+            shards = np.split(np.arange(len(clients)), range(SHARD, len(clients), SHARD))
+            looped, together, held = [], [], 0
+            for at, numbers in enumerate(shards):
+                own = devices.own(numbers)
+                with torch.no_grad():
+                    together.append(timed(partial(method.personalise, own, link, cloud)) / len(numbers))
+                if at % (len(shards) // 5) == 0:
+                    looped.append(timed(partial(loop, head, cloud, numbers[: options.looped], kind)) / options.looped)
+                    held = held or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+            pairs = zip(looped, together[:: len(shards) // 5], strict=False)
+            ratio = statistics.median(a / b for a, b in pairs)
+            one, many = (1e3 * statistics.median(times) for times in (looped, together))
+            whole = sum(t * len(n) for t, n in zip(together, shards, strict=True))
+            growth = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - held
+            print(
+                f"{kind}, D = {dim}: loop {one:.1f} ms a client, together {many:.2f} ms, {ratio:.0f} times; "
+                f"{len(clients):,} clients {whole:.0f} s, {growth / 1024:.0f} MiB more than after the first shard",
+                flush=True,
+            )
+
+
+def search(options: argparse.Namespace) -> None:
+    """Print the time of a client's search by the size of the pool."""
+    rng, width = np.random.default_rng(0), 2 * 512
+    for samples in options.samples:
+        unit = rng.standard_normal((samples, width), dtype=np.float32)
+        unit /= np.linalg.norm(unit, axis=1, keepdims=True)
+        pool = Pool(unit, np.arange(samples) // IMAGES)
+        clients = np.arange(SHARD)
+        queries = [unit[IMAGES * c : IMAGES * (c + 1)] for c in clients]
+        counts = np.full(SHARD, 10 * IMAGES)
+        seconds = statistics.median(timed(partial(pool.nearest, queries, clients, counts)) for _ in range(3))
+        each = 1e3 * seconds / SHARD
+        print(f"{samples:,} samples of {width} numbers: {each:.2f} ms a client, {1e3 * each / samples:.4f} µs a sample")
+
+
+def main() -> None:
+    """Run one part."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("part", choices=("methods", "search"))
+    parser.add_argument("--clients", type=int, default=10_000)
+    parser.add_argument("--looped", type=int, default=10, help="clients of the loop per shard")
+    parser.add_argument("--samples", type=int, nargs="+", default=[10_000, 100_000])
+    parser.add_argument("--threads", type=int, default=2)
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    keep_freed_memory()
+    {"methods": methods, "search": search}[options.part](options)
+
+
+if __name__ == "__main__":
+    main()
