@@ -44,6 +44,9 @@ def commands(start):
 
 MAIN = [c for c in commands("python -m iciia_exp") if c.split()[2] == "iciia_exp"]
 
+#: An experiment by name alone, which `tests/engine/test_experiments.py` runs.
+BY_NAME = {c: found[1] for c in MAIN if (found := re.fullmatch(r".* \+experiment=(\w+)( data_dir=\S+)?", c))}
+
 #: Placeholders for what a reader has; with them a command is composed and checked, or gets small data of the form.
 NEEDS_MORE = ("FILE", "NAME", "trainer=gpu", "launcher=slurm", "OVERRIDES", "--help", "swin_b")
 
@@ -74,11 +77,14 @@ def cache(tmp_path_factory):
 def test_there_are_commands():
     assert len(MAIN) >= 20
     assert {"README.md", "reports.md", "rivals.md", "streams.md"} <= set(TEXTS)
+    assert set(BY_NAME.values()) <= set(EXPERIMENTS), "each is run elsewhere"
 
 
 @pytest.mark.usefixtures("undrawn")
 @pytest.mark.filterwarnings("ignore")  # Optuna's own
-@pytest.mark.parametrize("command", [c for c in MAIN if "--config-dir" not in c])  # those: docs/extend.md, below
+@pytest.mark.parametrize(
+    "command", [c for c in MAIN if "--config-dir" not in c and c not in BY_NAME]
+)  # docs/extend.md: below
 def test_a_command_of_the_package_works(command, compose, small, cache, tmp_path, monkeypatch, offline_weights, capsys):  # noqa: F811
     arguments = [a for a in shlex.split(command)[3:] if a != "..."]
     monkeypatch.setenv("ICIIA_EXP_CACHE", str(cache))
