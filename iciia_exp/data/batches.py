@@ -36,6 +36,11 @@ class ClientBatch(NamedTuple):
     #: what the method reads beside the features, by name, float32 [C, S, ...], zero where padded
     arrays: Mapping[str, Tensor] = {}
 
+    def take(self, rows: slice) -> ClientBatch:
+        """Return some of the chunks."""
+        parts = {name: value[rows] for name, value in self._asdict().items() if isinstance(value, Tensor)}
+        return self._replace(**parts, arrays={name: array[rows] for name, array in self.arrays.items()})
+
     def moved(self, device: torch.device | str) -> ClientBatch:
         """Return the batch on a device."""
         moved = {name: value.to(device) for name, value in self._asdict().items() if isinstance(value, Tensor)}

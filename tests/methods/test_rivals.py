@@ -243,3 +243,16 @@ def test_state_of_a_client_is_stated(head):
     assert FineTune(Facts.of(head)).state_bytes() == 4 * K * (D + 1)
     assert PromptTuning(Facts.of(head)).state_bytes() == 4 * D // 2
     assert Lame(Facts.of(head)).state_bytes(15) == 4 * 15 * (D + K)
+
+
+@pytest.mark.parametrize("at_once", [1, 10**3])
+def test_states_are_read_for_some_sequences_at_a_time(head, monkeypatch, at_once):
+    method, cloud = studied(FineTune(Facts.of(head), epochs=2))
+    (batch,) = cloud.chunks("test")
+    whole = method.logits(batch)
+    asked, states_of = [], method.states_of
+    monkeypatch.setattr(method, "states_of", lambda client_C: asked.append(len(client_C)) or states_of(client_C))
+    monkeypatch.setattr("iciia_exp.methods.tune.base._AT_ONCE", at_once)
+    torch.testing.assert_close(method.logits(batch), whole)
+    assert max(asked) == max(1, at_once // method.state_bytes()) < len(batch.client_C)
+    assert sum(asked) == len(batch.client_C)

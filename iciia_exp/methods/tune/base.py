@@ -20,6 +20,9 @@ from iciia_exp.models.fit_many import Examples
 
 __all__ = ["Learned", "Personal", "examples"]
 
+#: Bytes of states that are in memory at once to classify, if they are those of several sequences: 256 MiB.
+_AT_ONCE = 1 << 28
+
 
 class Learned(NamedTuple):
     """What some devices have learned."""
@@ -62,8 +65,12 @@ class Personal(Method):
         """Return logits [C, S, K], with the states of the batch's clients, [C, ...] each."""
 
     def logits(self, batch: ClientBatch, causal: bool = False) -> Tensor:
-        """Return those of `classify` with the stored states."""
-        return self.classify(batch, self.states_of(batch.client_C))
+        """Return those of `classify` with the stored states, which are read for some sequences at a time."""
+        size = max(1, _AT_ONCE // max(1, self.state_bytes()))
+        parts = [batch.take(slice(at, at + size)) for at in range(0, len(batch.client_C), size)]
+        if len(parts) < 2:
+            return self.classify(batch, self.states_of(batch.client_C))
+        return torch.cat([self.classify(part, self.states_of(part.client_C)) for part in parts])
 
     def states_of(self, client_C: Tensor) -> dict[str, Tensor]:
         """Return the stored states of some clients; raises a `UserError` for one that has none."""

@@ -90,7 +90,7 @@ class CloudSamples(PersonalClassifier):
         clients, most = own["train"].y_CS.shape
         size = max(1, _NUMBERS // (1 + self.dim * self.most_received(cloud, most)))
         parts = [
-            self.learn_from(cloud, {role: _rows(batch, slice(at, at + size)) for role, batch in own.items()}, link)
+            self.learn_from(cloud, {role: batch.take(slice(at, at + size)) for role, batch in own.items()}, link)
             for at in range(0, clients, size)
         ]
         states = {name: torch.cat([part.states[name] for part in parts]) for name in parts[0].states}
@@ -145,9 +145,3 @@ class CloudSamples(PersonalClassifier):
             Line("client_once", "cloud", "training", kind="labels", bytes=8 * sizes.received),
         )
         return Budget(served.lines + learned, served.state_bytes)
-
-
-def _rows(batch: ClientBatch, rows: slice) -> ClientBatch:
-    """Return some clients of a batch."""
-    parts = {name: value[rows] for name, value in batch._asdict().items() if isinstance(value, Tensor)}
-    return batch._replace(**parts, arrays={name: array[rows] for name, array in batch.arrays.items()})
