@@ -59,11 +59,11 @@ def test_a_killed_phase_goes_on_with_the_missing_shards(trained, monkeypatch):
     made, whole, manifest = trained
     learned, original = [], FineTune.personalise
 
-    def die_later(self, own, link):
+    def die_later(self, own, link, cloud):
         learned.append(own["train"].client_C.tolist())
         if len(learned) == 3:
             raise Killed
-        return original(self, own, link)
+        return original(self, own, link, cloud)
 
     monkeypatch.setattr(FineTune, "personalise", die_later)
     with pytest.raises(Killed):
@@ -82,9 +82,9 @@ def test_processes_share_the_shards(trained, monkeypatch):
     made, whole, _ = trained
     learned, original = [], FineTune.personalise
 
-    def count(self, own, link):
+    def count(self, own, link, cloud):
         learned.extend(own["train"].client_C.tolist())
-        return original(self, own, link)
+        return original(self, own, link, cloud)
 
     monkeypatch.setattr(FineTune, "personalise", count)
     made.states.folder.mkdir()
@@ -142,8 +142,8 @@ def test_what_is_not_finite_names_the_client(trained, monkeypatch):
     made, _, _ = trained
     original = FineTune.personalise
 
-    def diverge(self, own, link):
-        learned = original(self, own, link)
+    def diverge(self, own, link, cloud):
+        learned = original(self, own, link, cloud)
         learned.states["bias"][1] = torch.nan
         return learned
 

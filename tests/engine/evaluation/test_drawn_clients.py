@@ -21,7 +21,7 @@ from tests.making.cloud import ON_TOKENS, small_cloud
 pytestmark = pytest.mark.usefixtures("undrawn")
 
 METHODS = sorted(p.stem for p in (CONF_DIR / "method").glob("*.yaml"))
-OWN_LABELS = ("finetune", "linear_probe", "prompt_tuning", *ON_TOKENS)
+OWN_LABELS = ("coda", "finetune", "linear_probe", "mpda", "prompt_tuning", *ON_TOKENS)
 
 
 def test_drawn_clients_have_their_kinds_of_classes():
