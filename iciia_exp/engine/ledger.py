@@ -39,8 +39,7 @@ def ledger_table(inputs: Inputs, method: Method) -> pd.DataFrame:
         budgets = [(1.0, method.budget(sizes_of(inputs)))]
     else:
         manifest = read_json(inputs.states.folder / "manifest.json")
-        counts = {name: manifest.get("counts", {}).get(name) for name in ("received", "passed")}
-        counts = {name: values for name, values in counts.items() if values}
+        counts = {name: values for name, values in manifest.get("counts", {}).items() if name in ("received", "passed")}
         budgets = list(_of_devices(inputs, method, {"epochs": manifest["epochs"], **counts}))
         measured = {tuple(key): size / manifest["devices"] for *key, size in manifest["payloads"]}
     link = Link(method.name, budgets[0][1])
@@ -67,7 +66,8 @@ def _of_devices(inputs: Inputs, method: Method, counts: dict[str, list[int]]) ->
     """
     clients = inputs.experiment.client_mix.known(inputs.readable_clients(inputs.open_store()))
     tested = np.flatnonzero(clients.test.lengths)
-    sizes = {"train": clients.train.lengths[tested], "val": clients.val.lengths[tested], **counts}
+    sizes = {role: clients[role].lengths[tested] for role in ("train", "val")}
+    sizes |= {name: np.array(values, dtype=np.int64) for name, values in counts.items()}
     kinds, numbers = np.unique(np.stack([*sizes.values()], 1), axis=0, return_counts=True)
     for kind, number in zip(kinds.tolist(), numbers.tolist(), strict=True):
         yield number / len(tested), method.budget(sizes_of(inputs, **dict(zip(sizes, kind, strict=True))))
