@@ -38,13 +38,15 @@ class ClientBatch(NamedTuple):
 
     def take(self, rows: slice) -> ClientBatch:
         """Return some of the chunks."""
-        parts = {name: value[rows] for name, value in self._asdict().items() if isinstance(value, Tensor)}
-        return self._replace(**parts, arrays={name: array[rows] for name, array in self.arrays.items()})
+        return self._mapped(lambda tensor: tensor[rows])
 
     def moved(self, device: torch.device | str) -> ClientBatch:
         """Return the batch on a device."""
-        moved = {name: value.to(device) for name, value in self._asdict().items() if isinstance(value, Tensor)}
-        return self._replace(**moved, arrays={name: tensor.to(device) for name, tensor in self.arrays.items()})
+        return self._mapped(lambda tensor: tensor.to(device))
+
+    def _mapped(self, change: Callable[[Tensor], Tensor]) -> ClientBatch:
+        changed = {name: change(value) for name, value in self._asdict().items() if isinstance(value, Tensor)}
+        return self._replace(**changed, arrays={name: change(tensor) for name, tensor in self.arrays.items()})
 
 
 class ClientIndex(NamedTuple):

@@ -1,6 +1,7 @@
 """Ledger of a run: what its method's budget states, and what was measured, by phase and site."""
 
 from collections.abc import Iterable
+from dataclasses import fields
 from typing import Any
 
 import numpy as np
@@ -12,6 +13,9 @@ from iciia_exp.ledger import Budget, Link, Sizes
 from iciia_exp.methods.base import Method
 
 __all__ = ["cost_row", "ledger_table", "sizes_of"]
+
+#: Counts of a device that a budget depends on.
+_SIZES = frozenset(field.name for field in fields(Sizes))
 
 
 def sizes_of(inputs: Inputs, **more: Any) -> Sizes:
@@ -39,7 +43,7 @@ def ledger_table(inputs: Inputs, method: Method) -> pd.DataFrame:
         budgets = [(1.0, method.budget(sizes_of(inputs)))]
     else:
         manifest = read_json(inputs.states.folder / "manifest.json")
-        counts = {name: values for name, values in manifest.get("counts", {}).items() if name in ("received", "passed")}
+        counts = {name: values for name, values in manifest.get("counts", {}).items() if name in _SIZES}
         budgets = list(_of_devices(inputs, method, {"epochs": manifest["epochs"], **counts}))
         measured = {tuple(key): size / manifest["devices"] for *key, size in manifest["payloads"]}
     link = Link(method.name, budgets[0][1])

@@ -27,7 +27,7 @@ from iciia_exp.recipe import Recipe
 from iciia_exp.seeding import generator
 from iciia_exp.tasks import SINGLE_LABEL, Task
 
-__all__ = ["Examples", "Fitted", "fit_many"]
+__all__ = ["Examples", "Fitted", "choose", "fit_many", "linear_logits"]
 
 # Numbers that the modules trained together hold: 64 MiB.
 _NUMBERS = 1 << 24
@@ -59,12 +59,14 @@ class Fitted(NamedTuple):
     def better(self, other: Fitted) -> Fitted:
         """Return for each client what has the better accuracy on its val images; equal ones are this one's."""
         other_C = other.accuracy_C > self.accuracy_C
-        states = {
-            name: torch.where(other_C.view(-1, *(1,) * (own.ndim - 1)), other.states[name], own)
-            for name, own in self.states.items()
-        }
+        states = {name: choose(other_C, other.states[name], own) for name, own in self.states.items()}
         epochs_C = torch.where(other_C.cpu(), other.epochs_C, self.epochs_C)
         return Fitted(states, epochs_C, torch.where(other_C, other.accuracy_C, self.accuracy_C))
+
+
+def choose(first_C: Tensor, one: Tensor, other: Tensor) -> Tensor:
+    """Return for every client the first of two tensors [C, ...] where ``first_C``, else the second."""
+    return torch.where(first_C.view(-1, *(1,) * (one.ndim - 1)), one, other)
 
 
 def fit_many(
@@ -328,7 +330,7 @@ class _Dual:
         self.one_hot_CnK = nn.functional.one_hot(train.y, classes).to(train.x.dtype)
         across_CDn = train.x.transpose(1, 2)
         self.gram_Cnn, self.near_Cmn = torch.bmm(train.x, across_CDn), torch.bmm(val.x, across_CDn)
-        self.start_CnK, self.start_CmK = (_logits(start, x) for x in (train.x, val.x))
+        self.start_CnK, self.start_CmK = (linear_logits(start, x) for x in (train.x, val.x))
         self.trained = [torch.zeros_like(self.start_CnK), self.start_CnK.new_zeros(len(train.y), 1, classes)]
 
     @torch.no_grad()
@@ -373,9 +375,9 @@ class _Dual:
         return {"weight": weight_CKD, "bias": self.start["bias"] + bias_C1K[:, 0]}
 
 
-def _logits(start: Mapping[str, Tensor], x_CnD: Tensor) -> Tensor:
+def linear_logits(classifier: Mapping[str, Tensor], x_CnD: Tensor) -> Tensor:
     """Return the logits of linear classifiers, of one for all clients or of one for each, [C, n, K]."""
-    weight, bias = start["weight"], start["bias"]
+    weight, bias = classifier["weight"], classifier["bias"]
     if weight.ndim == 2:
         return nn.functional.linear(x_CnD, weight, bias)
     return torch.baddbmm(bias[:, None], x_CnD, weight.transpose(1, 2))

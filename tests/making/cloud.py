@@ -111,6 +111,7 @@ class States:
 
     def __init__(self, states):
         self.states = states
+        self.shapes = {name: tuple(state.shape[1:]) for name, state in states.items()}
 
     def of(self, client_C):
         return {name: state[client_C] for name, state in self.states.items()}

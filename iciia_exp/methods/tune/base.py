@@ -18,7 +18,7 @@ from iciia_exp.ledger import Link
 from iciia_exp.methods.base import Method
 from iciia_exp.models.fit_many import Examples
 
-__all__ = ["Learned", "Personal", "examples"]
+__all__ = ["Learned", "Personal", "class_counts", "examples"]
 
 #: Bytes of states that are in memory at once to classify, if they are those of several sequences: 256 MiB.
 _AT_ONCE = 1 << 28
@@ -66,10 +66,11 @@ class Personal(Method):
 
     def logits(self, batch: ClientBatch, causal: bool = False) -> Tensor:
         """Return those of `classify` with the stored states, which are read for some sequences at a time."""
-        size = max(1, _AT_ONCE // max(1, self.state_bytes()))
-        parts = [batch.take(slice(at, at + size)) for at in range(0, len(batch.client_C), size)]
-        if len(parts) < 2:
+        sequences = len(batch.client_C)
+        size = sequences if self.states is None else max(1, _AT_ONCE // max(1, _bytes(self.states.shapes)))
+        if sequences <= size:
             return self.classify(batch, self.states_of(batch.client_C))
+        parts = (batch.take(slice(at, at + size)) for at in range(0, sequences, size))
         return torch.cat([self.classify(part, self.states_of(part.client_C)) for part in parts])
 
     def states_of(self, client_C: Tensor) -> dict[str, Tensor]:
@@ -80,11 +81,21 @@ class Personal(Method):
 
     def state_bytes(self) -> int:
         """Return the size of a client's state, in bytes."""
-        return 4 * sum(torch.Size(shape).numel() for shape in self.state_shapes.values())
+        return _bytes(self.state_shapes)
 
     def training_bytes(self) -> int | None:
         """Return the memory that a device needs to train (`iciia_exp.cost.training_bytes`); None: no gradients."""
         return None
+
+
+def _bytes(shapes: Mapping[str, tuple[int, ...]]) -> int:
+    return 4 * sum(torch.Size(shape).numel() for shape in shapes.values())
+
+
+def class_counts(batch: ClientBatch, classes: int) -> Tensor:
+    """Return how many images of each class every client of a batch has, float32 [C, K]."""
+    counts_CK = torch.zeros(len(batch.y_CS), classes, device=batch.y_CS.device)
+    return counts_CK.scatter_add_(1, batch.y_CS, batch.mask_CS.float())
 
 
 def examples(batch: ClientBatch) -> Examples:

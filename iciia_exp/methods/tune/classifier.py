@@ -11,9 +11,11 @@ from torch import Tensor, nn
 
 from iciia_exp.cost import training_bytes
 from iciia_exp.data.batches import ClientBatch
-from iciia_exp.errors import check_float
+from iciia_exp.errors import check_float, check_int
+from iciia_exp.ledger import Budget, Line, Sizes, serve
 from iciia_exp.methods.base import Facts, copy_of
 from iciia_exp.methods.tune.base import Personal
+from iciia_exp.models.fit_many import linear_logits
 from iciia_exp.recipe import Recipe
 
 __all__ = ["PersonalClassifier", "sgd_recipe"]
@@ -31,11 +33,14 @@ class PersonalClassifier(Personal):
     Args:
         facts: task, sizes, and the backbone's classifier.
         recipe: of a device's training.
+        patience: epochs on the own images without a better accuracy on the client's val images before training stops;
+            the best is kept. None: all of them, and the last is kept.
     """
 
-    def __init__(self, facts: Facts, recipe: Recipe) -> None:
+    def __init__(self, facts: Facts, recipe: Recipe, patience: int | None) -> None:
         super().__init__(facts)
         self.recipe = recipe
+        self.patience = None if patience is None else check_int("patience", patience, 1)
         self.head = copy_of(facts.head, trained=False)
 
     @property
@@ -45,7 +50,28 @@ class PersonalClassifier(Personal):
 
     def classify(self, batch: ClientBatch, states: Mapping[str, Tensor]) -> Tensor:
         """Return the logits of the clients' classifiers, [C, S, K]."""
-        return torch.baddbmm(states["bias"][:, None], batch.x_CSD, states["weight"].transpose(1, 2))
+        return linear_logits(states, batch.x_CSD)
+
+    def device_budget(self, sizes: Sizes, macs: int = 0) -> Budget:
+        """Return the budget of a classifier that replaces the backbone's.
+
+        Training takes 2 D K MACs for a train image and epoch, logits and gradient, the same for a sample of others and
+        pass, and with ``patience`` D K for the val images of every epoch and the start.
+
+        Args:
+            sizes: of client and request.
+            macs: of the device's training beside these.
+        """
+        served = serve(sizes, self.num_classes, macs=0, weights=0, state_bytes=self.state_bytes())
+        images = 2 * (sizes.passed + sizes.epochs * sizes.train)
+        if self.patience is not None:
+            images += (sizes.epochs + 1) * sizes.val
+        own = None if sizes.backbone_macs is None else (sizes.train + sizes.val) * sizes.backbone_macs
+        learned = (
+            Line("client_once", "device", "backbone", macs=own),
+            Line("client_once", "device", "training", macs=macs + images * self.dim * self.num_classes),
+        )
+        return Budget(served.lines + learned, served.state_bytes)
 
     def training_bytes(self) -> int:
         """Return the memory of a client's classifier in training with plain SGD."""

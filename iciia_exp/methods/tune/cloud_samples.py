@@ -17,7 +17,7 @@ from torch import Tensor
 from iciia_exp.data.batches import ClientBatch, ClientIndex
 from iciia_exp.data.views import CloudView
 from iciia_exp.errors import UserError, check_int
-from iciia_exp.ledger import Budget, Line, Link, Sizes, serve
+from iciia_exp.ledger import Budget, Line, Link, Sizes
 from iciia_exp.methods.base import Ask, Facts, Fit, Record
 from iciia_exp.methods.tune.base import Learned, examples
 from iciia_exp.methods.tune.classifier import PersonalClassifier, sgd_recipe
@@ -58,9 +58,8 @@ class CloudSamples(PersonalClassifier):
         own_epochs: int,
         patience: int | None,
     ) -> None:
-        super().__init__(facts, sgd_recipe(lr, epochs, batch_size, clip_norm))
+        super().__init__(facts, sgd_recipe(lr, epochs, batch_size, clip_norm), patience)
         self.own_recipe = sgd_recipe(lr, check_int("own_epochs", own_epochs, 1), batch_size, clip_norm)
-        self.patience = None if patience is None else check_int("patience", patience, 1)
         #: Numbers of clients and of their train images, for the budget.
         self.clients: Tensor
         self.samples: Tensor
@@ -122,26 +121,20 @@ class CloudSamples(PersonalClassifier):
         """Return nothing: a device starts with the backbone's classifier."""
         return {}
 
-    def device_budget(self, sizes: Sizes, *, up: Mapping[str, int], macs: int, cloud_macs: int) -> Budget:
+    def sample_budget(self, sizes: Sizes, *, up: Mapping[str, int], macs: int, cloud_macs: int) -> Budget:
         """Return the budget of a device that gets ``sizes.received`` samples.
 
         Args:
             sizes: of client and request.
             up: bytes that the device sends, by kind.
-            macs: of the device, beside training on samples of others and on its own images.
+            macs: of the device, beside training on samples of others and on its own images (`device_budget`).
             cloud_macs: of finding the samples.
         """
-        served = serve(sizes, self.num_classes, macs=0, weights=0, state_bytes=self.state_bytes())
-        images = 2 * (sizes.passed + sizes.epochs * sizes.train)
-        if self.patience is not None:
-            images += (sizes.epochs + 1) * sizes.val
-        own = None if sizes.backbone_macs is None else (sizes.train + sizes.val) * sizes.backbone_macs
-        learned = (
-            Line("client_once", "device", "backbone", macs=own),
-            Line("client_once", "device", "training", macs=macs + images * self.dim * self.num_classes),
+        served = self.device_budget(sizes, macs)
+        received = (
             Line("client_once", "cloud", "training", macs=cloud_macs),
             *(Line("client_once", "device", "training", kind=kind, bytes=size) for kind, size in up.items()),
             Line("client_once", "cloud", "training", kind="features", bytes=4 * sizes.received * self.dim),
             Line("client_once", "cloud", "training", kind="labels", bytes=8 * sizes.received),
         )
-        return Budget(served.lines + learned, served.state_bytes)
+        return Budget(served.lines + received, served.state_bytes)

@@ -3,7 +3,7 @@
 Source: "On-Device Learning with Cloud-Coordinated Data Augmentation for Extreme Model Personalization in Recommender
 Systems" (arXiv 2201.10382): the cloud retrieves samples near to the client's, a classifier on the device keeps those
 that look like its own, and the model is trained on them and on the own ones. No code was released: representation,
-classifier and recipe are ours, and so is the retrieval by owner.
+classifier and recipe are ours, and so is the retrieval by overlap of classes.
 
 Legend: C clients, n train and m val images of a client, N samples of other clients, R numbers of a representation, D
 features, K classes.
@@ -26,7 +26,7 @@ from iciia_exp.methods.base import Facts
 from iciia_exp.methods.tune.base import Learned, examples
 from iciia_exp.methods.tune.cloud_samples import CloudSamples
 from iciia_exp.methods.tune.matching import match_clients
-from iciia_exp.models.fit_many import Examples, fit_many
+from iciia_exp.models.fit_many import Examples, fit_many, linear_logits
 from iciia_exp.models.retrieval import Pool
 from iciia_exp.recipe import Recipe
 from iciia_exp.seeding import generator
@@ -108,7 +108,6 @@ class CoDA(CloudSamples):
 
     def _retrieved(self, cloud: CloudView, train: ClientBatch, link: Link, most_C: np.ndarray) -> list[np.ndarray]:
         """Return the numbers of the retrieved samples of every client."""
-        number_C = train.client_C.cpu().numpy()
         if self.retrieval == "sample":
             return self._nearest(cloud, train, link, most_C)
         if self.retrieval == "random":
@@ -116,16 +115,14 @@ class CoDA(CloudSamples):
             return self._random(cloud, train, most_C, "retrieved")
         images = cloud.clients.train
         if self.retrieval == "overlap":
-            others = int((images.lengths > 0).sum()) - 1
-            ids_CM: Iterable[np.ndarray] = match_clients(
-                cloud, train, link, "overlap", min(others, int(most_C.max(initial=0))), self.seed
-            )
+            clients = min(int(self.clients) - 1, int(most_C.max(initial=0)))
+            ids_CM: Iterable[np.ndarray] = match_clients(cloud, train, link, "overlap", clients, self.seed)
         else:
             ids_CM = self._of_type(cloud, link.up("id", train.client_C, what="training").cpu().numpy())
         found = []
         for ids_M, most in zip(ids_CM, most_C, strict=True):
             enough = int(np.searchsorted(images.lengths[ids_M].cumsum(), most)) + 1
-            found.append(np.concatenate([images[client] for client in ids_M[:enough]] or [number_C[:0]])[:most])
+            found.append(Ragged.from_rows([images[client] for client in ids_M[:enough]]).values[:most])
         return found
 
     def _of_type(self, cloud: CloudView, number_C: np.ndarray) -> list[np.ndarray]:
@@ -187,7 +184,7 @@ class CoDA(CloudSamples):
         blank = nn.Linear(2 * self.dim, 2, device=x.device)
         nn.init.zeros_(blank.weight), nn.init.zeros_(blank.bias)
         found = fit_many(blank, both, both.none(), self.task, self.filter_recipe).states
-        logits_CN2 = torch.baddbmm(found["bias"][:, None], self.represent(samples.x, samples.y), found["weight"].mT)
+        logits_CN2 = linear_logits(found, self.represent(samples.x, samples.y))
         own_CN = (logits_CN2[..., 1] - logits_CN2[..., 0]).masked_fill(~samples.mask, -torch.inf)
         best = own_CN.argsort(stable=True, dim=1, descending=True)
         kept_C = (self.keep * samples.mask.sum(1)).ceil()
@@ -209,7 +206,7 @@ class CoDA(CloudSamples):
         macs = 0
         if self.keep < 1:
             macs = (4 * self.filter_recipe.epochs * sizes.received + sizes.received // 2) * 4 * self.dim
-        return self.device_budget(sizes, up=up, macs=macs, cloud_macs=found)
+        return self.sample_budget(sizes, up=up, macs=macs, cloud_macs=found)
 
 
 def _padded(rows: list[np.ndarray]) -> np.ndarray:

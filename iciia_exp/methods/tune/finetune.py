@@ -13,7 +13,7 @@ from typing import ClassVar
 from iciia_exp.data.batches import ClientBatch
 from iciia_exp.data.views import CloudView
 from iciia_exp.errors import check_int
-from iciia_exp.ledger import Budget, Line, Link, Sizes, serve
+from iciia_exp.ledger import Budget, Link, Sizes
 from iciia_exp.methods.base import Ask, Facts, Fit, Record
 from iciia_exp.methods.tune.base import Learned, examples
 from iciia_exp.methods.tune.classifier import PersonalClassifier, sgd_recipe
@@ -49,8 +49,7 @@ class FineTune(PersonalClassifier):
         epochs: int = 100,
         patience: int = 10,
     ) -> None:
-        super().__init__(facts, sgd_recipe(lr, epochs, batch_size, clip_norm))
-        self.patience = check_int("patience", patience, 1)
+        super().__init__(facts, sgd_recipe(lr, epochs, batch_size, clip_norm), check_int("patience", patience, 1))
 
     def learn(self, cloud: CloudView, fit: Fit) -> Record:
         """Nothing: the cloud has the backbone's classifier."""
@@ -64,16 +63,5 @@ class FineTune(PersonalClassifier):
         return Learned(fitted.states, fitted.epochs_C)
 
     def budget(self, sizes: Sizes) -> Budget:
-        """Nothing in a request: the client's classifier replaces the backbone's, and nothing is sent.
-
-        Training takes 2 n D K MACs an epoch, logits and gradient, and m D K for the val images of every epoch and the
-        start.
-        """
-        served = serve(sizes, self.num_classes, macs=0, weights=0, state_bytes=self.state_bytes())
-        images = 2 * sizes.epochs * sizes.train + (sizes.epochs + 1) * sizes.val
-        own = None if sizes.backbone_macs is None else (sizes.train + sizes.val) * sizes.backbone_macs
-        learned = (
-            Line("client_once", "device", "backbone", macs=own),
-            Line("client_once", "device", "training", macs=images * self.dim * self.num_classes),
-        )
-        return Budget(served.lines + learned, served.state_bytes)
+        """Nothing in a request: the client's classifier replaces the backbone's, and nothing is sent."""
+        return self.device_budget(sizes)

@@ -3,6 +3,8 @@
 Legend: C clients, U clients of the cloud, M matched clients, D features, K classes.
 """
 
+from functools import lru_cache
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -11,6 +13,7 @@ from torch.nn import functional as F
 from iciia_exp.data.batches import ClientBatch, ClientIndex
 from iciia_exp.data.views import CloudView
 from iciia_exp.ledger import Link
+from iciia_exp.methods.tune.base import class_counts
 from iciia_exp.seeding import generator
 
 __all__ = ["MATCHING", "match_clients"]
@@ -40,13 +43,9 @@ def match_clients(cloud: CloudView, train: ClientBatch, link: Link, way: str, mo
         clients = np.flatnonzero(there_U)
         drawn = [generator("matching", seed, number).permutation(clients) for number in numbers]
         return np.stack([part[part != number][:most] for part, number in zip(drawn, numbers, strict=True)])
-    if way == "overlap":
-        own = _class_counts(train, cloud.num_classes)
-        others = torch.from_numpy(cloud.class_counts("train"))
-    else:
-        own, others = _mean_features(train), torch.cat([*_all_mean_features(cloud)])
+    own = class_counts(train, cloud.num_classes) if way == "overlap" else _mean_features(train)
     own = link.up(MATCHING[way], own, what="training").cpu()
-    near_CU = F.normalize(own, dim=-1) @ F.normalize(others, dim=-1).T
+    near_CU = F.normalize(own, dim=-1) @ _of_all(cloud, way).T
     near_CU[:, ~there_U] = -torch.inf
     known = (client_C >= 0).nonzero()[:, 0]  # the others are new
     near_CU[known, client_C[known]] = -torch.inf
@@ -54,21 +53,18 @@ def match_clients(cloud: CloudView, train: ClientBatch, link: Link, way: str, mo
     return order_CU[:, :most].numpy()
 
 
-def _class_counts(batch: ClientBatch, classes: int) -> Tensor:
-    """Return the number of images of each class, float32 [C, K]."""
-    counts = torch.zeros(len(batch.y_CS), classes, device=batch.y_CS.device)
-    return counts.scatter_add_(1, batch.y_CS, batch.mask_CS.float())
-
-
 def _mean_features(batch: ClientBatch) -> Tensor:
     """Return the mean feature of every client, [C, D]."""
     return (batch.x_CSD * batch.mask_CS.unsqueeze(-1)).sum(1) / batch.mask_CS.sum(1, keepdim=True).clamp(min=1)
 
 
-def _all_mean_features(cloud: CloudView) -> list[Tensor]:
-    """Return those of all clients of the cloud, in parts."""
+@lru_cache(1)  # devices come in shards, and each would compute it again
+def _of_all(cloud: CloudView, way: str) -> Tensor:
+    """Return class counts or mean features of all clients of the cloud, of length 1, [U, ...]."""
+    if way == "overlap":
+        return F.normalize(torch.from_numpy(cloud.class_counts("train")), dim=-1)
     images, parts = cloud.clients.train, []
     for ids in np.split(np.arange(len(images)), range(_AT_ONCE, len(images), _AT_ONCE)):
         index = images.padded(ids, int(images.lengths[ids].max()))
         parts.append(_mean_features(cloud[ClientIndex(index, ids)]))
-    return parts
+    return F.normalize(torch.cat(parts), dim=-1)

@@ -5,8 +5,8 @@ Source: "On-Device Learning for Model Personalization with Large-Scale Cloud-Coo
 model, the device trains on one of them after the other, and keeps what it has learned if its loss on the device's own
 images is lower than before. At last it trains on its own images.
 
-The released code matches at random and judges by the AUC on the own train images. Nearest mean features, and own val
-images as judge, are ours.
+The released code matches at random and judges by the AUC on the own train images. Matching by overlap of classes or
+mean features, the log-loss, and own val images as judge are ours.
 
 Legend: C clients, n train and m val images of a client, M candidates, D features, K classes.
 """
@@ -25,7 +25,7 @@ from iciia_exp.methods.base import Facts
 from iciia_exp.methods.tune.base import Learned
 from iciia_exp.methods.tune.cloud_samples import CloudSamples
 from iciia_exp.methods.tune.matching import MATCHING, match_clients
-from iciia_exp.models.fit_many import Examples
+from iciia_exp.models.fit_many import Examples, choose
 
 __all__ = ["MPDA"]
 
@@ -123,7 +123,7 @@ class MPDA(CloudSamples):
             loss_C = self._loss(tried, own)
             better_C = loss_C < best_C - _BETTER
             best_C = torch.where(better_C, loss_C, best_C)
-            states = {name: _where(better_C, tried[name], states[name]) for name in states}
+            states = {name: choose(better_C, tried[name], states[name]) for name in states}
             accepted.append(better_C.cpu())
         return states, torch.stack(accepted, 1)
 
@@ -141,7 +141,7 @@ class MPDA(CloudSamples):
             batch = own[role]
             losses = self.task.loss(self.classify(batch, states).flatten(0, 1), batch.y_CS.flatten(), reduction="none")
             found[role] = (losses.view(batch.mask_CS.shape) * batch.mask_CS).sum(1) / batch.mask_CS.sum(1).clamp(min=1)
-        return _where(own[self.judge].mask_CS.any(1), found[self.judge], found["train"])
+        return choose(own[self.judge].mask_CS.any(1), found[self.judge], found["train"])
 
     def budget(self, sizes: Sizes) -> Budget:
         """Nothing in a request. A client sends what it is matched by, and gets the samples of M clients.
@@ -156,9 +156,4 @@ class MPDA(CloudSamples):
             width = {"overlap": self.num_classes, "nearest": self.dim, "random": 0}[self.matching]
             up = {MATCHING[self.matching]: 4 * width or 8}
             matching = int(self.clients) * width
-        return self.device_budget(sizes, up=up, macs=judging, cloud_macs=matching)
-
-
-def _where(choose_C: Tensor, one: Tensor, other: Tensor) -> Tensor:
-    """Return for every client one of two tensors [C, ...]."""
-    return torch.where(choose_C.view(-1, *(1,) * (one.ndim - 1)), one, other)
+        return self.sample_budget(sizes, up=up, macs=judging, cloud_macs=matching)

@@ -13,7 +13,7 @@ from iciia_exp.data.batches import ClientBatch
 from iciia_exp.data.views import CloudView
 from iciia_exp.ledger import Budget, Link, Sizes, serve
 from iciia_exp.methods.base import Ask, Facts, Fit, Record, copy_of
-from iciia_exp.methods.tune.base import Learned, Personal
+from iciia_exp.methods.tune.base import Learned, Personal, class_counts
 from iciia_exp.tasks import SINGLE_LABEL
 
 __all__ = ["OracleClasses"]
@@ -50,10 +50,8 @@ class OracleClasses(Personal):
 
     def personalise(self, own: Mapping[str, ClientBatch], link: Link, cloud: CloudView | None) -> Learned:
         """Read the labels of the test images."""
-        test = own["test"]
-        has_CK = torch.zeros(len(test.y_CS), self.num_classes, device=test.y_CS.device)
-        has_CK.scatter_add_(1, test.y_CS, test.mask_CS.float())
-        return Learned({"has": has_CK.clamp(max=1)}, torch.zeros(len(has_CK), dtype=torch.int64))
+        has_CK = class_counts(own["test"], self.num_classes).clamp(max=1)
+        return Learned({"has": has_CK}, torch.zeros(len(has_CK), dtype=torch.int64))
 
     def classify(self, batch: ClientBatch, states: Mapping[str, Tensor]) -> Tensor:
         """Return the backbone's logits, those of other classes than the client's replaced, [C, S, K]."""
