@@ -1,8 +1,8 @@
-"""Tasks: single-label and multi-label classification, each with its loss, correct decisions and log-loss.
+"""Tasks: single-label and multi-label classification, and clicks, each with its loss, correct decisions and log-loss.
 
 A task is its own name, a string, so that files hold it as text.
 
-Legend: M images, K classes. Labels are int64 [M] (``single-label``) or 0/1 [M, K] (``multi-label``).
+Legend: M images, K classes. Labels are int64 [M] (``single-label``, ``click``) or 0/1 [M, K] (``multi-label``).
 """
 
 from __future__ import annotations
@@ -12,11 +12,14 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["MULTI_LABEL", "SINGLE_LABEL", "TASKS", "MultiLabel", "SingleLabel", "Task"]
+__all__ = ["CLICK", "MULTI_LABEL", "SINGLE_LABEL", "TASKS", "Click", "MultiLabel", "SingleLabel", "Task"]
 
 
 class SingleLabel(str):
     """One class per image."""
+
+    #: What accuracy is, on the axes of figures.
+    measure = "top-1 accuracy"
 
     def decisions(self, num_classes: int) -> int:
         """Return the number of decisions of a prediction: one class."""
@@ -48,6 +51,8 @@ class SingleLabel(str):
 class MultiLabel(str):
     """Any number of attributes per image."""
 
+    measure = "accuracy over attributes"
+
     def decisions(self, num_classes: int) -> int:
         """Return the number of decisions of a prediction: yes or no for each of the K attributes."""
         return num_classes
@@ -75,9 +80,52 @@ class MultiLabel(str):
         return logits.sigmoid()
 
 
+class Click(SingleLabel):
+    """No or yes for an item, K = 2. A client's items are ranked: its AUC stands in the place of its accuracy.
+
+    Source: the released code of MPDA (KDD 2022, 2180-2190).
+    """
+
+    measure = "GAUC"
+
+    def loss(self, logits_MK: Tensor, y: Tensor, **options: Any) -> Tensor:
+        """Return the mean of -log(p + 1e-7); ``options`` are those of PyTorch's ``nll_loss``."""
+        from torch.nn import functional as F
+
+        return F.nll_loss((logits_MK.softmax(-1) + 1e-7).log(), y, **options)
+
+    def score(self, logits_MK: Tensor) -> Tensor:
+        """Return the score that items are ranked by, [M]: the logit of yes less that of no."""
+        return logits_MK[:, 1] - logits_MK[:, 0]
+
+    def pairs(self, score_M: Tensor, y_M: Tensor, client_M: Tensor, clients: int) -> tuple[Tensor, Tensor]:
+        """Return the correctly ranked pairs of a yes and a no of each client, twice, and all pairs, int64 [clients].
+
+        A pair of equal scores counts half. The AUC is the first divided by twice the second.
+        """
+        import torch
+
+        order = score_M.argsort(stable=True)
+        order = order[client_M[order].argsort(stable=True)]
+        client, score, yes = client_M[order], score_M[order], y_M[order] > 0
+        other = torch.ones_like(yes)
+        other[1:] = client[1:] != client[:-1]
+        new = other.clone()
+        new[1:] |= score[1:] != score[:-1]
+        tie = new.cumsum(0) - 1  # number of the group of equal scores
+        no_before = (~yes).cumsum(0) - (~yes).int()
+        first = torch.zeros(clients, dtype=torch.int64, device=score.device)
+        first[client[other]] = no_before[other]
+        before_T = no_before[new] - first[client[new]]
+        yes_T, no_T = (torch.zeros_like(before_T).index_add_(0, tie, part.long()) for part in (yes, ~yes))
+        twice = torch.zeros_like(first).index_add_(0, client[new], yes_T * (2 * before_T + no_T))
+        yes_C, no_C = (torch.zeros_like(first).index_add_(0, client, part.long()) for part in (yes, ~yes))
+        return twice, yes_C * no_C
+
+
 Task = SingleLabel | MultiLabel
 
-SINGLE_LABEL, MULTI_LABEL = SingleLabel("single-label"), MultiLabel("multi-label")
+SINGLE_LABEL, MULTI_LABEL, CLICK = SingleLabel("single-label"), MultiLabel("multi-label"), Click("click")
 
 #: The tasks by name.
-TASKS: dict[str, Task] = {task: task for task in (SINGLE_LABEL, MULTI_LABEL)}
+TASKS: dict[str, Task] = {task: task for task in (SINGLE_LABEL, MULTI_LABEL, CLICK)}

@@ -6,8 +6,9 @@ import pickle
 import numpy as np
 import pytest
 import torch
+from sklearn.metrics import roc_auc_score
 
-from iciia_exp.tasks import MULTI_LABEL, SINGLE_LABEL, TASKS
+from iciia_exp.tasks import CLICK, MULTI_LABEL, SINGLE_LABEL, TASKS
 
 
 def single(M=40, K=5):
@@ -87,9 +88,39 @@ def test_decisions():
 
 
 def test_a_task_is_its_own_name():
-    assert list(TASKS) == ["single-label", "multi-label"]
+    assert list(TASKS) == ["single-label", "multi-label", "click"]
     assert TASKS["multi-label"] is MULTI_LABEL
     assert json.loads(json.dumps({"task": SINGLE_LABEL})) == {"task": "single-label"}
     again = pickle.loads(pickle.dumps(MULTI_LABEL))
     assert type(again) is type(MULTI_LABEL)
     assert again == MULTI_LABEL
+
+
+def test_click_loss_is_the_released_one():
+    logits, y = torch.randn(30, 2) * 20, torch.arange(30) % 2
+    want = [-np.log(p + 1e-7) for p in logits.softmax(-1)[torch.arange(30), y].double().numpy()]
+    assert max(want) > 14  # p is 0 there
+    np.testing.assert_allclose(CLICK.loss(logits, y, reduction="none").numpy(), want, rtol=1e-4, atol=1e-6)
+    np.testing.assert_allclose(float(CLICK.loss(logits, y)), np.mean(want), rtol=1e-5)
+
+
+def test_pairs_give_the_auc_of_every_client():
+    generator = torch.Generator().manual_seed(0)
+    client = torch.randint(0, 9, (400,), generator=generator)
+    client[client == 3] = 4  # has none
+    y = torch.randint(0, 2, (400,), generator=generator)
+    y[client == 5] = 1
+    score = torch.randint(-6, 6, (400,), generator=generator) / 4  # with ties
+    twice, pairs = CLICK.pairs(score, y, client, 10)
+    assert pairs.tolist()[3] == pairs.tolist()[5] == pairs.tolist()[9] == 0
+    for number in (0, 1, 2, 4, 6, 7, 8):
+        own = client == number
+        yes, no = score[own & (y == 1)], score[own & (y == 0)]
+        assert pairs[number] == len(yes) * len(no)
+        want = roc_auc_score(y[own], score[own])
+        assert int(twice[number]) / (2 * int(pairs[number])) == pytest.approx(want, abs=1e-12)
+
+
+def test_pairs_of_no_item():
+    none = torch.zeros(0, dtype=torch.int64)
+    assert [part.tolist() for part in CLICK.pairs(none.float(), none, none, 2)] == [[0, 0], [0, 0]]

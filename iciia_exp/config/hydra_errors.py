@@ -126,6 +126,8 @@ def _explained(error: Exception, overrides: Sequence[str]) -> str:
         return f"{group}: no such group; {_did_you_mean(group, _groups(), 'valid')}"
     if match := re.search(r"Could not override '([^']+)'", text):
         key = match.group(1)
+        if place := re.search(r"In '([^']+)': Could not override '[^']+@", text):
+            return f"{place.group(1)}: the first line of its file must be # @package _global_"
         for old, new in _RENAMED.items():
             if f"{key}.".startswith(f"{old}."):
                 return f"{key}: no such key; {old} is now {new}"

@@ -43,6 +43,8 @@ class ImageDataset(ABC):
     name: ClassVar[str]
     #: One of `iciia_exp.tasks.TASKS`.
     task: Task = SINGLE_LABEL
+    #: Whether the items are feature vectors of a network that is not here: it can neither be sent nor trained.
+    vectors: ClassVar[bool] = False
     #: Constructor arguments that change no number (paths, download flags) and are left out of digests. The content of
     #: the files is in `fingerprint`.
     cosmetic: ClassVar[frozenset[str]] = frozenset()

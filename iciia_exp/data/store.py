@@ -279,7 +279,7 @@ def _check_values(name: str, array: np.ndarray, rows: np.ndarray, values: np.nda
     if values.shape != (len(rows), *array.shape[1:]):
         want, got = list(array.shape[1:]), list(values.shape[1:])
         raise UserError(f"{name}: the backbone gave {got} for an image, the first image had {want}")
-    if array.dtype.kind == "u":  # images, as they are
+    if array.dtype.kind in "iu":  # images, as they are
         return
     if (largest := np.abs(values).max(initial=0)) <= np.finfo(array.dtype).max:  # false for NaN
         return

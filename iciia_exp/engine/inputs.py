@@ -105,7 +105,7 @@ class Inputs:
     @property
     def reads(self) -> frozenset[str]:
         """Names of the stored arrays: the features, and what the method reads beside them."""
-        return self.experiment.method_class.reads | {"features"}
+        return self.experiment.method_class.reads_with(self.method_config) | {"features"}
 
     @cached_property
     def array_shapes(self) -> dict[str, tuple[int, ...]]:
@@ -141,7 +141,7 @@ class Inputs:
     def new_method(self, head: nn.Linear) -> Method:
         """Build the method behind a classifier, with fresh weights."""
         e, names, more = self.experiment, tuple(self.facts.class_names), self.facts.backbone_arguments
-        network = None if more else partial(e.backbone.fresh, self.num_classes)
+        network = None if e.dataset_class.vectors else partial(e.backbone.fresh, self.num_classes, **more)
         facts = Facts(e.dataset_class.task, head, names, self.array_shapes, network)
         return build(self.method_config, "method", facts=facts)
 

@@ -21,7 +21,7 @@ _SIZES = frozenset(field.name for field in fields(Sizes))
 def sizes_of(inputs: Inputs, **more: Any) -> Sizes:
     """Return the sizes of an experiment on which a budget depends; ``more`` are those of a client."""
     manifest, e = inputs.open_store().manifest, inputs.experiment
-    own = not inputs.facts.backbone_arguments  # features made elsewhere have no images
+    own = not e.dataset_class.vectors  # features made elsewhere have no images
     return Sizes(
         images=e.cost_images,
         site=e.evaluation.site,

@@ -14,7 +14,7 @@ from rich.table import Table
 
 from iciia_exp.errors import printable
 from iciia_exp.output import robust_streams
-from iciia_exp.results.columns import COLUMNS, backbone_cell, cell
+from iciia_exp.results.columns import backbone_cell, cell, columns_of
 from iciia_exp.results.tables import backbone_line, settings, unbalanced
 
 __all__ = ["console", "fraction_bar", "log_file", "partition_table", "progress_bar", "result_table", "setup_logging"]
@@ -121,7 +121,7 @@ def result_table(rows: Sequence[dict[str, Any]]) -> Table:
         rows: results with the same `base_of`.
     """
     several = len({r["digest"] for r in rows}) > len({r["setting_digest"] for r in rows})
-    columns = [column for column in COLUMNS if column.console and (several or column.key != "runs")]
+    columns = [column for column in columns_of(rows[0]["task"]) if column.console and (several or column.key != "runs")]
     table = Table(box=None, pad_edge=False, padding=(0, 0, 0, 1), header_style="bold")  # 91 columns of text
     table.caption_justify = "left"
     table.add_column("method", overflow="fold")

@@ -131,7 +131,7 @@ class Method(nn.Module, ABC):
     #: Tasks that it supports.
     tasks: ClassVar[tuple[Task, ...]] = tuple(TASKS.values())
     #: Names of the stored arrays that it reads, in `ClientBatch.arrays`; the features are always there.
-    reads: ClassVar[frozenset[str]] = frozenset({"features"})
+    reads: frozenset[str] = frozenset({"features"})
     #: What it must know of a client.
     asks: ClassVar[frozenset[Ask]] = frozenset()
     #: Whether it is trained by gradients with the configuration's recipe, which then counts in its digest.
@@ -150,6 +150,11 @@ class Method(nn.Module, ABC):
         Called before anything is computed; raises `ConfigError` for values that do not fit D.
         """
         return config
+
+    @classmethod
+    def reads_with(cls, config: Mapping[str, Any]) -> frozenset[str]:
+        """Return the names of the stored arrays that it reads with a configuration; by default `reads`."""
+        return cls.reads
 
     def learn(self, cloud: CloudView, fit: Fit) -> Record:
         """Learn on the cloud, once, and return the record of it. By default ``fit`` trains the whole module.

@@ -69,13 +69,16 @@ class Recommender(nn.Module):
         """Return the rows at `places`, [B, N, width], by name of the table."""
         return {name: self.tables[name](place) for name, place in self.places(x).items()}
 
+    #: h, numbers of the last hidden layer.
+    hidden: ClassVar[int] = 80
+
     @abstractmethod
-    def compute(self, x: Interactions, rows: Mapping[str, Tensor]) -> Tensor:
-        """Return the logits [B, 2], from the rows of `lookup`."""
+    def compute(self, x: Interactions, rows: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+        """Return the last hidden layer [B, h] and the logits [B, 2], from the rows of `lookup`."""
 
     def forward(self, x: Interactions) -> Tensor:
         """Return the logits [B, 2]."""
-        return self.compute(x, self.lookup(x))
+        return self.compute(x, self.lookup(x))[1]
 
 
 class _Embedded(Recommender):
@@ -166,6 +169,12 @@ def _perceptron(width: int, activation: type[nn.Module] | None = None) -> nn.Seq
     return nn.Sequential(nn.Linear(width, 200), made[0], nn.Linear(200, 80), made[1], nn.Linear(80, 2))
 
 
+def _through(net: nn.Sequential, x: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the input of the last layer, and its output."""
+    hidden = net[:-1](x)
+    return hidden, net[-1](hidden)
+
+
 class _Attention(nn.Module):
     """Attention of a target to the slots of a history, by a perceptron of both (DIN, section 4.3)."""
 
@@ -194,14 +203,14 @@ class DIN(_Embedded):
         self.norm = _norm(width)
         self.net = nn.Sequential(nn.Linear(width, 200), Dice(200), nn.Linear(200, 80), Dice(80), nn.Linear(80, 2))
 
-    def compute(self, x: Interactions, rows: Mapping[str, Tensor]) -> Tensor:
-        """Return the logits [B, 2]."""
+    def compute(self, x: Interactions, rows: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+        """Return the last hidden layer [B, h] and the logits [B, 2]."""
         user_Bu, target_Be, slots_BHLe = self.fields(x, rows)
         parts = [user_Bu]
         for h, attend in enumerate(self.attention):
             slots_BLe = slots_BHLe[:, h]
             parts += [attend(target_Be, slots_BLe, x.items_BHL[:, h] >= 0), slots_BLe.sum(1)]
-        return self.net(self.norm(torch.cat([*parts, target_Be], -1)))
+        return _through(self.net, self.norm(torch.cat([*parts, target_Be], -1)))
 
 
 class _FieldModel(_Embedded):
@@ -234,11 +243,12 @@ class WideDeep(_FieldModel):
         pairs = self.count * (self.count - 1) // 2
         self.wide = nn.Linear((self.count + pairs) * self.width, 2, bias=False)
 
-    def compute(self, x: Interactions, rows: Mapping[str, Tensor]) -> Tensor:
-        """Return the logits [B, 2]."""
+    def compute(self, x: Interactions, rows: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+        """Return the last hidden layer [B, h] and the logits [B, 2]."""
         fields = self.normed(x, rows)
         products = [a * b for i, a in enumerate(fields) for b in fields[i + 1 :]]
-        return self.net(torch.cat(fields, -1)) + self.wide(torch.cat(fields + products, -1))
+        hidden_Bh, deep_B2 = _through(self.net, torch.cat(fields, -1))
+        return hidden_Bh, deep_B2 + self.wide(torch.cat(fields + products, -1))
 
 
 class PNN(_FieldModel):
@@ -257,9 +267,9 @@ class PNN(_FieldModel):
             blocks += [blocks[i] * other for other in blocks[i + 1 :]]
         return blocks
 
-    def compute(self, x: Interactions, rows: Mapping[str, Tensor]) -> Tensor:
-        """Return the logits [B, 2]."""
-        return self.net(torch.cat(self._blocks(self.normed(x, rows)), -1))
+    def compute(self, x: Interactions, rows: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+        """Return the last hidden layer [B, h] and the logits [B, 2]."""
+        return _through(self.net, torch.cat(self._blocks(self.normed(x, rows)), -1))
 
 
 class DeepFM(_FieldModel):
@@ -277,16 +287,19 @@ class DeepFM(_FieldModel):
         """Return the rows that are read of every table."""
         return super().places(x) | _linear_places(x)
 
-    def compute(self, x: Interactions, rows: Mapping[str, Tensor]) -> Tensor:
-        """Return the logits [B, 2]."""
+    def compute(self, x: Interactions, rows: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+        """Return the last hidden layer [B, h] and the logits [B, 2]."""
         fields = self.normed(x, rows)
         dots = [(a * b).sum(-1) for i, a in enumerate(fields) for b in fields[i + 1 :]]
         linear_B2 = self.linear_norm(_linear(x, rows))
-        return self.net(torch.cat(fields, -1)) + self.cross(torch.stack(dots, -1)) + linear_B2
+        hidden_Bh, deep_B2 = _through(self.net, torch.cat(fields, -1))
+        return hidden_Bh, deep_B2 + self.cross(torch.stack(dots, -1)) + linear_B2
 
 
 class LR(Recommender):
     """Logistic regression: two numbers for every id of every input, a linear layer on tags, and a batch norm.
+
+    It has no hidden layer.
 
     Args:
         users, items, categories: numbers of each.
@@ -294,6 +307,7 @@ class LR(Recommender):
     """
 
     rows_apart = False
+    hidden = 0
 
     def __init__(self, users: int, items: int, categories: int, tags: int = 0) -> None:
         super().__init__(users, items, categories, _LINEAR)
@@ -305,10 +319,11 @@ class LR(Recommender):
         """Return the rows that are read of every table."""
         return _linear_places(x)
 
-    def compute(self, x: Interactions, rows: Mapping[str, Tensor]) -> Tensor:
-        """Return the logits [B, 2]."""
+    def compute(self, x: Interactions, rows: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+        """Return the last hidden layer [B, h] and the logits [B, 2]."""
         logits_B2 = _linear(x, rows) + self.bias
-        return self.norm(logits_B2 if self.tags is None else logits_B2 + self.tags(x.tags_BT))
+        logits_B2 = self.norm(logits_B2 if self.tags is None else logits_B2 + self.tags(x.tags_BT))
+        return logits_B2[:, :0], logits_B2
 
 
 class OnCatalog(nn.Module):
@@ -350,14 +365,18 @@ class OnCatalog(nn.Module):
         rows = self.net.lookup(self.read(x_BF))
         return {f"net.tables.{name}.weight": torch.zeros_like(part) for name, part in rows.items()}
 
-    def forward(self, x_BF: Tensor, taps: Mapping[str, Tensor] | None = None) -> Tensor:
-        """Return the logits [B, 2]."""
+    def states(self, x_BF: Tensor, taps: Mapping[str, Tensor] | None = None) -> tuple[Tensor, Tensor]:
+        """Return the last hidden layer [B, h] and the logits [B, 2]; ``taps`` are added to the rows that are read."""
         x = self.read(x_BF)
         rows = self.net.lookup(x)
         for name, tap in (taps or {}).items():
             table = name.removeprefix("net.tables.").removesuffix(".weight")
             rows[table] = rows[table] + tap
         return self.net.compute(x, rows)
+
+    def forward(self, x_BF: Tensor, taps: Mapping[str, Tensor] | None = None) -> Tensor:
+        """Return the logits [B, 2]."""
+        return self.states(x_BF, taps)[1]
 
 
 #: The models by name.

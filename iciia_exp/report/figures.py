@@ -23,7 +23,7 @@ def by_groups(table: pd.DataFrame, title: str) -> Any | None:
     lines = [(key, part) for key, part in lines if part["groups"].nunique() > 1]
     if not lines:
         return None
-    figure, axes = plots.new_figure(f"{title}: accuracy by groups and layers", "groups", "accuracy (%)")
+    figure, axes = plots.new_figure(f"{title}: accuracy by groups and layers", "groups", plots.measure(table))
     styles = plots.line_styles([str(method) for (method, _), _ in lines], table["method"])
     for ((method, layers), part), style in zip(lines, styles, strict=True):
         plots.draw_setting(axes, part["groups"], part, f"{method} N={layers:.0f}", **style)
@@ -77,7 +77,11 @@ def by_bytes(table: pd.DataFrame, title: str) -> Any | None:
         return None
     points = points.sort_values(["bytes", "accuracy"], ascending=[True, False])
     figure, axes = plots.new_figure(
-        f"{title}: accuracy against bytes", "sent for an image, up and down", "accuracy (%)", width=9.2, height=4.8
+        f"{title}: accuracy against bytes",
+        "sent for an image, up and down",
+        plots.measure(table),
+        width=9.2,
+        height=4.8,
     )
     methods = sorted(set(points["method"]))
     styles = dict(zip(methods, plots.line_styles(methods, table["method"]), strict=True))

@@ -7,7 +7,7 @@ import pandas as pd
 
 from iciia_exp.results.columns import cell
 from iciia_exp.results.labels import base_of, grouped, varying
-from iciia_exp.results.plots import BASELINE, MOST_LINES, draw_setting, legend, line_styles, new_figure
+from iciia_exp.results.plots import BASELINE, MOST_LINES, draw_setting, legend, line_styles, measure, new_figure
 from iciia_exp.results.tables import settings
 
 __all__ = ["PartitionSweep", "draw_heterogeneity", "partition_sweeps", "sweep_table"]
@@ -65,7 +65,7 @@ def draw_heterogeneity(sweep: PartitionSweep) -> Any:
     """Draw accuracy against the partition's number: a line per setting, the backbone dashed, published ones hollow."""
     table = sweep.table
     bars = " (bars: standard error over runs)" if table["accuracy_se"].notna().any() else ""
-    figure, axes = new_figure(sweep.title + bars, f"partition.{sweep.key}", "accuracy (%)")
+    figure, axes = new_figure(sweep.title + bars, f"partition.{sweep.key}", measure(table))
     base = 100 * table.groupby("value")["alone_accuracy"].first()
     axes.plot(base.index, base, **BASELINE, label=f"{table['backbone'].iloc[0]} alone")
     lines = _best_first(table)[:MOST_LINES]

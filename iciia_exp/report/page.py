@@ -14,7 +14,7 @@ from iciia_exp import __version__
 from iciia_exp.report.figures import all_figures
 from iciia_exp.report.heterogeneity import PartitionSweep, draw_heterogeneity
 from iciia_exp.report.text import note, summary
-from iciia_exp.results.columns import COLUMNS
+from iciia_exp.results.columns import columns_of
 from iciia_exp.results.tables import read_table
 
 __all__ = ["page"]
@@ -58,7 +58,7 @@ def _rows(table: pd.DataFrame) -> dict[str, Any]:
     alone, *lines = text.to_numpy().tolist()
     rows = [{"cells": alone, "sort": [None] * len(alone), "clients": None, "examples": None}]
     real = table[table["method"] != "backbone"]
-    keys = {column.title: column.key for column in COLUMNS}
+    keys = {column.title: column.key for column in columns_of(table["task"].iloc[0])}
     for number, (cells, (_, setting)) in enumerate(zip(lines, real.iterrows(), strict=True)):
         values = [setting.get(keys.get(title)) for title in text.columns]
         values = [None if isinstance(value, str) else value for value in values]

@@ -6,7 +6,7 @@ Accuracies are in percent, costs in percent of the backbone's cost of one image.
 import pandas as pd
 
 from iciia_exp.errors import printable
-from iciia_exp.results.columns import COLUMNS, backbone_cell, cell
+from iciia_exp.results.columns import backbone_cell, cell, columns_of
 from iciia_exp.results.summary import ALL
 from iciia_exp.results.tables import backbone_history, backbone_line, history_of, unbalanced
 
@@ -25,7 +25,7 @@ def summary(table: pd.DataFrame) -> pd.DataFrame:
     image of a chunk; ``published`` is the paper's number for the same setting, where there is one. Payloads and MACs by
     site, the backbone's included, are shown where settings differ in them.
     """
-    shown = [column for column in COLUMNS if column.title]
+    shown = [column for column in columns_of(table["task"].iloc[0]) if column.title]
     if not table[["published", "published_backbone"]].notna().any(axis=None):
         shown = [column for column in shown if column.key != "published"]
     shown = [c for c in shown if not c.total or table[c.key].map(str).nunique() > 1]

@@ -1,13 +1,15 @@
 """Columns: the one list of figures of a run, where each is shown, and its printed form."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
 import pandas as pd
 from rich.filesize import pick_unit_and_suffix
 
-__all__ = ["COLUMNS", "DRAWN_TYPES", "Column", "averaged", "backbone_cell", "cell", "summary_keys"]
+from iciia_exp.tasks import CLICK, Task
+
+__all__ = ["COLUMNS", "DRAWN_TYPES", "Column", "averaged", "backbone_cell", "cell", "columns_of", "summary_keys"]
 
 #: Types of the clients in ``drawn_clients.parquet`` (`iciia_exp.engine.evaluation.drawn_clients`).
 DRAWN_TYPES = ("random_classes", "homogeneous", "drifting")
@@ -30,6 +32,7 @@ class Column:
         backbone: whether ``results.json`` has the figure of the backbone alone, as ``backbone_<key>``.
         interval: whether it has a 95 % interval over clients, as ``<key>_low`` and ``<key>_high``.
         total: whether it counts the backbone as well; it is shown in tables where settings differ in it.
+        ranked: title for a click task, whose correct decisions are AUC times images; empty: the same.
         seeds: the figure of several runs that differ in seeds alone: their ``mean``, or the value that they have in
             ``common``; ``setting`` for what `iciia_exp.results.tables.settings` adds by itself.
     """
@@ -43,6 +46,7 @@ class Column:
     backbone: bool = False
     interval: bool = False
     total: bool = False
+    ranked: str = ""
     seeds: Literal["mean", "common", "setting"] = "mean"
 
 
@@ -57,14 +61,23 @@ COLUMNS = [
         wandb="test",
         backbone=True,
         interval=True,
+        ranked="GAUC",
     ),
     Column("published", "published", seeds="setting"),
     Column("gain", "gain", "gain", console="gain", console_errors=("se", "low", "high"), wandb="test", interval=True),
-    Column("client_accuracy", "client accuracy", console="client\naccuracy", wandb="test", backbone=True),
+    Column(
+        "client_accuracy",
+        "client accuracy",
+        console="client\naccuracy",
+        wandb="test",
+        backbone=True,
+        ranked="mean AUC",
+    ),
     Column("client_gain", form="gain", wandb="test"),
     Column("group_accuracy", "mean of groups", wandb="test", total=True),
     Column("worst_decile", "worst decile", console="worst\ndecile", wandb="test", backbone=True),
     Column("gain_where_backbone_is_worst", form="gain"),
+    Column("improved_share", wandb="test"),
     Column("harmed_share", "harmed (chance)", "harm", console="harmed\n(chance)", wandb="test"),
     Column("harmed_share_by_chance"),
     Column("log_loss", "log-loss", "nats", wandb="test", backbone=True),
@@ -85,6 +98,13 @@ COLUMNS = [
     Column("request_cloud_macs", "a request, cloud MACs", "macs", wandb="cost", seeds="common", total=True),
     Column("leaves_device", "leaves the device", "text", seeds="common", total=True),
 ]
+
+
+def columns_of(task: Task) -> list[Column]:
+    """Return all figures with their titles in a task."""
+    if task != CLICK:
+        return COLUMNS
+    return [replace(c, title=c.ranked, console=c.ranked.replace(" ", "\n")) if c.ranked else c for c in COLUMNS]
 
 
 def averaged() -> list[str]:

@@ -12,12 +12,12 @@ import pandas as pd
 from iciia_exp.artifacts import atomic_write
 from iciia_exp.results.summary import ALL
 from iciia_exp.results.tables import backbone_line, settings
-from iciia_exp.tasks import SINGLE_LABEL
+from iciia_exp.tasks import CLICK, TASKS
 
 __all__ = [
     *("BASELINE", "BLUE", "MOST_LINES", "ORANGE", "draw_setting", "gains", "hover", "legend", "line_styles"),
     *("accuracy_vs_history", "accuracy_vs_overhead", "draw_accuracy_vs_overhead", "draw_examples", "gain_per_client"),
-    *("new_figure", "save"),
+    *("measure", "new_figure", "save"),
 ]
 
 # Colours that differ in lightness too, so that the plots read in grey.
@@ -104,6 +104,11 @@ def draw_setting(axes: Any, x: Any, table: pd.DataFrame, label: str, key: str = 
         axes.errorbar(x, 100 * table["published"], 100 * table["published_se"].fillna(0), **style)
 
 
+def measure(table: pd.DataFrame) -> str:
+    """Return what accuracy is in the task of some runs, in percent, as the label of an axis."""
+    return f"{TASKS[table['task'].iloc[0]].measure} (%)"
+
+
 def gains(clients: pd.DataFrame) -> np.ndarray:
     """Return every client's gain in accuracy over the backbone, in percentage points, from a run's clients."""
     return (100 * ((clients["method_correct"] - clients["backbone_correct"]) / clients["decisions"])).to_numpy()
@@ -113,7 +118,8 @@ def gain_per_client(clients: pd.DataFrame, row: dict[str, Any], path: Path) -> P
     """Draw every test client's gain (`gains`) over the backbone, sorted, with the mean and interval of its ``row``."""
     gain = np.sort(gains(clients))[::-1]
     title = f"{row['method']} on {row['dataset']}: gain of every client over {row['backbone']}"
-    figure, axes = new_figure(title, "test clients, sorted by gain", "gain in accuracy (percentage points)")
+    of = "AUC" if row["task"] == CLICK else "accuracy"
+    figure, axes = new_figure(title, "test clients, sorted by gain", f"gain in {of} (percentage points)")
     position = np.arange(1, len(gain) + 1)
     drawn = np.linspace(0, len(gain) - 1, min(len(gain), 2000)).round().astype(int)  # two to a pixel are enough
     for part, colour, label in (
@@ -208,7 +214,7 @@ def draw_accuracy_vs_overhead(rows: Sequence[dict[str, Any]], highlight: str | N
     figure, axes = new_figure(
         f"{first['dataset']}: accuracy against overhead (bars: {bars})",
         f"added MACs{percent} (published convention, {first['cost_images']} images)",
-        "top-1 accuracy (%)" if first["task"] == SINGLE_LABEL else "accuracy over attributes (%)",
+        measure(table),
     )
     backbone = backbone_line(table)
     base = 100 * backbone["backbone_accuracy"]

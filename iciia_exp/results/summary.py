@@ -36,6 +36,7 @@ class ClientCounts:
     backbone_loss_C: np.ndarray  # float64, sum of -log p(label), nats
     method_loss_C: np.ndarray  # float64
     decisions: int = 1  # of one image: its class, or every attribute of a multi-label task
+    ranked: bool = False  # of a click task: correct decisions, float64, are AUC times images; "both" is the lesser
 
     def __post_init__(self) -> None:
         sizes = {name: len(getattr(self, f"{name}_C")) for name in COUNTS}
@@ -130,7 +131,12 @@ def harmed_by_chance(counts: ClientCounts) -> float:
     A decision is gained (only the method is right), lost (only the backbone is right) or neither. Each client keeps its
     number of decisions and draws them from the pool of all clients. The share that is left is the harm that small test
     sets produce by themselves.
+
+    In a click task, where the pairs of a client share items: half of the clients whose AUC differs, as if a coin had
+    decided which of the two is better.
     """
+    if counts.ranked:
+        return float((counts.gained_C != counts.lost_C).mean()) / 2
     from scipy.stats import binom  # late: half a second
 
     lost, gained, total = counts.lost_C.sum(), counts.gained_C.sum(), counts.decisions_C.sum()
@@ -162,6 +168,7 @@ def summarise(counts: ClientCounts, resamples: int = RESAMPLES, seed: int = 0) -
         "gain": method["accuracy"] - backbone["accuracy"],
         "client_gain": method["client_accuracy"] - backbone["client_accuracy"],
         "gain_where_backbone_is_worst": float((method_C - backbone_C)[worst_C].mean()),
+        "improved_share": float((counts.gained_C > counts.lost_C).mean()),
         "harmed_share": float((counts.lost_C > counts.gained_C).mean()),
         "harmed_share_by_chance": harmed_by_chance(counts),
     }

@@ -289,7 +289,8 @@ class Run:
 
 def _network(stored: Mapping[str, Any], plugins: Plugins, **arguments: Any) -> Backbone:
     """Build the network that ``backbone`` of ``run.json`` describes, with fresh weights."""
-    return restore(stored["model"], Backbone, plugins, **arguments)  # type: ignore[type-abstract]
+    more = {**stored.get("arguments", {}), **arguments}
+    return restore(stored["model"], Backbone, plugins, **more)  # type: ignore[type-abstract]
 
 
 def _newest(path: Path, pattern: str) -> Path | None:

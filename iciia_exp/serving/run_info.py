@@ -38,7 +38,10 @@ def checked_info(info: dict[str, Any], path: Path) -> dict[str, Any]:
     require("arrays", right, f"lists of whole numbers of 1 to {_LARGEST:,}")
     if (backbone := info.get("backbone")) is not None:
         keys = {"name", "train", "model", "pretrained", "classes", "folder", "weights"}
-        require("backbone", isinstance(backbone, dict) and set(backbone) == keys, f"an object with {', '.join(keys)}")
+        right = isinstance(backbone, dict) and set(backbone) - {"arguments"} == keys
+        require("backbone", right, f"an object with {', '.join(sorted(keys))}")
+        right = isinstance(more := backbone.get("arguments", {}), dict) and all(map(_numbers, more.values()))
+        require("backbone.arguments", right, f"whole numbers of 0 to {_LARGEST:,}, or lists of them")
         require("backbone.name", _text(backbone["name"]), "text")
         require("backbone.train", backbone["train"] in ("all", "head", "none"), "all, head or none")
         require("backbone.pretrained", isinstance(backbone["pretrained"], bool), "true or false")
@@ -57,6 +60,13 @@ def _whole(value: Any) -> bool:
 
 def _sizes(value: Any) -> bool:
     return isinstance(value, list) and all(map(_whole, value))
+
+
+def _numbers(value: Any) -> bool:
+    """Whether a value is a whole number, or a list of such numbers or lists."""
+    return (
+        all(map(_numbers, value)) if isinstance(value, list) else _whole(value) or (value == 0 and value is not False)
+    )
 
 
 def _text(value: Any) -> bool:

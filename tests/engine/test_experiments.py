@@ -15,6 +15,7 @@ from tests.making.femnist import make_femnist
 from tests.making.folder import make_folder
 from tests.making.imagenet import make_imagenet
 from tests.making.inaturalist import make_inaturalist
+from tests.making.movielens import make_movielens
 from tests.making.omniglot import make_omniglot
 from tests.making.torchvision_sets import accept, make_cifar10, make_cifar100, make_fashion_mnist
 from tests.making.ucf101 import make_ucf101
@@ -89,6 +90,8 @@ EXPERIMENTS = {
     "cnn_femnist": (lambda root, _: make_femnist(root), ()),
     "efficientnet_b0_celeba": (lambda root, _: make_celeba(root), (TINY,)),
     "c3d_ucf101": (lambda root, _: make_ucf101(root, clips=1), ("backbone.model.channels=4", "groups=256")),
+    "mpda_movielens": (lambda root, _: make_movielens(root), ("method.candidates=3",)),
+    "coda_movielens": (lambda root, _: make_movielens(root), ("method.ratio=2", "method.keep=0.5")),
     "cifar10": (small_cifar10, (CLIENTS,)),
     "cifar100": (small_cifar100, ("partition.images_per_client=5",)),
     "fashion_mnist": (lambda root, _: make_fashion_mnist(root, train=400, test=80), (CLIENTS,)),

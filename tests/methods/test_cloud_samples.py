@@ -84,7 +84,7 @@ def assert_same(states, client, net):
 @pytest.mark.parametrize("judge", ["train", "val"])
 @pytest.mark.parametrize("arm", ["mpda", "selected", "match", "local"])
 def test_mpda_against_a_loop(head, cloud, arm, judge):
-    method = MPDA(Facts.of(head), arm, "nearest", 4, judge, **RECIPE)
+    method = MPDA(Facts.of(head), arm, matching="nearest", candidates=4, judge=judge, **RECIPE)
     found, _ = learned(method, cloud)
     means = torch.stack([images(cloud, c)[0].mean(0) for c in range(10)])
     near = F.cosine_similarity(means[:, None], means[None], dim=-1).fill_diagonal_(-9)
@@ -151,7 +151,7 @@ def rows_of(cloud, monkeypatch, method):
 
 @pytest.mark.parametrize("retrieval", ["sample", "random", "client_type", "overlap"])
 def test_what_is_retrieved(head, cloud, retrieval, monkeypatch):
-    method = CoDA(Facts.of(head), retrieval, ratio=3, **RECIPE)
+    method = CoDA(Facts.of(head), retrieval=retrieval, ratio=3, **RECIPE)
     received = rows_of(cloud, monkeypatch, method)
     everything = cloud.clients.train.values
     for client, got in enumerate(received):
@@ -170,7 +170,7 @@ def test_what_is_retrieved(head, cloud, retrieval, monkeypatch):
             assert got <= set(of_type) or set(of_type) <= got
     if retrieval == "random":
         again = rows_of(cloud, monkeypatch, method)
-        other = rows_of(cloud, monkeypatch, CoDA(Facts.of(head), retrieval, ratio=3, seed=1, **RECIPE))
+        other = rows_of(cloud, monkeypatch, CoDA(Facts.of(head), retrieval=retrieval, ratio=3, seed=1, **RECIPE))
         assert again == received != other
 
 
@@ -228,7 +228,7 @@ def test_a_client_costs_what_the_budget_states(head, cloud, method, monkeypatch)
 def test_the_device_keeps_what_looks_like_its_own(head):
     cloud = small_cloud(D, K, clients=12, noise=0.5)
     recipe = RECIPE | {"batch_size": 16}
-    method = CoDA(Facts.of(head), "random", ratio=6, keep=0.3, filter_epochs=5, **recipe)
+    method = CoDA(Facts.of(head), retrieval="random", ratio=6, keep=0.3, filter_epochs=5, **recipe)
     filtered, plain = [], method._kept
     method._kept = lambda samples, *more: filtered.append((samples, plain(samples, *more))) or filtered[0][1]
     found, _ = learned(method, cloud)
@@ -245,7 +245,9 @@ def test_the_device_keeps_what_looks_like_its_own(head):
 def test_more_samples_than_there_are(head, cloud):
     found, _ = learned(CoDA(Facts.of(head), ratio=1000, **RECIPE), cloud)
     assert found.counts["received"].tolist() == (68 - cloud.clients.train.lengths).tolist()
-    sample, _ = learned(CoDA(Facts.of(head), "sample", ratio=1000, keep=0.5, filter_epochs=1, **RECIPE), cloud)
+    sample, _ = learned(
+        CoDA(Facts.of(head), retrieval="sample", ratio=1000, keep=0.5, filter_epochs=1, **RECIPE), cloud
+    )
     assert sample.counts["received"].tolist() == (2 * (68 - cloud.clients.train.lengths)).tolist()
     mpda, _ = learned(MPDA(Facts.of(head), candidates=1000, **RECIPE), cloud)
     assert mpda.counts["received"].tolist() == found.counts["received"].tolist()

@@ -1,10 +1,14 @@
 import math
 
 import numpy as np
+import pytest
 import torch
+from sklearn.metrics import roc_auc_score
 
+from iciia_exp.errors import UserError
 from iciia_exp.results.counts import ClientCountsMetric, batch_outcomes
-from iciia_exp.tasks import MULTI_LABEL, SINGLE_LABEL
+from iciia_exp.results.summary import summarise
+from iciia_exp.tasks import CLICK, MULTI_LABEL, SINGLE_LABEL
 
 
 def batch(rng, clients, C=5, S=4, K=3):
@@ -114,3 +118,41 @@ def test_padded_images_of_a_multi_label_batch_count_nothing():
     noisy.update(*batch_outcomes(MULTI_LABEL, noise, method, torch.where(mask[..., None], y, 1 - y), mask, client))
     for name, value in plain.compute().items():
         torch.testing.assert_close(value, noisy.compute()[name])
+
+
+def test_clicks_count_as_auc():
+    rng = np.random.default_rng(3)
+    metric = ClientCountsMetric(8, ranked=True)
+    rows = []  # client, label, score of the backbone, score of the method
+    for _ in range(6):
+        base, method, y, mask, client = batch(rng, 7, K=2)
+        y = torch.where(client[:, None] == 5, 1, y)
+        metric.update(*batch_outcomes(CLICK, base, method, y, mask, client))
+        owner = client[:, None].expand_as(y)[mask]
+        rows.append(torch.stack([owner, y[mask], *((z[..., 1] - z[..., 0])[mask] for z in (base, method))], 1).double())
+    rows = torch.cat(rows).numpy()
+    numbers, counts = metric.counts()
+    assert numbers.tolist() == [0, 1, 2, 3, 4, 6]  # 5 has one label, 7 no items
+    assert counts.ranked
+    for i, number in enumerate(numbers):
+        own = rows[rows[:, 0] == number]
+        assert counts.images_C[i] == len(own)
+        aucs = [roc_auc_score(own[:, 1], own[:, column]) for column in (2, 3)]
+        got = [counts.backbone_correct_C[i] / len(own), counts.method_correct_C[i] / len(own)]
+        np.testing.assert_allclose(got, aucs, atol=1e-12)
+        assert counts.both_correct_C[i] == min(counts.backbone_correct_C[i], counts.method_correct_C[i])
+    row = summarise(counts, resamples=50)
+    better = counts.method_correct_C > counts.backbone_correct_C
+    assert row["improved_share"] == better.mean()
+    worse = counts.method_correct_C < counts.backbone_correct_C
+    assert row["harmed_share"] == worse.mean()
+    assert row["harmed_share_by_chance"] == (better | worse).mean() / 2
+    assert row["accuracy"] == np.average(counts.method_correct_C / counts.images_C, weights=counts.images_C)
+
+
+def test_no_client_has_an_auc():
+    metric = ClientCountsMetric(2, ranked=True)
+    base, method, y, mask, client = batch(np.random.default_rng(4), 2, K=2)
+    metric.update(*batch_outcomes(CLICK, base, method, torch.ones_like(y), mask, client))
+    with pytest.raises(UserError, match="no client has items of both labels"):
+        metric.counts()

@@ -51,6 +51,7 @@ class Features(ImageDataset):
     """
 
     name = "features"
+    vectors = True
     # their effect is in `fingerprint`
     cosmetic = frozenset({"root", "file", "csv", "key", "shares", "seed", "columns"})
     open_files = frozenset({"_vectors"})

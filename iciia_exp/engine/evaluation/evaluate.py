@@ -25,6 +25,7 @@ from iciia_exp.errors import UserError
 from iciia_exp.results.plots import accuracy_vs_history, accuracy_vs_overhead, draw_examples, gain_per_client
 from iciia_exp.results.summary import ClientCounts
 from iciia_exp.results.tables import history_summary
+from iciia_exp.tasks import CLICK
 
 __all__ = ["evaluate"]
 
@@ -49,13 +50,16 @@ def evaluate(inputs: Inputs, folder: Path) -> None:
     table = client_table(clients, numbers, counts, inputs.labels)
     setup = Setup(run.method, run.head, batches, clients, trainer.strategy.root_device)
     histories = None
-    if e.evaluation.history_lengths:
+    ranked = run.method.task == CLICK  # all items of a client together: there are no targets one by one
+    if e.evaluation.history_lengths and not ranked:
         with fraction_bar("histories") as progress:
             histories = history_table(setup, e.evaluation, progress)
-    if e.evaluation.drawn_clients and not run.method.asks:  # nobody can tell it of drawn clients
+    if e.evaluation.drawn_clients and not ranked and not run.method.asks:  # nobody can tell it of drawn clients
         with fraction_bar("drawn clients") as progress:
             _write(folder, "drawn_clients", drawn_clients_table(setup, e.evaluation, e.images, progress))
-    examples = attribution_table(setup, e.evaluation, e.images, inputs.facts.shown_names, inputs.image)
+    examples = pd.DataFrame()
+    if not ranked:
+        examples = attribution_table(setup, e.evaluation, e.images, inputs.facts.shown_names, inputs.image)
     seconds = time.monotonic() - start
     training, errors = read_json(inputs.run.folder / "training.json"), module.calibration_errors()
     ledger = ledger_table(inputs, run.method)

@@ -128,6 +128,7 @@ def extract(
         "macs": macs,
         "weights_bytes": weights_bytes,
         **({} if jpeg is None else {"image_bytes": jpeg.mean_bytes(dataset, probes(np.arange(images)))}),
+        **({"image_bytes": payload_bytes(example)} if example.dtype == torch.int32 else {}),  # a row of ids
         "seconds": round(time.monotonic() - start, 2),
         "bad_images": _report_bad(dataset, bad, images),
     }

@@ -20,7 +20,7 @@ from iciia_exp.methods.base import Method
 from iciia_exp.models.backbones.base import Backbone
 from iciia_exp.recipe import Recipe
 from iciia_exp.results.counts import ClientCountsMetric, batch_outcomes
-from iciia_exp.tasks import Task
+from iciia_exp.tasks import CLICK, Task
 
 __all__ = ["BackboneModule", "BaseModule", "ClassifierModule", "MethodModule"]
 
@@ -160,8 +160,9 @@ class MethodModule(BaseModule):
         self.method = method
         decisions = method.task.decisions(method.num_classes)
         self._head = [head.requires_grad_(False)]  # in a list: not part of the checkpoint
-        self.val_counts = ClientCountsMetric(clients, decisions)
-        self.test_counts = ClientCountsMetric(clients, decisions)
+        ranked = method.task == CLICK
+        self.val_counts = ClientCountsMetric(clients, decisions, ranked)
+        self.test_counts = ClientCountsMetric(clients, decisions, ranked)
         #: expected calibration error in 15 bins
         self.calibration = nn.ModuleDict({who: BinaryCalibrationError(15) for who in ("method", "backbone")})
 

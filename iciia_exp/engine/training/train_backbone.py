@@ -102,7 +102,7 @@ def load_backbone(inputs: Inputs) -> tuple[Backbone, dict[str, Any]]:
     torch.manual_seed(derive_seed("backbone", 0))  # for weights that are neither pre-trained nor trained here
     backbone = inputs.new_backbone()
     if inputs.backbone is None:
-        if not inputs.experiment.backbone.started and not inputs.facts.backbone_arguments:
+        if not inputs.experiment.backbone.started and not inputs.experiment.dataset_class.vectors:
             hint = "give backbone.weights, or train it with backbone.train=all"
             log.warning(
                 "backbone: %s has no weights; its features are those of a random network; %s",

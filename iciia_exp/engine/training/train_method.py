@@ -70,7 +70,7 @@ def train_method(inputs: Inputs, folder: Path) -> None:
         "class_names": inputs.facts.class_names,
         "images": training.images,
         "features": store.path.name,
-        "backbone": None if inputs.facts.backbone_arguments else _backbone_facts(inputs),
+        "backbone": None if e.dataset_class.vectors else _backbone_facts(inputs),
     }
     if beside := {name: list(shape) for name, shape in inputs.array_shapes.items() if name != "features"}:
         stored["arrays"] = beside
@@ -173,6 +173,7 @@ def _backbone_facts(inputs: Inputs) -> dict[str, Any]:
         "classes": classes,
         "folder": None if inputs.backbone is None else inputs.backbone.folder.name,
         "weights": None if weights is None else {"file": Path(weights).name, "digest": inputs.weights_digest},
+        **({"arguments": more} if (more := inputs.facts.backbone_arguments) else {}),
     }
 
 

@@ -16,9 +16,8 @@ from iciia_exp.data.views import CloudView
 from iciia_exp.errors import UserError
 from iciia_exp.ledger import Link
 from iciia_exp.methods.base import Method
-from iciia_exp.models.fit_many import Examples
 
-__all__ = ["Learned", "Personal", "class_counts", "examples"]
+__all__ = ["Learned", "Personal", "class_counts"]
 
 #: Bytes of states that are in memory at once to classify, if they are those of several sequences: 256 MiB.
 _AT_ONCE = 1 << 28
@@ -96,8 +95,3 @@ def class_counts(batch: ClientBatch, classes: int) -> Tensor:
     """Return how many images of each class every client of a batch has, float32 [C, K]."""
     counts_CK = torch.zeros(len(batch.y_CS), classes, device=batch.y_CS.device)
     return counts_CK.scatter_add_(1, batch.y_CS, batch.mask_CS.float())
-
-
-def examples(batch: ClientBatch) -> Examples:
-    """Return features and labels of a batch for `fit_many`."""
-    return Examples(batch.x_CSD, batch.y_CS, batch.mask_CS)

@@ -1,21 +1,24 @@
-"""Personal classifiers: a linear classifier for every client, in the place of the backbone's.
+"""Personal classifiers: a linear classifier for every client, in the place of the backbone's, or a whole network.
 
 Legend: C clients, S images of a client, D features, K classes.
 """
 
+import copy
 from collections.abc import Mapping
-from functools import partial
+from functools import cached_property, partial
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call, grad, vmap
+from torch.utils.flop_counter import FlopCounterMode
 
-from iciia_exp.cost import training_bytes
+from iciia_exp.cost import count_macs, training_bytes
 from iciia_exp.data.batches import ClientBatch
 from iciia_exp.errors import check_float, check_int
 from iciia_exp.ledger import Budget, Line, Sizes, serve
 from iciia_exp.methods.base import Facts, copy_of
 from iciia_exp.methods.tune.base import Personal
-from iciia_exp.models.fit_many import linear_logits
+from iciia_exp.models.fit_many import Examples, linear_logits
 from iciia_exp.recipe import Recipe
 
 __all__ = ["PersonalClassifier", "sgd_recipe"]
@@ -42,43 +45,90 @@ class PersonalClassifier(Personal):
         self.recipe = recipe
         self.patience = None if patience is None else check_int("patience", patience, 1)
         self.head = copy_of(facts.head, trained=False)
+        #: Array that a client's network reads, and its shape for one image.
+        self.array = "features"
+        self.shape: tuple[int, ...] = (facts.dim,)
+
+    @property
+    def net(self) -> nn.Module:
+        """The network that every client has its own of: a linear classifier on features."""
+        return self.head
 
     @property
     def state_shapes(self) -> dict[str, tuple[int, ...]]:
-        """A classifier: weight [K, D] and bias [K]."""
-        return {"weight": (self.num_classes, self.dim), "bias": (self.num_classes,)}
+        """Those of the network; of a classifier weight [K, D] and bias [K]."""
+        return {name: tuple(p.shape) for name, p in self.starting().items()}
+
+    def starting(self) -> dict[str, Tensor]:
+        """Return the cloud's values of what devices train, by name."""
+        return {name: p.detach() for name, p in self.net.named_parameters()}
+
+    def read(self, batch: ClientBatch) -> Tensor:
+        """Return what the network reads of a batch, [C, S, ...]."""
+        return batch.x_CSD if self.array == "features" else batch.arrays[self.array]
+
+    def examples(self, batch: ClientBatch) -> Examples:
+        """Return labelled images of a batch for `fit_many`."""
+        return Examples(self.read(batch), batch.y_CS, batch.mask_CS)
 
     def classify(self, batch: ClientBatch, states: Mapping[str, Tensor]) -> Tensor:
-        """Return the logits of the clients' classifiers, [C, S, K]."""
-        return linear_logits(states, batch.x_CSD)
+        """Return the logits of the clients' networks, [C, S, K]."""
+        x = self.read(batch)
+        if self.net is self.head:
+            return linear_logits(states, x)
+        fixed = dict(self.net.named_parameters()) | dict(self.net.named_buffers())
+        return vmap(lambda own, rows: functional_call(self.net, {**fixed, **own}, (rows,)))(dict(states), x)
+
+    @cached_property
+    def forward_macs(self) -> int:
+        """MACs of the network for one image."""
+        return self.head.weight.numel() if self.net is self.head else count_macs(self.net, self._example())
+
+    @cached_property
+    def step_macs(self) -> int:
+        """MACs of one image in a step of training: logits and gradient."""
+        if self.net is self.head:
+            return 2 * self.head.weight.numel()
+        own = {name: p.clone()[None] for name, p in self.starting().items()}
+
+        def score(own: dict[str, Tensor], x: Tensor) -> Tensor:
+            return functional_call(self.net, own, (x,)).sum()
+
+        with torch.enable_grad(), FlopCounterMode(display=False) as counter:
+            vmap(grad(score))(own, self._example()[None])
+        return counter.get_total_flops() // 2
+
+    def _example(self) -> Tensor:
+        return torch.zeros(1, *self.shape, device=self.head.weight.device)
 
     def device_budget(self, sizes: Sizes, macs: int = 0) -> Budget:
-        """Return the budget of a classifier that replaces the backbone's.
+        """Return the budget of a network that replaces the backbone's classifier, or the backbone.
 
-        Training takes 2 D K MACs for a train image and epoch, logits and gradient, the same for a sample of others and
-        pass, and with ``patience`` D K for the val images of every epoch and the start.
+        Training takes `step_macs` for a train image and epoch, of a classifier 2 D K, the same for a sample of others
+        and pass, and with ``patience`` `forward_macs` for the val images of every epoch and the start.
 
         Args:
             sizes: of client and request.
             macs: of the device's training beside these.
         """
         served = serve(sizes, self.num_classes, macs=0, weights=0, state_bytes=self.state_bytes())
-        images = 2 * (sizes.passed + sizes.epochs * sizes.train)
+        macs += (sizes.passed + sizes.epochs * sizes.train) * self.step_macs
         if self.patience is not None:
-            images += (sizes.epochs + 1) * sizes.val
+            macs += (sizes.epochs + 1) * sizes.val * self.forward_macs
         own = None if sizes.backbone_macs is None else (sizes.train + sizes.val) * sizes.backbone_macs
         learned = (
             Line("client_once", "device", "backbone", macs=own),
-            Line("client_once", "device", "training", macs=macs + images * self.dim * self.num_classes),
+            Line("client_once", "device", "training", macs=macs),
         )
         return Budget(served.lines + learned, served.state_bytes)
 
     def training_bytes(self) -> int:
-        """Return the memory of a client's classifier in training with plain SGD."""
-        with torch.device("meta"):
-            classifier = nn.Linear(self.dim, self.num_classes)
-        return training_bytes(classifier, (self.dim,), self.recipe.batch_size, moments=0)
+        """Return the memory of a client's network in training with plain SGD."""
+        network = copy.deepcopy(self.net).to("meta")
+        if self.net is self.head:
+            network.requires_grad_(True)
+        return training_bytes(network, self.shape, self.recipe.batch_size, moments=0)
 
     def num_parameters(self) -> int:
-        """Those of one client's classifier."""
-        return self.num_classes * (self.dim + 1)
+        """Those of one client's network."""
+        return sum(p.numel() for p in self.starting().values())

@@ -1,28 +1,31 @@
 """Cloud samples: a client's device trains its classifier on labelled samples of other clients too.
 
 The cloud holds the labelled train images of all clients. This is not federated learning: a device gets features and
-labels of other clients.
+labels of other clients. In a click task it can train the whole model, on rows of ids of other clients.
 
 Legend: C clients, N samples of other clients, M candidates, D features, K classes.
 """
 
+import math
 from abc import abstractmethod
 from collections.abc import Mapping
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from iciia_exp.data.batches import ClientBatch, ClientIndex
 from iciia_exp.data.views import CloudView
-from iciia_exp.errors import UserError, check_int
+from iciia_exp.errors import ConfigError, UserError, check_choice, check_int
 from iciia_exp.ledger import Budget, Line, Link, Sizes
 from iciia_exp.methods.base import Ask, Facts, Fit, Record
-from iciia_exp.methods.tune.base import Learned, examples
+from iciia_exp.methods.tune.base import Learned
 from iciia_exp.methods.tune.classifier import PersonalClassifier, sgd_recipe
+from iciia_exp.models.backbones.recommender import ClickModel
 from iciia_exp.models.fit_many import Examples, Fitted, fit_many
-from iciia_exp.tasks import SINGLE_LABEL
+from iciia_exp.models.recommenders import OnCatalog
+from iciia_exp.tasks import CLICK, SINGLE_LABEL
 
 __all__ = ["CloudSamples"]
 
@@ -31,13 +34,16 @@ _NUMBERS = 1 << 26
 
 
 class CloudSamples(PersonalClassifier):
-    """A linear classifier for every client, trained on samples of other clients as well.
+    """A linear classifier or a click model for every client, trained on samples of other clients as well.
 
     Args:
-        facts: task, sizes, and the backbone's classifier, where every client starts.
+        facts: task, sizes, the backbone's classifier and network, where every client starts.
+        trains: ``classifier``: the classifier on the features; ``backbone``: all tables and layers of a click model.
         lr: rate of SGD.
         batch_size: images of a step, in the order of the images.
         clip_norm: largest norm of a gradient.
+        clip: ``dense``: the norm as PyTorch has it; ``rows``: every row of a table that is read counts by itself, as
+            released.
         epochs: passes over samples of other clients.
         own_epochs: passes over the own images, afterwards.
         patience: passes over the own images without a better accuracy on the client's val images before training
@@ -45,20 +51,34 @@ class CloudSamples(PersonalClassifier):
     """
 
     trainable = False
-    tasks = (SINGLE_LABEL,)
+    tasks = (SINGLE_LABEL, CLICK)
     asks: ClassVar[frozenset[Ask]] = frozenset({Ask.CLIENT_LABELS, Ask.CLOUD_SAMPLES})
 
     def __init__(
         self,
         facts: Facts,
+        trains: str,
         lr: float,
         batch_size: int,
         clip_norm: float,
+        clip: str,
         epochs: int,
         own_epochs: int,
         patience: int | None,
     ) -> None:
         super().__init__(facts, sgd_recipe(lr, epochs, batch_size, clip_norm), patience)
+        check_choice("trains", trains, ("classifier", "backbone"))
+        self.clip_rows = check_choice("clip", clip, ("dense", "rows")) == "rows"
+        self.model: OnCatalog | None = None
+        if trains == "backbone":
+            network = None if facts.network is None else facts.network()
+            if not isinstance(network, ClickModel):
+                problem = "is for backbone=recommender; train the classifier, or see method=full_finetune"
+                raise ConfigError("trains", trains, problem)
+            self.model, self.array, self.shape = network.net, "images", facts.arrays["images"]
+            self.reads = self.reads_with({"trains": trains})
+        elif self.clip_rows:
+            raise ConfigError("clip", clip, "a classifier reads no tables; use clip=dense, or trains=backbone")
         self.own_recipe = sgd_recipe(lr, check_int("own_epochs", own_epochs, 1), batch_size, clip_norm)
         #: Numbers of clients and of their train images, for the budget.
         self.clients: Tensor
@@ -66,8 +86,20 @@ class CloudSamples(PersonalClassifier):
         for name in ("clients", "samples"):
             self.register_buffer(name, torch.tensor(0))
 
+    @classmethod
+    def reads_with(cls, config: Mapping[str, Any]) -> frozenset[str]:
+        """Return the features, and the rows of ids for a click model."""
+        return frozenset({"features", "images"} if config.get("trains") == "backbone" else {"features"})
+
+    @property
+    def net(self) -> nn.Module:
+        """The click model, or the classifier."""
+        return self.head if self.model is None else self.model
+
     def learn(self, cloud: CloudView, fit: Fit) -> Record:
-        """Count what the cloud holds; nothing is trained: its model is the backbone's classifier."""
+        """Count what the cloud holds; nothing is trained: its model is the backbone, or its classifier."""
+        if self.model is not None:
+            self.model.load_state_dict(cloud.backbone().net.state_dict())
         self.clients.fill_(int((cloud.clients.train.lengths > 0).sum()))
         self.samples.fill_(len(cloud.clients.train.values))
         self.eval()
@@ -87,7 +119,7 @@ class CloudSamples(PersonalClassifier):
             problem = "trains on samples of other clients, and the cloud that holds them is not at hand"
             raise UserError(f"{self.name}: {problem}")
         clients, most = own["train"].y_CS.shape
-        size = max(1, _NUMBERS // (1 + self.dim * self.most_received(cloud, most)))
+        size = max(1, _NUMBERS // (1 + math.prod(self.shape) * self.most_received(cloud, most)))
         parts = [
             self.learn_from(cloud, {role: batch.take(slice(at, at + size)) for role, batch in own.items()}, link)
             for at in range(0, clients, size)
@@ -97,28 +129,30 @@ class CloudSamples(PersonalClassifier):
         return Learned(states, torch.cat([part.epochs_C for part in parts]), counts)
 
     def starts(self, clients: int) -> dict[str, Tensor]:
-        """Return the cloud's classifier for some clients, [C, ...]."""
-        return {name: p.detach().expand(clients, *p.shape) for name, p in self.head.named_parameters()}
+        """Return the cloud's network for some clients, [C, ...]."""
+        return {name: p.expand(clients, *p.shape) for name, p in self.starting().items()}
 
     def down(self, cloud: CloudView, index_CN: np.ndarray, own: ClientBatch, link: Link) -> Examples:
-        """Send features and labels of some images, -1 for none, to the devices; return them as received."""
+        """Send some images and their labels, -1 for none, to the devices; return them as received."""
         batch = cloud[ClientIndex(index_CN, own.client_C.cpu().numpy())].moved(own.x_CSD.device)
-        x_CND, y_CN = torch.zeros_like(batch.x_CSD), torch.zeros_like(batch.y_CS)
-        x_CND[batch.mask_CS] = link.down("features", batch.x_CSD[batch.mask_CS], what="training")
+        sent = self.read(batch)
+        x, y_CN = torch.zeros_like(sent), torch.zeros_like(batch.y_CS)
+        x[batch.mask_CS] = link.down(self.array, sent[batch.mask_CS], what="training")
         y_CN[batch.mask_CS] = link.down("labels", batch.y_CS[batch.mask_CS], what="training")
-        return Examples(x_CND, y_CN, batch.mask_CS)
+        return Examples(x, y_CN, batch.mask_CS)
 
     def pass_over(self, samples: Examples, states: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Return the classifiers after `epochs` on samples of others, [C, ...] each."""
-        return fit_many(self.head, samples, samples.none(), self.task, self.recipe, starts=states).states
+        """Return the networks after `epochs` on samples of others, [C, ...] each."""
+        none, clip = samples.none(), self.clip_rows
+        return fit_many(self.net, samples, none, self.task, self.recipe, starts=states, clip_rows=clip).states
 
     def finish(self, states: Mapping[str, Tensor], own: Mapping[str, ClientBatch]) -> Fitted:
-        """Train on the own images, from the classifiers so far."""
-        train, val = examples(own["train"]), examples(own["val"])
-        return fit_many(self.head, train, val, self.task, self.own_recipe, self.patience, states)
+        """Train on the own images, from the networks so far."""
+        train, val, recipe = self.examples(own["train"]), self.examples(own["val"]), self.own_recipe
+        return fit_many(self.net, train, val, self.task, recipe, self.patience, states, clip_rows=self.clip_rows)
 
     def payload(self) -> dict[str, Tensor]:
-        """Return nothing: a device starts with the backbone's classifier."""
+        """Return nothing: a device starts with the backbone."""
         return {}
 
     def sample_budget(self, sizes: Sizes, *, up: Mapping[str, int], macs: int, cloud_macs: int) -> Budget:
@@ -130,11 +164,11 @@ class CloudSamples(PersonalClassifier):
             macs: of the device, beside training on samples of others and on its own images (`device_budget`).
             cloud_macs: of finding the samples.
         """
-        served = self.device_budget(sizes, macs)
+        served, size = self.device_budget(sizes, macs), 4 * math.prod(self.shape)
         received = (
             Line("client_once", "cloud", "training", macs=cloud_macs),
             *(Line("client_once", "device", "training", kind=kind, bytes=size) for kind, size in up.items()),
-            Line("client_once", "cloud", "training", kind="features", bytes=4 * sizes.received * self.dim),
+            Line("client_once", "cloud", "training", kind=self.array, bytes=size * sizes.received),
             Line("client_once", "cloud", "training", kind="labels", bytes=8 * sizes.received),
         )
         return Budget(served.lines + received, served.state_bytes)

@@ -23,9 +23,9 @@ from iciia_exp.data.views import CloudView
 from iciia_exp.errors import check_choice, check_float, check_int
 from iciia_exp.ledger import Budget, Link, Sizes
 from iciia_exp.methods.base import Facts
-from iciia_exp.methods.tune.base import Learned, examples
+from iciia_exp.methods.tune.base import Learned
 from iciia_exp.methods.tune.cloud_samples import CloudSamples
-from iciia_exp.methods.tune.matching import match_clients
+from iciia_exp.methods.tune.matching import match_clients, sent_to_match
 from iciia_exp.models.fit_many import Examples, fit_many, linear_logits
 from iciia_exp.models.retrieval import Pool
 from iciia_exp.recipe import Recipe
@@ -42,18 +42,20 @@ _FILTER_LR = 1.0
 
 
 class CoDA(CloudSamples):
-    """A classifier for every client, trained on samples of other clients, and on the own images afterwards.
+    """A classifier or click model for every client, trained on samples of others, and on the own images afterwards.
 
     Args:
         facts: task, sizes, and the backbone's classifier, where every client starts.
-        retrieval: ``overlap``: all samples of the clients whose classes overlap most, one client after the other;
+        trains: see `CloudSamples`.
+        retrieval: ``overlap``: all samples of the clients whose classes, or clicked items, overlap most, one client
+            after the other;
             ``sample``: the samples that are nearest to any own image, by feature and label; ``random`` samples; or
             those of clients of the same ``client_type``, a bound.
         ratio: retrieved samples for an own image; all there are if there are fewer.
         keep: share of the retrieved samples that the device keeps: those that look most like its own to a classifier
             that it has trained on own samples against the retrieved and as many random ones. 1: all, without one.
         filter_epochs: passes of that classifier's training.
-        lr, batch_size, clip_norm, epochs, own_epochs, patience: see `CloudSamples`.
+        lr, batch_size, clip_norm, clip, epochs, own_epochs, patience: see `CloudSamples`.
         seed: of random samples.
     """
 
@@ -62,6 +64,7 @@ class CoDA(CloudSamples):
     def __init__(
         self,
         facts: Facts,
+        trains: str = "classifier",
         retrieval: str = "overlap",
         ratio: int = 10,
         keep: float = 1.0,
@@ -69,12 +72,13 @@ class CoDA(CloudSamples):
         lr: float = 0.05,
         batch_size: int = 16,
         clip_norm: float = 5.0,
+        clip: str = "dense",
         epochs: int = 5,
         own_epochs: int = 20,
         patience: int | None = None,
         seed: int = 0,
     ) -> None:
-        super().__init__(facts, lr, batch_size, clip_norm, epochs, own_epochs, patience)
+        super().__init__(facts, trains, lr, batch_size, clip_norm, clip, epochs, own_epochs, patience)
         self.retrieval = check_choice("retrieval", retrieval, RETRIEVAL)
         self.ratio = check_int("ratio", ratio, 1)
         self.keep = check_float("keep", keep, 0.0, 1.0, open_low=True)
@@ -95,7 +99,7 @@ class CoDA(CloudSamples):
         received_C = torch.from_numpy(most_C)
         if self.keep < 1:
             others = self.down(cloud, _padded(self._random(cloud, train, most_C, "outside")), train, link)
-            samples, received_C = self._kept(samples, others, examples(train)), 2 * received_C
+            samples, received_C = self._kept(samples, others, self.examples(train)), 2 * received_C
         states = self.pass_over(samples, self.starts(len(train.y_CS)))
         passed_C = self.recipe.epochs * samples.mask.sum(1).cpu()
         fitted = self.finish(states, own)
@@ -116,7 +120,7 @@ class CoDA(CloudSamples):
         images = cloud.clients.train
         if self.retrieval == "overlap":
             clients = min(int(self.clients) - 1, int(most_C.max(initial=0)))
-            ids_CM: Iterable[np.ndarray] = match_clients(cloud, train, link, "overlap", clients, self.seed)
+            ids_CM: Iterable[np.ndarray] = match_clients(cloud, train, link, self.task, "overlap", clients, self.seed)
         else:
             ids_CM = self._of_type(cloud, link.up("id", train.client_C, what="training").cpu().numpy())
         found = []
@@ -178,34 +182,48 @@ class CoDA(CloudSamples):
         parts = [(own, 1), (samples, 0), (others, 0)]
         mask = torch.cat([part.mask for part, _ in parts], 1)
         order = _shuffled(mask, self.name, self.seed)
-        x = torch.cat([self.represent(part.x, part.y) for part, _ in parts], 1).take_along_dim(order[..., None], 1)
+        x = torch.cat([self._seen(part) for part, _ in parts], 1).take_along_dim(order[..., None], 1)
         y = torch.cat([torch.full_like(part.y, label) for part, label in parts], 1).take_along_dim(order, 1)
         both = Examples(x, y, mask.take_along_dim(order, 1))
         blank = nn.Linear(2 * self.dim, 2, device=x.device)
         nn.init.zeros_(blank.weight), nn.init.zeros_(blank.bias)
         found = fit_many(blank, both, both.none(), self.task, self.filter_recipe).states
-        logits_CN2 = linear_logits(found, self.represent(samples.x, samples.y))
+        logits_CN2 = linear_logits(found, self._seen(samples))
         own_CN = (logits_CN2[..., 1] - logits_CN2[..., 0]).masked_fill(~samples.mask, -torch.inf)
         best = own_CN.argsort(stable=True, dim=1, descending=True)
         kept_C = (self.keep * samples.mask.sum(1)).ceil()
         mask = torch.arange(best.shape[1], device=best.device) < kept_C[:, None]
         return Examples(samples.x.take_along_dim(best[..., None], 1), samples.y.take_along_dim(best, 1), mask)
 
+    def _seen(self, samples: Examples) -> Tensor:
+        """Return what the classifier of own and other samples reads, [C, N, 2 D]; of ids, features of the cloud's."""
+        x_CND = samples.x
+        if self.model is not None:
+            with torch.no_grad():
+                rows = samples.x.flatten(0, 1).split(_AT_ONCE)
+                features = torch.cat([torch.cat(self.model.states(part), -1) for part in rows])
+            x_CND = features.unflatten(0, samples.y.shape)
+        return self.represent(x_CND, samples.y)
+
     def budget(self, sizes: Sizes) -> Budget:
         """Nothing in a request. A client sends what samples are found by, and gets them.
 
-        Training takes 2 D K MACs for every sample and pass. The classifier of own and other samples has 2 x 2 D
-        weights; own images are repeated until they are as many as the others.
+        Of a classifier, training takes 2 D K MACs for every sample and pass. The classifier of own and other samples
+        has 2 x 2 D weights; own images are repeated until they are as many as the others. A click model computes the
+        features of what it receives.
         """
         up, found = {"id": 8}, 0
         if self.retrieval == "overlap":
-            up, found = {"labels": 4 * self.num_classes}, int(self.clients) * self.num_classes
+            kind, width = sent_to_match("overlap", self.task, self.dim, self.num_classes)
+            up, found = {kind: 4 * width or 8}, int(self.clients) * width
         elif self.retrieval == "sample":
             up = {"features": 4 * sizes.train * self.dim, "labels": 8 * sizes.train}
             found = sizes.train * int(self.samples) * 2 * self.dim
         macs = 0
         if self.keep < 1:
             macs = (4 * self.filter_recipe.epochs * sizes.received + sizes.received // 2) * 4 * self.dim
+            if self.model is not None:
+                macs += (2 * sizes.received + sizes.received // 2) * self.forward_macs
         return self.sample_budget(sizes, up=up, macs=macs, cloud_macs=found)
 
 

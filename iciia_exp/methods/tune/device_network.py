@@ -302,7 +302,7 @@ class LevelNetwork(DeviceNetwork):
         training: further arguments of `DeviceNetwork`.
     """
 
-    reads: ClassVar[frozenset[str]] = frozenset({"features", "levels"})
+    reads = frozenset({"features", "levels"})
     array = "levels"
 
     def __init__(self, facts: Facts, blocks: int | None = None, **training: Any) -> None:

@@ -15,10 +15,10 @@ from iciia_exp.data.views import CloudView
 from iciia_exp.errors import check_int
 from iciia_exp.ledger import Budget, Link, Sizes
 from iciia_exp.methods.base import Ask, Facts, Fit, Record
-from iciia_exp.methods.tune.base import Learned, examples
+from iciia_exp.methods.tune.base import Learned
 from iciia_exp.methods.tune.classifier import PersonalClassifier, sgd_recipe
 from iciia_exp.models.fit_many import fit_many
-from iciia_exp.tasks import SINGLE_LABEL
+from iciia_exp.tasks import CLICK, SINGLE_LABEL
 
 __all__ = ["FineTune"]
 
@@ -37,7 +37,7 @@ class FineTune(PersonalClassifier):
 
     name = "finetune"
     trainable = False
-    tasks = (SINGLE_LABEL,)
+    tasks = (SINGLE_LABEL, CLICK)
     asks: ClassVar[frozenset[Ask]] = frozenset({Ask.CLIENT_LABELS})
 
     def __init__(
@@ -58,7 +58,7 @@ class FineTune(PersonalClassifier):
 
     def personalise(self, own: Mapping[str, ClientBatch], link: Link, cloud: CloudView | None) -> Learned:
         """Train every client's classifier on its train images; its val images choose the epoch."""
-        train, val = examples(own["train"]), examples(own["val"])
+        train, val = self.examples(own["train"]), self.examples(own["val"])
         fitted = fit_many(self.head, train, val, self.task, self.recipe, self.patience)
         return Learned(fitted.states, fitted.epochs_C)
 

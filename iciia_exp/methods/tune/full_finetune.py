@@ -8,7 +8,7 @@ Legend: C clients, S images of a client, D features, k classes of a client.
 import copy
 from collections.abc import Iterable, Sequence
 from functools import cached_property
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -40,7 +40,7 @@ class FullFinetune(DeviceNetwork):
     """
 
     name = "full_finetune"
-    reads: ClassVar[frozenset[str]] = frozenset({"features", "images"})
+    reads = frozenset({"features", "images"})
     array = "images"
     clients_at_once = 1
 

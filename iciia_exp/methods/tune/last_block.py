@@ -3,7 +3,7 @@
 Legend: n tokens, d features of a token, k classes of a client.
 """
 
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -29,7 +29,7 @@ class LastBlock(DeviceNetwork):
     """
 
     name = "last_block"
-    reads: ClassVar[frozenset[str]] = frozenset({"features", "block_input"})
+    reads = frozenset({"features", "block_input"})
     array = "block_input"
 
     def __init__(

@@ -8,7 +8,7 @@ classifier and the recipe are ours: the paper's are not public.
 Legend: C clients, S images of a client, n tokens, d features of a token.
 """
 
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -39,7 +39,7 @@ class Miet(DeviceNetwork):
     """
 
     name = "miet"
-    reads: ClassVar[frozenset[str]] = frozenset({"features", "tokens"})
+    reads = frozenset({"features", "tokens"})
     array = "tokens"
 
     def __init__(

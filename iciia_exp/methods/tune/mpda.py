@@ -1,12 +1,12 @@
-"""MPDA: a device accepts or rejects whole other clients by what their samples do to its own loss.
+"""MPDA: a device accepts or rejects whole other clients by what their samples do to its own loss or AUC.
 
 Source: "On-Device Learning for Model Personalization with Large-Scale Cloud-Coordinated Domain Adaption" (KDD 2022,
 2180-2190), and its released code. The cloud matches M other clients and sends their labelled samples. From the cloud's
 model, the device trains on one of them after the other, and keeps what it has learned if its loss on the device's own
 images is lower than before. At last it trains on its own images.
 
-The released code matches at random and judges by the AUC on the own train images. Matching by overlap of classes or
-mean features, the log-loss, and own val images as judge are ours.
+The released code trains click models, matches at random and judges by the AUC on the own train samples. Matching by
+overlap of classes or mean features, the log-loss, and own val images as judge are ours.
 
 Legend: C clients, n train and m val images of a client, M candidates, D features, K classes.
 """
@@ -19,13 +19,14 @@ from torch import Tensor
 
 from iciia_exp.data.batches import ClientBatch
 from iciia_exp.data.views import CloudView
-from iciia_exp.errors import check_choice, check_int
+from iciia_exp.errors import ConfigError, check_choice, check_int
 from iciia_exp.ledger import Budget, Link, Sizes
 from iciia_exp.methods.base import Facts
 from iciia_exp.methods.tune.base import Learned
 from iciia_exp.methods.tune.cloud_samples import CloudSamples
-from iciia_exp.methods.tune.matching import MATCHING, match_clients
+from iciia_exp.methods.tune.matching import MATCHING, match_clients, sent_to_match
 from iciia_exp.models.fit_many import Examples, choose
+from iciia_exp.tasks import CLICK, Click
 
 __all__ = ["MPDA"]
 
@@ -37,17 +38,20 @@ _BETTER = 1e-7
 
 
 class MPDA(CloudSamples):
-    """A classifier for every client, trained on clients that its device has accepted and on its own images.
+    """A classifier or click model for every client, trained on clients that its device has accepted and on its own.
 
     Args:
         facts: task, sizes, and the backbone's classifier, where every client starts.
         arm: ``mpda``, or a part of it: ``local`` trains on the own images alone, ``selected`` on accepted clients
             alone, ``match`` on as many of the first candidates as were accepted, and on the own images.
-        matching: the order of the candidates: ``overlap`` of their classes, ``nearest`` mean features, or ``random``.
+        trains: see `CloudSamples`.
+        matching: the order of the candidates: ``overlap`` of their classes, in a click task of their items,
+            ``nearest`` mean features, or ``random``.
         candidates: M; all other clients if there are fewer.
-        judge: whose loss decides: ``train``, or ``val`` images of the client (train where it has none).
-        lr, batch_size, clip_norm, epochs, own_epochs, patience: see `CloudSamples`; ``epochs`` are those on the images
-            of a candidate.
+        judge: what decides: ``train``, or ``val`` images of the client (train where it has none).
+        measure: ``loss``, or in a click task ``auc``, by which a client with one label accepts nobody.
+        lr, batch_size, clip_norm, clip, epochs, own_epochs, patience: see `CloudSamples`; ``epochs`` are those on the
+            images of a candidate.
         seed: of the random matching.
     """
 
@@ -57,21 +61,27 @@ class MPDA(CloudSamples):
         self,
         facts: Facts,
         arm: str = "mpda",
+        trains: str = "classifier",
         matching: str = "overlap",
         candidates: int = 20,
         judge: str = "train",
+        measure: str = "loss",
         lr: float = 0.05,
         batch_size: int = 16,
         clip_norm: float = 5.0,
+        clip: str = "dense",
         epochs: int = 5,
         own_epochs: int = 20,
         patience: int | None = None,
         seed: int = 0,
     ) -> None:
-        super().__init__(facts, lr, batch_size, clip_norm, epochs, own_epochs, patience)
+        super().__init__(facts, trains, lr, batch_size, clip_norm, clip, epochs, own_epochs, patience)
         self.arm = check_choice("arm", arm, ARMS)
         self.matching = check_choice("matching", matching, tuple(MATCHING))
         self.judge = check_choice("judge", judge, ("train", "val"))
+        self.measure = check_choice("measure", measure, ("loss", "auc"))
+        if measure == "auc" and self.task != CLICK:
+            raise ConfigError("measure", measure, "ranks items of a click task; use measure=loss")
         self.seed = check_int("seed", seed, 0)
         self.most = check_int("candidates", candidates, 1)
 
@@ -105,7 +115,7 @@ class MPDA(CloudSamples):
 
     def _received(self, cloud: CloudView, train: ClientBatch, link: Link) -> list[Examples]:
         """Match clients to the devices; send their samples down, a set of each for every device, M of them."""
-        ids_CM = match_clients(cloud, train, link, self.matching, self.candidates, self.seed)
+        ids_CM = match_clients(cloud, train, link, self.task, self.matching, self.candidates, self.seed)
         images = cloud.clients.train
         sets = []
         for ids_C in ids_CM.T:
@@ -135,25 +145,32 @@ class MPDA(CloudSamples):
         return states
 
     def _loss(self, states: Mapping[str, Tensor], own: Mapping[str, ClientBatch]) -> Tensor:
-        """Return the mean log-loss on the images that judge, [C]."""
+        """Return the mean log-loss on the images that judge, [C], or -AUC."""
         found = {}
         for role in ("train", "val") if self.judge == "val" else ("train",):
             batch = own[role]
-            losses = self.task.loss(self.classify(batch, states).flatten(0, 1), batch.y_CS.flatten(), reduction="none")
-            found[role] = (losses.view(batch.mask_CS.shape) * batch.mask_CS).sum(1) / batch.mask_CS.sum(1).clamp(min=1)
+            logits_CSK, y_CS, real = self.classify(batch, states), batch.y_CS, batch.mask_CS
+            if isinstance(self.task, Click) and self.measure == "auc":
+                client = torch.arange(len(real), device=real.device)[:, None].expand(real.shape)[real]
+                score = self.task.score(logits_CSK[real])
+                twice_C, pairs_C = self.task.pairs(score, y_CS[real], client, len(real))
+                found[role] = -twice_C / (2 * pairs_C).clamp(min=1)  # without pairs always 0: nobody is accepted
+                continue
+            losses = self.task.loss(logits_CSK.flatten(0, 1), y_CS.flatten(), reduction="none")
+            found[role] = (losses.view(real.shape) * real).sum(1) / real.sum(1).clamp(min=1)
         return choose(own[self.judge].mask_CS.any(1), found[self.judge], found["train"])
 
     def budget(self, sizes: Sizes) -> Budget:
         """Nothing in a request. A client sends what it is matched by, and gets the samples of M clients.
 
-        Training takes 2 D K MACs for every sample and pass, and D K for every image that judges and candidate, and
-        for the start.
+        Of a classifier, training takes 2 D K MACs for every sample and pass, and D K for every image that judges and
+        candidate, and for the start.
         """
         judging, up, matching = 0, {}, 0
         if self.candidates:
             images = sizes.train + (sizes.val if self.judge == "val" else 0)
-            judging = (self.candidates + 1) * images * self.dim * self.num_classes
-            width = {"overlap": self.num_classes, "nearest": self.dim, "random": 0}[self.matching]
-            up = {MATCHING[self.matching]: 4 * width or 8}
+            judging = (self.candidates + 1) * images * self.forward_macs
+            kind, width = sent_to_match(self.matching, self.task, self.dim, self.num_classes)
+            up = {kind: 4 * width or 8}
             matching = int(self.clients) * width
         return self.sample_budget(sizes, up=up, macs=judging, cloud_macs=matching)
