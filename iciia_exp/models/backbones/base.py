@@ -292,8 +292,8 @@ class BackboneSpec:
         """Build the network with its starting weights, and a classifier for ``class_names``.
 
         With ``train: none`` the classifier is that of the weights, or its rows of the dataset's classes; else it is
-        fresh, unless the weights have exactly the dataset's number of classes. Raises a `UserError` for weights that do
-        not fit.
+        fresh, unless the weights have exactly the dataset's number of classes. Weights need no classifier if it is
+        trained here. Raises a `UserError` for weights that do not fit.
         """
         from iciia_exp.models.backbones.weights import class_rows, read_weights
 
@@ -304,7 +304,11 @@ class BackboneSpec:
         key = f"{backbone.head_name}.weight"
         source = self.weights or f"the pre-trained weights of {self.name}"
         if key not in state:
-            raise UserError(f"{source}: has no classifier {key}; these are not weights of backbone {self.name}")
+            if self.train == "none":
+                hint = "use backbone.train=head to fit one on the dataset"
+                raise UserError(f"{source}: has no classifier {key} of backbone {self.name}; {hint}")
+            # weights without a classifier, of DINOv2 say
+            state |= {f"{backbone.head_name}.{name}": value for name, value in backbone.head.state_dict().items()}
         if (num_classes := state[key].shape[0]) != len(class_names):
             backbone.fresh_head(num_classes)
         try:

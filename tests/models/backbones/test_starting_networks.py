@@ -117,7 +117,7 @@ def without(state, name):
     [
         (
             lambda s: {"fc.weight": s["head.weight"]},
-            "has no classifier head.weight; these are not weights of backbone s",
+            "has no classifier head.weight of backbone s; use backbone.train=head to fit one on the dataset",
         ),
         (lambda s: without(s, "trunk.0.weight"), "does not fit backbone s: has no trunk.0.weight (1 keys)"),
         (lambda s: s | {"extra": torch.ones(1)}, "does not fit backbone s: has unknown extra (1 keys)"),
@@ -138,6 +138,21 @@ def test_a_file_of_another_network_is_one_line(trained, tmp_path, change, proble
     with pytest.raises(UserError) as error:
         BackboneSpec("s", SMALL, weights=str(path)).initial(NAMES)
     assert str(error.value) == f"{path}: {problem}"
+
+
+@pytest.mark.parametrize("train", ["head", "all"])
+@torch.no_grad()
+def test_weights_without_a_classifier(trained, tmp_path, train):
+    network, _ = trained
+    state = network.state_dict()
+    save_file({k: v for k, v in state.items() if not k.startswith("head.")}, tmp_path / "trunk.safetensors")
+    spec = BackboneSpec("s", SMALL, train, weights=str(tmp_path / "trunk.safetensors"), recipe=Recipe())
+    backbone = spec.initial(["a", "b", "c"]).eval()
+    torch.testing.assert_close(backbone.features(IMAGES), network.features(IMAGES))
+    assert backbone.head.weight.shape[0] == backbone.head.bias.shape[0] == 3
+    save_file({"other.weight": torch.ones(2)}, tmp_path / "other.safetensors")
+    with pytest.raises(UserError, match=r"other.safetensors: does not fit backbone s: has no trunk"):
+        BackboneSpec("s", SMALL, train, weights=str(tmp_path / "other.safetensors"), recipe=Recipe()).initial(NAMES)
 
 
 def test_many_missing_keys_are_counted(trained, tmp_path):
