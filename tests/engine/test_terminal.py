@@ -9,7 +9,7 @@ from iciia_exp.engine.terminal import result_table
 from iciia_exp.results.labels import base_of
 
 ROW = {
-    "name": "x", "dataset": "digits", "num_classes": 10, "backbone": "small_cnn", "method": "iciia",
+    "name": "x", "task": "single-label", "dataset": "digits", "num_classes": 10, "backbone": "small_cnn", "method": "iciia",
     "epochs": 3, "groups": 4, "heads": 2, "num_layers": 1, "digest": "d0",
     "setting_digest": "s", "partition_digest": "p", "accuracy": 0.9, "gain": 0.1, "gain_low": 0.05, "gain_high": 0.15,
     "client_accuracy": 0.91, "worst_decile": 0.5, "harmed_share": 0.02, "harmed_share_by_chance": 0.03,
@@ -29,6 +29,13 @@ def test_one_run():
     *_, base, line = lines([ROW])
     assert base == "small_cnn alone 80.0 81.0 40.0 0 0".split()  # noqa: SIM905
     assert line == "iciia N=1 H=2 G=4 90.0 +10.0 [+5.0, +15.0] 91.0 50.0 2.0 (3.0) 160 % 10 %".split()  # noqa: SIM905
+
+
+def test_accuracy_of_clicks_is_auc():
+    titles = " ".join(" ".join(line) for line in lines([ROW | {"task": "click"}]))
+    assert "GAUC" in titles
+    assert "mean" in titles
+    assert "accuracy" not in titles
 
 
 def test_seeds_are_averaged_and_a_run_counts_once():

@@ -11,6 +11,7 @@ def table(**columns):
         "label": ["backbone", "linear_probe", "miet int8", "miet", "last", "oracle_classes"],
         "accuracy": [0.2, 0.5, 0.61, 0.6, 0.7, 0.9],
         "accuracy_se": 0.01,
+        "task": "single-label",
         "published": None,
         "oracle": [False] * 5 + [True],
         "request_up_bytes": 100.0,

@@ -34,6 +34,7 @@ class ClickModel(Backbone):
     """
 
     transform_settings = ()
+    trunk_prefix = "net."
 
     def __init__(
         self,

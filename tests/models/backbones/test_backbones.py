@@ -106,9 +106,9 @@ def check_against_library(backbone, **options):
 
 
 def test_all_files_are_seen():
-    assert len(FILES) == 15
+    assert len(FILES) == 16
     assert len(LIBRARY_FILES) == 10
-    assert {f.stem for f in OWN_FILES} == {"c3d", "leaf_cnn", "small_cnn", "small_vit", "precomputed"}
+    assert {f.stem for f in OWN_FILES} == {"c3d", "leaf_cnn", "small_cnn", "small_vit", "precomputed", "recommender"}
 
 
 @named(LIBRARY_FILES)
@@ -126,20 +126,22 @@ EXAMPLES = {
     "small_cnn": lambda rng: rng.random((1, 8, 8), dtype=np.float32),
     "small_vit": lambda rng: rng.random((1, 8, 8), dtype=np.float32),
     "precomputed": lambda rng: rng.random(24, dtype=np.float32),
+    "recommender": lambda rng: rng.integers(0, 5, 8, dtype=np.int32),
 }
+MORE = {"precomputed": {"dim": 24}, "recommender": {"users": 5, "items": 6, "item_categories": [[0]] * 6}}
 
 
 @named(OWN_FILES)
 @torch.no_grad()
 def test_our_own_networks(path):
     torch.manual_seed(0)
-    arguments = {"dim": 24} if path.stem == "precomputed" else {}
-    (backbone, dim), (other, _) = build(path, 7, **arguments), build(path, 7, **arguments)
-    assert backbone.num_classes == 7
-    assert backbone.dim == (24 if path.stem == "precomputed" else dim)
+    arguments, classes = MORE.get(path.stem, {}), 2 if path.stem == "recommender" else 7
+    (backbone, dim), (other, _) = build(path, classes, **arguments), build(path, classes, **arguments)
+    assert backbone.num_classes == classes
+    assert backbone.dim == {"precomputed": 24, "recommender": 82}.get(path.stem, dim)
     images = torch.stack([backbone.transform(EXAMPLES[path.stem](np.random.default_rng(0)))])
     logits = backbone(images)
-    assert logits.shape == (1, 7)
+    assert logits.shape == (1, classes)
     torch.testing.assert_close(backbone.head(backbone.features(images)), logits)
     other.load_original(original_state(backbone))
     torch.testing.assert_close(other(images), logits)
