@@ -91,9 +91,6 @@ def by_bytes(table: pd.DataFrame, title: str) -> Any | None:
     front = points[pareto_front(points["bytes"], points["accuracy"])]
     style = {"where": "post", "color": plots.GREY, "linewidth": 1, "zorder": 0, "label": "best at its bytes"}
     axes.step(front["bytes"], 100 * front["accuracy"], **style)
-    for _, point in front.iterrows():
-        place: Any = {"textcoords": "offset points", "xytext": (6, -11), "fontsize": 7.5, "color": plots.DARK}
-        axes.annotate(point["label"], (point["bytes"], 100 * point["accuracy"]), **place)
     for _, point in points.drop(front.index).iterrows():
         text = f"{point['label']}: {100 * point['accuracy']:.1f} %"
         plots.hover(axes.plot([point["bytes"]], [100 * point["accuracy"]], ",", alpha=0)[0], text)
@@ -104,8 +101,23 @@ def by_bytes(table: pd.DataFrame, title: str) -> Any | None:
         axes.set_xscale("symlog", linthresh=1000, linscale=0.2)
     axes.xaxis.set_major_formatter(EngFormatter("B"))
     axes.xaxis.set_minor_locator(NullLocator())
+    _name(axes, front)
     plots.legend(axes, beside=True)
     return figure
+
+
+def _name(axes: Any, front: pd.DataFrame) -> None:
+    """Write the label of every point of a front below it, and below the labels of those after it."""
+    axes.figure.canvas.draw()
+    points = 72 / axes.figure.dpi
+    lowest = np.inf
+    for _, point in front.iloc[::-1].iterrows():
+        place = point["bytes"], 100 * point["accuracy"]
+        height = axes.transData.transform(place)[1] * points
+        lowest = min(height - 11, lowest - 10)
+        offset = (6, lowest - height)
+        text = axes.annotate(point["label"], place, offset, textcoords="offset points", fontsize=7.5, color=plots.DARK)
+        text.set_bbox({"facecolor": "white", "edgecolor": "none", "alpha": 0.8, "pad": 0.5})
 
 
 def gain_distribution(table: pd.DataFrame, title: str) -> Any | None:

@@ -24,7 +24,9 @@ def test_settings_that_none_beats_with_as_few_bytes_are_joined():
     axes = by_bytes(table(), "digits").axes[0]
     (front,) = [line for line in axes.lines if line.get_label() == "best at its bytes"]
     assert front.get_xdata().tolist() == [110, 600, 9100]
-    assert [text.get_text() for text in axes.texts] == ["linear_probe", "miet int8", "last"]
+    assert [text.get_text() for text in axes.texts] == ["last", "miet int8", "linear_probe"]
+    heights = [text.get_window_extent().y1 for text in axes.texts]
+    assert heights == sorted(heights, reverse=True), "one below the other"
     assert axes.get_xscale() == "log"
     drawn = set(axes.get_legend_handles_labels()[1])
     assert drawn == {"linear_probe", "miet", "last", "best at its bytes"}
