@@ -382,6 +382,16 @@ def test_a_folder_of_options_of_ones_own(small, tmp_path):
         run_experiment(*small, config_dir="nowhere")
 
 
+def test_an_experiment_without_its_first_line(small, tmp_path):
+    from iciia_exp import run_experiment
+    from iciia_exp.errors import UserError
+
+    (tmp_path / "conf" / "experiment").mkdir(parents=True)
+    (tmp_path / "conf" / "experiment" / "own.yaml").write_text("defaults:\n  - override /method: backbone\n")
+    with pytest.raises(UserError, match=r"^experiment/own: the first line of its file must be # @package _global_$"):
+        run_experiment("+experiment=own", *small, config_dir=str(tmp_path / "conf"))
+
+
 def test_the_version(monkeypatch, capsys):
     from iciia_exp import __version__
 

@@ -200,6 +200,10 @@ class MovieLens(ImageDataset):
         if "test" not in s.split_M:
             problem = f"no user has {self.min_test} test ratings, and both labels in train and test"
             raise UserError(f"{self.root}: {problem}; lower dataset.min_test or choose another split")
+        tested = len(np.unique(s.user_M[s.split_M == "test"]))
+        if left := len(s.users) - tested:
+            why = f"fewer than {self.min_test} test ratings, or one label only in train or test"
+            log.info("movielens: %s of %s users are not tested (%s)", f"{left:,}", f"{len(s.users):,}", why)
         columns = {"label": s.label_M, "split": s.split_M, "owner": s.users[s.user_M], "time": s.time_M}
         return pd.DataFrame({name: values[used] for name, values in columns.items()}).assign(parent=None)
 

@@ -23,7 +23,8 @@ def both(ratings):
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("keep", ["latest", "oldest"])
-def test_rows_against_a_loop_over_users(tmp_path, layout, keep):
+def test_rows_against_a_loop_over_users(tmp_path, layout, keep, caplog):
+    caplog.set_level("INFO")
     ratings, genres = make_movielens(tmp_path, layout)
     films, slots = list(genres), 5
     dataset = MovieLens(tmp_path, history=slots, keep=keep, test_share=0.3, val_share=0.2)
@@ -48,6 +49,7 @@ def test_rows_against_a_loop_over_users(tmp_path, layout, keep):
     assert dataset[0].dtype == np.int32
     found = dataset.table[["label", "split", "owner"]].to_numpy().tolist()
     assert found == [[label, split, user] for _, label, split, user in want]
+    assert f"{12 - tested} of 12 users are not tested (fewer than 4 test" in caplog.text or tested == 12
     times = dataset.table.groupby("owner")["time"].apply(np.diff)
     assert all((steps > 0).all() for steps in times), "equal times keep their order"
 
