@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["attention_macs", "count_macs", "overheads", "streaming_attention_macs", "training_bytes"]
+__all__ = ["attention_macs", "count_macs", "count_step_macs", "overheads", "streaming_attention_macs", "training_bytes"]
 
 
 def attention_macs(images: int, dim: int, groups: int, layers: int) -> int:
@@ -109,3 +109,15 @@ def count_macs(module: torch.nn.Module, *inputs: Any) -> int:
     finally:
         module.train(mode)
     return int(counter.get_total_flops()) // 2  # the counter reports 2 operations per multiply-accumulate
+
+
+def count_step_macs(module: torch.nn.Module, inputs: torch.Tensor) -> int:
+    """Count the MACs of logits and gradients of all parameters, as `iciia_exp.models.fit_many` computes them."""
+    import torch
+    from torch.func import functional_call, grad, vmap
+    from torch.utils.flop_counter import FlopCounterMode
+
+    stacked = {name: p.detach()[None] for name, p in module.named_parameters()}
+    with torch.enable_grad(), FlopCounterMode(display=False) as counter:
+        vmap(grad(lambda own: functional_call(module, own, (inputs,)).sum()))(stacked)
+    return int(counter.get_total_flops()) // 2

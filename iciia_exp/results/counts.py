@@ -51,6 +51,10 @@ def batch_outcomes(
     return client_M, outcomes(task, backbone_CSK[mask_CS], y_M), outcomes(task, method_CSK[mask_CS], y_M)
 
 
+#: States of a click task, one entry per item.
+_RANKED = ("client", "label", "backbone_score", "method_score")
+
+
 class ClientCountsMetric(Metric):
     """Accumulates `ClientCounts` for clients by their number.
 
@@ -72,7 +76,7 @@ class ClientCountsMetric(Metric):
         for name in COUNTS:
             dtype = torch.float64 if name.endswith("loss") else torch.int64
             self.add_state(name, torch.zeros(clients, dtype=dtype), dist_reduce_fx="sum")
-        for name in ("client", "label", "backbone_score", "method_score") if ranked else ():
+        for name in _RANKED if ranked else ():
             self.add_state(name, [], dist_reduce_fx="cat")
 
     def update(self, client_M: Tensor, backbone: Outcomes, method: Outcomes) -> None:
@@ -96,7 +100,7 @@ class ClientCountsMetric(Metric):
 
         if self.ranked:
             parts = (client_M, backbone.ranked_MR[:, 1], backbone.ranked_MR[:, 0], method.ranked_MR[:, 0])
-            for name, values in zip(("client", "label", "backbone_score", "method_score"), parts, strict=True):
+            for name, values in zip(_RANKED, parts, strict=True):
                 getattr(self, name).append(values)
 
     def compute(self) -> dict[str, Tensor]:

@@ -18,7 +18,7 @@ import pandas as pd
 
 from iciia_exp.data.content import Content
 from iciia_exp.data.dataset import ImageDataset, existing_root, table_digest, wrong_folder
-from iciia_exp.data.readers.files import few
+from iciia_exp.data.readers.files import few, read_csv
 from iciia_exp.errors import ConfigError, UserError, check_choice, check_float, check_int, first_line
 from iciia_exp.tasks import CLICK
 
@@ -245,17 +245,15 @@ def _read(file: Path, **options: Any) -> pd.DataFrame:
 
 
 def _films(table: pd.DataFrame, file: Path) -> pd.DataFrame:
-    if missing := [name for name in ("movieId", "genres") if name not in table]:
-        problem = f"has no column {missing[0]}; the header is {few(map(repr, table.columns), 6)}"
-        raise UserError(f"{file}: {problem}; expected movieId,title,genres")
     numbers = pd.to_numeric(table["movieId"], errors="coerce")
     if numbers.isna().any():
         raise UserError(f"{file}: film {int(numbers.isna().to_numpy().argmax()) + 1:,} has no number")
-    return pd.DataFrame({"movieId": numbers.astype(np.int64), "genres": table["genres"].fillna("").astype(str)})
+    return pd.DataFrame({"movieId": numbers.astype(np.int64), "genres": table["genres"]})
 
 
 def _read_csv(ratings: Path, films: Path) -> tuple[pd.DataFrame, pd.DataFrame]:
-    return _checked(_read(ratings), ratings), _films(_read(films), films)
+    # ratings by pandas' own types: 25 million as text would not fit
+    return _checked(_read(ratings), ratings), _films(read_csv(films, ("movieId", "genres")), films)
 
 
 def _read_dat(ratings: Path, films: Path) -> tuple[pd.DataFrame, pd.DataFrame]:

@@ -9,10 +9,9 @@ from functools import cached_property, partial
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call, grad, vmap
-from torch.utils.flop_counter import FlopCounterMode
+from torch.func import functional_call, vmap
 
-from iciia_exp.cost import count_macs, training_bytes
+from iciia_exp.cost import count_macs, count_step_macs, training_bytes
 from iciia_exp.data.batches import ClientBatch
 from iciia_exp.errors import check_float, check_int
 from iciia_exp.ledger import Budget, Line, Sizes, serve
@@ -89,14 +88,7 @@ class PersonalClassifier(Personal):
         """MACs of one image in a step of training: logits and gradient."""
         if self.net is self.head:
             return 2 * self.head.weight.numel()
-        own = {name: p.clone()[None] for name, p in self.starting().items()}
-
-        def score(own: dict[str, Tensor], x: Tensor) -> Tensor:
-            return functional_call(self.net, own, (x,)).sum()
-
-        with torch.enable_grad(), FlopCounterMode(display=False) as counter:
-            vmap(grad(score))(own, self._example()[None])
-        return counter.get_total_flops() // 2
+        return count_step_macs(self.net, self._example())
 
     def _example(self) -> Tensor:
         return torch.zeros(1, *self.shape, device=self.head.weight.device)
@@ -124,9 +116,7 @@ class PersonalClassifier(Personal):
 
     def training_bytes(self) -> int:
         """Return the memory of a client's network in training with plain SGD."""
-        network = copy.deepcopy(self.net).to("meta")
-        if self.net is self.head:
-            network.requires_grad_(True)
+        network = copy.deepcopy(self.net).to("meta").requires_grad_(True)
         return training_bytes(network, self.shape, self.recipe.batch_size, moments=0)
 
     def num_parameters(self) -> int:

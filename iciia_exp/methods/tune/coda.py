@@ -47,10 +47,9 @@ class CoDA(CloudSamples):
     Args:
         facts: task, sizes, and the backbone's classifier, where every client starts.
         trains: see `CloudSamples`.
-        retrieval: ``overlap``: all samples of the clients whose classes, or clicked items, overlap most, one client
-            after the other;
-            ``sample``: the samples that are nearest to any own image, by feature and label; ``random`` samples; or
-            those of clients of the same ``client_type``, a bound.
+        retrieval: ``overlap``: all samples of the clients whose classes, or items, overlap most, one client after the
+            other; ``sample``: the samples that are nearest to any own image, by feature and label; ``random`` samples;
+            or those of clients of the same ``client_type``, a bound.
         ratio: retrieved samples for an own image; all there are if there are fewer.
         keep: share of the retrieved samples that the device keeps: those that look most like its own to a classifier
             that it has trained on own samples against the retrieved and as many random ones. 1: all, without one.

@@ -12,10 +12,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call, grad, vmap
-from torch.utils.flop_counter import FlopCounterMode
 
-from iciia_exp.cost import count_macs, training_bytes
+from iciia_exp.cost import count_macs, count_step_macs, training_bytes
 from iciia_exp.data.batches import ClientBatch
 from iciia_exp.data.views import CloudView
 from iciia_exp.errors import NotApplicable
@@ -85,7 +83,10 @@ class FullFinetune(DeviceNetwork):
 
     @cached_property
     def _pass_macs(self) -> int:
-        return count_macs(self.net, torch.zeros(1, *self.shape, device=self.most_classes.device))
+        return count_macs(self.net, self._example())
+
+    def _example(self) -> Tensor:
+        return torch.zeros(1, *self.shape, device=self.most_classes.device)
 
     def input_macs(self) -> int:
         """Those of the first layer: the images' gradient is not computed."""
@@ -94,11 +95,7 @@ class FullFinetune(DeviceNetwork):
     @cached_property
     def _backward_macs(self) -> int:
         """MACs of the backbone for an image in training, forward and backward."""
-        x_1chw = torch.zeros(1, *self.shape, device=self.most_classes.device)
-        stacked = {name: p.detach()[None] for name, p in self.net.named_parameters()}
-        with torch.enable_grad(), FlopCounterMode(display=False) as counter:
-            vmap(grad(lambda p: functional_call(self.net, p, (x_1chw,)).sum()))(stacked)
-        return counter.get_total_flops() // 2
+        return count_step_macs(self.net, self._example())
 
     @torch.no_grad()
     def linear_input(self, x: Tensor) -> Tensor:

@@ -50,20 +50,20 @@ class ClickModel(Backbone):
         if users is None or items is None or item_categories is None or num_classes != 2:
             problem = "takes users and items, as of dataset=movielens; choose another backbone for images"
             raise ConfigError("", "recommender", problem)
-        widths: dict[str, Any] = (
-            {} if item_width is None else {"item_width": check_int("item_width", item_width, 1, 4096)}
-        )
-        if widths and model == "lr":
-            raise ConfigError("item_width", item_width, "lr has no embeddings; use null")
+        widths: dict[str, Any] = {}
+        if item_width is not None:
+            if model == "lr":
+                raise ConfigError("item_width", item_width, "lr has no embeddings; use null")
+            widths["item_width"] = check_int("item_width", item_width, 1, 4096)
         rows = Ragged.from_rows([np.array(numbers, dtype=np.int64) for numbers in item_categories])
         categories_IG = torch.from_numpy(rows.padded(np.arange(items), max(1, int(rows.lengths.max(initial=0)))))
         made = RECOMMENDERS[model](users, items, 1 + max(0, int(categories_IG.max())), **widths)
         self.net = OnCatalog(made, categories_IG)
         self.dim = made.hidden + 2
         self.head = nn.Linear(self.dim, 2).requires_grad_(False)
-        nn.init.zeros_(self.head.weight), nn.init.zeros_(self.head.bias)
         with torch.no_grad():
-            self.head.weight[:, made.hidden :] = torch.eye(2)
+            self.head.weight.copy_(torch.eye(self.dim)[made.hidden :])
+            self.head.bias.zero_()
 
     def features(self, images: Tensor) -> Tensor:
         """Return the last hidden layer and the logits, [B, h + 2]."""
