@@ -1,12 +1,15 @@
 """MPDA and CoDA: many devices at once against a loop over devices, memory by the number of clients, and the search.
 
     python benchmarks/bench_cloud_samples.py methods [--clients 10000] [--looped 10] [--threads 2]
+    python benchmarks/bench_cloud_samples.py clicks [--clients 610] [--looped 10] [--models wide_deep din]
     python benchmarks/bench_cloud_samples.py search [--samples 10000 100000] [--threads 2]
 
 `methods`: simulated clients with 2 of 10 classes and 20 train images each. The loop trains one `torch.nn.Linear` after
 the other, on the same samples with the same recipe; both run in turn, in shards of 128 clients as in
 `iciia_exp.engine.devices`. Printed: median time of a client, the ratio, the time of all clients and the memory that is
-held at the end and at a tenth of the clients. `search`: samples nearest to 20 own images of a client.
+held at the end and at a tenth of the clients. `clicks`: the same with whole click models, of simulated users of 9,742
+items, whose numbers of ratings are distributed as in ml-latest-small (median 56 train ratings, 2,158 at most).
+`search`: samples nearest to 20 own images of a client.
 """
 
 import argparse
@@ -31,9 +34,14 @@ from iciia_exp.methods.base import Facts
 from iciia_exp.methods.tune.cloud_samples import CloudSamples
 from iciia_exp.methods.tune.coda import CoDA
 from iciia_exp.methods.tune.mpda import MPDA
+from iciia_exp.models.backbones.recommender import ClickModel
+from iciia_exp.models.on_catalog import OnCatalog
+from iciia_exp.models.recommenders import RECOMMENDERS
 from iciia_exp.models.retrieval import Pool
+from iciia_exp.tasks import CLICK
 
 CLASSES, IMAGES, SHARD = 10, 20, 128
+ITEMS, SLOTS = 9742, 30
 
 
 def simulated(clients: int, dim: int) -> tuple[Clients, FeatureBatches]:
@@ -123,6 +131,89 @@ def methods(options: argparse.Namespace) -> None:
             )
 
 
+def users(count: int) -> tuple[Clients, FeatureBatches]:
+    """Return users with random ratings, and their earlier items as histories."""
+    rng = np.random.default_rng(0)
+    lengths = np.clip(rng.lognormal(np.log(56), 1.1, count), 8, 2158).astype(int)
+    total = int(lengths.sum())
+    rows = rng.integers(0, ITEMS, (total, 2 + 2 * SLOTS), dtype=np.int32)
+    rows[:, 0] = np.repeat(np.arange(count), lengths)
+    seen = np.concatenate([np.arange(length) for length in lengths])
+    rows[:, 2:][np.tile(np.arange(SLOTS), 2) >= seen[:, None] // 2] = -1
+    ids, empty = np.array([f"u{i}" for i in range(count)], dtype=object), Ragged.empty(count)
+    train = Ragged.from_lengths(lengths, np.arange(total))
+    batches = FeatureBatches(np.zeros((total, 1), np.float32), rng.integers(0, 2, total), arrays={"images": rows})
+    return Clients(ids, ids, train, empty, empty), batches
+
+
+def click_passes(net: OnCatalog, x: torch.Tensor, y: torch.Tensor) -> OnCatalog:
+    """Train a copy of a click model for an epoch."""
+    net = copy.deepcopy(net)
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.01)
+    for at in range(0, len(x), 32):
+        optimizer.zero_grad()
+        CLICK.loss(net(x[at : at + 32]), y[at : at + 32]).backward()
+        nn.utils.clip_grad_norm_(net.parameters(), 5.0)
+        optimizer.step()
+    return net
+
+
+def click_loop(net: OnCatalog, clients: Clients, batches: FeatureBatches, numbers: np.ndarray, others: int) -> None:
+    """Train one user's model after the other, on random users that are accepted or not, and on the own ratings."""
+
+    def items(user: int) -> tuple[torch.Tensor, torch.Tensor]:
+        rows = clients.train[user]
+        return torch.from_numpy(batches.arrays["images"][rows]), torch.from_numpy(batches.labels[rows])
+
+    for number in numbers.tolist():
+        x, y = items(number)
+        own = net
+        with torch.no_grad():
+            best = CLICK.loss(own(x), y)
+        for other in range(number + 1, number + 1 + others):
+            tried = click_passes(own, *items(other % len(clients)))
+            with torch.no_grad():
+                loss = CLICK.loss(tried(x), y)
+            if loss < best - 1e-7:
+                own, best = tried, loss
+        click_passes(own, x, y)
+
+
+def clicks(options: argparse.Namespace) -> None:
+    """Print a line for each model and arm."""
+    clients, batches = users(options.clients)
+    devices = Devices(clients, batches)
+    categories = [[i % 18, i % 7] for i in range(ITEMS)]
+    for model in options.models:
+        torch.manual_seed(0)
+        backbone = ClickModel(2, model, users=options.clients, items=ITEMS, item_categories=categories).eval()
+        cloud = CloudView(clients, batches, 2, 16, backbone=lambda backbone=backbone: backbone)
+        arrays = {"images": batches.arrays["images"].shape[1:]}
+        facts = Facts(CLICK, backbone.head, arrays=arrays, network=lambda backbone=backbone: copy.deepcopy(backbone))
+        for arm, others in (("local", 0), ("mpda", 5)):
+            recipe = {"lr": 0.01, "batch_size": 32, "epochs": 1, "own_epochs": 1}
+            method = MPDA(facts, arm, "backbone", "random", max(1, others), **recipe)
+            method.learn(cloud, lambda *_: {})
+            link = Link("mpda", method.budget(Sizes()))
+            looped, together, held = [], [], 0
+            for numbers in np.array_split(
+                np.random.default_rng(1).permutation(len(clients)), -(-len(clients) // SHARD)
+            ):
+                with torch.no_grad():
+                    together.append(timed(partial(method.personalise, devices.own(numbers), link, cloud)))
+                if len(looped) < 5:
+                    some = numbers[: options.looped]
+                    looped.append(timed(partial(click_loop, backbone.net, clients, batches, some, others)) / len(some))
+                held = held or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+            one, many = 1e3 * statistics.mean(looped), 1e3 * sum(together) / len(clients)
+            growth = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - held
+            print(
+                f"{model}, {arm}, {others} candidates: loop {one:.1f} ms a user, together {many:.2f} ms, "
+                f"{one / many:.1f} times; {growth / 1024:.0f} MiB more than after the first shard",
+                flush=True,
+            )
+
+
 def search(options: argparse.Namespace) -> None:
     """Print the time of a client's search by the size of the pool."""
     rng, width = np.random.default_rng(0), 2 * 512
@@ -141,15 +232,17 @@ def search(options: argparse.Namespace) -> None:
 def main() -> None:
     """Run one part."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("part", choices=("methods", "search"))
-    parser.add_argument("--clients", type=int, default=10_000)
+    parser.add_argument("part", choices=("methods", "clicks", "search"))
+    parser.add_argument("--clients", type=int, help="default: 10,000, of clicks 610")
+    parser.add_argument("--models", nargs="+", default=["wide_deep", "din"], choices=RECOMMENDERS)
     parser.add_argument("--looped", type=int, default=10, help="clients of the loop per shard")
     parser.add_argument("--samples", type=int, nargs="+", default=[10_000, 100_000])
     parser.add_argument("--threads", type=int, default=2)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     keep_freed_memory()
-    {"methods": methods, "search": search}[options.part](options)
+    options.clients = options.clients or (610 if options.part == "clicks" else 10_000)
+    {"methods": methods, "clicks": clicks, "search": search}[options.part](options)
 
 
 if __name__ == "__main__":

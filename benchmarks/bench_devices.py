@@ -17,7 +17,8 @@ import torch
 from torch import nn
 
 from iciia_exp.machine import keep_freed_memory
-from iciia_exp.models.fit_many import Examples, fit_many
+from iciia_exp.models.fit_many import fit_many
+from iciia_exp.models.stacked import Examples
 from iciia_exp.recipe import Recipe
 from iciia_exp.tasks import SINGLE_LABEL
 

@@ -4,11 +4,11 @@ Source: the models of MPDA (KDD 2022, 2180-2190), layer by layer as released: DI
 PNN (ICDM 2016), DeepFM (IJCAI 2017) and logistic regression. Batch norms and Dice use their running statistics in
 evaluation mode; the released code never uses others.
 
-A model looks rows up in its tables first (`Recommender.lookup`) and computes on them (`Recommender.compute`), so that
+A model reads its tables first (`Recommender.lookup`) and computes on what it has read (`Recommender.compute`), so that
 gradients can be taken for the rows that were read, and not for whole tables.
 
-Legend: B interactions, H histories, L slots of a history, G categories of an item, d width of item and of category
-embeddings, u width of a user's, e = 2 d of an item with its categories.
+Legend: B interactions, H histories, L slots of a history, G categories, N rows or sums that are read, d width of item
+and of category embeddings, u width of a user's, e = 2 d of an item with its categories.
 """
 
 from abc import abstractmethod
@@ -19,7 +19,7 @@ from typing import ClassVar, NamedTuple
 import torch
 from torch import Tensor, nn
 
-__all__ = ["DIN", "LR", "PNN", "RECOMMENDERS", "DeepFM", "Interactions", "OnCatalog", "Recommender", "WideDeep"]
+__all__ = ["DIN", "LR", "PNN", "RECOMMENDERS", "DeepFM", "Interactions", "Pool", "Recommender", "WideDeep"]
 
 #: Histories of a user: disliked and liked items.
 HISTORIES = 2
@@ -32,14 +32,21 @@ _MASKED = -(2.0**32) + 1
 
 
 class Interactions(NamedTuple):
-    """Users and items that they may like. Padding: -1 for slots of a history and for categories."""
+    """Users and items that they may like."""
 
     user_B: Tensor  # int64
     item_B: Tensor
-    categories_BG: Tensor
-    items_BHL: Tensor  # the histories, disliked items before liked ones
-    categories_BHLG: Tensor
-    tags_BT: Tensor | None = None  # further numbers of the item, for `LR`
+    categories_BG: Tensor  # how often the item has each category, 0 or 1 as a rule
+    items_BHL: Tensor  # the histories, disliked items before liked ones; -1 where a slot is empty
+    categories_BHLG: Tensor  # of empty slots 0
+    tags_BT: Tensor  # further numbers of the item, for `LR`; [B, 0] otherwise
+
+
+class Pool(NamedTuple):
+    """Weighted sums of a table's rows."""
+
+    weights_BNG: Tensor  # of every row of the table
+    squares_BN: Tensor  # sum of the squares of the weights; a row that is looked up twice counts twice
 
 
 class Recommender(nn.Module):
@@ -63,22 +70,31 @@ class Recommender(nn.Module):
 
     @abstractmethod
     def places(self, x: Interactions) -> dict[str, Tensor]:
-        """Return the rows that are read of every table, int64 [B, N], by name of the table."""
+        """Return the rows that are read of tables, int64 [B, N], by name of the table."""
+
+    @abstractmethod
+    def pools(self, x: Interactions) -> dict[str, Pool]:
+        """Return the sums that are read of the other tables, those of categories, by name of the table."""
 
     def lookup(self, x: Interactions) -> dict[str, Tensor]:
-        """Return the rows at `places`, [B, N, width], by name of the table."""
-        return {name: self.tables[name](place) for name, place in self.places(x).items()}
+        """Return the rows at `places` and the sums of `pools`, [B, N, width], by name of the table."""
+        rows = {name: self.tables[name](place) for name, place in self.places(x).items()}
+        for name, pool in self.pools(x).items():
+            table = self.tables[name].weight
+            assert isinstance(table, Tensor)
+            rows[name] = pool.weights_BNG @ table
+        return rows
 
     #: h, numbers of the last hidden layer.
     hidden: ClassVar[int] = 80
 
     @abstractmethod
     def compute(self, x: Interactions, rows: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
-        """Return the last hidden layer [B, h] and the logits [B, 2], from the rows of `lookup`."""
+        """Return the last hidden layer [B, h] and the logits [B, 2], from what `lookup` returns."""
 
-    def forward(self, x: Interactions) -> Tensor:
-        """Return the logits [B, 2]."""
-        return self.compute(x, self.lookup(x))[1]
+    def forward(self, x: Interactions, rows: Mapping[str, Tensor] | None = None) -> Tensor:
+        """Return the logits [B, 2], from ``rows`` if what `lookup` returns is there already."""
+        return self.compute(x, self.lookup(x) if rows is None else rows)[1]
 
 
 class _Embedded(Recommender):
@@ -98,51 +114,41 @@ class _Embedded(Recommender):
     more_tables: ClassVar[Mapping[str, int]] = {}
 
     def places(self, x: Interactions) -> dict[str, Tensor]:
-        """Return the rows that are read of every table.
-
-        An empty slot reads item 0, a row like others. Where a category is missing, row 0 is read and masked.
-        """
-        categories = torch.cat([x.categories_BG, x.categories_BHLG.flatten(1)], 1)
+        """Return the rows that are read of users and items; an empty slot reads item 0, a row like others."""
         items = torch.cat([x.item_B[:, None], x.items_BHL.flatten(1)], 1)
-        return {"user": x.user_B[:, None], "item": items.clamp(min=0), "category": categories.clamp(min=0)}
+        return {"user": x.user_B[:, None], "item": items.clamp(min=0)}
 
-    def fields(self, x: Interactions, rows: Mapping[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-        """Return the vectors of user [B, u], target [B, e] and slots [B, H, L, e], the mean of the categories first."""
-        shape, slots = x.categories_BG.shape, x.items_BHL.shape
-        target, slot = rows["category"].split([shape[1], rows["category"].shape[1] - shape[1]], 1)
-        means = [
-            _mean(part.unflatten(1, size), ids)
-            for part, size, ids in ((target, shape[1:], x.categories_BG), (slot, (*slots[1:], -1), x.categories_BHLG))
-        ]
-        item_B1d, slot_BNd = rows["item"].split([1, rows["item"].shape[1] - 1], 1)
-        target_Be = torch.cat([means[0], item_B1d[:, 0]], -1)
-        slots_BHLe = torch.cat([means[1], slot_BNd.unflatten(1, slots[1:])], -1)
-        return rows["user"][:, 0], target_Be, slots_BHLe
+    def target(self, rows: Mapping[str, Tensor]) -> Tensor:
+        """Return the vector of the target, [B, e], the mean of its categories first."""
+        return torch.cat([rows["category"][:, 0], rows["item"][:, 0]], -1)
 
 
-def _mean(rows: Tensor, ids: Tensor) -> Tensor:
-    """Return the mean of the categories that are there, [..., G, d] to [..., d]; 0 without any."""
-    there = (ids >= 0).to(rows.dtype).unsqueeze(-1)
-    return (rows * there).sum(-2) / (there.sum(-2) + 1e-7)
+def _mean(counts: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the weights of the mean of some categories, [..., G] (0 without any), and their squares [...]."""
+    number = counts.sum(-1, keepdim=True)
+    return counts / (number + 1e-7), (number / (number + 1e-7).square())[..., 0]
 
 
-def _linear_ids(x: Interactions) -> dict[str, Tensor]:
-    """Return the ids of the tables of two numbers, int64 [B, N], -1 where there is none."""
+def _linear_items(x: Interactions) -> dict[str, Tensor]:
+    """Return the users and items of the tables of two numbers, int64 [B, N], -1 where there is none."""
     items = [x.item_B[:, None], *x.items_BHL.unbind(1)]
-    categories = [x.categories_BG, *x.categories_BHLG.flatten(2).unbind(1)]
-    pairs = (("item", items), ("category", categories))
-    many = {f"{name}_linear_{at}": ids for name, inputs in pairs for at, ids in enumerate(inputs)}
-    return {"user_linear": x.user_B[:, None]} | many
+    return {"user_linear": x.user_B[:, None]} | {f"item_linear_{at}": ids for at, ids in enumerate(items)}
 
 
 def _linear_places(x: Interactions) -> dict[str, Tensor]:
-    return {name: ids.clamp(min=0) for name, ids in _linear_ids(x).items()}
+    return {name: ids.clamp(min=0) for name, ids in _linear_items(x).items()}
+
+
+def _linear_pools(x: Interactions) -> dict[str, Pool]:
+    """Return the sums of the two numbers of all categories, those of a history together."""
+    weights = [x.categories_BG, *x.categories_BHLG.sum(2).unbind(1)]
+    return {f"category_linear_{at}": Pool(w[:, None], w.sum(-1, keepdim=True)) for at, w in enumerate(weights)}
 
 
 def _linear(x: Interactions, rows: Mapping[str, Tensor]) -> Tensor:
     """Return the sum of the two numbers of all ids, [B, 2]."""
-    found = [(rows[name] * (ids >= 0).unsqueeze(-1)).sum(1) for name, ids in _linear_ids(x).items()]
-    return torch.stack(found).sum(0)
+    items = [(rows[name] * (ids >= 0).unsqueeze(-1)).sum(1) for name, ids in _linear_items(x).items()]
+    return torch.stack([*items, *(rows[f"category_linear_{at}"][:, 0] for at in range(1 + HISTORIES))]).sum(0)
 
 
 def _norm(width: int) -> nn.BatchNorm1d:
@@ -203,10 +209,15 @@ class DIN(_Embedded):
         self.norm = _norm(width)
         self.net = nn.Sequential(nn.Linear(width, 200), Dice(200), nn.Linear(200, 80), Dice(80), nn.Linear(80, 2))
 
+    def pools(self, x: Interactions) -> dict[str, Pool]:
+        """Return the means of the categories of target and slots."""
+        return {"category": Pool(*_mean(torch.cat([x.categories_BG[:, None], x.categories_BHLG.flatten(1, 2)], 1)))}
+
     def compute(self, x: Interactions, rows: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
         """Return the last hidden layer [B, h] and the logits [B, 2]."""
-        user_Bu, target_Be, slots_BHLe = self.fields(x, rows)
-        parts = [user_Bu]
+        slots_BNe = torch.cat([rows["category"][:, 1:], rows["item"][:, 1:]], -1)
+        slots_BHLe, target_Be = slots_BNe.unflatten(1, x.items_BHL.shape[1:]), self.target(rows)
+        parts = [rows["user"][:, 0]]
         for h, attend in enumerate(self.attention):
             slots_BLe = slots_BHLe[:, h]
             parts += [attend(target_Be, slots_BLe, x.items_BHL[:, h] >= 0), slots_BLe.sum(1)]
@@ -227,10 +238,17 @@ class _FieldModel(_Embedded):
         self.count, self.width = HISTORIES + 2, 2 * item_width
         self.norms = nn.ModuleList(_norm(self.width) for _ in range(self.count))
 
+    def pools(self, x: Interactions) -> dict[str, Pool]:
+        """Return the mean of the target's categories, and for each history the sum of the means of its slots."""
+        target, slots = _mean(x.categories_BG), _mean(x.categories_BHLG)
+        both = (torch.cat([one[:, None], many.sum(2)], 1) for one, many in zip(target, slots, strict=True))
+        return {"category": Pool(*both)}
+
     def normed(self, x: Interactions, rows: Mapping[str, Tensor]) -> list[Tensor]:
         """Return the fields [B, e]."""
-        user_Be, target_Be, slots_BHLe = self.fields(x, rows)
-        fields = [user_Be, *slots_BHLe.sum(2).unbind(1), target_Be]
+        items_BHd = rows["item"][:, 1:].unflatten(1, x.items_BHL.shape[1:]).sum(2)
+        histories_BHe = torch.cat([rows["category"][:, 1:], items_BHd], -1)
+        fields = [rows["user"][:, 0], *histories_BHe.unbind(1), self.target(rows)]
         return [norm(field) for norm, field in zip(self.norms, fields, strict=True)]
 
 
@@ -287,6 +305,10 @@ class DeepFM(_FieldModel):
         """Return the rows that are read of every table."""
         return super().places(x) | _linear_places(x)
 
+    def pools(self, x: Interactions) -> dict[str, Pool]:
+        """Return the sums that are read of the tables of categories."""
+        return super().pools(x) | _linear_pools(x)
+
     def compute(self, x: Interactions, rows: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
         """Return the last hidden layer [B, h] and the logits [B, 2]."""
         fields = self.normed(x, rows)
@@ -319,64 +341,15 @@ class LR(Recommender):
         """Return the rows that are read of every table."""
         return _linear_places(x)
 
+    def pools(self, x: Interactions) -> dict[str, Pool]:
+        """Return the sums that are read of the tables of categories."""
+        return _linear_pools(x)
+
     def compute(self, x: Interactions, rows: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
         """Return the last hidden layer [B, h] and the logits [B, 2]."""
         logits_B2 = _linear(x, rows) + self.bias
         logits_B2 = self.norm(logits_B2 if self.tags is None else logits_B2 + self.tags(x.tags_BT))
         return logits_B2[:, :0], logits_B2
-
-
-class OnCatalog(nn.Module):
-    """A click model on rows of numbers: user, item, and the items of each history, -1 where a slot is empty.
-
-    Batch norms and Dice stay in evaluation mode: on a device, the statistics do not move.
-
-    Args:
-        net: the model.
-        categories_IG: categories of every item, -1 where it has fewer, int64.
-        tags_IT: further numbers of every item, for `LR`.
-    """
-
-    def __init__(self, net: Recommender, categories_IG: Tensor, tags_IT: Tensor | None = None) -> None:
-        super().__init__()
-        self.net = net
-        self.categories_IG: Tensor
-        self.tags_IT: Tensor | None
-        self.register_buffer("categories_IG", categories_IG)
-        self.register_buffer("tags_IT", tags_IT)
-
-    def train(self, mode: bool = True) -> "OnCatalog":
-        """Leave the statistics as they are."""
-        return super().train(False)
-
-    def read(self, x_BF: Tensor) -> Interactions:
-        """Return users, items and histories of rows [B, 2 + H L]."""
-        user_B, item_B, histories_BN = x_BF[:, 0].long(), x_BF[:, 1].long(), x_BF[:, 2:].long()
-        items_BHL = histories_BN.unflatten(1, (HISTORIES, -1))
-        of_items = self.categories_IG[items_BHL.clamp(min=0)]
-        categories_BHLG = torch.where(items_BHL.unsqueeze(-1) < 0, -1, of_items)
-        tags_BT = None if self.tags_IT is None else self.tags_IT[item_B]
-        return Interactions(user_B, item_B, self.categories_IG[item_B], items_BHL, categories_BHLG, tags_BT)
-
-    def taps(self, x_BF: Tensor) -> dict[str, Tensor]:
-        """Return zeros for the rows that are read, by name of the parameter; `forward` adds them to the rows."""
-        if not self.net.rows_apart:
-            return {}
-        rows = self.net.lookup(self.read(x_BF))
-        return {f"net.tables.{name}.weight": torch.zeros_like(part) for name, part in rows.items()}
-
-    def states(self, x_BF: Tensor, taps: Mapping[str, Tensor] | None = None) -> tuple[Tensor, Tensor]:
-        """Return the last hidden layer [B, h] and the logits [B, 2]; ``taps`` are added to the rows that are read."""
-        x = self.read(x_BF)
-        rows = self.net.lookup(x)
-        for name, tap in (taps or {}).items():
-            table = name.removeprefix("net.tables.").removesuffix(".weight")
-            rows[table] = rows[table] + tap
-        return self.net.compute(x, rows)
-
-    def forward(self, x_BF: Tensor, taps: Mapping[str, Tensor] | None = None) -> Tensor:
-        """Return the logits [B, 2]."""
-        return self.states(x_BF, taps)[1]
 
 
 #: The models by name.

@@ -4,7 +4,8 @@ import json
 
 import torch
 
-from iciia_exp.models.recommenders import RECOMMENDERS, Interactions, OnCatalog
+from iciia_exp.models.on_catalog import OnCatalog, multi_hot
+from iciia_exp.models.recommenders import RECOMMENDERS, Interactions
 
 #: Released order of the inputs in the one matrix of logistic regression.
 LR_ROWS = ("user_linear", "item_linear_0", "category_linear_0", "item_linear_2", "category_linear_2", "item_linear_1")
@@ -85,14 +86,15 @@ class Case:
 
         def categories(name):
             ids = self.get(f"{user}/feat/{name}").long()
-            return torch.where(ids == self.sizes["categories"], -1, ids)
+            return multi_hot(torch.where(ids == self.sizes["categories"], -1, ids), self.sizes["categories"] + 1)
 
         histories = ("neg", "pos")
         there = [self.get(f"{user}/mask/{h}_rating") > 0 for h in histories]
         ids = [self.get(f"{user}/feat/movie_id_seq_{h}")[..., 0].long() for h in histories]
         items = torch.stack([torch.where(t, i, -1) for t, i in zip(there, ids, strict=True)], 1)
         own = 1 if user == "test" else int(user.removeprefix("user")) + 1
-        tags = self.get(f"{user}/feat/movie_genome") if f"{self.name}/{user}/feat/movie_genome" in self.keys else None
+        known = f"{self.name}/{user}/feat/movie_genome" in self.keys
+        tags = self.get(f"{user}/feat/movie_genome") if known else torch.empty(len(items), 0)
         x = Interactions(
             torch.full((len(items),), own),
             self.get(f"{user}/feat/movie_id")[:, 0].long(),
@@ -110,20 +112,18 @@ class Rows(OnCatalog):
     """A model on numbers of interactions: in the vectors an item has other categories from one slot to another."""
 
     def __init__(self, net, every):
-        super().__init__(net, torch.zeros(1, 1, dtype=torch.int64))
+        super().__init__(net, torch.zeros(1, 1))
         self.every = every
 
     def read(self, x_BF):
-        return Interactions(*(None if part is None else part[x_BF[:, 0].long()] for part in self.every))
+        return Interactions(*(part[x_BF[:, 0].long()] for part in self.every))
 
 
 def users_of(case):
     """Return the interactions of all users one after the other, and the numbers and labels of each one's."""
     names = [f"user{i}" for i in range(case.sizes["candidates"] + 1)]
     parts = [case.interactions(name) for name in [*names, "test"]]
-    every = Interactions(
-        *(None if part[0] is None else torch.cat(part) for part in zip(*(x for x, _ in parts), strict=True))
-    )
+    every = Interactions(*(torch.cat(part) for part in zip(*(x for x, _ in parts), strict=True)))
     sets, at = [], 0
     for _, y in parts:
         sets.append((torch.arange(at, at + len(y)), y))

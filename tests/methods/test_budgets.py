@@ -30,7 +30,7 @@ def method(request, monkeypatch):
     torch.manual_seed(0)
     # groups that are joined for speed multiply zeros too, and Gram matrices replace the passes over D x K weights
     monkeypatch.setattr("iciia_exp.models.grouped._JOINED_VECTORS", 1000)
-    monkeypatch.setattr("iciia_exp.models.fit_many._is_dual", lambda *_: False)
+    monkeypatch.setattr("iciia_exp.models.fit_many.is_plain_linear", lambda *_: False)
     return make(CONF_DIR / "method" / f"{request.param}.yaml")
 
 

@@ -173,7 +173,7 @@ def test_coda_trains_on_the_users_with_the_same_items(model):
     ],
 )
 def test_a_user_costs_what_the_budget_states(cloud, method, monkeypatch):
-    monkeypatch.setattr("iciia_exp.models.fit_many._is_dual", lambda *_: False)
+    monkeypatch.setattr("iciia_exp.models.fit_many.is_plain_linear", lambda *_: False)
     method = method(cloud.facts, **RECIPE)
     cloud.learned(method, [0])  # counts the MACs of the model, once
     for user in range(3):

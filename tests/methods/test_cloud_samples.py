@@ -206,7 +206,7 @@ def test_a_device_learns_the_same_alone(head, cloud, kind, options, monkeypatch)
     ],
 )
 def test_a_client_costs_what_the_budget_states(head, cloud, method, monkeypatch):
-    monkeypatch.setattr("iciia_exp.models.fit_many._is_dual", lambda *_: False)
+    monkeypatch.setattr("iciia_exp.models.fit_many.is_plain_linear", lambda *_: False)
     method = method(Facts.of(head), **RECIPE)
     for client in range(3):
         with FlopCounterMode(display=False) as counter:

@@ -11,7 +11,8 @@ from torch import nn
 
 from iciia_exp.errors import ConfigError, UserError
 from iciia_exp.models import fit_many as module
-from iciia_exp.models.fit_many import Examples, fit_many
+from iciia_exp.models.fit_many import fit_many
+from iciia_exp.models.stacked import Examples
 from iciia_exp.recipe import Recipe
 from iciia_exp.seeding import generator
 from iciia_exp.tasks import MULTI_LABEL, SINGLE_LABEL
@@ -101,9 +102,9 @@ CASES = {
 def test_each_module_is_trained_as_if_alone(case, dual, monkeypatch):
     make, optimizer, scheduler, task, clip, patience = CASES[case]
     if not dual:
-        monkeypatch.setattr(module, "_is_dual", lambda *_: False)
+        monkeypatch.setattr(module, "is_plain_linear", lambda *_: False)
     start, recipe = make(), Recipe(optimizer, scheduler, epochs=9, batch_size=5, clip_norm=clip)
-    assert not dual or module._is_dual(start, task, recipe) == (optimizer is SGD)
+    assert not dual or module.is_plain_linear(start, task, recipe) == (optimizer is SGD)
     train, val = images(N, LENGTHS, task), images(M, LENGTHS.flip(0).clamp(max=M), task, seed=1)
     fitted = fit_many(start, train, val, task, recipe, patience)
     for client in range(C):
@@ -118,7 +119,7 @@ def test_each_module_is_trained_as_if_alone(case, dual, monkeypatch):
 @pytest.mark.parametrize("names", [["weight", "bias"], ["bias"]])
 def test_clients_start_where_they_are_told(dual, names, monkeypatch):
     if not dual:
-        monkeypatch.setattr(module, "_is_dual", lambda *_: False)
+        monkeypatch.setattr(module, "is_plain_linear", lambda *_: False)
     recipe, train, val = Recipe(SGD, None, 4, 5, 0.8), images(N, LENGTHS), images(M, LENGTHS.clamp(max=M), seed=1)
     shapes, rng = {"weight": (K, D), "bias": (K,)}, torch.Generator().manual_seed(3)
     starts = {name: torch.randn(C, *shapes[name], generator=rng) for name in names}

@@ -9,7 +9,6 @@ from functools import cached_property, partial
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call, vmap
 
 from iciia_exp.cost import count_macs, count_step_macs, training_bytes
 from iciia_exp.data.batches import ClientBatch
@@ -17,7 +16,10 @@ from iciia_exp.errors import check_float, check_int
 from iciia_exp.ledger import Budget, Line, Sizes, serve
 from iciia_exp.methods.base import Facts, copy_of
 from iciia_exp.methods.tune.base import Personal
-from iciia_exp.models.fit_many import Examples, linear_logits
+from iciia_exp.models.on_catalog import OnCatalog
+from iciia_exp.models.stacked import Examples
+from iciia_exp.models.stacked_linear import linear_logits
+from iciia_exp.models.stacked_tables import table_logits
 from iciia_exp.recipe import Recipe
 
 __all__ = ["PersonalClassifier", "sgd_recipe"]
@@ -75,8 +77,8 @@ class PersonalClassifier(Personal):
         x = self.read(batch)
         if self.net is self.head:
             return linear_logits(states, x)
-        fixed = dict(self.net.named_parameters()) | dict(self.net.named_buffers())
-        return vmap(lambda own, rows: functional_call(self.net, {**fixed, **own}, (rows,)))(dict(states), x)
+        assert isinstance(self.net, OnCatalog)
+        return table_logits(self.net, states, x, batch.mask_CS)
 
     @cached_property
     def forward_macs(self) -> int:

@@ -23,8 +23,9 @@ from iciia_exp.methods.base import Ask, Facts, Fit, Record
 from iciia_exp.methods.tune.base import Learned
 from iciia_exp.methods.tune.classifier import PersonalClassifier, sgd_recipe
 from iciia_exp.models.backbones.recommender import ClickModel
-from iciia_exp.models.fit_many import Examples, Fitted, fit_many
-from iciia_exp.models.recommenders import OnCatalog
+from iciia_exp.models.fit_many import Fitted, fit_many
+from iciia_exp.models.on_catalog import OnCatalog
+from iciia_exp.models.stacked import Examples
 from iciia_exp.tasks import CLICK, SINGLE_LABEL
 
 __all__ = ["CloudSamples"]

@@ -26,8 +26,10 @@ from iciia_exp.methods.base import Facts
 from iciia_exp.methods.tune.base import Learned
 from iciia_exp.methods.tune.cloud_samples import CloudSamples
 from iciia_exp.methods.tune.matching import match_clients, sent_to_match
-from iciia_exp.models.fit_many import Examples, fit_many, linear_logits
+from iciia_exp.models.fit_many import fit_many
 from iciia_exp.models.retrieval import Pool
+from iciia_exp.models.stacked import Examples
+from iciia_exp.models.stacked_linear import linear_logits
 from iciia_exp.recipe import Recipe
 from iciia_exp.seeding import generator
 

@@ -23,9 +23,10 @@ from iciia_exp.errors import ConfigError, check_bool, check_choice, check_float,
 from iciia_exp.ledger import Budget, Line, Link, Phase, Sizes, payload_bytes
 from iciia_exp.methods.base import Ask, Facts, Fit, Record
 from iciia_exp.methods.tune.base import Learned, Personal
-from iciia_exp.models.fit_many import Examples, Fitted, fit_many
+from iciia_exp.models.fit_many import Fitted, fit_many
 from iciia_exp.models.lae import LAE, prefix_tokens
 from iciia_exp.models.payloads import PAYLOADS, pack, packed_bytes, unpack
+from iciia_exp.models.stacked import Examples
 from iciia_exp.recipe import Recipe
 from iciia_exp.seeding import derive_seed
 from iciia_exp.tasks import SINGLE_LABEL

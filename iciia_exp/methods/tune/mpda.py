@@ -25,7 +25,8 @@ from iciia_exp.methods.base import Facts
 from iciia_exp.methods.tune.base import Learned
 from iciia_exp.methods.tune.cloud_samples import CloudSamples
 from iciia_exp.methods.tune.matching import MATCHING, match_clients, sent_to_match
-from iciia_exp.models.fit_many import Examples, choose
+from iciia_exp.models.fit_many import choose
+from iciia_exp.models.stacked import Examples
 from iciia_exp.tasks import CLICK, Click
 
 __all__ = ["MPDA"]
@@ -128,12 +129,14 @@ class MPDA(CloudSamples):
     ) -> tuple[dict[str, Tensor], Tensor]:
         """Return classifiers that were trained on the accepted sets, and which were accepted, bool [C, M]."""
         best_C, accepted = self._loss(states, own), []
+        states = {name: state.clone() for name, state in states.items()}
         for part in sets:
             tried = self.pass_over(part, states)
             loss_C = self._loss(tried, own)
             better_C = loss_C < best_C - _BETTER
             best_C = torch.where(better_C, loss_C, best_C)
-            states = {name: choose(better_C, tried[name], states[name]) for name in states}
+            for name, state in states.items():
+                state[better_C] = tried[name][better_C]
             accepted.append(better_C.cpu())
         return states, torch.stack(accepted, 1)
 

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from iciia_exp.data.clients import Ragged
 from iciia_exp.errors import ConfigError, check_choice, check_int
 from iciia_exp.models.backbones.base import Backbone, other_form
-from iciia_exp.models.recommenders import HISTORIES, RECOMMENDERS, OnCatalog
+from iciia_exp.models.on_catalog import OnCatalog, multi_hot
+from iciia_exp.models.recommenders import HISTORIES, RECOMMENDERS
 
 __all__ = ["ClickModel"]
 
@@ -56,9 +57,10 @@ class ClickModel(Backbone):
                 raise ConfigError("item_width", item_width, "lr has no embeddings; use null")
             widths["item_width"] = check_int("item_width", item_width, 1, 4096)
         rows = Ragged.from_rows([np.array(numbers, dtype=np.int64) for numbers in item_categories])
-        categories_IG = torch.from_numpy(rows.padded(np.arange(items), max(1, int(rows.lengths.max(initial=0)))))
-        made = RECOMMENDERS[model](users, items, 1 + max(0, int(categories_IG.max())), **widths)
-        self.net = OnCatalog(made, categories_IG)
+        ids = torch.from_numpy(rows.padded(np.arange(items), max(1, int(rows.lengths.max(initial=0)))))
+        categories = 1 + max(0, int(ids.max()))
+        made = RECOMMENDERS[model](users, items, categories, **widths)
+        self.net = OnCatalog(made, multi_hot(ids, categories))
         self.dim = made.hidden + 2
         self.head = nn.Linear(self.dim, 2).requires_grad_(False)
         with torch.no_grad():
@@ -69,13 +71,9 @@ class ClickModel(Backbone):
         """Return the last hidden layer and the logits, [B, h + 2]."""
         return torch.cat(self.net.states(images), -1)
 
-    def taps(self, images: Tensor) -> dict[str, Tensor]:
-        """Return zeros for the rows of tables that are read (`iciia_exp.models.fit_many.fit_many`)."""
-        return {f"net.{name}": zeros for name, zeros in self.net.taps(images).items()}
-
-    def forward(self, images: Tensor, taps: dict[str, Tensor] | None = None) -> Tensor:
+    def forward(self, images: Tensor) -> Tensor:
         """Return the logits [B, 2]."""
-        return self.net(images, {name.removeprefix("net."): tap for name, tap in (taps or {}).items()})
+        return self.net(images)
 
     def fresh_head(self, num_classes: int) -> None:
         """Refuse other classes than no and yes."""
