@@ -20,8 +20,6 @@ def multi_hot(ids: Tensor, categories: int) -> Tensor:
 class OnCatalog(nn.Module):
     """A click model on rows of numbers: user, item, and the items of each history, -1 where a slot is empty.
 
-    Batch norms and Dice stay in evaluation mode: on a device, the statistics do not move.
-
     Args:
         net: the model.
         categories_IG: how often an item has each category, 0 or 1 as a rule (`multi_hot`).
@@ -35,10 +33,6 @@ class OnCatalog(nn.Module):
         self.tags_IT: Tensor
         self.register_buffer("categories_IG", categories_IG)
         self.register_buffer("tags_IT", categories_IG[:, :0] if tags_IT is None else tags_IT)
-
-    def train(self, mode: bool = True) -> "OnCatalog":
-        """Leave the statistics as they are."""
-        return super().train(False)
 
     def read(self, x_BF: Tensor) -> Interactions:
         """Return users, items and histories of rows [B, 2 + H L]."""

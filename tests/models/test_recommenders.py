@@ -1,5 +1,6 @@
 """Recommenders against vectors of the released models."""
 
+import copy
 from functools import partial
 
 import pytest
@@ -9,7 +10,7 @@ from sklearn.metrics import roc_auc_score
 
 from iciia_exp.models.fit_many import fit_many
 from iciia_exp.models.on_catalog import OnCatalog, multi_hot
-from iciia_exp.models.recommenders import HISTORIES, RECOMMENDERS
+from iciia_exp.models.recommenders import HISTORIES, RECOMMENDERS, Interactions
 from iciia_exp.models.stacked import Examples
 from iciia_exp.recipe import Recipe
 from iciia_exp.tasks import CLICK
@@ -70,6 +71,36 @@ def test_training_and_acceptance_are_those_of_the_release(case):
     final = trained(states, *own)
     assert_state(final, "final")
     assert auc(final, *test) == pytest.approx(float(case.get("arms_auc")[3, 1]), abs=1e-9)
+
+
+@pytest.mark.parametrize("name", RECOMMENDERS)
+def test_statistics_stay_as_they_are_in_training(name):
+    net = RECOMMENDERS[name](3, 5, 2)
+    for module in net.modules():
+        module.training = True  # as Lightning sets it, without `train()`
+    torch.manual_seed(0)
+    ids = [torch.randint(0, high, shape) for high, shape in ((3, (6,)), (5, (6,)), (5, (6, HISTORIES, 2)))]
+    categories = torch.randint(0, 2, (6, 2)).float(), torch.randint(0, 2, (6, HISTORIES, 2, 2)).float()
+    x = Interactions(ids[0], ids[1], categories[0], ids[2], categories[1], torch.empty(6, 0))
+    before = copy.deepcopy(dict(net.named_buffers()))
+    logits = net(x)
+    logits.sum().backward()
+    assert all(torch.equal(before[key], value) for key, value in net.named_buffers())
+    torch.testing.assert_close(net.eval()(x), logits)
+
+
+def test_tables_start_small():
+    net = RECOMMENDERS["wide_deep"](100, 400, 20)
+    net.start_afresh()
+    for name, rows in (("user", 100), ("item", 400), ("category", 20)):
+        table = net.tables[name].weight
+        bound = (6 / (rows + table.shape[1])) ** 0.5
+        assert 0.9 * bound < table.abs().max() <= bound
+    assert all((layer.bias == 0).all() for layer in net.net if isinstance(layer, torch.nn.Linear))
+    net = RECOMMENDERS["lr"](100, 400, 20)
+    net.start_afresh()
+    bound = (6 / (100 + 3 * 420 + 2)) ** 0.5
+    assert 0.9 * bound < max(table.weight.abs().max() for table in net.tables.values()) <= bound
 
 
 @pytest.mark.parametrize("name", RECOMMENDERS)

@@ -60,6 +60,7 @@ class ClickModel(Backbone):
         ids = torch.from_numpy(rows.padded(np.arange(items), max(1, int(rows.lengths.max(initial=0)))))
         categories = 1 + max(0, int(ids.max()))
         made = RECOMMENDERS[model](users, items, categories, **widths)
+        made.start_afresh()
         self.net = OnCatalog(made, multi_hot(ids, categories))
         self.dim = made.hidden + 2
         self.head = nn.Linear(self.dim, 2).requires_grad_(False)
