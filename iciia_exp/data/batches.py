@@ -36,9 +36,14 @@ class ClientBatch(NamedTuple):
     #: what the method reads beside the features, by name, float32 [C, S, ...], zero where padded
     arrays: Mapping[str, Tensor] = {}
 
-    def take(self, rows: slice) -> ClientBatch:
+    def take(self, rows: slice | Tensor) -> ClientBatch:
         """Return some of the chunks."""
         return self._mapped(lambda tensor: tensor[rows])
+
+    def cut(self) -> ClientBatch:
+        """Return the chunks without the padding that all of them have."""
+        longest = int(self.mask_CS.sum(1).max())
+        return self._mapped(lambda tensor: tensor[:, :longest] if tensor.ndim > 1 else tensor)
 
     def moved(self, device: torch.device | str) -> ClientBatch:
         """Return the batch on a device."""

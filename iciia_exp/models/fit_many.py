@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from iciia_exp.errors import ConfigError, UserError
 from iciia_exp.models.on_catalog import OnCatalog
-from iciia_exp.models.stacked import Examples, Stacked, Together
+from iciia_exp.models.stacked import Examples, Stacked, Together, plain_rate
 from iciia_exp.models.stacked_linear import StackedLinear, is_plain_linear
 from iciia_exp.models.stacked_tables import StackedTables
 from iciia_exp.recipe import Recipe
@@ -100,16 +100,19 @@ def fit_many(
     epochs_C, accuracy_C = torch.zeros(clients, dtype=torch.int64), torch.zeros(clients, device=train.x.device)
     steps_C = -(-lengths_C // recipe.batch_size)
     plain = shuffle is None and set(starts) in (set(), set(start)) and is_plain_linear(module, task, recipe)
+    if (empty_C := lengths_C == 0).any():
+        for name, p in start.items():
+            states[name][empty_C] = p if name not in starts else starts[name][empty_C]
     order = torch.argsort(lengths_C, stable=True)
-    for steps in steps_C.unique().tolist():
-        if not steps:  # no images
-            for name, p in start.items():
-                states[name][lengths_C == 0] = p if name not in starts else starts[name][lengths_C == 0]
-            continue
-        same = order[steps_C[order] == steps]  # as many steps for each, so that none gets an empty one
-        linear = plain and steps * recipe.batch_size <= 2 * train.x.shape[-1]
+    linear_C = steps_C * recipe.batch_size <= (2 * train.x.shape[-1] if plain else 0)
+    # clients with as many steps together: most optimisers would change a client in a step without its images
+    group_C = torch.where(linear_C, steps_C, -1) if plain_rate(recipe) is not None else steps_C
+    for group in group_C[~empty_C].unique():
+        same = order[(group_C == group)[order] & ~empty_C[order]]
+        linear = bool(linear_C[same].all())
         for rows in same.split(_at_once(start, train, val, int(lengths_C[same].max()), linear)):
             longest = int(lengths_C[rows].max())
+            steps = -(-longest // recipe.batch_size)
             few = Examples(*(tensor[rows, :longest] for tensor in train))
             own = {name: values[rows] for name, values in starts.items()}
             together: Together

@@ -37,18 +37,18 @@ class Pool:
         """
         # the m nearest to any query are among the m nearest others to each
         own_C = np.searchsorted(self._owners, clients, "right") - np.searchsorted(self._owners, clients, "left")
-        most = int(min(len(self), (counts + own_C).max(initial=0)))
-        if not most:
-            return [np.empty(0, dtype=np.int64) for _ in queries]
-        distance, index = self._neighbours.kneighbors(np.concatenate(queries), most)
-        found, at = [], 0
-        for query, client, count in zip(queries, clients, counts, strict=True):
-            part = slice(at, at + len(query))
-            at += len(query)
-            near = np.unique(index[part])
-            best = np.full(len(near), np.inf)
-            np.minimum.at(best, np.searchsorted(near, index[part].ravel()), distance[part].ravel())
-            other = self.owner_N[near] != client
-            near, best = near[other], best[other]
-            found.append(near[np.lexsort((near, best))][:count])
+        most_C = np.where(counts > 0, np.minimum(len(self), counts + own_C), 0)
+        found = [np.empty(0, dtype=np.int64) for _ in queries]
+        for most in np.unique(most_C[most_C > 0]):  # one search for clients that need as many
+            alike = np.flatnonzero(most_C == most)
+            distance, index = self._neighbours.kneighbors(np.concatenate([queries[int(c)] for c in alike]), most)
+            at = np.cumsum([0, *(len(queries[int(c)]) for c in alike)])
+            for number, first, last in zip(alike, at, at[1:], strict=False):
+                own, own_distance = index[first:last], distance[first:last]
+                near = np.unique(own)
+                best = np.full(len(near), np.inf)
+                np.minimum.at(best, np.searchsorted(near, own.ravel()), own_distance.ravel())
+                other = self.owner_N[near] != clients[number]
+                near, best = near[other], best[other]
+                found[number] = near[np.lexsort((near, best))][: counts[number]]
         return found

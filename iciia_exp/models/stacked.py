@@ -77,7 +77,11 @@ def plain_rate(recipe: Recipe) -> float | None:
 
 
 class Stacked:
-    """Any module: stacked parameters, gradients by `torch.func`."""
+    """Any module: stacked parameters, gradients by `torch.func`.
+
+    Clients may have different numbers of steps if the recipe is plain SGD; the parameters in ``starts`` are trained in
+    place.
+    """
 
     def __init__(
         self,
@@ -92,7 +96,7 @@ class Stacked:
         shuffle: int | None,
     ) -> None:
         self.module, self.train, self.val, self.task, self.recipe, self.steps = module, train, val, task, recipe, steps
-        self.shuffle = shuffle
+        self.shuffle, self.rate = shuffle, plain_rate(recipe)
         self.names = list(start)
         fixed = {**dict(module.named_parameters()), **dict(module.named_buffers())}
         self.fixed = {name: t.detach() for name, t in fixed.items() if name not in start}
@@ -129,16 +133,28 @@ class Stacked:
             else:
                 rows_C1 = torch.arange(len(order_Cn), device=order_Cn.device)[:, None]
                 x, y, mask = (tensor[rows_C1, order_Cn[:, batch]] for tensor in self.train)
-            self._step(x, y, mask.to(torch.float32))
+            active_C = mask.any(1)
+            if active_C.all():
+                self._step(x, y, mask.to(torch.float32), None)
+            elif active_C.any():
+                number_C = active_C.nonzero()[:, 0]
+                self._step(x[number_C], y[number_C], mask[number_C].to(torch.float32), number_C)
             self._schedule("step", number * self.steps + step + 1)
         self._schedule("epoch", number + 1)
 
-    def _step(self, x: Tensor, y: Tensor, real_Cb: Tensor) -> None:
-        """Train on a batch of every client."""
-        gradients = self.gradients(self._stacked(), x, y, real_Cb)
+    def _step(self, x: Tensor, y: Tensor, real_Cb: Tensor, number_C: Tensor | None) -> None:
+        """Train on a batch of every client, or of those with some numbers."""
+        stacked = self._stacked()
+        own = stacked if number_C is None else {name: p[number_C] for name, p in stacked.items()}
+        gradients = self.gradients(own, x, y, real_Cb)
         if self.recipe.clip_norm:
             scale_C = self._scale(torch.stack([squares(g) for g in gradients.values()]).sum(0))
             gradients = {n: g * scale_C.view(-1, *(1,) * (g.ndim - 1)) for n, g in gradients.items()}
+        if number_C is not None:
+            assert self.rate is not None
+            for name, p in stacked.items():
+                p.index_add_(0, number_C, gradients[name], alpha=-self.rate)
+            return
         for name, p in zip(self.names, self.trained, strict=True):
             p.grad = gradients[name]
         self.optimizer.step()

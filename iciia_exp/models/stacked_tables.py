@@ -18,7 +18,7 @@ from torch.func import functional_call, grad, vmap
 from iciia_exp.errors import ConfigError
 from iciia_exp.models.on_catalog import OnCatalog
 from iciia_exp.models.recommenders import Interactions, Pool
-from iciia_exp.models.stacked import Examples, Stacked, accuracy, plain_rate, squares
+from iciia_exp.models.stacked import Examples, Stacked, accuracy, squares
 from iciia_exp.recipe import Recipe
 from iciia_exp.tasks import Task
 
@@ -29,7 +29,7 @@ _AT_ONCE = 4096
 
 
 class StackedTables(Stacked):
-    """A click model by plain SGD, whose parameters in ``starts`` are trained in place.
+    """A click model by plain SGD.
 
     Args:
         clip_rows: count every row that is read by itself in the norm of the gradient, as TensorFlow does with sparse
@@ -52,10 +52,8 @@ class StackedTables(Stacked):
         few, steps = Examples(*(tensor[:, :longest] for tensor in train)), -(-longest // recipe.batch_size)
         super().__init__(module, start, few, val, task, recipe, steps, starts, shuffle)
         self.module: OnCatalog
-        rate = plain_rate(recipe)
-        if rate is None:
+        if self.rate is None:
             raise ConfigError("optimizer", recipe.optimizer, "a click model on devices takes SGD at a constant rate")
-        self.rate = rate
         self.clip_rows = clip_rows and module.net.rows_apart
         self.row_gradients = vmap(grad(self._row_loss, argnums=(0, 1)))
         #: Where gradients of equal ids are added up; 0 in between.
@@ -67,22 +65,15 @@ class StackedTables(Stacked):
         views = {name: part.view_as(part) for name, part in rows.items()}  # PyTorch's FLOP counter takes no leaves
         return self._mean_loss(functional_call(self.module.net, dense, (x_b, views)), y_b, real_b)
 
-    def _step(self, x: Tensor, y: Tensor, real_Cb: Tensor) -> None:
-        """Train on a batch of every client."""
-        active_C = real_Cb.any(1)
-        if not active_C.any():
-            return
-        number_C = active_C.nonzero()[:, 0]  # others have no interactions left
+    def _step(self, x: Tensor, y: Tensor, real_Cb: Tensor, number_C: Tensor | None) -> None:
+        """Train on a batch of every client, or of those with some numbers."""
+        assert self.rate is not None
         tables, dense = _apart(self._stacked())
-        if every := bool(active_C.all()):
-            own = dense
-        else:
-            x, y, real_Cb = x[number_C], y[number_C], real_Cb[number_C]
-            own = {name: p[number_C] for name, p in dense.items()}
-        read = _Read(self.module, tables, x, number_C)
+        own = dense if number_C is None else {name: p[number_C] for name, p in dense.items()}
+        read = _Read(self.module, tables, x, torch.arange(len(x), device=x.device) if number_C is None else number_C)
         gradients, of_rows = self.row_gradients(own, read.rows(), read.x, y, real_Cb)
         summed = {n: read.pooled_gradient(n, of_rows[n]) for n in read.pools}
-        scale_C = real_Cb.new_ones(len(number_C))
+        scale_C = real_Cb.new_ones(len(x))
         if self.recipe.clip_norm:
             parts = [squares(g) for g in gradients.values()]
             for name, g in of_rows.items():
@@ -95,7 +86,7 @@ class StackedTables(Stacked):
         step_C = -self.rate * scale_C
         for name, g in (gradients | summed).items():
             p, change = tables[name] if name in summed else dense[name], g * step_C.view(-1, *(1,) * (g.ndim - 1))
-            if every:
+            if number_C is None:
                 p.add_(change)
             else:
                 p.index_add_(0, number_C, change)

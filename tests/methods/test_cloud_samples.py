@@ -140,13 +140,14 @@ def rows_of(cloud, monkeypatch, method):
     plain = view.__getitem__
 
     def noted(self, index):
-        asked.append(index.index_CS)
+        asked.append(index)
         return plain(self, index)
 
     monkeypatch.setattr(view, "__getitem__", noted)
     learned(method, cloud)
     monkeypatch.undo()
-    return [set(row[row >= 0]) for row in asked[-1]]
+    rows = dict(zip(asked[-1].client_C.tolist(), asked[-1].index_CS, strict=True))
+    return [set(rows[client][rows[client] >= 0]) for client in range(len(rows))]
 
 
 @pytest.mark.parametrize("retrieval", ["sample", "random", "client_type", "overlap"])

@@ -119,15 +119,21 @@ class CloudSamples(PersonalClassifier):
         if cloud is None:
             problem = "trains on samples of other clients, and the cloud that holds them is not at hand"
             raise UserError(f"{self.name}: {problem}")
-        clients, most = own["train"].y_CS.shape
-        size = max(1, _NUMBERS // (1 + math.prod(self.shape) * self.most_received(cloud, most)))
+        lengths_C = own["train"].mask_CS.sum(1)
+        order = lengths_C.argsort(stable=True, descending=True)
+        sizes: list[int] = []
+        while (at := sum(sizes)) < len(order):  # of about the same length, for little padding
+            numbers = math.prod(self.shape) * self.most_received(cloud, int(lengths_C[order[at]]))
+            sizes.append(min(max(1, _NUMBERS // (1 + numbers)), len(order) - at))
         parts = [
-            self.learn_from(cloud, {role: batch.take(slice(at, at + size)) for role, batch in own.items()}, link)
-            for at in range(0, clients, size)
+            self.learn_from(cloud, {role: batch.take(rows).cut() for role, batch in own.items()}, link)
+            for rows in order.split(sizes)
         ]
-        states = {name: torch.cat([part.states[name] for part in parts]) for name in parts[0].states}
-        counts = {name: torch.cat([part.counts[name] for part in parts]) for name in parts[0].counts}
-        return Learned(states, torch.cat([part.epochs_C for part in parts]), counts)
+        place = order.argsort()
+        states = {name: torch.cat([part.states[name] for part in parts])[place] for name in parts[0].states}
+        place = place.cpu()
+        counts = {name: torch.cat([part.counts[name] for part in parts])[place] for name in parts[0].counts}
+        return Learned(states, torch.cat([part.epochs_C for part in parts])[place], counts)
 
     def starts(self, clients: int) -> dict[str, Tensor]:
         """Return the cloud's network for some clients, [C, ...]."""

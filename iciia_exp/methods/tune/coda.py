@@ -89,8 +89,8 @@ class CoDA(CloudSamples):
         self._pool: tuple[CloudView, Pool, np.ndarray] | None = None
 
     def most_received(self, cloud: CloudView, most: int) -> int:
-        """Retrieved samples, and as many random ones."""
-        return 2 * min(self.ratio * most, len(cloud.clients.train.values))
+        """Retrieved samples, and for a filter as many random ones, and own ones repeated."""
+        return (1 if self.keep == 1 else 8) * min(self.ratio * most, len(cloud.clients.train.values))
 
     def learn_from(self, cloud: CloudView, own: Mapping[str, ClientBatch], link: Link) -> Learned:
         """Train on retrieved samples, then on the own images; every device by itself."""
