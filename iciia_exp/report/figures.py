@@ -107,15 +107,16 @@ def by_bytes(table: pd.DataFrame, title: str) -> Any | None:
 
 
 def _name(axes: Any, front: pd.DataFrame) -> None:
-    """Write the label of every point of a front below it, and below the labels of those after it."""
+    """Write the label of every point of a front: of the best above it, of the others below it and below one another."""
+    axes.margins(y=0.1)
     axes.figure.canvas.draw()
     points = 72 / axes.figure.dpi
     lowest = np.inf
-    for _, point in front.iloc[::-1].iterrows():
+    for number, (_, point) in enumerate(front.iloc[::-1].iterrows()):
         place = point["bytes"], 100 * point["accuracy"]
         height = axes.transData.transform(place)[1] * points
         lowest = min(height - 11, lowest - 10)
-        offset = (6, lowest - height)
+        offset = (6, lowest - height if number else 8)  # nothing is above the best
         text = axes.annotate(point["label"], place, offset, textcoords="offset points", fontsize=7.5, color=plots.DARK)
         text.set_bbox({"facecolor": "white", "edgecolor": "none", "alpha": 0.8, "pad": 0.5})
 
