@@ -2,7 +2,7 @@
 
     python benchmarks/bench_cloud_samples.py methods [--clients 10000] [--looped 10] [--threads 2]
     python benchmarks/bench_cloud_samples.py clicks [--clients 610] [--looped 10] [--models wide_deep din]
-    python benchmarks/bench_cloud_samples.py search [--samples 10000 100000] [--threads 2]
+    python benchmarks/bench_cloud_samples.py search [--samples 10000 100000] [--library faiss] [--threads 2]
 
 `methods`: simulated clients with 2 of 10 classes and 20 train images each. The loop trains one `torch.nn.Linear` after
 the other, on the same samples with the same recipe; both run in turn, in shards of 128 clients as in
@@ -37,7 +37,7 @@ from iciia_exp.methods.tune.mpda import MPDA
 from iciia_exp.models.backbones.recommender import ClickModel
 from iciia_exp.models.on_catalog import OnCatalog
 from iciia_exp.models.recommenders import RECOMMENDERS
-from iciia_exp.models.retrieval import Pool
+from iciia_exp.models.retrieval import SEARCH, Pool
 from iciia_exp.tasks import CLICK
 
 CLASSES, IMAGES, SHARD = 10, 20, 128
@@ -220,7 +220,7 @@ def search(options: argparse.Namespace) -> None:
     for samples in options.samples:
         unit = rng.standard_normal((samples, width), dtype=np.float32)
         unit /= np.linalg.norm(unit, axis=1, keepdims=True)
-        pool = Pool(unit, np.arange(samples) // IMAGES)
+        pool = Pool(unit, np.arange(samples) // IMAGES, options.library)
         clients = np.arange(SHARD)
         queries = [unit[IMAGES * c : IMAGES * (c + 1)] for c in clients]
         counts = np.full(SHARD, 10 * IMAGES)
@@ -237,6 +237,7 @@ def main() -> None:
     parser.add_argument("--models", nargs="+", default=["wide_deep", "din"], choices=RECOMMENDERS)
     parser.add_argument("--looped", type=int, default=10, help="clients of the loop per shard")
     parser.add_argument("--samples", type=int, nargs="+", default=[10_000, 100_000])
+    parser.add_argument("--library", default="scikit-learn", choices=SEARCH, help="of the search")
     parser.add_argument("--threads", type=int, default=2)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)

@@ -21,7 +21,7 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 NOT_IMPORTED = {"tabulate"}
 
 #: Extras whose packages this package imports, where they are needed.
-OPTIONAL = ("video", "dashboard")
+OPTIONAL = ("video", "dashboard", "faiss")
 
 
 def names(requirements):

@@ -16,7 +16,7 @@ from iciia_exp.ledger import Link, Sizes
 from iciia_exp.methods.base import Facts
 from iciia_exp.methods.tune.coda import CoDA
 from iciia_exp.methods.tune.mpda import MPDA
-from iciia_exp.models.retrieval import Pool
+from iciia_exp.models.retrieval import SEARCH, Pool
 from tests.making.cloud import D, K, no_fit, small_cloud
 
 RECIPE = {"lr": 0.3, "batch_size": 3, "clip_norm": 0.8, "epochs": 2, "own_epochs": 4}
@@ -173,6 +173,29 @@ def test_what_is_retrieved(head, cloud, retrieval, monkeypatch):
         again = rows_of(cloud, monkeypatch, method)
         other = rows_of(cloud, monkeypatch, CoDA(Facts.of(head), retrieval=retrieval, ratio=3, seed=1, **RECIPE))
         assert again == received != other
+
+
+@pytest.mark.parametrize("library", SEARCH)
+def test_what_is_nearest_by_both_libraries(library):
+    rng = np.random.default_rng(0)
+    unit = rng.standard_normal((300, 16)).astype(np.float32)
+    unit /= np.linalg.norm(unit, axis=1, keepdims=True)
+    owner = np.sort(rng.integers(0, 20, 300))
+    clients, counts = np.array([3, 7, 99, 11, 5]), np.array([10, 40, 10, 0, 1000])
+    queries = [unit[owner == c] if c < 20 else unit[:4] * -1 for c in clients]
+    found = Pool(unit, owner, library).nearest(queries, clients, counts)
+    for query, client, count, got in zip(queries, clients, counts, found, strict=True):
+        near = (unit @ query.T).max(1)
+        near[owner == client] = -np.inf
+        order = np.argsort(-near, kind="stable")[: min(count, (owner != client).sum())]
+        assert got.tolist() == order.tolist()
+
+
+def test_faiss_that_is_not_installed(head, monkeypatch):
+    monkeypatch.setattr("iciia_exp.methods.tune.coda.find_spec", lambda name: None)
+    with pytest.raises(ConfigError, match=r"iciia_exp\[faiss\]") as caught:
+        CoDA(Facts.of(head), search="faiss", **RECIPE)
+    assert caught.value.key == "search"
 
 
 @pytest.mark.parametrize("kind", [MPDA, CoDA])

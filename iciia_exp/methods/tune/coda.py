@@ -11,6 +11,7 @@ features, K classes.
 
 from collections.abc import Iterable, Mapping
 from functools import partial
+from importlib.util import find_spec
 
 import numpy as np
 import torch
@@ -20,14 +21,14 @@ from torch.nn import functional as F
 from iciia_exp.data.batches import ClientBatch, ClientIndex
 from iciia_exp.data.clients import Ragged
 from iciia_exp.data.views import CloudView
-from iciia_exp.errors import check_choice, check_float, check_int
+from iciia_exp.errors import ConfigError, check_choice, check_float, check_int
 from iciia_exp.ledger import Budget, Link, Sizes
 from iciia_exp.methods.base import Facts
 from iciia_exp.methods.tune.base import Learned
 from iciia_exp.methods.tune.cloud_samples import CloudSamples
 from iciia_exp.methods.tune.matching import match_clients, sent_to_match
 from iciia_exp.models.fit_many import fit_many
-from iciia_exp.models.retrieval import Pool
+from iciia_exp.models.retrieval import SEARCH, Pool
 from iciia_exp.models.stacked import Examples
 from iciia_exp.models.stacked_linear import linear_logits
 from iciia_exp.recipe import Recipe
@@ -57,6 +58,8 @@ class CoDA(CloudSamples):
             that it has trained on own samples against the retrieved and as many random ones. 1: all, without one.
         filter_epochs: passes of that classifier's training.
         lr, batch_size, clip_norm, clip, epochs, own_epochs, patience: see `CloudSamples`.
+        search: library that searches for the nearest samples, exactly: ``scikit-learn``, or ``faiss``, which is faster
+            and an extra of the package.
         seed: of random samples.
     """
 
@@ -77,9 +80,13 @@ class CoDA(CloudSamples):
         epochs: int = 5,
         own_epochs: int = 20,
         patience: int | None = None,
+        search: str = "scikit-learn",
         seed: int = 0,
     ) -> None:
         super().__init__(facts, trains, lr, batch_size, clip_norm, clip, epochs, own_epochs, patience)
+        self.search = check_choice("search", search, SEARCH)
+        if search == "faiss" and find_spec("faiss") is None:
+            raise ConfigError("search", search, "is not installed; pip install 'iciia_exp[faiss]'")
         self.retrieval = check_choice("retrieval", retrieval, RETRIEVAL)
         self.ratio = check_int("ratio", ratio, 1)
         self.keep = check_float("keep", keep, 0.0, 1.0, open_low=True)
@@ -158,7 +165,7 @@ class CoDA(CloudSamples):
                 if len(rows)
                 for batch in [cloud[ClientIndex(rows[:, None], np.zeros(len(rows), dtype=np.int64))]]
             ]
-            self._pool = cloud, Pool(torch.cat(parts).numpy(), images.row_numbers), images.values
+            self._pool = cloud, Pool(torch.cat(parts).numpy(), images.row_numbers, self.search), images.values
         x_ND = link.up("features", train.x_CSD[train.mask_CS], what="training")
         y_N = link.up("labels", train.y_CS[train.mask_CS], what="training")
         queries = self.represent(x_ND, y_N).cpu().split(train.mask_CS.sum(1).tolist())
