@@ -3,7 +3,10 @@
     <number>.safetensors   numbers of the clients, int64 [C], and their states, float32 [C, ...]; written at once
     manifest.json          shards, devices, seconds, epochs, measured payloads (written last)
 
-Legend: C clients.
+Of a large table of which a client changes few rows, a shard has the changed rows alone: NAME.values [R, w], their
+numbers NAME.rows, int64 [R], one client after the other, and NAME.ends, int64 [C], where each client's rows end.
+
+Legend: C clients, V rows of a table, w their width, R changed rows.
 """
 
 from __future__ import annotations
@@ -34,12 +37,28 @@ def shard_path(folder: Path, number: int) -> Path:
 
 
 def write_shard(
-    folder: Path, number: int, client_C: np.ndarray, states: Mapping[str, Tensor], facts: dict[str, Any]
+    folder: Path,
+    number: int,
+    client_C: np.ndarray,
+    states: Mapping[str, Tensor],
+    facts: dict[str, Any],
+    tables: Mapping[str, Tensor] = {},
 ) -> None:
-    """Write the states of some clients, and plain facts about how they were made; absent or complete."""
+    """Write the states of some clients, and plain facts about how they were made; absent or complete.
+
+    ``tables`` are the states [V, w] of clients that change nothing, for states of which changed rows are written.
+    """
     from safetensors.torch import save
 
     tensors = {name: state.detach().float().cpu().contiguous() for name, state in states.items()}
+    for name, table_Vw in tables.items():
+        state_CVw = tensors.pop(name)
+        changed_CV = (state_CVw != table_Vw.cpu()).any(-1)
+        tensors[f"{name}.values"], tensors[f"{name}.rows"] = (
+            state_CVw[changed_CV],
+            changed_CV.nonzero()[:, 1].contiguous(),
+        )
+        tensors[f"{name}.ends"] = changed_CV.sum(1).cumsum(0)
     tensors[_CLIENTS] = torch.from_numpy(np.ascontiguousarray(client_C, dtype=np.int64))
     with atomic_write(shard_path(folder, number), "wb") as file:
         file.write(save(tensors, {"facts": json.dumps(facts)}))
@@ -61,10 +80,11 @@ class ClientStates:
     Args:
         folder: finished, with its manifest.
         shapes: of one client's state, by name; another raises a `UserError`.
+        tables: see `write_shard`.
     """
 
-    def __init__(self, folder: Path, shapes: Mapping[str, tuple[int, ...]]) -> None:
-        self.folder, self.shapes = folder, dict(shapes)
+    def __init__(self, folder: Path, shapes: Mapping[str, tuple[int, ...]], tables: Mapping[str, Tensor] = {}) -> None:
+        self.folder, self.shapes, self.tables = folder, dict(shapes), dict(tables)
         shards = read_json(folder / "manifest.json").get("shards")
         if not isinstance(shards, int) or shards < 0:
             raise UserError(
@@ -98,7 +118,10 @@ class ClientStates:
             rows = np.flatnonzero(self._shard[place] == shard)
             path = shard_path(self.folder, int(shard))
             for name, state in states.items():
-                state[rows] = _rows(path, name, self._row[place[rows]], self.shapes[name])
+                if name in self.tables:
+                    state[rows] = _changed(path, name, self._row[place[rows]], self.tables[name])
+                else:
+                    state[rows] = _rows(path, name, self._row[place[rows]], self.shapes[name])
         return states
 
 
@@ -147,6 +170,27 @@ def _rows(path: Path, name: str, rows: np.ndarray, shape: tuple[int, ...]) -> Te
     if values.shape != (last - first, *shape) or values.dtype != torch.float32:
         raise _damaged(path, f"{name} is {values.dtype} {list(values.shape[1:])}, the method's is {list(shape)}")
     return values[torch.from_numpy(rows - first)]
+
+
+def _changed(path: Path, name: str, clients: np.ndarray, table_Vw: Tensor) -> Tensor:
+    """Return the tables of some clients of a shard, [C, V, w], from the rows that they have changed."""
+    found = table_Vw.cpu().repeat(len(clients), 1, 1)
+    try:
+        file = _open(path)
+        ends = file.get_tensor(f"{name}.ends").tolist()
+        rows, values = (file.get_slice(f"{name}.{part}") for part in ("rows", "values"))
+        shapes = [rows.get_shape(), values.get_shape()]
+        if shapes != [[ends[-1]], [ends[-1], table_Vw.shape[1]]] or ends != sorted(ends):
+            raise ValueError(f"{name} has {ends[-1]} changed rows, and arrays {shapes}")
+        for number, client in enumerate(clients.tolist()):
+            part = slice(ends[client - 1] if client else 0, ends[client])
+            if part.stop > part.start:
+                found[number, rows[part]] = values[part]
+    except UserError:
+        raise
+    except Exception as error:
+        raise _damaged(path, error) from error
+    return found
 
 
 def _damaged(path: Path, problem: Any) -> UserError:

@@ -51,7 +51,8 @@ def personalise(inputs: Inputs, folder: Path) -> None:
     missing = [number for number in range(len(shards)) if not _is_made(folder, number, shards[number])]
     size, count = method.state_bytes(), len(devices.tested)
     done = f", {len(shards) - len(missing):,} shards of {len(shards):,} done before" * (len(missing) < len(shards))
-    log.info("devices: %s x %s%s", f"{count:,}", decimal(size), done)
+    most = " at most" if method.tables else ""
+    log.info("devices: %s x %s%s%s", f"{count:,}", decimal(size), most, done)
     device = _device(inputs)
     method.to(device)
     with progress_bar() as bar:
@@ -120,7 +121,7 @@ def _make_shard(
         "seconds": round(time.monotonic() - start, 3),
         "payloads": [[*key, size] for key, size in link.counted.items()],
     }
-    write_shard(folder, number, numbers, learned.states, facts)
+    write_shard(folder, number, numbers, learned.states, facts, method.tables)
 
 
 def _finish(folder: Path, shards: list[np.ndarray]) -> None:

@@ -139,7 +139,7 @@ class Run:
             _load_weights(module, part, path / "weights.safetensors")
         method.eval().requires_grad_(False)
         if isinstance(method, Personal) and (made := _newest(path, "states-*/manifest.json")) is not None:
-            method.states = ClientStates(made, method.state_shapes)
+            method.states = ClientStates(made, method.state_shapes, method.tables)
         place = resolve_cache_dir(str(cache_dir) if cache_dir else os.environ.get("ICIIA_EXP_CACHE"))
         return cls(path, method, head.requires_grad_(False), info["images"], info, evaluation, place, tuple(plugins))
 

@@ -48,6 +48,11 @@ class Personal(Method):
     def state_shapes(self) -> dict[str, tuple[int, ...]]:
         """Shapes of one client's state, by name; all float32."""
 
+    @property
+    def tables(self) -> dict[str, Tensor]:
+        """States [V, w] of which a client changes few rows, by name, as they are before; shards have changed rows."""
+        return {}
+
     @abstractmethod
     def personalise(self, own: Mapping[str, ClientBatch], link: Link, cloud: CloudView | None) -> Learned:
         """Learn the states of C devices.

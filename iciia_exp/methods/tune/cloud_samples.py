@@ -97,6 +97,11 @@ class CloudSamples(PersonalClassifier):
         """The click model, or the classifier."""
         return self.head if self.model is None else self.model
 
+    @property
+    def tables(self) -> dict[str, Tensor]:
+        """Those of the click model."""
+        return {name: p for name, p in self.starting().items() if self.model and name.startswith("net.tables.")}
+
     def learn(self, cloud: CloudView, fit: Fit) -> Record:
         """Count what the cloud holds; nothing is trained: its model is the backbone, or its classifier."""
         if self.model is not None:
