@@ -17,7 +17,7 @@ import copy
 import resource
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial
 
 import numpy as np
@@ -58,16 +58,37 @@ def simulated(clients: int, dim: int) -> tuple[Clients, FeatureBatches]:
     return Clients(ids, ids, train, empty, empty), FeatureBatches(features, labels)
 
 
-def passes(net: nn.Linear, x: torch.Tensor, y: torch.Tensor, epochs: int) -> nn.Linear:
-    """Train a copy of a classifier."""
+def passes(
+    net: nn.Module, x: torch.Tensor, y: torch.Tensor, epochs: int, lr: float, size: int, loss: Callable
+) -> nn.Module:
+    """Train a copy of a network."""
     net = copy.deepcopy(net)
-    optimizer = torch.optim.SGD(net.parameters(), lr=0.05)
+    optimizer = torch.optim.SGD(net.parameters(), lr=lr)
     for _ in range(epochs):
-        for at in range(0, len(x), 16):
+        for at in range(0, len(x), size):
             optimizer.zero_grad()
-            F.cross_entropy(net(x[at : at + 16]), y[at : at + 16]).backward()
+            loss(net(x[at : at + size]), y[at : at + size]).backward()
             nn.utils.clip_grad_norm_(net.parameters(), 5.0)
             optimizer.step()
+    return net
+
+
+#: Training of a classifier, and of a click model.
+CLASSIFIER = partial(passes, lr=0.05, size=16, loss=F.cross_entropy)
+CLICK_MODEL = partial(passes, epochs=1, lr=0.01, size=32, loss=CLICK.loss)
+
+
+def selected(net: nn.Module, x: torch.Tensor, y: torch.Tensor, others: Iterable[tuple], train: partial) -> nn.Module:
+    """Train a network on the samples of others that lower the loss on the own ones, one after the other."""
+    loss = train.keywords["loss"]
+    with torch.no_grad():
+        best = loss(net(x), y)
+    for other in others:
+        tried = train(net, *other)
+        with torch.no_grad():
+            found = loss(tried(x), y)
+        if found < best - 1e-7:
+            net, best = tried, found
     return net
 
 
@@ -79,17 +100,11 @@ def loop(head: nn.Linear, cloud: CloudView, numbers: np.ndarray, kind: str) -> N
         batch = cloud[ClientIndex(index, np.append(others, number))]
         x, y, net = batch.x_CSD[-1], batch.y_CS[-1], head
         if kind == "coda":
-            net = passes(net, batch.x_CSD[:10].flatten(0, 1), batch.y_CS[:10].flatten(), 5)
+            net = CLASSIFIER(net, batch.x_CSD[:10].flatten(0, 1), batch.y_CS[:10].flatten(), epochs=5)
         else:
-            with torch.no_grad():
-                best = F.cross_entropy(net(x), y)
-            for other_x, other_y in zip(batch.x_CSD[:-1], batch.y_CS[:-1], strict=True):
-                tried = passes(net, other_x, other_y, 5)
-                with torch.no_grad():
-                    loss = F.cross_entropy(tried(x), y)
-                if loss < best - 1e-7:
-                    net, best = tried, loss
-        passes(net, x, y, 20)
+            others = zip(batch.x_CSD[:-1], batch.y_CS[:-1], strict=True)
+            net = selected(net, x, y, others, partial(CLASSIFIER, epochs=5))
+        CLASSIFIER(net, x, y, epochs=20)
 
 
 def timed(work: Callable[[], object]) -> float:
@@ -146,18 +161,6 @@ def users(count: int) -> tuple[Clients, FeatureBatches]:
     return Clients(ids, ids, train, empty, empty), batches
 
 
-def click_passes(net: OnCatalog, x: torch.Tensor, y: torch.Tensor) -> OnCatalog:
-    """Train a copy of a click model for an epoch."""
-    net = copy.deepcopy(net)
-    optimizer = torch.optim.SGD(net.parameters(), lr=0.01)
-    for at in range(0, len(x), 32):
-        optimizer.zero_grad()
-        CLICK.loss(net(x[at : at + 32]), y[at : at + 32]).backward()
-        nn.utils.clip_grad_norm_(net.parameters(), 5.0)
-        optimizer.step()
-    return net
-
-
 def click_loop(net: OnCatalog, clients: Clients, batches: FeatureBatches, numbers: np.ndarray, others: int) -> None:
     """Train one user's model after the other, on random users that are accepted or not, and on the own ratings."""
 
@@ -166,17 +169,8 @@ def click_loop(net: OnCatalog, clients: Clients, batches: FeatureBatches, number
         return torch.from_numpy(batches.arrays["images"][rows]), torch.from_numpy(batches.labels[rows])
 
     for number in numbers.tolist():
-        x, y = items(number)
-        own = net
-        with torch.no_grad():
-            best = CLICK.loss(own(x), y)
-        for other in range(number + 1, number + 1 + others):
-            tried = click_passes(own, *items(other % len(clients)))
-            with torch.no_grad():
-                loss = CLICK.loss(tried(x), y)
-            if loss < best - 1e-7:
-                own, best = tried, loss
-        click_passes(own, x, y)
+        own, more = items(number), (items((number + 1 + other) % len(clients)) for other in range(others))
+        CLICK_MODEL(selected(net, *own, more, CLICK_MODEL), *own)
 
 
 def clicks(options: argparse.Namespace) -> None:

@@ -54,10 +54,8 @@ def write_shard(
     for name, table_Vw in tables.items():
         state_CVw = tensors.pop(name)
         changed_CV = (state_CVw != table_Vw.cpu()).any(-1)
-        tensors[f"{name}.values"], tensors[f"{name}.rows"] = (
-            state_CVw[changed_CV],
-            changed_CV.nonzero()[:, 1].contiguous(),
-        )
+        tensors[f"{name}.values"] = state_CVw[changed_CV]
+        tensors[f"{name}.rows"] = changed_CV.nonzero()[:, 1].contiguous()
         tensors[f"{name}.ends"] = changed_CV.sum(1).cumsum(0)
     tensors[_CLIENTS] = torch.from_numpy(np.ascontiguousarray(client_C, dtype=np.int64))
     with atomic_write(shard_path(folder, number), "wb") as file:

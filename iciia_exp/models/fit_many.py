@@ -13,7 +13,7 @@ Legend: C clients, n train images of a client, m val images, b images of a batch
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import NamedTuple
 
@@ -95,7 +95,8 @@ def fit_many(
     start = {name: p.detach() for name, p in module.named_parameters() if _is_trained(module, p)}
     clients, lengths_C = len(train.y), train.mask.sum(1)
     if isinstance(module, OnCatalog):
-        return _fit_tables(module, start, train, val, task, recipe, patience, starts, shuffle, clip_rows)
+        make = partial(StackedTables, module, start, task=task, recipe=recipe, shuffle=shuffle, clip_rows=clip_rows)
+        return _fit_in_place(make, start, train, val, recipe.epochs, patience, starts)
     states = {name: p.new_empty(clients, *p.shape) for name, p in start.items()}
     epochs_C, accuracy_C = torch.zeros(clients, dtype=torch.int64), torch.zeros(clients, device=train.x.device)
     steps_C = -(-lengths_C // recipe.batch_size)
@@ -111,15 +112,13 @@ def fit_many(
         same = order[(group_C == group)[order] & ~empty_C[order]]
         linear = bool(linear_C[same].all())
         for rows in same.split(_at_once(start, train, val, int(lengths_C[same].max()), linear)):
-            longest = int(lengths_C[rows].max())
-            steps = -(-longest // recipe.batch_size)
-            few = Examples(*(tensor[rows, :longest] for tensor in train))
+            few = train.take(rows).cut()
             own = {name: values[rows] for name, values in starts.items()}
             together: Together
             if linear:
                 together = StackedLinear(own or start, few, val.take(rows), task, recipe)
             else:
-                together = Stacked(module, start, few, val.take(rows), task, recipe, steps, own, shuffle)
+                together = Stacked(module, start, few, val.take(rows), task, recipe, own, shuffle)
             best, epochs_C[rows], accuracy_C[rows] = _train(together, recipe.epochs, patience)
             for name, values in together.states(best).items():
                 states[name][rows] = values
@@ -131,19 +130,16 @@ def _is_trained(module: nn.Module, parameter: nn.Parameter) -> bool:
     return parameter.requires_grad or not any(p.requires_grad for p in module.parameters())
 
 
-def _fit_tables(
-    module: OnCatalog,
+def _fit_in_place(
+    make: Callable[..., Stacked],
     start: dict[str, Tensor],
     train: Examples,
     val: Examples,
-    task: Task,
-    recipe: Recipe,
+    epochs: int,
     patience: int | None,
     starts: Mapping[str, Tensor],
-    shuffle: int | None,
-    clip_rows: bool,
 ) -> Fitted:
-    """Train click models; nothing is copied but the start."""
+    """Train modules of any numbers of steps, some at a time; of their parameters nothing is copied but the start."""
     clients, lengths_C = len(train.y), train.mask.sum(1)
     states = {name: starts.get(name, p.expand(clients, *p.shape)).clone() for name, p in start.items()}
     epochs_C, accuracy_C = torch.zeros(clients, dtype=torch.int64), torch.zeros(clients, device=train.x.device)
@@ -153,10 +149,8 @@ def _fit_tables(
     for at in range(0, clients, size):
         rows = slice(at, at + size)
         own = {name: values[rows] for name, values in states.items()}
-        some = start, train.take(rows), val.take(rows), task, recipe, own, shuffle
-        best, epochs_C[rows], accuracy_C[rows] = _train(
-            StackedTables(module, *some, clip_rows), recipe.epochs, patience
-        )
+        together = make(train=train.take(rows).cut(), val=val.take(rows), starts=own)
+        best, epochs_C[rows], accuracy_C[rows] = _train(together, epochs, patience)
         if patience is not None:
             for name, values in zip(start, best, strict=True):
                 states[name][rows] = values

@@ -8,13 +8,18 @@ from torch import Tensor, nn
 
 from iciia_exp.models.recommenders import HISTORIES, Interactions, Recommender
 
-__all__ = ["OnCatalog", "multi_hot"]
+__all__ = ["OnCatalog", "is_table", "multi_hot"]
 
 
 def multi_hot(ids: Tensor, categories: int) -> Tensor:
     """Return how often every number is there, [..., N] to [..., categories]; -1 is none."""
     found = torch.zeros(*ids.shape[:-1], categories + 1)
     return found.scatter_add_(-1, torch.where(ids < 0, categories, ids), torch.ones(ids.shape))[..., :-1]
+
+
+def is_table(name: str) -> bool:
+    """Return whether a parameter of `OnCatalog` is a table."""
+    return name.startswith("net.tables.")
 
 
 class OnCatalog(nn.Module):

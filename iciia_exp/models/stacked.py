@@ -31,6 +31,11 @@ class Examples(NamedTuple):
         """Return some of the clients."""
         return Examples(*(tensor[rows] for tensor in self))
 
+    def cut(self) -> Examples:
+        """Return the examples without the padding that all clients have."""
+        longest = int(self.mask.sum(1).max())
+        return Examples(*(tensor[:, :longest] for tensor in self))
+
     def none(self) -> Examples:
         """Return examples of the same clients without any image."""
         return Examples(*(tensor[:, :0] for tensor in self))
@@ -79,8 +84,8 @@ def plain_rate(recipe: Recipe) -> float | None:
 class Stacked:
     """Any module: stacked parameters, gradients by `torch.func`.
 
-    Clients may have different numbers of steps if the recipe is plain SGD; the parameters in ``starts`` are trained in
-    place.
+    Clients may have different numbers of steps if the recipe is plain SGD. The parameters in ``starts`` are trained in
+    place. ``train`` has no padding that all clients have (`Examples.cut`).
     """
 
     def __init__(
@@ -91,11 +96,11 @@ class Stacked:
         val: Examples,
         task: Task,
         recipe: Recipe,
-        steps: int,
         starts: Mapping[str, Tensor],
         shuffle: int | None,
     ) -> None:
-        self.module, self.train, self.val, self.task, self.recipe, self.steps = module, train, val, task, recipe, steps
+        self.module, self.train, self.val, self.task, self.recipe = module, train, val, task, recipe
+        self.steps = steps = -(-train.y.shape[1] // recipe.batch_size)
         self.shuffle, self.rate = shuffle, plain_rate(recipe)
         self.names = list(start)
         fixed = {**dict(module.named_parameters()), **dict(module.named_buffers())}

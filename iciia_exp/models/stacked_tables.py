@@ -10,17 +10,16 @@ interaction, V rows of a table, w their width, N rows or sums that an interactio
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
 
 from iciia_exp.errors import ConfigError
-from iciia_exp.models.on_catalog import OnCatalog
+from iciia_exp.models.on_catalog import OnCatalog, is_table
 from iciia_exp.models.recommenders import Interactions, Pool
-from iciia_exp.models.stacked import Examples, Stacked, accuracy, squares
-from iciia_exp.recipe import Recipe
-from iciia_exp.tasks import Task
+from iciia_exp.models.stacked import Stacked, accuracy, squares
 
 __all__ = ["StackedTables", "table_logits"]
 
@@ -32,28 +31,18 @@ class StackedTables(Stacked):
     """A click model by plain SGD.
 
     Args:
+        module: the model, before the further arguments of `Stacked`.
         clip_rows: count every row that is read by itself in the norm of the gradient, as TensorFlow does with sparse
             gradients, and not the rows of equal ids together.
     """
 
-    def __init__(
-        self,
-        module: OnCatalog,
-        start: dict[str, Tensor],
-        train: Examples,
-        val: Examples,
-        task: Task,
-        recipe: Recipe,
-        starts: Mapping[str, Tensor],
-        shuffle: int | None,
-        clip_rows: bool = False,
-    ) -> None:
-        longest = int(train.mask.sum(1).max())
-        few, steps = Examples(*(tensor[:, :longest] for tensor in train)), -(-longest // recipe.batch_size)
-        super().__init__(module, start, few, val, task, recipe, steps, starts, shuffle)
+    def __init__(self, module: OnCatalog, *some: Any, clip_rows: bool = False, **more: Any) -> None:
+        super().__init__(module, *some, **more)
         self.module: OnCatalog
         if self.rate is None:
-            raise ConfigError("optimizer", recipe.optimizer, "a click model on devices takes SGD at a constant rate")
+            raise ConfigError(
+                "optimizer", self.recipe.optimizer, "a click model on devices takes SGD at a constant rate"
+            )
         self.clip_rows = clip_rows and module.net.rows_apart
         self.row_gradients = vmap(grad(self._row_loss, argnums=(0, 1)))
         #: Where gradients of equal ids are added up; 0 in between.
@@ -187,11 +176,11 @@ def _is_shared(table_CVw: Tensor) -> bool:
 
 
 def _flat(table_CVw: Tensor) -> Tensor:
-    """Return the rows of all clients, one after the other; a view, of a table that is trained."""
-    return table_CVw[0] if _is_shared(table_CVw) else table_CVw.reshape(-1, table_CVw.shape[-1])
+    """Return the rows of all clients, one after the other; a view, so that a table is trained in place."""
+    return table_CVw[0] if _is_shared(table_CVw) else table_CVw.view(-1, table_CVw.shape[-1])
 
 
 def _apart(stacked: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """Return the tables by their names, and the other parameters by their names in the `Recommender`."""
-    tables = {n.split(".")[2]: t for n, t in stacked.items() if n.startswith("net.tables.")}
-    return tables, {n.removeprefix("net."): t for n, t in stacked.items() if not n.startswith("net.tables.")}
+    tables = {n.split(".")[2]: t for n, t in stacked.items() if is_table(n)}
+    return tables, {n.removeprefix("net."): t for n, t in stacked.items() if not is_table(n)}

@@ -24,7 +24,7 @@ from iciia_exp.methods.tune.base import Learned
 from iciia_exp.methods.tune.classifier import PersonalClassifier, sgd_recipe
 from iciia_exp.models.backbones.recommender import ClickModel
 from iciia_exp.models.fit_many import Fitted, fit_many
-from iciia_exp.models.on_catalog import OnCatalog
+from iciia_exp.models.on_catalog import OnCatalog, is_table
 from iciia_exp.models.stacked import Examples
 from iciia_exp.tasks import CLICK, SINGLE_LABEL
 
@@ -100,7 +100,7 @@ class CloudSamples(PersonalClassifier):
     @property
     def tables(self) -> dict[str, Tensor]:
         """Those of the click model."""
-        return {name: p for name, p in self.starting().items() if self.model and name.startswith("net.tables.")}
+        return {name: p for name, p in self.starting().items() if self.model and is_table(name)}
 
     def learn(self, cloud: CloudView, fit: Fit) -> Record:
         """Count what the cloud holds; nothing is trained: its model is the backbone, or its classifier."""
@@ -112,8 +112,8 @@ class CloudSamples(PersonalClassifier):
         return {}
 
     @abstractmethod
-    def most_received(self, cloud: CloudView, most: int) -> int:
-        """Return how many samples a device with ``most`` train images gets, at most."""
+    def most_held(self, cloud: CloudView, most: int) -> int:
+        """Return how many samples are in memory at once for a device with ``most`` train images, at most."""
 
     @abstractmethod
     def learn_from(self, cloud: CloudView, own: Mapping[str, ClientBatch], link: Link) -> Learned:
@@ -128,7 +128,7 @@ class CloudSamples(PersonalClassifier):
         order = lengths_C.argsort(stable=True, descending=True)
         sizes: list[int] = []
         while (at := sum(sizes)) < len(order):  # of about the same length, for little padding
-            numbers = math.prod(self.shape) * self.most_received(cloud, int(lengths_C[order[at]]))
+            numbers = math.prod(self.shape) * self.most_held(cloud, int(lengths_C[order[at]]))
             sizes.append(min(max(1, _NUMBERS // (1 + numbers)), len(order) - at))
         parts = [
             self.learn_from(cloud, {role: batch.take(rows).cut() for role, batch in own.items()}, link)

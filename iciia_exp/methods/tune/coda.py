@@ -95,9 +95,9 @@ class CoDA(CloudSamples):
         self.seed = check_int("seed", seed, 0)
         self._pool: tuple[CloudView, Pool, np.ndarray] | None = None
 
-    def most_received(self, cloud: CloudView, most: int) -> int:
-        """Retrieved samples, and for a filter as many random ones, and own ones repeated."""
-        return (1 if self.keep == 1 else 8) * min(self.ratio * most, len(cloud.clients.train.values))
+    def most_held(self, cloud: CloudView, most: int) -> int:
+        """Retrieved samples; for a filter as many random and twice as many own ones too, all of them twice."""
+        return (1 if self.keep == 1 else 2 * 4) * min(self.ratio * most, len(cloud.clients.train.values))
 
     def learn_from(self, cloud: CloudView, own: Mapping[str, ClientBatch], link: Link) -> Learned:
         """Train on retrieved samples, then on the own images; every device by itself."""

@@ -91,7 +91,7 @@ class MPDA(CloudSamples):
         """M: all other clients if there are fewer than asked for."""
         return 0 if self.arm == "local" else max(0, min(self.most, int(self.clients) - 1))
 
-    def most_received(self, cloud: CloudView, most: int) -> int:
+    def most_held(self, cloud: CloudView, most: int) -> int:
         """Those of the M largest clients."""
         return int(np.sort(cloud.clients.train.lengths)[::-1][: self.candidates].sum())
 
