@@ -13,12 +13,16 @@ number of heads cancels.
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["attention_macs", "count_macs", "count_step_macs", "overheads", "streaming_attention_macs", "training_bytes"]
+__all__ = [
+    *("attention_macs", "count_macs", "count_step_macs", "count_training_macs", "overheads"),
+    *("streaming_attention_macs", "training_bytes"),
+]
 
 
 def attention_macs(images: int, dim: int, groups: int, layers: int) -> int:
@@ -120,4 +124,23 @@ def count_step_macs(module: torch.nn.Module, inputs: torch.Tensor) -> int:
     stacked = {name: p.detach()[None] for name, p in module.named_parameters()}
     with torch.enable_grad(), FlopCounterMode(display=False) as counter:
         vmap(grad(lambda own: functional_call(module, own, (inputs,)).sum()))(stacked)
+    return int(counter.get_total_flops()) // 2
+
+
+def count_training_macs(module: torch.nn.Module, inputs: torch.Tensor, trained: Collection[str]) -> int:
+    """Count the MACs of logits and of the gradients of the parameters named ``trained``."""
+    import torch
+    from torch.utils.flop_counter import FlopCounterMode
+
+    mode, before = module.training, {name: p.requires_grad for name, p in module.named_parameters()}
+    try:
+        for name, p in module.named_parameters():
+            p.requires_grad_(name in trained)
+        with torch.enable_grad(), FlopCounterMode(display=False) as counter:
+            own = [p for p in module.parameters() if p.requires_grad]
+            torch.autograd.grad(module.eval()(inputs).sum(), own)
+    finally:
+        module.train(mode)
+        for name, p in module.named_parameters():
+            p.requires_grad_(before[name])
     return int(counter.get_total_flops()) // 2

@@ -81,6 +81,8 @@ class Sizes:
         epochs: passes over the train images, where the device trains.
         received: samples of other clients that come down.
         passed: such samples in training, counted once for every pass.
+        cloud: labelled images of the cloud, where it trains together with the devices.
+        sample_bytes: size of what such a method reads of an image, as it is stored; None if unknown.
     """
 
     images: int = 16
@@ -94,6 +96,8 @@ class Sizes:
     epochs: int = 0
     received: int = 0
     passed: int = 0
+    cloud: int = 0
+    sample_bytes: int | None = None
 
     @property
     def requested(self) -> int:

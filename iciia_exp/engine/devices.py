@@ -25,7 +25,7 @@ from iciia_exp.ledger import Link
 from iciia_exp.methods.base import Ask
 from iciia_exp.methods.tune.base import Personal
 
-__all__ = ["personalise", "report_devices"]
+__all__ = ["first_device", "personalise", "report_devices"]
 
 log = logging.getLogger(__name__)
 
@@ -53,7 +53,7 @@ def personalise(inputs: Inputs, folder: Path) -> None:
     done = f", {len(shards) - len(missing):,} shards of {len(shards):,} done before" * (len(missing) < len(shards))
     most = " at most" if method.tables else ""
     log.info("devices: %s x %s%s%s", f"{count:,}", decimal(size), most, done)
-    device = _device(inputs)
+    device = first_device(inputs)
     method.to(device)
     with progress_bar() as bar:
         task = bar.add_task("devices", total=len(shards), completed=len(shards) - len(missing), note="shards")
@@ -84,7 +84,7 @@ def _shard_size(inputs: Inputs, devices: Devices) -> int:
     return max(1, min(SHARD, _NUMBERS // max(1, numbers)))
 
 
-def _device(inputs: Inputs) -> torch.device:
+def first_device(inputs: Inputs) -> torch.device:
     """Return the first device of the `trainer` group."""
     from iciia_exp.engine.training.trainer import make_trainer, on_one_device, quiet_lightning  # late: Lightning
 

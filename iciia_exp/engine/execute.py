@@ -31,12 +31,12 @@ KINDS: dict[str, tuple[str, ...]] = {
     "check": (),
     "backbone": ("backbone", "head"),
     "features": ("features",),
-    "train": ("run", "states"),
+    "train": ("run", "states", "rounds"),
     "evaluate": ("evaluation",),
-    "all": ("backbone", "features", "head", "run", "states", "evaluation"),
+    "all": ("backbone", "features", "head", "run", "states", "rounds", "evaluation"),
 }
 
-_STAGE_OF = {"head": "backbone", "run": "train", "states": "train", "evaluation": "evaluate"}
+_STAGE_OF = {"head": "backbone", "run": "train", "states": "train", "rounds": "train", "evaluation": "evaluate"}
 
 
 def execute(stages: Stages, brief: bool = False) -> dict[str, Any] | None:
@@ -45,7 +45,7 @@ def execute(stages: Stages, brief: bool = False) -> dict[str, Any] | None:
     Prints the partition and the result table unless ``brief``.
     """
     stage, run = stages.experiment.stage, stages.run
-    parts = [part for part in (run, stages.states, stages.evaluation) if part is not None]
+    parts = [part for part in (run, stages.states, stages.rounds, stages.evaluation) if part is not None]
     if "evaluation" in KINDS[stage] and all(part.finished for part in parts):
         log.info("%s: finished before", _shown(run.folder))
         if in_wandb_sweep() and stages.tracker.wandb:  # the sweep's agent waits for a run
@@ -130,9 +130,12 @@ def _goals(stages: Stages) -> list[Any]:
     goals: dict[str, list[Any]] = {
         "backbone": [network, stages.features if stages.head else None, stages.head],
         "features": [stages.features],
-        "train": [stages.run, stages.states],
+        "train": [stages.run, stages.states, stages.rounds],
         "evaluate": [stages.evaluation],
-        "all": [network, stages.features, stages.head, stages.run, stages.states, stages.evaluation],
+        "all": [
+            *(network, stages.features, stages.head, stages.run, stages.states, stages.rounds),
+            stages.evaluation,
+        ],
     }
     return [goal for goal in goals[stage] if goal is not None]
 

@@ -13,7 +13,7 @@ from torch import nn
 from iciia_exp.config.build import build
 from iciia_exp.config.check import callbacks_science, flatten, science, target_of, trainer_science
 from iciia_exp.config.experiment import Experiment
-from iciia_exp.data.backbone_split import reserve_for_backbone
+from iciia_exp.data.backbone_split import class_numbers, reserve_for_backbone, without_classes
 from iciia_exp.data.batches import FeatureBatches
 from iciia_exp.data.clients import Clients
 from iciia_exp.data.dataset import MissingFiles, dense_labels
@@ -41,12 +41,13 @@ class Inputs:
     """
 
     #: Artifacts (`iciia_exp.engine.stages.Stages`): None for a backbone or classifier that is not trained here, and for
-    #: states where devices learn nothing.
+    #: states where devices learn nothing, and for rounds where nothing is trained together.
     backbone: Artifact | None
     features: Artifact
     head: Artifact | None
     run: Artifact
     states: Artifact | None
+    rounds: Artifact | None
     evaluation: Artifact
 
     def __init__(self, experiment: Experiment) -> None:
@@ -83,7 +84,15 @@ class Inputs:
         else:
             dataset = e.dataset
             table = e.named(lambda: dataset.table, "dataset")
+        if (unseen := self.unseen_classes) is not None:
+            return e.named(lambda: without_classes(table, unseen), "backbone")
         return e.named(lambda: reserve_for_backbone(table, e.backbone.reserve), "backbone")
+
+    @cached_property
+    def unseen_classes(self) -> list[int] | None:
+        """Numbers of the classes that the backbone does not learn from; None if none are set apart."""
+        e, given, names = self.experiment, self.experiment.backbone.unseen_classes, self.facts.class_names
+        return None if given is None else e.named(lambda: class_numbers(given, names), "backbone")
 
     @cached_property
     def labels(self) -> np.ndarray:

@@ -18,6 +18,10 @@ __all__ = ["cost_row", "ledger_table", "sizes_of"]
 _SIZES = frozenset(field.name for field in fields(Sizes))
 
 
+#: Directions of payloads, and who sends them.
+_DIRECTIONS = (("down", "cloud"), ("up", "device"))
+
+
 def sizes_of(inputs: Inputs, **more: Any) -> Sizes:
     """Return the sizes of an experiment on which a budget depends; ``more`` are those of a client."""
     manifest, e = inputs.open_store().manifest, inputs.experiment
@@ -28,8 +32,18 @@ def sizes_of(inputs: Inputs, **more: Any) -> Sizes:
         backbone_macs=manifest["macs"],
         backbone_bytes=manifest.get("weights_bytes") if own else None,
         image_bytes=manifest.get("image_bytes", int(np.prod(manifest["input_shape"]))) if own else None,
+        sample_bytes=_sample_bytes(inputs),
         **more,
     )
+
+
+def _sample_bytes(inputs: Inputs) -> int | None:
+    """Return the size of what a co-trained method reads of an image; None for other methods."""
+    if inputs.rounds is None:
+        return None
+    array = inputs.open_store().array(str(inputs.method_config["array"]))
+    size = 4 if array.dtype == np.float16 else array.dtype.itemsize
+    return int(np.prod(array.shape[1:])) * size
 
 
 def ledger_table(inputs: Inputs, method: Method) -> pd.DataFrame:
@@ -39,7 +53,15 @@ def ledger_table(inputs: Inputs, method: Method) -> pd.DataFrame:
     ``measured_bytes`` is NaN where no payload was sent: those of requests, and the backbone's weights.
     """
     measured: dict[tuple[Any, ...], float] = {}
-    if inputs.states is None:
+    if inputs.rounds is not None:
+        manifest = read_json(inputs.rounds.folder / "manifest.json")
+        budgets = [
+            (1 / manifest["devices"], method.budget(sizes_of(inputs, train=train, received=got, cloud=manifest["cloud"])))
+            for train, got in zip(manifest["train"], manifest["received"], strict=True)
+        ]
+        counts = {"round": manifest["taking_part"]}
+        measured = {tuple(k): size / counts.get(k[0], manifest["devices"]) for *k, size in manifest["payloads"]}
+    elif inputs.states is None:
         budgets = [(1.0, method.budget(sizes_of(inputs)))]
     else:
         manifest = read_json(inputs.states.folder / "manifest.json")
@@ -77,7 +99,18 @@ def _of_devices(inputs: Inputs, method: Method, counts: dict[str, list[int]]) ->
         yield number / len(tested), method.budget(sizes_of(inputs, **dict(zip(sizes, kind, strict=True))))
 
 
-def cost_row(ledger: pd.DataFrame) -> dict[str, Any]:
+def _of_rounds(inputs: Inputs, payloads: pd.DataFrame) -> dict[str, int | None]:
+    """Return the bytes of a device in all rounds, a mean over the devices."""
+    if inputs.rounds is None:
+        return {}
+    manifest = read_json(inputs.rounds.folder / "manifest.json")
+    times = manifest["taking_part"] / manifest["devices"]
+    own = payloads[payloads["phase"] == "round"]
+    sums = {name: _sum(times * own.loc[own["site"] == site, "bytes"]) for name, site in _DIRECTIONS}
+    return {f"rounds_{name}_bytes": size for name, size in sums.items()}
+
+
+def cost_row(inputs: Inputs, ledger: pd.DataFrame) -> dict[str, Any]:
     """Return the columns of ``results.json`` that are sums of a ledger; None where a part is unknown."""
     payloads = ledger[ledger["kind"].notna()]
     row: dict[str, Any] = {}
@@ -85,8 +118,9 @@ def cost_row(ledger: pd.DataFrame) -> dict[str, Any]:
         own = ledger[ledger["phase"] == phase]
         for site in ("device", "cloud"):
             row[f"{name}_{site}_macs"] = _sum(own.loc[own["site"] == site, "macs"])
-        for site, direction in (("cloud", "down"), ("device", "up")):
+        for direction, site in _DIRECTIONS:
             row[f"{name}_{direction}_bytes"] = _sum(own.loc[own["site"] == site, "bytes"])
+    row |= _of_rounds(inputs, payloads)
     leaves = payloads.loc[payloads["site"] == "device", "kind"]
     return row | {"leaves_device": ", ".join(dict.fromkeys(leaves)) or "nothing"}
 

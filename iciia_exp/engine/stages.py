@@ -1,7 +1,7 @@
 """Stages: the graph of an experiment's artifacts, from the backbone to the evaluation.
 
     backbone (where it is trained here) -> features -> head (where it is fitted) -> run
-    run -> states (where devices learn) -> evaluation
+    run -> states (where devices learn) or rounds (where they train together) -> evaluation
 
 Everything that can change a number, and nothing else, goes into the ``science`` of an artifact.
 """
@@ -12,11 +12,12 @@ from typing import Any
 
 from iciia_exp.config.check import callbacks_science, science
 from iciia_exp.config.experiment import Experiment
-from iciia_exp.engine import devices
+from iciia_exp.engine import devices, rounds
 from iciia_exp.engine.graph import Artifact
 from iciia_exp.engine.inputs import Inputs
 from iciia_exp.engine.training import train_backbone, train_method
 from iciia_exp.engine.training.processes import in_processes
+from iciia_exp.methods.cotrain.base import CoTrained
 from iciia_exp.methods.tune.base import Personal
 from iciia_exp.results.labels import REPORTED
 
@@ -32,7 +33,7 @@ class Stages(Inputs):
         self.features = self._features()
         self.head = self._head()
         self.run = self._run()
-        self.states = self._states()
+        self.states, self.rounds = self._states(), self._rounds()
         self.evaluation = self._evaluation()
 
     def _backbone(self) -> Artifact | None:
@@ -82,6 +83,8 @@ class Stages(Inputs):
             # statistics are read from the seen client types alone
             "unseen_types": e.client_mix.unseen_types,
         }
+        if self.unseen_classes is not None:
+            parts["unseen classes"] = self.unseen_classes
         if issubclass(e.method_class, Personal):
             parts["states"] = True  # formerly, such runs kept answers to test images
         if e.method_class.trainable:
@@ -125,6 +128,14 @@ class Stages(Inputs):
             report=devices.report_devices,
         )
 
+    def _rounds(self) -> Artifact | None:
+        """The rounds of cloud and devices, in the run's folder; None if they train nothing together."""
+        if not issubclass(self.experiment.method_class, CoTrained):
+            return None
+        make, root = partial(rounds.cotrain, self), self.run.folder
+        report = rounds.report_rounds
+        return Artifact("rounds", "rounds", None, make, root, (self.run,), in_place=True, report=report)
+
     def _evaluation(self) -> Artifact:
         """The results of the run, in the run's folder."""
 
@@ -141,7 +152,7 @@ class Stages(Inputs):
             values,
             make,
             self.run.folder,
-            (self.states or self.run,),
+            (self.states or self.rounds or self.run,),
             last="results.json",
             in_place=True,
             shown={key.removeprefix("evaluation.") for key in REPORTED},
@@ -156,6 +167,8 @@ class Stages(Inputs):
     def _teacher(self) -> Any:
         """Science of the images that a backbone trained here learns from."""
         reserve = self.experiment.backbone.reserve
+        if self.unseen_classes is not None:
+            return [self._dataset, "unseen classes", self.unseen_classes]
         own = reserve or self.facts.has_backbone_images
         return [self._dataset, reserve, None if own else science(self.experiment.config["partition"])]
 

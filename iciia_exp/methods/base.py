@@ -37,7 +37,8 @@ class Fit(Protocol):
 
         Args:
             module: a method, trained by its ``training_loss`` on batches of the clients that the configuration says;
-                or, with ``rows``, a network trained by its ``loss(x_BD, y)`` on single images.
+                or, with ``rows``, a network trained by its ``loss(x_BD, y)`` on single images. If it has ``reads``,
+                names of arrays, they are further arguments of its loss.
             rows: numbers of the images, of train or val.
             recipe: how the network is trained; by default as the configuration says.
         """

@@ -1,18 +1,18 @@
-"""Payloads: tokens as numbers of fewer bytes.
+"""Payloads: tokens, and weights of a network, as numbers of fewer bytes.
 
 ``int8`` has a scale for each token, its largest magnitude / 127: class tokens and patches differ by an order of
-magnitude.
+magnitude. Of weights, each row of a matrix and each filter has a scale, and vectors (biases, norms) stay float32.
 
 Legend: n tokens, d features of a token.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from math import prod
 
 import torch
 from torch import Tensor
 
-__all__ = ["PAYLOADS", "pack", "packed_bytes", "unpack"]
+__all__ = ["PAYLOADS", "pack", "pack_weights", "packed_bytes", "packed_weights_bytes", "unpack", "unpack_weights"]
 
 PAYLOADS = ("float32", "float16", "int8")
 
@@ -42,3 +42,33 @@ def packed_bytes(shape: Sequence[int], form: str) -> int:
     """
     size = {"float32": 4, "float16": 2, "int8": 1}[form]
     return prod(shape) * size + (4 * prod(shape[:-1]) if form == "int8" else 0)
+
+
+def pack_weights(weights: Mapping[str, Tensor], form: str) -> dict[str, tuple[Tensor, ...]]:
+    """Return the weights of a network as they are sent: of each a tensor, or with ``int8`` values and scales."""
+    packed = {}
+    for name, tensor in weights.items():
+        if form == "int8" and tensor.ndim > 1:
+            values, scale = pack(tensor.flatten(1), form)
+            packed[name] = (values.view(tensor.shape), scale)
+        else:
+            packed[name] = pack(tensor, "float32" if form == "int8" else form)
+    return packed
+
+
+def unpack_weights(packed: Mapping[str, tuple[Tensor, ...]]) -> dict[str, Tensor]:
+    """Return the weights as they are received, float32."""
+    return {
+        name: unpack(parts) if len(parts) == 1 else unpack((parts[0].flatten(1), parts[1])).view(parts[0].shape)
+        for name, parts in packed.items()
+    }
+
+
+def packed_weights_bytes(weights: Mapping[str, Tensor], form: str) -> int:
+    """Return the bytes of the weights of a network."""
+    return sum(
+        packed_bytes(tensor.flatten(1).shape if tensor.ndim > 1 else tensor.shape, form)
+        if tensor.ndim > 1 or form != "int8"
+        else 4 * tensor.numel()
+        for tensor in weights.values()
+    )

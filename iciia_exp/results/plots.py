@@ -16,7 +16,7 @@ from iciia_exp.tasks import CLICK, TASKS
 
 __all__ = [
     *("BASELINE", "BLUE", "MOST_LINES", "ORANGE", "draw_setting", "gains", "hover", "legend", "line_styles"),
-    *("accuracy_vs_history", "accuracy_vs_overhead", "draw_accuracy_vs_overhead", "draw_examples", "gain_per_client"),
+    *("accuracy_vs_history", "accuracy_vs_overhead", "accuracy_vs_rounds", "draw_accuracy_vs_overhead", "draw_examples", "gain_per_client"),
     *("measure", "new_figure", "save"),
 ]
 
@@ -112,6 +112,36 @@ def measure(table: pd.DataFrame) -> str:
 def gains(clients: pd.DataFrame) -> np.ndarray:
     """Return every client's gain in accuracy over the backbone, in percentage points, from a run's clients."""
     return (100 * ((clients["method_correct"] - clients["backbone_correct"]) / clients["decisions"])).to_numpy()
+
+
+def accuracy_vs_rounds(rounds: pd.DataFrame, row: dict[str, Any], path: Path) -> Path:
+    """Draw the accuracy after every round: on all classes, and on those that the backbone knows and those new to it.
+
+    ``rounds`` is the table of `iciia_exp.engine.evaluation.rounds`. The backbone alone is dashed, and the answers that
+    are not served are dotted.
+    """
+    from matplotlib.ticker import MaxNLocator
+
+    title = f"{row['method']} on {row['dataset']}: accuracy by round"
+    figure, axes = new_figure(title, "rounds", "accuracy (%)", width=9.2, height=4.8)
+    answers = [name for name in dict.fromkeys(rounds["answer"]) if name != "backbone"]
+    apart = rounds["seen_accuracy"].notna().any() and rounds["unseen_accuracy"].notna().any()
+    parts = {"accuracy": ("all classes", BLUE)}
+    if apart:
+        parts |= {"seen_accuracy": ("the backbone's classes", ORANGE), "unseen_accuracy": ("classes new to it", _COLOURS[2])}
+    for key, (name, colour) in parts.items():
+        for number, answer in enumerate(answers):
+            own = rounds[rounds["answer"] == answer]
+            style: Any = {"linestyle": ":", "linewidth": 1} if number else {"marker": "o", "markersize": 4}
+            text = f"{name}, {answer}" if len(answers) > 1 else name
+            axes.plot(own["round"], 100 * own[key], color=colour, label=text, **style)
+        alone = 100 * rounds.loc[rounds["answer"] == "backbone", key].iloc[0]
+        label = f"{row['backbone']} alone" if key == "accuracy" else None
+        axes.axhline(alone, **(BASELINE | {"color": colour if apart else DARK}), label=label)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.set_ylim(-3, 103)
+    legend(axes, beside=True)
+    return save(figure, path)
 
 
 def gain_per_client(clients: pd.DataFrame, row: dict[str, Any], path: Path) -> Path:

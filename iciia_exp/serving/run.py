@@ -5,6 +5,7 @@
     partition.parquet     the images of each client
     weights.safetensors   the trained method and the backbone's classifier (written last)
     training.json         epochs, best epoch, seconds
+    rounds-<digest>/      the network after each round, where cloud and devices train it together
     states-<digest>/      states of the clients, where their devices learn (`iciia_exp.data.states`)
     csv/, wandb/          metrics by epoch, offline wandb run
     evaluation-<digest>/  a folder for each evaluation:
@@ -39,12 +40,14 @@ from iciia_exp.checksums import verify
 from iciia_exp.config.stored import Plugins, restore, store
 from iciia_exp.data.batches import ClientBatch
 from iciia_exp.data.clients import Clients
+from iciia_exp.data.rounds import read_round
 from iciia_exp.data.states import ClientStates
 from iciia_exp.data.store import FeatureStore
 from iciia_exp.digest import file_digest
 from iciia_exp.errors import UserError, first_line, nearest
 from iciia_exp.methods.adapt.base import Adaptive
 from iciia_exp.methods.base import Facts, Method
+from iciia_exp.methods.cotrain.base import CoTrained
 from iciia_exp.methods.tune.base import Personal
 from iciia_exp.models.backbones.base import Backbone, BackboneSpec
 from iciia_exp.models.backbones.weights import listed_classes
@@ -140,6 +143,8 @@ class Run:
         method.eval().requires_grad_(False)
         if isinstance(method, Personal) and (made := _newest(path, "states-*/manifest.json")) is not None:
             method.states = ClientStates(made, method.state_shapes, method.tables)
+        if isinstance(method, CoTrained) and (made := _newest(path, "rounds-*/manifest.json")) is not None:
+            method.load(read_round(made, method.rounds)[0])
         place = resolve_cache_dir(str(cache_dir) if cache_dir else os.environ.get("ICIIA_EXP_CACHE"))
         return cls(path, method, head.requires_grad_(False), info["images"], info, evaluation, place, tuple(plugins))
 

@@ -13,6 +13,7 @@ from iciia_exp.data.clients import Clients
 from iciia_exp.engine.evaluation.attribution import attribution_table
 from iciia_exp.engine.evaluation.drawn_clients import drawn_clients_table
 from iciia_exp.engine.evaluation.history import Setup, history_table
+from iciia_exp.engine.evaluation.rounds import rounds_table
 from iciia_exp.engine.evaluation.row import client_table, result_row
 from iciia_exp.engine.inputs import Inputs
 from iciia_exp.engine.ledger import ledger_table
@@ -22,7 +23,13 @@ from iciia_exp.engine.training.data_module import ClientDataModule
 from iciia_exp.engine.training.modules import MethodModule
 from iciia_exp.engine.training.trainer import interruptible, make_trainer, on_one_device, quiet_lightning
 from iciia_exp.errors import UserError
-from iciia_exp.results.plots import accuracy_vs_history, accuracy_vs_overhead, draw_examples, gain_per_client
+from iciia_exp.results.plots import (
+    accuracy_vs_history,
+    accuracy_vs_overhead,
+    accuracy_vs_rounds,
+    draw_examples,
+    gain_per_client,
+)
 from iciia_exp.results.summary import ClientCounts
 from iciia_exp.results.tables import history_summary
 from iciia_exp.tasks import CLICK
@@ -37,7 +44,7 @@ def evaluate(inputs: Inputs, folder: Path) -> None:
     store = inputs.open_store()
     clients = inputs.readable_clients(store)
     batches = inputs.batches(store)
-    module = MethodModule(run.method, run.head, e.training.recipe, len(clients))
+    module = MethodModule(run.method, run.head, e.training.recipe, len(clients), inputs.unseen_classes)
     data = ClientDataModule(clients, batches, e.images, loading=e.training.loading)
     callbacks = [c for c in configured(e.config["callbacks"]).values() if not isinstance(c, Checkpoint)]
     with quiet_lightning():
@@ -60,13 +67,21 @@ def evaluate(inputs: Inputs, folder: Path) -> None:
     examples = pd.DataFrame()
     if not ranked:
         examples = attribution_table(setup, e.evaluation, e.images, inputs.facts.shown_names, inputs.image)
+    curve = None
+    if inputs.rounds is not None:
+        with fraction_bar("rounds") as progress:
+            curve = rounds_table(setup, inputs.rounds.folder, inputs.unseen_classes or (), e.images, progress)
+        _write(folder, "rounds", curve)
     seconds = time.monotonic() - start
-    training, errors = read_json(inputs.run.folder / "training.json"), module.calibration_errors()
+    training = read_json(inputs.run.folder / "training.json")
+    errors = module.calibration_errors() | module.class_accuracies()
     ledger = ledger_table(inputs, run.method)
     row = result_row(inputs, run.method, store, counts, ledger, training, errors, seconds, table)
     _write(folder, "clients", table)
     _write(folder, "ledger", ledger)
     plots = folder / "plots"
+    if curve is not None:
+        accuracy_vs_rounds(curve, row, plots / "accuracy_vs_rounds.png")
     if histories is not None:
         _write(folder, "history", histories)
         summary = history_summary(histories[histories["protocol"] == "stream"])

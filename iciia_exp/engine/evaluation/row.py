@@ -67,11 +67,11 @@ def result_row(
     counts: ClientCounts,
     ledger: pd.DataFrame,
     training: dict[str, Any],
-    errors: dict[str, float],
+    errors: dict[str, float | None],
     seconds: float,
     clients: pd.DataFrame,
 ) -> dict[str, Any]:
-    """Return the row: identity, averages, calibration ``errors``, costs, seeds, times, versions and every setting.
+    """Return the row: identity, averages, further ``errors`` and accuracies, costs, seeds, times, versions and every setting.
 
     ``ledger`` is that of `iciia_exp.engine.ledger.ledger_table`, ``clients`` that of `client_table`.
     """
@@ -120,7 +120,7 @@ def result_row(
         "state_bytes": one_more.state_bytes,
         "training_bytes": method.training_bytes() if isinstance(method, Personal) else None,
         "site": e.evaluation.site,
-        **cost_row(ledger),
+        **cost_row(inputs, ledger),
         "parameters": method.num_parameters(),
         "epochs": training.get("epochs"),
         "best_epoch": training.get("best_epoch"),

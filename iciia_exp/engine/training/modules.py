@@ -6,12 +6,14 @@ every epoch, and all randomness comes from (seed, epoch, step).
 Legend: B images, C clients, S images of a client, D features, K classes.
 """
 
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
 import lightning.pytorch as pl
 import torch
 from torch import Tensor, nn
+from torchmetrics import MeanMetric
 from torchmetrics.classification import BinaryCalibrationError
 
 from iciia_exp.data.batches import ClientBatch
@@ -138,7 +140,8 @@ class ClassifierModule(BaseModule):
         """Return the loss of a batch of images."""
         if not batch.mask_CS.any():
             return self.mean_loss(None, 0)
-        loss: Tensor = self.classifier.loss(batch.x_CSD[:, 0], batch.y_CS[:, 0])  # type: ignore[operator]
+        arrays = {name: batch.arrays[name][:, 0] for name in getattr(self.classifier, "reads", ()) if name in batch.arrays}
+        loss: Tensor = self.classifier.loss(batch.x_CSD[:, 0], batch.y_CS[:, 0], **arrays)  # type: ignore[operator]
         return self.mean_loss(loss, len(batch.client_C))
 
 
@@ -150,12 +153,15 @@ class MethodModule(BaseModule):
         head: the backbone's frozen classifier, for the paired counts.
         recipe: optimisation.
         clients: number of clients in the partition.
+        unseen: numbers of the classes that the backbone has not learned from, to be counted apart; None: none are.
     """
 
     loss_name, watched = "train/loss", "val/log_loss"
     recipe_key = "optimizer"
 
-    def __init__(self, method: Method, head: nn.Linear, recipe: Recipe, clients: int) -> None:
+    def __init__(
+        self, method: Method, head: nn.Linear, recipe: Recipe, clients: int, unseen: Sequence[int] | None = None
+    ) -> None:
         super().__init__(recipe)
         self.method = method
         decisions = method.task.decisions(method.num_classes)
@@ -163,6 +169,9 @@ class MethodModule(BaseModule):
         ranked = method.task == CLICK
         self.val_counts = ClientCountsMetric(clients, decisions, ranked)
         self.test_counts = ClientCountsMetric(clients, decisions, ranked)
+        self.unseen = unseen
+        parts = () if unseen is None else ("seen", "unseen", "backbone_seen", "backbone_unseen")
+        self.by_class = nn.ModuleDict({part: MeanMetric() for part in parts})
         #: expected calibration error in 15 bins
         self.calibration = nn.ModuleDict({who: BinaryCalibrationError(15) for who in ("method", "backbone")})
 
@@ -211,8 +220,8 @@ class MethodModule(BaseModule):
     def on_test_epoch_start(self) -> None:
         """Reset the counts."""
         self.test_counts.reset()
-        for who in self.calibration:
-            self._calibration(who).reset()
+        for metric in (*self.calibration.values(), *self.by_class.values()):
+            metric.reset()  # type: ignore[operator]
 
     def test_step(self, batch: ClientBatch, batch_idx: int) -> None:
         """Count correct decisions and losses on test clients, and update the calibration error."""
@@ -220,12 +229,27 @@ class MethodModule(BaseModule):
         for who, logits_CSK in self._count(self.test_counts, batch).items():
             logits_TK = logits_CSK[batch.mask_CS]
             task = self.method.task
-            self._calibration(who).update(task.confidence(logits_TK).flatten(), task.correct(logits_TK, y).flatten())
+            correct_T = task.correct(logits_TK, y).flatten()
+            self._calibration(who).update(task.confidence(logits_TK).flatten(), correct_T)
+            if self.unseen is not None:
+                unseen_T = torch.isin(y, torch.tensor(self.unseen, device=y.device))
+                for part, chosen_T in (("seen", ~unseen_T), ("unseen", unseen_T)):
+                    name = part if who == "method" else f"backbone_{part}"
+                    self.by_class[name].update(correct_T[chosen_T].float())  # type: ignore[operator]
 
     def calibration_errors(self) -> dict[str, float]:
         """Return ``ece`` and ``backbone_ece``, fractions."""
         names = {"ece": "method", "backbone_ece": "backbone"}
         return {name: float(self._calibration(who).compute()) for name, who in names.items()}
+
+    def class_accuracies(self) -> dict[str, float | None]:
+        """Return ``seen_accuracy`` and ``unseen_accuracy`` of the method, and those of the backbone.
+
+        They are on the classes that the backbone has and has not learned from; None without images of such classes.
+        """
+        metrics: Any = self.by_class.items()
+        means = {f"{name}_accuracy": m.compute() if m.weight else None for name, m in metrics}
+        return {name: None if mean is None else float(mean) for name, mean in means.items()}
 
     def _calibration(self, who: str) -> BinaryCalibrationError:
         metric = self.calibration[who]

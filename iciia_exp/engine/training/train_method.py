@@ -18,11 +18,13 @@ from iciia_exp.artifacts import atomic_write, read_json, write_json
 from iciia_exp.config.stored import store as store_config
 from iciia_exp.data.batches import ClientBatch, ClientBatchSampler, ClientIndex, FeatureBatches
 from iciia_exp.data.clients import Clients, Ragged
+from iciia_exp.data.store import FeatureStore
 from iciia_exp.data.views import CloudView, require_own_labels
 from iciia_exp.engine.inputs import Inputs
 from iciia_exp.engine.training.train_backbone import backbone_head, frozen_backbone, in_epochs, out_of_fold
 from iciia_exp.machine import process_rank, wait_for_others
 from iciia_exp.methods.base import Ask, Record
+from iciia_exp.methods.cotrain.base import CoTrained
 from iciia_exp.models.backbones.weights import known_classes
 from iciia_exp.recipe import Recipe
 from iciia_exp.seeding import derive_seed, generator
@@ -55,7 +57,8 @@ def train_method(inputs: Inputs, folder: Path) -> None:
     batches = inputs.batches(store)
     draw_val = partial(_drawn_val, inputs, clients, batches)
     backbone = partial(frozen_backbone, inputs)
-    cloud = CloudView(known, batches, inputs.num_classes, training.images, draw_val, backbone)
+    seen = cloud_clients(inputs, store) if issubclass(e.method_class, CoTrained) else known
+    cloud = CloudView(seen, batches, inputs.num_classes, training.images, draw_val, backbone)
     if Ask.CLIENT_LABELS in e.method_class.asks:
         require_own_labels(known, method.name)
 
@@ -132,6 +135,12 @@ class _Fit:
         count, seconds = f"{len(rows):,}", record["seconds"]
         log.info("%s: %s over %s images in %.1f s", name, in_epochs(record["epochs"]), count, seconds)
         return record
+
+
+def cloud_clients(inputs: Inputs, store: FeatureStore) -> Clients:
+    """Return the cloud as the one client whose train images are the backbone's, where it may not read the devices'."""
+    none, own = Ragged.empty(1), Ragged.from_rows([np.flatnonzero((inputs.table["split"] == "backbone") & ~store.bad)])
+    return Clients(np.array(["cloud"], dtype=object), np.array(["cloud"], dtype=object), own, none, none)
 
 
 def data_of(inputs: Inputs, clients: Clients, batches: FeatureBatches, recipe: Recipe) -> "ClientDataModule":

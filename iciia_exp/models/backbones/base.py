@@ -226,6 +226,8 @@ class BackboneSpec:
         recipe: of the training here (``train: all``).
         reserve: share of the dataset's train images for the backbone only, by owner if the dataset has owners; with 0
             it learns from the clients' train images, as the published backbones did.
+        unseen_classes: classes whose train images the backbone does not see: they are the clients', and all others the
+            backbone's. Names, numbers, or a slice of numbers such as ``3::4``.
         dim: D, checked when the network is built; null takes the network's.
         published_top1: top-1 accuracy on the dataset's test images that the weights' authors report, in percent;
             shown beside the measured one.
@@ -244,6 +246,7 @@ class BackboneSpec:
         classes: str | Sequence[str] | None = None,
         recipe: Recipe | None = None,
         reserve: float = 0.0,
+        unseen_classes: str | Sequence[int | str] | None = None,
         dim: int | None = None,
         published_top1: float | None = None,
         seed: int = 0,
@@ -257,6 +260,9 @@ class BackboneSpec:
         self.pretrained = pretrained and weights is None
         self.weights, self.classes = weights, classes
         self.reserve = check_float("reserve", reserve, 0.0, 0.95)
+        self.unseen_classes = unseen_classes
+        if unseen_classes is not None and reserve:
+            raise ConfigError("reserve", reserve, "the backbone has all images but those of unseen_classes; use 0")
         self.dim = None if dim is None else check_int("dim", dim, 1)
         self.published_top1 = (
             None if published_top1 is None else check_float("published_top1", published_top1, 0.0, 100.0)

@@ -1,0 +1,1 @@
+"""Co-trained methods: cloud and devices train a network together, in rounds."""

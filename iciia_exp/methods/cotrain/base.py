@@ -1,0 +1,515 @@
+"""Co-trained methods: the cloud and the devices train a small network together, in rounds.
+
+In a round, the network goes down to some devices, each trains its copy on its own labelled images, the copies go up,
+and their average is the network of the next round. The cloud may train a copy on its own images as well. Methods speak
+of jobs as Flower's strategies do: configure, train, aggregate. The same code runs in one process
+(`iciia_exp.engine.rounds`) and behind Flower (`iciia_exp.engine.flower`).
+
+Legend: n images of a site, B images of a batch, K classes.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import abstractmethod
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, ClassVar, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from iciia_exp.cost import count_macs, count_training_macs
+from iciia_exp.data.batches import ClientBatch
+from iciia_exp.errors import ConfigError, NotApplicable, check_choice, check_float, check_int
+from iciia_exp.ledger import Budget, Line, Link, Sizes
+from iciia_exp.methods.base import Facts, Method
+from iciia_exp.models.backbones.base import Backbone
+from iciia_exp.models.payloads import PAYLOADS, pack_weights, packed_weights_bytes, unpack_weights
+from iciia_exp.seeding import derive_seed, generator
+from iciia_exp.tasks import SINGLE_LABEL
+
+__all__ = ["CLOUD", "CoTrained", "Job", "Samples", "Update", "Weights", "average", "train_steps", "weights_of"]
+
+#: Parameters and running statistics by name.
+Weights = dict[str, Tensor]
+
+#: Number of the cloud among the sites; devices have numbers from 0.
+CLOUD = -1
+
+_AT_ONCE = 512  # images of a pass without gradients
+
+
+class Samples(NamedTuple):
+    """Labelled images of a site."""
+
+    x: Tensor  # [n, ...], of the array that the network reads
+    y: Tensor  # int64 [n]
+    #: logits of the backbone's classifier, [n, K], where the site may have them; else None
+    large: Tensor | None = None
+
+    def take(self, rows: Any) -> Samples:
+        """Return some of the images."""
+        return Samples(self.x[rows], self.y[rows], None if self.large is None else self.large[rows])
+
+    def join(self, other: Samples) -> Samples:
+        """Return the images of both; logits only if both have them."""
+        large = None if self.large is None or other.large is None else torch.cat([self.large, other.large])
+        return Samples(torch.cat([self.x, other.x]), torch.cat([self.y, other.y]), large)
+
+
+class Site:
+    """A device, or the cloud: its number, its images, and what it has received.
+
+    Args:
+        number: of the device; `CLOUD`.
+        own: its labelled images.
+    """
+
+    def __init__(self, number: int, own: Samples) -> None:
+        self.number, self.own = number, own
+        #: images that the cloud has sent
+        self.received: Samples | None = None
+        #: what a method keeps between the rounds
+        self.kept: dict[str, Any] = {}
+
+    @property
+    def samples(self) -> Samples:
+        """All images that it trains on."""
+        return self.own if self.received is None else self.own.join(self.received)
+
+
+class Job(NamedTuple):
+    """What sites do with the network that they are sent."""
+
+    round: int
+    name: str = "train"
+    #: names of the parameters that are trained start so; all others stand still, and so do running statistics
+    part: str = ""
+    lr: float = 0.01
+    epochs: int = 1
+    cloud: bool = True
+    devices: bool = True
+    #: whether the cloud takes as many steps as the devices do on average; else it passes over its images once
+    equal_steps: bool = True
+
+
+class Update(NamedTuple):
+    """What a site sends back."""
+
+    weights: Weights  # of the part that was trained
+    samples: int  # images that it was trained on
+    steps: int
+    loss: float  # mean over the steps
+
+    @property
+    def finite(self) -> bool:
+        """Whether all numbers are."""
+        return math.isfinite(self.loss) and all(bool(t.isfinite().all()) for t in self.weights.values())
+
+
+class CoTrained(Method):
+    """A method whose network is trained in rounds, by devices on their own images and by the cloud on its.
+
+    Devices are the partition's clients with train images. The cloud has the backbone's images, and never those of the
+    devices.
+
+    Args:
+        facts: task, sizes, and the shape of the array.
+        network: builds the network from ``num_classes``: a backbone class with its settings. It is trained from fresh
+            weights, and its input is ``array``.
+        array: the stored array that the network reads: ``images``, as the backbone's transform makes them, or another
+            that the backbone gives, such as ``features``.
+        rounds: R.
+        local_epochs: passes of a device over its images in a round.
+        lr: rate of SGD in the first round; it falls to 0 over the rounds by a cosine. Every round starts with a fresh
+            optimiser.
+        momentum, weight_decay: of SGD.
+        batch_size: images of a step on a device.
+        cloud_batch_size: the same in the cloud, which takes as many steps in a round as the devices do on average.
+        cloud_weight: of the cloud's copy in the average; the devices' copies share the rest by their numbers of
+            images. With 0 the cloud does not train.
+        devices: the clients are joined to so many devices; null: each is one.
+        share_down: share of what a device trains on that are images of the cloud, sent down once with their labels.
+        participation: share of the devices in a round, drawn anew in each; at least one.
+        unavailable: probability that such a device does not answer. The others share its weight.
+        payload: numbers of the networks that are sent: ``float32``, ``float16``, or ``int8`` with a scale for each
+            row of a matrix or filter. Devices then send the difference to what they have received.
+        seed: of initial weights, orders, dropout, and the draw of devices.
+    """
+
+    tasks = (SINGLE_LABEL,)
+    trainable = False
+    causal = True
+    parts: ClassVar[dict[str, type]] = {"network": Backbone}
+    #: Whether the network is added to the backbone's classifier, which then answers in the cloud.
+    with_backbone: bool = False
+    #: Whether devices have the logits of the backbone's classifier, which breaks the premise: a bound.
+    large_on_devices: bool = False
+    #: Weight of the squared distance to the network that was sent, in the loss.
+    proximal: float = 0.0
+
+    def __init__(
+        self,
+        facts: Facts,
+        network: Callable[..., Backbone],
+        array: str = "images",
+        rounds: int = 10,
+        local_epochs: int = 1,
+        lr: float = 0.02,
+        momentum: float = 0.9,
+        weight_decay: float = 0.0005,
+        batch_size: int = 16,
+        cloud_batch_size: int = 64,
+        cloud_weight: float = 0.5,
+        devices: int | None = None,
+        share_down: float = 0.1,
+        participation: float = 1.0,
+        unavailable: float = 0.0,
+        payload: str = "float32",
+        seed: int = 0,
+    ) -> None:
+        super().__init__(facts)
+        self.array, self.shape = array, _shape(facts, array, self.name)
+        self.reads = self.reads_with({"array": array})
+        self.rounds = check_int("rounds", rounds, 1)
+        self.local_epochs = check_int("local_epochs", local_epochs, 1)
+        self.lr = check_float("lr", lr, 0.0, open_low=True)
+        self.momentum = check_float("momentum", momentum, 0.0, 1.0)
+        self.weight_decay = check_float("weight_decay", weight_decay, 0.0)
+        self.batch_size = check_int("batch_size", batch_size, 1)
+        self.cloud_batch_size = check_int("cloud_batch_size", cloud_batch_size, 1)
+        self.cloud_weight = check_float("cloud_weight", cloud_weight, 0.0, 1.0)
+        self.devices = None if devices is None else check_int("devices", devices, 1)
+        self.share_down = check_float("share_down", share_down, 0.0, 0.9)
+        self.participation = check_float("participation", participation, 0.0, 1.0, open_low=True)
+        self.unavailable = check_float("unavailable", unavailable, 0.0, 1.0)
+        self.form = check_choice("payload", payload, PAYLOADS)
+        self.seed = check_int("seed", seed, 0)
+        self._network = network
+        #: f_S, the network that travels, with the weights of the last round.
+        self.small = self.fresh("small")
+
+    @classmethod
+    def reads_with(cls, config: Mapping[str, Any]) -> frozenset[str]:
+        """Return the features and the array that the network reads."""
+        return frozenset({"features", str(config.get("array", "images"))})
+
+    # ---- networks
+
+    def fresh(self, role: str) -> Backbone:
+        """Build the network with fresh weights; ``role`` decides them, with the seed."""
+        if not callable(self._network):
+            raise ConfigError("network", self._network, "must be a node with a _target_ and _partial_: true")
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(derive_seed("cotrain", role, self.seed))
+            try:
+                network = self._network(num_classes=self.num_classes)
+            except TypeError as error:
+                raise ConfigError("network", self._network, f"cannot be built ({error})") from error
+            try:
+                with torch.no_grad():
+                    got = tuple(network.eval()(torch.zeros(2, *self.shape)).shape)
+            except (RuntimeError, ValueError, IndexError) as error:
+                text = str(error).splitlines()[0]
+                problem = f"does not take {self.array} {list(self.shape)} ({text})"
+                raise ConfigError("network", type(network).__name__, problem) from error
+        if got != (2, self.num_classes):
+            problem = f"gives {list(got[1:])} numbers for an image, and there are {self.num_classes} classes"
+            raise ConfigError("network", type(network).__name__, problem)
+        return network.train().requires_grad_(True)
+
+    def load(self, weights: Mapping[str, Tensor]) -> None:
+        """Take the weights of a round."""
+        self.small.load_state_dict(dict(weights), strict=False)
+        self.small.eval().requires_grad_(False)
+
+    def read(self, batch: ClientBatch) -> Tensor:
+        """Return the network's inputs of the real images of a batch, [N, ...]."""
+        array = batch.x_CSD if self.array == "features" else batch.arrays[self.array]
+        return array[batch.mask_CS]
+
+    # ---- what methods differ in
+
+    def partner(self, site: Site, job: Job, samples: Samples) -> Tensor | None:
+        """Return the logits [n, K] that are added to the network's in training; None: nothing is added.
+
+        The images of a site for jobs of a name are the same in every round.
+        """
+        return None
+
+    def served(self, batch: ClientBatch) -> dict[str, Tensor]:
+        """Return the logits [N, K] of the real images of a batch, of each way to answer, by name; the first answers."""
+        return {"small": self.small(self.read(batch))}
+
+    def join(self, site: Site, cloud: Site, link: Link) -> None:
+        """Send a device, once, what it needs; by default some images of the cloud, with their labels."""
+        if count := self.received(len(site.own.y), len(cloud.own.y)):
+            site.received = self.down(cloud, count, "share_down", site.number, link)
+
+    def received(self, own: int, held: int) -> int:
+        """Return how many of the cloud's ``held`` images come down to a device with ``own`` ones."""
+        return min(held, round(self.share_down * own / (1 - self.share_down)))
+
+    def down(self, cloud: Site, count: int, what: str, number: int, link: Link) -> Samples:
+        """Send random images of the cloud down to a device; return them as received.
+
+        The logits of the backbone's classifier come with them only where an arm breaks the premise.
+        """
+        rows = generator("cotrain", what, self.seed, number).permutation(len(cloud.own.y))[:count]
+        chosen = cloud.own.take(torch.from_numpy(rows))
+        x = link.down(self.array, chosen.x, what="training")
+        y = link.down("labels", chosen.y.int(), what="training").long()
+        return Samples(x, y, chosen.large if self.large_on_devices else None)
+
+    def jobs(self, number: int) -> tuple[Job, ...]:
+        """Return the jobs of a round, 0 to R - 1."""
+        return (Job(number, lr=self.rate(number), epochs=self.local_epochs, cloud=self.cloud_weight > 0),)
+
+    # ---- a round
+
+    def rate(self, number: int) -> float:
+        """Return the rate of a round."""
+        return self.lr * (1 + math.cos(math.pi * number / self.rounds)) / 2
+
+    def draw(self, number: int, devices: int) -> tuple[np.ndarray, np.ndarray]:
+        """Return the devices of a round, and which of them answer, bool."""
+        rng = generator("cotrain", "devices", self.seed, number)
+        count = max(1, round(self.participation * devices))
+        drawn = np.sort(rng.permutation(devices)[:count])
+        return drawn, rng.random(devices)[drawn] >= self.unavailable
+
+    def train_on(self, site: Site, weights: Mapping[str, Tensor], job: Job, steps: int | None = None) -> Update:
+        """Do a job at a site, on a copy of the network.
+
+        Args:
+            site: with its images.
+            weights: of the network as the site has received it.
+            job: what to do.
+            steps: in the cloud; None: one pass over the images for every epoch.
+        """
+        samples = self.samples_of(site, job)
+        network = self.small
+        network.load_state_dict(dict(weights), strict=False)
+        trained = _freeze_all_but(network, job.part)
+        partner = self.partner(site, job, samples)
+        seed = derive_seed("cotrain", job.name, self.seed, job.round, site.number + 1)
+        size = self.batch_of(site, job)
+        batches = list(_batches(len(samples.y), size, job.epochs, seed, steps))
+        optimizer = torch.optim.SGD(trained, job.lr, self.momentum, weight_decay=self.weight_decay)
+        device = next(network.parameters()).device
+        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+            torch.manual_seed(seed % 2**63)
+            network.train(not job.part and len(samples.y) > 1)  # batch norm needs two images
+            loss = train_steps(network, optimizer, samples, partner, batches, self.proximal)
+        network.eval()
+        sent = {name: t.clone() for name, t in weights_of(network).items() if name.startswith(job.part)}
+        return Update(sent, len(samples.y), len(batches), loss)
+
+    def samples_of(self, site: Site, job: Job) -> Samples:
+        """Return the images of a job."""
+        return site.samples
+
+    def batch_of(self, site: Site, job: Job) -> int:
+        """Return the images of a step."""
+        return self.cloud_batch_size if site.number == CLOUD else self.batch_size
+
+    def aggregate(self, job: Job, weights: Mapping[str, Tensor], updates: Mapping[int, Update]) -> Weights:
+        """Return the network after a job: the weighted average of the copies, running statistics included.
+
+        Args:
+            job: that was done.
+            weights: of the network before.
+            updates: by number of the site; none of them: the network stays as it is.
+        """
+        if not updates:
+            return dict(weights)
+        devices = {number: update for number, update in updates.items() if number != CLOUD}
+        images = sum(update.samples for update in devices.values())
+        cloud = self.cloud_weight if CLOUD in updates else 0.0
+        shares = {number: (1 - cloud) * update.samples / images for number, update in devices.items()}
+        if CLOUD in updates:
+            shares[CLOUD] = cloud if devices else 1.0
+        return {**weights, **average({number: updates[number].weights for number in shares}, shares)}
+
+    # ---- the link
+
+    def send(self, weights: Mapping[str, Tensor], link: Link) -> Weights:
+        """Send the network down to a device; return it as received."""
+        return unpack_weights(link.down("weights", pack_weights(weights, self.form), "round", "training"))
+
+    def answer(self, update: Update, received: Mapping[str, Tensor], link: Link) -> Update:
+        """Send a device's copy up; return it as the cloud gets it."""
+        if self.form == "float32":
+            return update._replace(weights=link.up("weights", update.weights, "round", "training"))
+        change = {name: t - received[name] for name, t in update.weights.items()}
+        got = unpack_weights(link.up("weights", pack_weights(change, self.form), "round", "training"))
+        return update._replace(weights={name: received[name] + t for name, t in got.items()})
+
+    # ---- answers and costs
+
+    def logits(self, batch: ClientBatch, causal: bool = False) -> Tensor:
+        """Return the logits of the way that is served, [C, S, K]; 0 where padded."""
+        return self.spread(next(iter(self.served(batch).values())), batch)
+
+    def spread(self, logits_NK: Tensor, batch: ClientBatch) -> Tensor:
+        """Return the logits of the real images at their places, [C, S, K]."""
+        logits_CSK = logits_NK.new_zeros(*batch.mask_CS.shape, self.num_classes)
+        logits_CSK[batch.mask_CS] = logits_NK
+        return logits_CSK
+
+    def network_macs(self) -> int:
+        """Return the MACs of an image."""
+        return count_macs(self.small, self.example())
+
+    def step_macs(self, part: str = "") -> int:
+        """Return the MACs of an image in training of a part of the network."""
+        trained = {name for name, p in self.small.named_parameters() if name.startswith(part)}
+        return count_training_macs(self.small, self.example(), trained)
+
+    def example(self) -> Tensor:
+        """Return an input, zeros [1, ...]."""
+        return torch.zeros(1, *self.shape, device=next(self.small.parameters()).device)
+
+    def job_macs(self, job: Job, images: int) -> int:
+        """Return the MACs of a job on some images, of all its passes together."""
+        return images * self.step_macs(job.part)
+
+    def weight_bytes(self, part: str = "") -> int:
+        """Return the bytes of the network, or a part of it, as it is sent."""
+        weights = {name: t for name, t in weights_of(self.small).items() if name.startswith(part)}
+        return packed_weights_bytes(weights, self.form)
+
+    def received_lines(self, sizes: Sizes) -> list[Line]:
+        """Return the lines of ``sizes.received`` images that come down to a device."""
+        if not sizes.received:
+            return []
+        size = None if sizes.sample_bytes is None else sizes.received * sizes.sample_bytes
+        return [
+            Line("client_once", "cloud", "training", kind=self.array, bytes=size),
+            Line("client_once", "cloud", "training", kind="labels", bytes=4 * sizes.received),
+        ]
+
+    def round_lines(self, sizes: Sizes) -> list[Line]:
+        """Return the lines of a round: those of a device that takes part, and those of the cloud."""
+        jobs = self.jobs(0)
+        down = sum(self.weight_bytes() for job in jobs if job.devices)
+        up = sum(self.weight_bytes(job.part) for job in jobs if job.devices)
+        images = sizes.train + sizes.received
+        own = [(job, job.epochs * self.job_samples(job, images)) for job in jobs if job.devices]
+        cloud = [(job, self.cloud_images(job, images, sizes.cloud)) for job in jobs if job.cloud]
+        return [
+            Line("round", "cloud", "training", kind="weights", bytes=down),
+            Line("round", "device", "training", kind="weights", bytes=up),
+            Line("round", "device", "training", macs=sum(self.job_macs(job, count) for job, count in own)),
+            Line("round", "cloud", "training", macs=sum(self.job_macs(job, count) for job, count in cloud)),
+        ]
+
+    def job_samples(self, job: Job, images: int) -> int:
+        """Return how many of a site's images a job takes."""
+        return images
+
+    def cloud_images(self, job: Job, images: int, held: int) -> int:
+        """Return how many of its ``held`` images the cloud's steps take, beside a device with ``images``."""
+        if not job.equal_steps or not job.devices:
+            return job.epochs * self.job_samples(job, held)
+        steps = job.epochs * -(-self.job_samples(job, images) // self.batch_size)
+        return steps * min(self.cloud_batch_size, held)
+
+    def budget(self, sizes: Sizes) -> Budget:
+        """Rounds of training, and requests that the network answers on the device."""
+        lines = (
+            *self.received_lines(sizes),
+            *self.round_lines(sizes),
+            Line("client_once", "cloud", "method", kind="weights", bytes=self.weight_bytes()),
+            Line("request", "device", "method", macs=sizes.requested * self.network_macs()),
+        )
+        return Budget(lines, 0)
+
+
+def weights_of(network: nn.Module) -> Weights:
+    """Return parameters and running statistics; the counters of batch norms are left out."""
+    state = network.state_dict()
+    return {name: t.detach() for name, t in state.items() if not name.endswith("num_batches_tracked")}
+
+
+def average(copies: Mapping[int, Mapping[str, Tensor]], shares: Mapping[int, float]) -> Weights:
+    """Return the weighted mean of the copies of a network, in float64 within."""
+    names = next(iter(copies.values()))
+    total = {name: sum(shares[number] * copy[name].double() for number, copy in copies.items()) for name in names}
+    return {name: value.to(names[name].dtype) for name, value in total.items()}  # type: ignore[union-attr]
+
+
+def train_steps(
+    network: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    samples: Samples,
+    partner: Tensor | None,
+    batches: Sequence[np.ndarray],
+    proximal: float = 0.0,
+) -> float:
+    """Train a network by the cross-entropy of its logits plus those of its partner; return the mean loss.
+
+    Args:
+        network: images [B, ...] to logits [B, K], in the mode that it is to have.
+        optimizer: of its trained parameters.
+        samples: images and labels.
+        partner: logits [n, K] that are added; None: nothing.
+        batches: rows of every step.
+        proximal: half of it times the squared distance to the first weights is added to the loss (FedProx).
+    """
+    start = [p.detach().clone() for p in network.parameters()] if proximal else []
+    losses = []
+    with torch.enable_grad():
+        for rows in batches:
+            at = torch.from_numpy(rows).to(samples.y.device)
+            logits_BK = network(samples.x[at])
+            if partner is not None:
+                logits_BK = logits_BK + partner[at]
+            loss = F.cross_entropy(logits_BK, samples.y[at])
+            for p, first in zip(network.parameters(), start, strict=False):
+                loss = loss + proximal / 2 * (p - first).square().sum()
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            losses.append(loss.detach())
+    return float(torch.stack(losses).mean()) if losses else 0.0
+
+
+@torch.no_grad()
+def logits_of(network: nn.Module, x: Tensor) -> Tensor:
+    """Return the logits of some images in evaluation mode, [n, K], a part of them at a time."""
+    network.eval()
+    return torch.cat([network(part) for part in x.split(_AT_ONCE)])
+
+
+def _batches(images: int, size: int, epochs: int, seed: int, steps: int | None) -> Iterator[np.ndarray]:
+    """Yield the rows of every step: new orders of all images, cut to parts of about ``size``.
+
+    With ``steps``, that many parts of exactly ``size`` images, or of all if there are fewer.
+    """
+    rng = np.random.default_rng(seed)
+    if steps is None:
+        for _ in range(epochs):
+            yield from np.array_split(rng.permutation(images), -(-images // size))
+        return
+    size, left = min(size, images), np.empty(0, dtype=np.int64)
+    for _ in range(steps):
+        if len(left) < size:
+            left = np.concatenate([left, rng.permutation(images)])
+        yield left[:size]
+        left = left[size:]
+
+
+def _freeze_all_but(network: nn.Module, part: str) -> list[nn.Parameter]:
+    """Let the parameters whose names start with ``part`` be trained, and return them."""
+    for name, p in network.named_parameters():
+        p.requires_grad_(name.startswith(part))
+    return [p for p in network.parameters() if p.requires_grad]
+
+
+def _shape(facts: Facts, array: str, method: str) -> tuple[int, ...]:
+    if array not in facts.arrays:
+        raise NotApplicable("method", method, f"reads {array}, of which nothing is known here")
+    return tuple(facts.arrays[array])

@@ -1,0 +1,256 @@
+"""DC-CCL: the cloud's large model and a small co-submodel learn together; no raw image goes up, no large model down.
+
+Source: "DC-CCL: Device-Cloud Collaborative Controlled Learning for Large Vision Models" (arXiv 2303.10361). The large
+submodel f_L is the backbone, trained on the cloud's images and then frozen. The control model f_C is distilled from it
+on these images. The co-submodel f_S travels: cloud and devices train it beside f_C, since the devices do not have f_L,
+and the cloud answers with the sum of f_L's and f_S's logits. The released sample is of one setting; number of devices,
+shares and the federated retuning are ours.
+
+Legend: n images of a site, B images of a batch, K classes.
+"""
+
+from collections.abc import Mapping
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from iciia_exp.data.batches import ClientBatch
+from iciia_exp.data.views import CloudView
+from iciia_exp.errors import check_choice, check_float, check_int
+from iciia_exp.ledger import Budget, Line, Link, Sizes
+from iciia_exp.methods.base import Facts, Fit, Record, copy_of
+from iciia_exp.methods.cotrain.base import CoTrained, Job, Samples, Site, logits_of, weights_of
+from iciia_exp.models.payloads import pack_weights
+from iciia_exp.recipe import Recipe
+from iciia_exp.seeding import generator
+
+__all__ = ["ARMS", "DCCCL", "RETUNE"]
+
+#: The method, and what it is compared with. ``large_on_device`` and ``centralised`` break its premise: bounds.
+ARMS = ("dc_ccl", "no_control", "wrong_control", "large_on_device", "centralised")
+RETUNE = ("federated", "device", "mixed", "none")
+
+_HEAD = "head."  # the last layer of a backbone
+_T, _SOFT = 0.5, 0.05  # temperature and weight of the soft labels
+
+
+class DCCCL(CoTrained):
+    """A co-submodel that is added to the backbone's classifier.
+
+    Args:
+        facts: task, sizes, the backbone's classifier (f_L), and the shape of the array.
+        arm: ``dc_ccl``; ``no_control``: f_S is trained without f_C; ``wrong_control``: f_C's logits are those of
+            other images; ``large_on_device``: f_L takes f_C's place everywhere, a bound; ``centralised``: the same,
+            and all images are in the cloud, a bound.
+        retune: who trains the last layer of the averaged f_S: ``federated``: cloud and devices, each on some of its
+            images, averaged again; ``device``: devices, on some of their images and of the cloud's, which come down
+            once; ``mixed``: the cloud, on some of its and of the devices' images, which go up: as released, and
+            against the premise; ``none``.
+        retune_images: of a site that are used to retune, at most.
+        retune_batch_size: images of a step of the retuning, which takes one epoch.
+        distillation: loss of f_C: ``mse`` of logits, or ``kl``: cross-entropy of the labels, and of f_L's probabilities
+            at a temperature of 0.5.
+        control_epochs, control_lr, control_batch_size: of f_C's training with Adam, cosine.
+        arguments: those of `CoTrained`; ``network`` builds f_S, and f_C with its own weights.
+    """
+
+    name = "dc_ccl"
+    with_backbone = True
+
+    def __init__(
+        self,
+        facts: Facts,
+        arm: str = "dc_ccl",
+        retune: str = "federated",
+        retune_images: int = 1000,
+        retune_batch_size: int = 128,
+        distillation: str = "mse",
+        control_epochs: int = 8,
+        control_lr: float = 0.003,
+        control_batch_size: int = 64,
+        **arguments: Any,
+    ) -> None:
+        super().__init__(facts, **arguments)
+        self.arm, self.retune = check_choice("arm", arm, ARMS), check_choice("retune", retune, RETUNE)
+        self.retune_images = check_int("retune_images", retune_images, 1)
+        self.retune_batch_size = check_int("retune_batch_size", retune_batch_size, 1)
+        self.distillation = check_choice("distillation", distillation, ("mse", "kl"))
+        adam = partial(torch.optim.Adam, lr=check_float("control_lr", control_lr, 0.0, open_low=True))
+        cosine = torch.optim.lr_scheduler.CosineAnnealingLR
+        size = check_int("control_batch_size", control_batch_size, 1)
+        self.control_recipe = Recipe(adam, cosine, check_int("control_epochs", control_epochs, 1), size)
+        self.large = copy_of(facts.head, trained=False)
+        #: f_C; None where f_S is trained without it.
+        self.control = self.fresh("control") if arm in ("dc_ccl", "wrong_control") else None
+        self.alone, self.large_on_devices = arm == "centralised", arm in ("large_on_device", "centralised")
+
+    def learn(self, cloud: CloudView, fit: Fit) -> Record:
+        """Distil f_C on the cloud's images."""
+        record: Record = {}
+        if self.control is not None:
+            module = Distilled(self.control, self.large, self.array, self.distillation)
+            record = fit(module, cloud.clients.train.values, self.control_recipe)
+        self.eval()
+        return record
+
+    # ---- rounds
+
+    def join(self, site: Site, cloud: Site, link: Link) -> None:
+        """Send a device f_C and some images of the cloud; or, where the premise is broken, its images up."""
+        if self.alone:
+            self._up(site.own, cloud, link, "train")
+            return
+        super().join(site, cloud, link)
+        if self.control is not None:
+            link.down("weights", pack_weights(weights_of(self.control), self.form))
+        if self.retune == "device":
+            count = min(self.retune_images, len(cloud.own.y))
+            more = self.down(cloud, count, "retune", site.number, link)
+            site.kept["retune images"] = self._some(site.samples, site).join(more)
+        elif self.retune == "mixed":
+            self._up(self._some(site.own, site), cloud, link, "retune")
+
+    def _up(self, images: Samples, cloud: Site, link: Link, name: str) -> None:
+        """Send images of a device up, which breaks the premise."""
+        sent = Samples(
+            link.up(self.array, images.x, what="training"),
+            link.up("labels", images.y.int(), what="training").long(),
+            images.large,
+        )
+        have = cloud.kept.get(f"{name} images")
+        if have is None:
+            have = self._some(cloud.own, cloud) if name == "retune" else cloud.own
+        cloud.kept[f"{name} images"] = have.join(sent)
+
+    def _some(self, samples: Samples, site: Site) -> Samples:
+        """Return some images of a site, to retune."""
+        order = generator("cotrain", "retune", self.seed, site.number + 1).permutation(len(samples.y))
+        return samples.take(torch.from_numpy(order[: self.retune_images]))
+
+    def received(self, own: int, held: int) -> int:
+        """Return none where all images are in the cloud."""
+        return 0 if self.alone else super().received(own, held)
+
+    def jobs(self, number: int) -> tuple[Job, ...]:
+        """Return the training, and the retuning of the last layer."""
+        rate, alone = self.rate(number), self.alone
+        train = Job(number, "train", "", rate, self.local_epochs, alone or self.cloud_weight > 0, devices=not alone)
+        if self.retune == "none" or alone:
+            return (train,)
+        cloud = {"federated": train.cloud, "device": False, "mixed": True}[self.retune]
+        devices = self.retune != "mixed"
+        return train, Job(number, "retune", _HEAD, rate, cloud=cloud, devices=devices, equal_steps=False)
+
+    def samples_of(self, site: Site, job: Job) -> Samples:
+        """Return all images of a site, or those to retune."""
+        if (own := site.kept.get(f"{job.name} images")) is None:
+            own = site.samples if job.name == "train" else self._some(site.samples, site)
+            site.kept[f"{job.name} images"] = own
+        return own
+
+    def batch_of(self, site: Site, job: Job) -> int:
+        """Return the images of a step."""
+        return self.retune_batch_size if job.name == "retune" else super().batch_of(site, job)
+
+    def partner(self, site: Site, job: Job, samples: Samples) -> Tensor | None:
+        """Return the logits of f_C, or of f_L where that is the arm; they are computed once."""
+        if self.arm == "no_control":
+            return None
+        if self.control is None:
+            assert samples.large is not None
+            return samples.large
+        if (logits := site.kept.get(job.name)) is None:
+            logits = logits_of(self.control, samples.x)
+            if self.arm == "wrong_control":
+                order = generator("cotrain", "wrong", self.seed, site.number + 1).permutation(len(logits))
+                logits = logits[torch.from_numpy(order)]
+            site.kept[job.name] = logits
+        return logits
+
+    # ---- answers and costs
+
+    def served(self, batch: ClientBatch) -> dict[str, Tensor]:
+        """Return the logits of f_L + f_S and, where there is f_C, of f_C + f_S, all [N, K]."""
+        x = self.read(batch)
+        small = self.small(x)
+        served = {"large + small": self.large(batch.x_CSD[batch.mask_CS]) + small}
+        if self.control is not None:
+            served["control + small"] = self.control(x) + small
+        return served
+
+    def payload(self) -> dict[str, Tensor]:
+        """Return f_C, which a device is sent once."""
+        return {} if self.control is None else weights_of(self.control)
+
+    def budget(self, sizes: Sizes) -> Budget:
+        """f_C and images once, f_S in every round, images up and logits down in a request."""
+        images = sizes.train + sizes.received
+        lines = self.received_lines(sizes)
+        if self.control is not None:
+            macs = self.network_macs()
+            distilled = self.control_recipe.epochs * sizes.cloud
+            lines += [
+                Line("cloud_once", "cloud", "training", macs=distilled * (self.step_macs() + self.dim * self.num_classes)),
+                Line("client_once", "cloud", "method", kind="weights", bytes=self.weight_bytes()),
+                Line("client_once", "device", "training", macs=images * macs),
+            ]
+        if self.arm == "large_on_device":
+            lines.append(Line("client_once", "cloud", "backbone", kind="weights", bytes=sizes.backbone_bytes))
+        lines += self._premise_lines(sizes)
+        backbone = None if sizes.backbone_macs is None else sizes.requested * sizes.backbone_macs
+        up = None if sizes.image_bytes is None else sizes.requested * sizes.image_bytes
+        lines += [
+            *self.round_lines(sizes),
+            Line("request", "cloud", "backbone", macs=backbone),
+            Line("request", "cloud", "method", macs=sizes.requested * self.network_macs()),
+            Line("request", "device", "backbone", kind="images", bytes=up),
+            Line("request", "cloud", "method", kind="logits", bytes=4 * sizes.requested * self.num_classes),
+        ]
+        return Budget(tuple(lines), 0)
+
+    def job_samples(self, job: Job, images: int) -> int:
+        """Return how many of a device's images a job takes."""
+        return min(images, self.retune_images) if job.name == "retune" else images
+
+    def _premise_lines(self, sizes: Sizes) -> list[Line]:
+        """Return the lines of further images that go down or up once."""
+        some = min(sizes.train, self.retune_images)
+        down = min(self.retune_images, sizes.cloud) if self.retune == "device" and not self.alone else 0
+        up = sizes.train if self.alone else some if self.retune == "mixed" else 0
+        lines = []
+        for site, count in (("cloud", down), ("device", up)):
+            if count:
+                size = None if sizes.sample_bytes is None else count * sizes.sample_bytes
+                lines.append(Line("client_once", site, "training", kind=self.array, bytes=size))
+                lines.append(Line("client_once", site, "training", kind="labels", bytes=4 * count))
+        return lines
+
+
+class Distilled(nn.Module):
+    """Trains f_C to give f_L's logits.
+
+    Args:
+        student: f_C.
+        teacher: f_L's classifier, on the features.
+        array: that the student reads.
+        form: ``mse`` or ``kl``, see `DCCCL`.
+    """
+
+    def __init__(self, student: nn.Module, teacher: nn.Linear, array: str, form: str) -> None:
+        super().__init__()
+        self.student, self.form = student, form
+        self._teacher = [teacher]  # in a list: its weights are not trained
+        self.reads = (array,)
+
+    def loss(self, x_BD: Tensor, y: Tensor, **arrays: Tensor) -> Tensor:
+        """Return the mean squared error over images and classes, or the weighted sum of both losses."""
+        with torch.no_grad():
+            teacher_BK = self._teacher[0].to(x_BD.device)(x_BD)
+        logits_BK = self.student(arrays.get(self.reads[0], x_BD))
+        if self.form == "mse":
+            return F.mse_loss(logits_BK, teacher_BK)
+        soft = F.kl_div((logits_BK / _T).log_softmax(-1), (teacher_BK / _T).softmax(-1), reduction="batchmean")
+        return (1 - _SOFT) * F.cross_entropy(logits_BK, y) + _SOFT * _T**2 * soft
