@@ -22,7 +22,7 @@ from torch.nn import functional as F
 
 from iciia_exp.cost import count_macs, count_training_macs
 from iciia_exp.data.batches import ClientBatch
-from iciia_exp.errors import ConfigError, NotApplicable, check_choice, check_float, check_int
+from iciia_exp.errors import ConfigError, NotApplicable, UserError, check_choice, check_float, check_int
 from iciia_exp.ledger import Budget, Line, Link, Sizes
 from iciia_exp.methods.base import Facts, Method
 from iciia_exp.models.backbones.base import Backbone
@@ -221,9 +221,18 @@ class CoTrained(Method):
         return network.train().requires_grad_(True)
 
     def load(self, weights: Mapping[str, Tensor]) -> None:
-        """Take the weights of a round."""
-        self.small.load_state_dict(dict(weights), strict=False)
+        """Take the weights of a round; raises a `UserError` for those of another network."""
+        self._take(weights)
         self.small.eval().requires_grad_(False)
+
+    def _take(self, weights: Mapping[str, Tensor]) -> None:
+        own = {name: t.shape for name, t in weights_of(self.small).items()}
+        got = {name: t.shape for name, t in weights.items()}
+        if own != got:
+            first = next(name for name in (*own, *got) if own.get(name) != got.get(name))
+            sizes = " not ".join("missing" if part is None else str(list(part)) for part in (got.get(first), own.get(first)))
+            raise UserError(f"{self.name}: weights of another network ({first} is {sizes})")
+        self.small.load_state_dict(dict(weights), strict=False)  # without the counters of batch norms
 
     def read(self, batch: ClientBatch) -> Tensor:
         """Return the network's inputs of the real images of a batch, [N, ...]."""
@@ -290,8 +299,8 @@ class CoTrained(Method):
             steps: in the cloud; None: one pass over the images for every epoch.
         """
         samples = self.samples_of(site, job)
+        self._take(weights)
         network = self.small
-        network.load_state_dict(dict(weights), strict=False)
         trained = _freeze_all_but(network, job.part)
         partner = self.partner(site, job, samples)
         seed = derive_seed("cotrain", job.name, self.seed, job.round, site.number + 1)

@@ -1,0 +1,265 @@
+"""Methods whose network is trained in rounds: the average, the link, the ledger, the jobs."""
+
+from functools import partial
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from iciia_exp.engine.rounds import make_round
+from iciia_exp.errors import UserError
+from iciia_exp.ledger import Link, Sizes
+from iciia_exp.methods.base import Facts
+from iciia_exp.methods.cotrain.base import CLOUD, Job, Samples, Site, Update, logits_of, weights_of
+from iciia_exp.methods.cotrain.dc_ccl import ARMS, RETUNE, DCCCL
+from iciia_exp.methods.cotrain.fedavg import FedAvg
+from iciia_exp.models.backbones.feature_perceptron import FeaturePerceptron
+from iciia_exp.models.backbones.small_cnn import SmallCNN
+
+D, K, SIDE = 6, 4, 8
+NETWORK = partial(SmallCNN, size=SIDE, width=2, dim=5, dropout=0.1)
+PERCEPTRON = partial(FeaturePerceptron, inputs=D, width=5)
+FACTS = Facts.of(nn.Linear(D, K), arrays={"images": (1, SIDE, SIDE)})
+
+
+def site(number, images=20, classes=(0, 1, 2, 3), large=True):
+    """Return a site with images of some classes."""
+    random = torch.Generator().manual_seed(number + 1)
+    y = torch.tensor(classes)[torch.randint(len(classes), (images,), generator=random)]
+    x = torch.randn(images, 1, SIDE, SIDE, generator=random) + y.view(-1, 1, 1, 1)
+    logits = torch.randn(images, K, generator=random) if large else None
+    return Site(number, Samples(x, y, logits))
+
+
+def dc_ccl(**settings):
+    return DCCCL(FACTS, **{"network": NETWORK, "rounds": 2, "cloud_batch_size": 8, "batch_size": 8, **settings})
+
+
+def exchange(method, sites, link):
+    """Return a function that sends jobs to all sites, as the engine does in one process."""
+
+    def send(job, weights):
+        answers = {}
+        for number, device in sites.items():
+            received = method.send(weights, link)
+            answers[number] = method.answer(method.train_on(device, received, job), received, link)
+        return answers
+
+    return send
+
+
+def played(method, devices=1, images=20, held=40):
+    """Let devices join and play one round; return the link, the sizes, the sites, the network, and the facts."""
+    cloud = site(CLOUD, held, (0, 1))
+    sizes = Sizes(train=images, received=method.received(images, held), cloud=held, sample_bytes=4 * SIDE**2)
+    link = Link(method.name, method.budget(sizes))
+    sites = {n: site(n, images, (2, 3), method.large_on_devices) for n in range(devices)}
+    for device in sites.values():
+        method.join(device, cloud, link)
+    start = {name: t.clone() for name, t in weights_of(method.small).items()}
+    weights, facts = make_round(method, start, 0, cloud, exchange(method, sites, link))
+    return link, sizes, (cloud, sites), weights, facts
+
+
+@pytest.mark.parametrize("payload", ["float32", "float16", "int8"])
+@pytest.mark.parametrize("retune", RETUNE)
+@pytest.mark.parametrize("arm", ARMS)
+def test_payloads_are_those_of_the_budget(arm, retune, payload):
+    link, sizes, *_ = played(dc_ccl(arm=arm, retune=retune, payload=payload, retune_images=8))
+    stated = {}
+    for line in dc_ccl(arm=arm, retune=retune, payload=payload, retune_images=8).budget(sizes).lines:
+        if line.kind and line.phase != "request" and line.what != "backbone" and line.bytes:
+            stated[line.key] = stated.get(line.key, 0) + line.bytes
+    assert link.counted == stated
+
+
+def test_the_premise_holds_at_the_link():
+    up = {key[3] for key in played(dc_ccl())[0].counted if key[1] == "device"}
+    assert up == {"weights"}
+    link = played(dc_ccl())[0]
+    for kind in ("images", "labels", "logits", "features"):
+        with pytest.raises(PermissionError, match=f"may not send {kind} of the training from the device"):
+            link.up(kind, torch.zeros(3), what="training")
+    assert {key[3] for key in played(dc_ccl(retune="mixed"))[0].counted if key[1] == "device"} == {
+        *("weights", "images", "labels")
+    }
+
+
+@pytest.mark.parametrize("retune", ["federated", "none"])
+def test_a_device_computes_what_the_budget_states(retune):
+    method = dc_ccl(retune=retune, share_down=0.2, retune_images=8)
+    cloud, device = site(CLOUD, 40, (0, 1)), site(0, 20, (2, 3), large=False)
+    sizes = Sizes(train=20, received=5, cloud=40, sample_bytes=4)
+    link = Link(method.name, method.budget(sizes))
+    method.join(device, cloud, link)
+    with FlopCounterMode(display=False) as counter:
+        for job in method.jobs(0):
+            method.train_on(device, weights_of(method.small), job)
+    lines = method.budget(sizes).lines
+    once = sum(li.macs for li in lines if (li.phase, li.site, li.kind) == ("client_once", "device", None))
+    own = sum(li.macs for li in lines if (li.phase, li.site, li.kind) == ("round", "device", None))
+    some = 8 * method.network_macs() if retune == "federated" else 0  # f_C's logits of the images to retune
+    assert counter.get_total_flops() // 2 == once + own + some
+
+
+@pytest.mark.parametrize("retune", ["federated", "none"])
+def test_the_cloud_computes_what_the_budget_states(retune):
+    method = dc_ccl(retune=retune, retune_images=8)
+    _, sizes, (cloud, _), weights, _ = played(method)
+    with FlopCounterMode(display=False) as counter:
+        for job in method.jobs(0):
+            method.train_on(cloud, weights, job, 3 if job.equal_steps else None)
+    own = sum(li.macs for li in method.budget(sizes).lines if (li.phase, li.site, li.kind) == ("round", "cloud", None))
+    assert counter.get_total_flops() // 2 == own
+
+
+def test_the_average():
+    method = dc_ccl(cloud_weight=0.5)
+    start = {"a": torch.zeros(2), "b": torch.ones(1)}
+    updates = {n: Update({"a": torch.full((2,), value)}, images, 1, 0.0) for n, value, images in
+               ((CLOUD, 8.0, 999), (0, 1.0, 10), (1, 4.0, 30))}  # fmt: skip
+    got = method.aggregate(Job(0), start, updates)
+    assert got["a"].tolist() == [0.5 * 8 + 0.5 * (0.25 * 1 + 0.75 * 4)] * 2
+    assert got["b"].tolist() == [1.0]  # what was not trained stays
+    del updates[1]  # an absent device gives up its share
+    assert method.aggregate(Job(0), start, updates)["a"].tolist() == [4.5, 4.5]
+    del updates[0]
+    assert method.aggregate(Job(0), start, updates)["a"].tolist() == [8.0, 8.0]
+    assert method.aggregate(Job(0), start, {})["a"].tolist() == [0.0, 0.0]
+
+
+def test_running_statistics_travel_and_counters_do_not():
+    names = set(weights_of(dc_ccl().small))
+    assert {name for name in names if "running" in name}
+    assert not {name for name in names if "num_batches" in name}
+    before = {name: t.clone() for name, t in weights_of(dc_ccl().small).items()}
+    after = played(dc_ccl(retune="none"))[3]
+    assert all((before[name] != after[name]).any() for name in names if "running" in name)
+
+
+def test_retuning_trains_the_last_layer_alone():
+    method = dc_ccl(retune="federated")
+    device, start = site(0), {name: t.clone() for name, t in weights_of(method.small).items()}
+    update = method.train_on(device, start, method.jobs(0)[1])
+    assert set(update.weights) == {"head.weight", "head.bias"}
+    now = weights_of(method.small)
+    assert [name for name in start if (now[name] != start[name]).any()] == ["head.weight", "head.bias"]
+
+
+def test_a_job_depends_on_seed_round_and_site_alone():
+    method, device = dc_ccl(), site(0)
+    start = {name: t.clone() for name, t in weights_of(method.small).items()}
+    job = method.jobs(0)[0]
+    torch.manual_seed(5)
+    first = method.train_on(device, start, job)
+    torch.manual_seed(6)
+    method.train_on(site(1), start, job)
+    again = method.train_on(device, start, job)
+    assert all(torch.equal(first.weights[name], again.weights[name]) for name in start)
+    assert first.loss != method.train_on(device, start, job._replace(round=1)).loss
+
+
+def test_a_device_with_one_image_trains_without_its_statistics():
+    method = FedAvg(FACTS, network=PERCEPTRON, array="features", share_down=0.0)
+    own = Site(0, Samples(torch.randn(1, D), torch.tensor([2])))
+    update = method.train_on(own, weights_of(method.small), method.jobs(0)[0])
+    assert update.finite
+    assert torch.equal(update.weights["trunk.0.running_mean"], torch.zeros(D))
+
+
+def test_no_batch_has_a_single_image():
+    from iciia_exp.methods.cotrain.base import _batches
+
+    assert [len(rows) for rows in _batches(17, 16, 1, 0, None)] == [9, 8]
+    assert [len(rows) for rows in _batches(10, 4, 1, 0, 5)] == [4] * 5
+    assert sorted(np.concatenate(list(_batches(12, 4, 1, 0, 3)))) == list(range(12))
+
+
+def test_a_device_that_answers_with_nan_is_left_out(caplog):
+    method = dc_ccl(retune="none")
+    good, start = site(0), {name: t.clone() for name, t in weights_of(method.small).items()}
+    cloud, job = site(CLOUD), method.jobs(0)[0]
+    fine = method.train_on(good, start, job)
+    broken = fine._replace(weights={name: t * torch.nan for name, t in fine.weights.items()})
+    alone, facts = make_round(method, start, 0, cloud, lambda job, weights: {0: fine})
+    both, more = make_round(method, start, 0, cloud, lambda job, weights: {0: fine, 3: broken})
+    assert all(torch.equal(alone[name], both[name]) for name in alone)
+    assert [facts["jobs"][0]["excluded"], more["jobs"][0]["excluded"]] == [[], [3]]
+    assert "device 3 answers with numbers that are not finite; it is left out" in caplog.text
+    nobody, _ = make_round(method, start, 0, cloud, lambda job, weights: {})
+    assert all(t.isfinite().all() for t in nobody.values())
+
+
+@pytest.mark.parametrize("payload", ["float16", "int8"])
+def test_fewer_bytes_change_little(payload):
+    exact, few = (played(dc_ccl(payload=form, lr=0.01)) for form in ("float32", payload))
+    size = sum(few[0].counted.values()) / sum(exact[0].counted.values())
+    assert size < {"float16": 0.55, "int8": 0.6}[payload]
+    for name, t in exact[3].items():
+        assert (few[3][name] - t).abs().max() < 0.05 * (1 + t.abs().max())
+
+
+def test_the_draw_of_devices():
+    method = dc_ccl(participation=0.3, unavailable=0.5)
+    drawn = [method.draw(number, 10) for number in range(200)]
+    assert all(len(set(devices)) == 3 for devices, _ in drawn)
+    assert len({tuple(devices) for devices, _ in drawn}) > 20
+    assert 0.4 < np.mean([there.mean() for _, there in drawn]) < 0.6
+    again = method.draw(3, 10)
+    assert again[0].tolist() == drawn[3][0].tolist()
+    assert len(dc_ccl(participation=0.01).draw(0, 10)[0]) == 1
+
+
+def test_wrong_control_has_the_logits_of_other_images():
+    right, wrong = dc_ccl(arm="dc_ccl"), dc_ccl(arm="wrong_control")
+    device, job = site(0), Job(0)
+    logits = logits_of(right.control, device.own.x)
+    assert torch.equal(right.partner(device, job, device.own), logits)
+    other = site(0)
+    shuffled = wrong.partner(other, job, other.own)
+    assert not torch.equal(shuffled, logits)
+    assert torch.equal(shuffled.sort(0).values, logits.sort(0).values)
+    assert dc_ccl(arm="no_control").partner(device, job, device.own) is None
+
+
+def test_fedprox_stays_nearer():
+    device = site(0)
+    near = {}
+    for mu in (0.0, 5.0):
+        method = FedAvg(FACTS, proximal=mu, network=partial(NETWORK, dropout=0.0), lr=0.1)
+        start = {name: t.clone() for name, t in weights_of(method.small).items()}
+        update = method.train_on(device, start, Job(0, lr=0.1, epochs=5))
+        near[mu] = sum(float((update.weights[name] - t).square().sum()) for name, t in start.items() if "run" not in name)
+    assert near[5.0] < 0.5 * near[0.0]
+
+
+@pytest.mark.parametrize(
+    ("settings", "problem"),
+    [
+        ({"rounds": 0}, "rounds=0: must be"),
+        ({"devices": 0}, "devices=0"),
+        ({"share_down": 1.0}, "share_down=1.0"),
+        ({"participation": 0.0}, "participation=0.0"),
+        ({"payload": "int4"}, "payload=int4: must be one of float32, float16, int8"),
+        ({"arm": "fedavg"}, "arm=fedavg: must be one of"),
+        ({"retune": "cloud"}, "retune=cloud: must be one of federated, device, mixed, none"),
+        ({"network": partial(SmallCNN, size=12)}, r"network=SmallCNN: does not take images \[1, 8, 8\]"),
+        ({"network": lambda num_classes: NETWORK(num_classes=7)}, "gives .7. numbers for an image, and there are 4"),
+        ({"network": "small_cnn"}, "network=small_cnn: must be a node"),
+        ({"array": "tokens"}, "reads tokens, of which nothing is known"),
+    ],
+)
+def test_wrong_settings(settings, problem):
+    with pytest.raises(UserError, match=problem):
+        dc_ccl(**settings)
+
+
+def test_wrong_weights_are_refused():
+    method = dc_ccl()
+    weights = dict(weights_of(method.small))
+    with pytest.raises(UserError, match="head.bias is missing not .4."):
+        method.load({name: t for name, t in weights.items() if name != "head.bias"})
+    with pytest.raises(UserError, match="head.bias is .5. not .4."):
+        method.load({**weights, "head.bias": torch.zeros(K + 1)})
