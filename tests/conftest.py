@@ -125,7 +125,8 @@ def undrawn(monkeypatch):
         return path
 
     monkeypatch.setattr(plots, "save", save)
-    for name in ("accuracy_vs_history", "accuracy_vs_overhead", "draw_examples", "gain_per_client"):
+    names = ("accuracy_vs_history", "accuracy_vs_overhead", "accuracy_vs_rounds", "draw_examples", "gain_per_client")
+    for name in names:
         monkeypatch.setattr(evaluate, name, save)
 
 

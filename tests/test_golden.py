@@ -46,7 +46,7 @@ RUNS = {
         name: (f"method={name}",)
         for name in (
             *("arm_cml", "backbone", "client_prior", "client_types", "coda", "context_token", "conv_across_images"),
-            *("feedforward", "finetune", "iciia", "iciia_prior", "iciia_stream", "lame", "linear_head"),
+            *("dc_ccl", "fedavg", "feedforward", "finetune", "iciia", "iciia_prior", "iciia_stream", "lame", "linear_head"),
             *(
                 "linear_probe",
                 "mpda",
@@ -112,6 +112,8 @@ def measure(overrides):
         # of what is trained or fitted; without names, which may change
         "weights": sorted(float(t.double().sum()) for t in weights.values() if t.is_floating_point() and t.numel() > 1),
     }
+    for number, path in enumerate(sorted(run.path.glob("rounds-*/*.safetensors"))):
+        entry.setdefault("rounds", {})[str(number)] = sum(float(t.double().sum()) for t in load_file(path).values())
     if shards := sorted(run.path.glob("states-*/*.safetensors")):
         states = [load_file(shard) for shard in shards]
         entry["states"] = {name: float(sum(s[name].double().sum() for s in states)) for name in states[0]}
@@ -156,6 +158,7 @@ def test_numbers_are_as_they_were(name, golden, shared, monkeypatch):
         )
         assert sum(got["clients"][loss]) == pytest.approx(sum(want["clients"][loss]), rel=OTHER_MACHINE["loss"])
     assert set(got["history"]) == set(want["history"])
+    assert set(got.get("rounds", ())) == set(want.get("rounds", ()))
     assert set(got.get("drawn", ())) == set(want.get("drawn", ()))
     assert len(got["weights"]) == len(want["weights"])
 

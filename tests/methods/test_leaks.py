@@ -18,8 +18,9 @@ def cache(tmp_path_factory):
 
 
 def learned(folder):
-    """Return the weights of a run and the states of its clients, by name."""
-    files = {"": folder / "weights.safetensors", **{path.name: path for path in folder.glob("states-*/*.safetensors")}}
+    """Return the weights of a run, the states of its clients, and the network after every round, by name."""
+    made = [*folder.glob("states-*/*.safetensors"), *folder.glob("rounds-*/*.safetensors")]
+    files = {"": folder / "weights.safetensors", **{path.name: path for path in made}}
     return {f"{file} {name}": tensor for file, path in files.items() for name, tensor in load_file(path).items()}
 
 

@@ -87,7 +87,8 @@ def test_every_method_the_whole_way(stages, method):
     # the run answers as it was evaluated
     rows = run.partition.test.values[:5]
     x = np.asarray(run.features.array()[rows], dtype=np.float32)
-    assert run.predict(torch.from_numpy(x)).shape == (len(rows), len(run.class_names))
+    arrays = {name: torch.from_numpy(run.features.array(name)[rows]) for name in run.method.reads - {"features"}}
+    assert run.predict(torch.from_numpy(x), arrays=arrays).shape == (len(rows), len(run.class_names))
 
 
 @pytest.mark.parametrize("method", OWN_LABELS)
