@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from iciia_exp.engine.training.data_module import ClientDataModule
     from iciia_exp.serving.run import Run
 
-__all__ = ["client_data", "run_experiment", "run_job", "take_failure"]
+__all__ = ["client_data", "composed", "run_experiment", "run_job", "take_failure"]
 
 log = logging.getLogger(__name__)
 
@@ -92,7 +92,7 @@ def run_experiment(*overrides: str, config_dir: str | Path | None = None) -> Run
     Raises:
         UserError: names a wrong override and a right one.
     """
-    config = _composed(overrides, config_dir)
+    config = composed(overrides, config_dir)
     if config.stage not in ("all", "evaluate"):
         raise UserError(f"stage={config.stage}: gives no finished run; leave stage out, or use the command line")
     stages, _ = _execute(config, overrides)
@@ -118,12 +118,12 @@ def client_data(*overrides: str, config_dir: str | Path | None = None) -> Client
     from iciia_exp.engine.training.train_method import data_of
 
     for stage in ("backbone", "features"):
-        stages, _ = _execute(_composed((*overrides, f"stage={stage}"), config_dir), overrides, brief=True)
+        stages, _ = _execute(composed((*overrides, f"stage={stage}"), config_dir), overrides, brief=True)
     store, recipe = stages.open_store(), stages.experiment.training.recipe
     return data_of(stages, stages.readable_clients(store), stages.batches(store), recipe)
 
 
-def _composed(overrides: Sequence[str], config_dir: str | Path | None = None) -> DictConfig:
+def composed(overrides: Sequence[str], config_dir: str | Path | None = None) -> DictConfig:
     """Compose the configuration; raises a `UserError` for wrong overrides."""
     from hydra import compose, initialize_config_dir
     from hydra.core.global_hydra import GlobalHydra

@@ -8,15 +8,15 @@ import logging
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
-from torch.nn import functional as F
 
 from iciia_exp.artifacts import read_json, write_json
 from iciia_exp.data.clients import Clients
 from iciia_exp.data.rounds import read_round, round_path, write_round
+from iciia_exp.engine.devices import first_device
 from iciia_exp.engine.inputs import Inputs
 from iciia_exp.engine.ledger import sizes_of
 from iciia_exp.engine.terminal import progress_bar
@@ -24,13 +24,9 @@ from iciia_exp.errors import ConfigError, UserError
 from iciia_exp.ledger import Link
 from iciia_exp.methods.cotrain.base import CLOUD, CoTrained, Job, Samples, Site, Update, Weights, weights_of
 
-__all__ = ["Exchange", "cloud_rows", "cotrain", "device_rows", "make_round", "report_rounds", "site_of"]
+__all__ = ["Fleet", "LocalFleet", "cloud_rows", "cotrain", "device_rows", "link_of", "make_round", "report_rounds", "site_of"]
 
 log = logging.getLogger(__name__)
-
-#: Sends a job and the network to devices; returns their answers by number of the device.
-Exchange = Callable[[Job, Weights], Mapping[int, Update]]
-
 
 def device_rows(clients: Clients, devices: int | None) -> list[np.ndarray]:
     """Return the numbers of the train images of every device, int64.
@@ -62,15 +58,15 @@ def site_of(inputs: Inputs, method: CoTrained, number: int, rows: np.ndarray, de
         x = x.float()
     y = torch.from_numpy(inputs.labels[rows]).to(device)
     large = None
-    if method.with_backbone and (number == CLOUD or method.large_on_devices):
+    if number == CLOUD or method.large_on_devices:
         features = torch.from_numpy(np.array(store.array()[rows])).float()
-        weight, bias = (t.cpu() for t in method.large.parameters())  # type: ignore[operator,union-attr]
-        large = F.linear(features, weight, bias).to(device)
+        with torch.no_grad():
+            large = method.large_logits(features.to(device))
     return Site(number, Samples(x, y, large))
 
 
 def make_round(
-    method: CoTrained, weights: Weights, number: int, cloud: Site, exchange: Exchange
+    method: CoTrained, weights: Weights, number: int, cloud: Site, fleet: Callable[[Job, Weights], Mapping[int, Update]]
 ) -> tuple[Weights, dict[str, Any]]:
     """Return the network after a round, and facts about it.
 
@@ -81,11 +77,11 @@ def make_round(
         weights: the network before.
         number: of the round, from 0.
         cloud: which trains after the devices have answered, with as many steps as they took on average.
-        exchange: sends a job to the devices.
+        fleet: sends a job to the devices, and returns their answers by number.
     """
     facts: dict[str, Any] = {"jobs": []}
     for job in method.jobs(number):
-        answers = dict(exchange(job, weights)) if job.devices else {}
+        answers = dict(fleet(job, weights)) if job.devices else {}
         updates = {site: update for site, update in sorted(answers.items()) if update.finite}
         excluded = sorted(set(answers) - set(updates))
         for site in excluded:
@@ -102,74 +98,83 @@ def make_round(
     return weights, facts
 
 
-class _InProcess:
-    """Devices of this process, one after the other; their images are loaded when they are first drawn."""
+class Fleet(Protocol):
+    """The devices of a run, wherever they are."""
 
-    def __init__(self, inputs: Inputs, method: CoTrained, cloud: Site, rows: list[np.ndarray], device: torch.device):
-        self.inputs, self.method, self.cloud, self.rows, self.device = inputs, method, cloud, rows, device
-        self.sites: dict[int, Site] = {}
-        self.link = self._link()
+    #: Counts what is sent.
+    link: Link
+    #: Images of every device, and how many of the cloud's it has received.
+    images: list[int]
+    received: list[int]
 
-    def _link(self) -> Link:
-        sizes = sizes_of(self.inputs, train=1, received=1, cloud=len(self.cloud.own.y))
-        return Link(self.method.name, self.method.budget(sizes))
+    def __call__(self, job: Job, weights: Weights) -> Mapping[int, Update]:
+        """Send a job and the network to the devices of its round; return the answers by number of the device."""
 
-    def join(self, number: int) -> Site:
-        """Return a device, which joins if it has not yet."""
-        if number not in self.sites:
-            site = site_of(self.inputs, self.method, number, self.rows[number], self.device)
-            self.method.join(site, self.cloud, self.link)
-            self.sites[number] = site
-        return self.sites[number]
+
+class LocalFleet:
+    """Devices of this process, one after the other."""
+
+    def __init__(self, inputs: Inputs, method: CoTrained, cloud: Site) -> None:
+        clients = inputs.experiment.client_mix.known(inputs.readable_clients(inputs.open_store()))
+        rows = device_rows(clients, method.devices)
+        self.method, self.link = method, link_of(inputs, method, cloud)
+        self.sites = [site_of(inputs, method, number, own, cloud.own.x.device) for number, own in enumerate(rows)]
+        for site in self.sites:
+            method.join(site, cloud, self.link)
+        self.images = [len(site.own.y) for site in self.sites]
+        self.received = [0 if site.received is None else len(site.received.y) for site in self.sites]
 
     def __call__(self, job: Job, weights: Weights) -> dict[int, Update]:
-        drawn, there = self.method.draw(job.round, len(self.rows))
+        """Do a job on every device of its round."""
         answers = {}
-        for number in drawn.tolist():
+        for number, there in zip(*self.method.draw(job.round, len(self.sites)), strict=True):
             received = self.method.send(weights, self.link)
-            if there[drawn == number][0]:
-                update = self.method.train_on(self.join(number), received, job)
-                answers[number] = self.method.answer(update, received, self.link)
+            if there:
+                update = self.method.train_on(self.sites[number], received, job)
+                answers[int(number)] = self.method.answer(update, received, self.link)
         return answers
 
 
-def cotrain(inputs: Inputs, folder: Path) -> None:
-    """Make the rounds that are missing, ``manifest.json`` last."""
+def link_of(inputs: Inputs, method: CoTrained, cloud: Site) -> Link:
+    """Return a link that refuses what is not in the method's budget."""
+    sizes = sizes_of(inputs, train=1, received=1, cloud=len(cloud.own.y))
+    return Link(method.name, method.budget(sizes))
+
+
+def cotrain(inputs: Inputs, folder: Path, fleet_of: Callable[[Inputs, CoTrained, Site], Fleet] = LocalFleet) -> None:
+    """Make the rounds that are missing, ``manifest.json`` last.
+
+    Args:
+        inputs: of the experiment.
+        folder: of the rounds.
+        fleet_of: returns the devices, which have joined.
+    """
     start = time.monotonic()
     method = inputs.load_run(inputs.run.folder).method
     assert isinstance(method, CoTrained)
-    from iciia_exp.engine.devices import first_device
-
     device = first_device(inputs)
     method.to(device)
-    clients = inputs.experiment.client_mix.known(inputs.readable_clients(inputs.open_store()))
-    rows = device_rows(clients, method.devices)
     cloud = site_of(inputs, method, CLOUD, cloud_rows(inputs), device)
-    devices = _InProcess(inputs, method, cloud, rows, device)
+    weights = {name: t.clone() for name, t in weights_of(method.small).items()}
     done = 0
     while round_path(folder, done + 1).is_file():
         done += 1
-    weights = weights_of(method.small)
     if not round_path(folder, 0).is_file():
-        write_round(folder, 0, weights, {"jobs": []})
-    images = sum(map(len, rows))
-    before = f", {done} rounds done before" * bool(done)
-    log.info("rounds: %s devices with %s images, cloud with %s%s", f"{len(rows):,}", f"{images:,}", f"{len(cloud.own.y):,}", before)
-    for number in range(len(rows)):  # in the order of their numbers: what goes up is the same after a kill
-        devices.join(number)
+        write_round(folder, 0, weights, {"jobs": [], "payloads": []})
+    fleet = fleet_of(inputs, method, cloud)
+    counts = f"{len(fleet.images):,} devices with {sum(fleet.images):,} images, the cloud with {len(cloud.own.y):,}"
+    log.info("rounds: %s%s", counts, f"; {done} done before" * bool(done))
     if done:
-        weights, _ = read_round(folder, done)
-        weights = {name: t.to(device) for name, t in weights.items()}
+        weights = {name: t.to(device) for name, t in read_round(folder, done)[0].items()}
     with progress_bar() as bar:
         task = bar.add_task("rounds", total=method.rounds, completed=done, note="")
         for number in range(done, method.rounds):
-            before_bytes = dict(devices.link.counted)
-            weights, facts = make_round(method, weights, number, cloud, devices)
-            payloads = [[*key, size - before_bytes.get(key, 0)] for key, size in devices.link.counted.items()]
-            facts["payloads"] = [payload for payload in payloads if payload[-1] and payload[0] == "round"]
-            write_round(folder, number + 1, weights, facts)
+            before = dict(fleet.link.counted)
+            weights, facts = make_round(method, weights, number, cloud, fleet)
+            sent = [[*key, size - before.get(key, 0)] for key, size in fleet.link.counted.items() if key[0] == "round"]
+            write_round(folder, number + 1, weights, facts | {"payloads": sent})
             bar.update(task, completed=number + 1)
-    _finish(folder, method, devices, time.monotonic() - start)
+    _finish(folder, method, fleet, len(cloud.own.y), time.monotonic() - start)
 
 
 def cloud_rows(inputs: Inputs) -> np.ndarray:
@@ -178,25 +183,22 @@ def cloud_rows(inputs: Inputs) -> np.ndarray:
     return np.flatnonzero((split == "backbone") & ~bad)
 
 
-def _finish(folder: Path, method: CoTrained, devices: _InProcess, seconds: float) -> None:
-    once = [[*key, size] for key, size in devices.link.counted.items() if key[0] != "round"]
-    per_round: dict[tuple[str, ...], int] = {}
-    part = 0
+def _finish(folder: Path, method: CoTrained, fleet: Fleet, cloud: int, seconds: float) -> None:
+    """Write the manifest."""
+    payloads = {key: size for key, size in fleet.link.counted.items() if key[0] != "round"}
     for number in range(1, method.rounds + 1):
-        _, facts = read_round(folder, number)
-        part += len(method.draw(number - 1, len(devices.rows))[0])
-        for *key, size in facts["payloads"]:
-            per_round[tuple(key)] = per_round.get(tuple(key), 0) + size
-    received = [0 if site.received is None else len(site.received.y) for _, site in sorted(devices.sites.items())]
+        for *key, size in read_round(folder, number)[1]["payloads"]:
+            payloads[tuple(key)] = payloads.get(tuple(key), 0) + size  # type: ignore[index,arg-type]
     manifest = {
         "format": 1,
         "rounds": method.rounds,
-        "devices": len(devices.rows),
-        "taking_part": part,
-        "train": [len(rows) for rows in devices.rows],
-        "received": received,
-        "cloud": len(devices.cloud.own.y),
-        "payloads": once + [[*key, size] for key, size in per_round.items()],
+        "devices": len(fleet.images),
+        # of all rounds together
+        "taking_part": sum(len(method.draw(number, len(fleet.images))[0]) for number in range(method.rounds)),
+        "train": fleet.images,
+        "received": fleet.received,
+        "cloud": cloud,
+        "payloads": [[*key, size] for key, size in payloads.items()],
         "seconds": round(seconds, 2),
     }
     write_json(folder / "manifest.json", manifest)

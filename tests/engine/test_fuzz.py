@@ -133,7 +133,7 @@ def override(draw, keys):
 def outcome(*overrides):
     """Return the error of a command's checks, or None."""
     try:
-        jobs._execute(jobs._composed(overrides), overrides)
+        jobs._execute(jobs.composed(overrides), overrides)
     except UserError as error:
         return str(error)
     return None

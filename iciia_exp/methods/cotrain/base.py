@@ -30,10 +30,13 @@ from iciia_exp.models.payloads import PAYLOADS, pack_weights, packed_weights_byt
 from iciia_exp.seeding import derive_seed, generator
 from iciia_exp.tasks import SINGLE_LABEL
 
-__all__ = ["CLOUD", "CoTrained", "Job", "Samples", "Update", "Weights", "average", "train_steps", "weights_of"]
+__all__ = ["CLOUD", "CoTrained", "Job", "Packed", "Samples", "Site", "Update", "Weights", "average", "logits_of", "train_steps", "weights_of"]
 
 #: Parameters and running statistics by name.
 Weights = dict[str, Tensor]
+
+#: Weights as they are sent (`iciia_exp.models.payloads.pack_weights`).
+Packed = dict[str, tuple[Tensor, ...]]
 
 #: Number of the cloud among the sites; devices have numbers from 0.
 CLOUD = -1
@@ -143,8 +146,6 @@ class CoTrained(Method):
     trainable = False
     causal = True
     parts: ClassVar[dict[str, type]] = {"network": Backbone}
-    #: Whether the network is added to the backbone's classifier, which then answers in the cloud.
-    with_backbone: bool = False
     #: Whether devices have the logits of the backbone's classifier, which breaks the premise: a bound.
     large_on_devices: bool = False
     #: Weight of the squared distance to the network that was sent, in the loss.
@@ -253,28 +254,50 @@ class CoTrained(Method):
         return {"small": self.small(self.read(batch))}
 
     def join(self, site: Site, cloud: Site, link: Link) -> None:
-        """Send a device, once, what it needs; by default some images of the cloud, with their labels."""
-        if count := self.received(len(site.own.y), len(cloud.own.y)):
-            site.received = self.down(cloud, count, "share_down", site.number, link)
+        """Send a device, once, what it needs (`sent`), which it accepts."""
+        self.accept(site, self.sent(site.number, len(site.own.y), cloud, link))
+
+    def sent(self, number: int, images: int, cloud: Site, link: Link) -> Weights:
+        """Return what the cloud sends a device once, by name: some of its images, with their labels.
+
+        Args:
+            number: of the device.
+            images: that it has.
+            cloud: the cloud.
+            link: counts what is sent.
+        """
+        count = self.received(images, len(cloud.own.y))
+        return self.down(cloud, count, "train", number, link) if count else {}
+
+    def accept(self, site: Site, sent: Mapping[str, Tensor]) -> None:
+        """Keep on a device what the cloud has sent."""
+        if "train.x" in sent:
+            site.received = Samples(sent["train.x"], sent["train.y"].long(), sent.get("train.large"))
 
     def received(self, own: int, held: int) -> int:
         """Return how many of the cloud's ``held`` images come down to a device with ``own`` ones."""
         return min(held, round(self.share_down * own / (1 - self.share_down)))
 
-    def down(self, cloud: Site, count: int, what: str, number: int, link: Link) -> Samples:
-        """Send random images of the cloud down to a device; return them as received.
+    def down(self, cloud: Site, count: int, name: str, number: int, link: Link) -> Weights:
+        """Send random images of the cloud down to a device, as ``<name>.x`` and ``<name>.y``.
 
-        The logits of the backbone's classifier come with them only where an arm breaks the premise.
+        The logits of the backbone's classifier, ``<name>.large``, come with them only where an arm breaks the premise.
         """
-        rows = generator("cotrain", what, self.seed, number).permutation(len(cloud.own.y))[:count]
+        rows = generator("cotrain", name, self.seed, number).permutation(len(cloud.own.y))[:count]
         chosen = cloud.own.take(torch.from_numpy(rows))
         x = link.down(self.array, chosen.x, what="training")
-        y = link.down("labels", chosen.y.int(), what="training").long()
-        return Samples(x, y, chosen.large if self.large_on_devices else None)
+        sent = {f"{name}.x": x, f"{name}.y": link.down("labels", chosen.y.int(), what="training")}
+        if self.large_on_devices and chosen.large is not None:
+            sent[f"{name}.large"] = chosen.large
+        return sent
 
     def jobs(self, number: int) -> tuple[Job, ...]:
         """Return the jobs of a round, 0 to R - 1."""
         return (Job(number, lr=self.rate(number), epochs=self.local_epochs, cloud=self.cloud_weight > 0),)
+
+    def large_logits(self, x: Tensor) -> Tensor | None:
+        """Return the logits of the backbone that are added to the network's, from features [..., D]; None: none are."""
+        return None
 
     # ---- a round
 
@@ -350,11 +373,19 @@ class CoTrained(Method):
 
     def answer(self, update: Update, received: Mapping[str, Tensor], link: Link) -> Update:
         """Send a device's copy up; return it as the cloud gets it."""
+        packed = link.up("weights", self.packed(update, received), "round", "training")
+        return update._replace(weights=self.unpacked(packed, received))
+
+    def packed(self, update: Update, received: Mapping[str, Tensor]) -> Packed:
+        """Return a device's copy as it is sent: what it has changed, unless numbers are sent exactly."""
         if self.form == "float32":
-            return update._replace(weights=link.up("weights", update.weights, "round", "training"))
-        change = {name: t - received[name] for name, t in update.weights.items()}
-        got = unpack_weights(link.up("weights", pack_weights(change, self.form), "round", "training"))
-        return update._replace(weights={name: received[name] + t for name, t in got.items()})
+            return pack_weights(update.weights, self.form)
+        return pack_weights({name: t - received[name] for name, t in update.weights.items()}, self.form)
+
+    def unpacked(self, packed: Packed, received: Mapping[str, Tensor]) -> Weights:
+        """Return a device's copy from what it has sent, and from the network as it was sent to the device."""
+        got = unpack_weights(packed)
+        return got if self.form == "float32" else {name: received[name] + t for name, t in got.items()}
 
     # ---- answers and costs
 

@@ -9,7 +9,7 @@ shares and the federated retuning are ours.
 Legend: n images of a site, B images of a batch, K classes.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
@@ -22,8 +22,8 @@ from iciia_exp.data.views import CloudView
 from iciia_exp.errors import check_choice, check_float, check_int
 from iciia_exp.ledger import Budget, Line, Link, Sizes
 from iciia_exp.methods.base import Facts, Fit, Record, copy_of
-from iciia_exp.methods.cotrain.base import CoTrained, Job, Samples, Site, logits_of, weights_of
-from iciia_exp.models.payloads import pack_weights
+from iciia_exp.methods.cotrain.base import CoTrained, Job, Samples, Site, Weights, logits_of, weights_of
+from iciia_exp.models.payloads import pack_weights, unpack_weights
 from iciia_exp.recipe import Recipe
 from iciia_exp.seeding import generator
 
@@ -51,6 +51,8 @@ class DCCCL(CoTrained):
             against the premise; ``none``.
         retune_images: of a site that are used to retune, at most.
         retune_batch_size: images of a step of the retuning, which takes one epoch.
+        temperature: f_L's logits are divided by it, in all of this. A large model is surer than f_C of images that
+            neither has learned from, and f_S, which has learned to overrule f_C, does not overrule it; 1 as published.
         distillation: loss of f_C: ``mse`` of logits, or ``kl``: cross-entropy of the labels, and of f_L's probabilities
             at a temperature of 0.5.
         control_epochs, control_lr, control_batch_size: of f_C's training with Adam, cosine.
@@ -58,7 +60,6 @@ class DCCCL(CoTrained):
     """
 
     name = "dc_ccl"
-    with_backbone = True
 
     def __init__(
         self,
@@ -67,6 +68,7 @@ class DCCCL(CoTrained):
         retune: str = "federated",
         retune_images: int = 1000,
         retune_batch_size: int = 128,
+        temperature: float = 2.0,
         distillation: str = "mse",
         control_epochs: int = 8,
         control_lr: float = 0.003,
@@ -77,6 +79,7 @@ class DCCCL(CoTrained):
         self.arm, self.retune = check_choice("arm", arm, ARMS), check_choice("retune", retune, RETUNE)
         self.retune_images = check_int("retune_images", retune_images, 1)
         self.retune_batch_size = check_int("retune_batch_size", retune_batch_size, 1)
+        self.temperature = check_float("temperature", temperature, 0.0, open_low=True)
         self.distillation = check_choice("distillation", distillation, ("mse", "kl"))
         adam = partial(torch.optim.Adam, lr=check_float("control_lr", control_lr, 0.0, open_low=True))
         cosine = torch.optim.lr_scheduler.CosineAnnealingLR
@@ -91,27 +94,48 @@ class DCCCL(CoTrained):
         """Distil f_C on the cloud's images."""
         record: Record = {}
         if self.control is not None:
-            module = Distilled(self.control, self.large, self.array, self.distillation)
+            module = Distilled(self.control, self.large_logits, self.array, self.distillation)
             record = fit(module, cloud.clients.train.values, self.control_recipe)
+        if self.control is not None:  # as devices get it
+            weights = unpack_weights(pack_weights(weights_of(self.control), self.form))
+            self.control.load_state_dict(weights, strict=False)
         self.eval()
         return record
+
+    def large_logits(self, x: Tensor) -> Tensor:
+        """Return f_L's logits [..., K] from the backbone's features [..., D]."""
+        return self.large(x) / self.temperature
 
     # ---- rounds
 
     def join(self, site: Site, cloud: Site, link: Link) -> None:
-        """Send a device f_C and some images of the cloud; or, where the premise is broken, its images up."""
+        """Send a device what it needs and, where an arm breaks the premise, its images up."""
+        super().join(site, cloud, link)
         if self.alone:
             self._up(site.own, cloud, link, "train")
-            return
-        super().join(site, cloud, link)
-        if self.control is not None:
-            link.down("weights", pack_weights(weights_of(self.control), self.form))
-        if self.retune == "device":
-            count = min(self.retune_images, len(cloud.own.y))
-            more = self.down(cloud, count, "retune", site.number, link)
-            site.kept["retune images"] = self._some(site.samples, site).join(more)
         elif self.retune == "mixed":
             self._up(self._some(site.own, site), cloud, link, "retune")
+
+    def sent(self, number: int, images: int, cloud: Site, link: Link) -> Weights:
+        """Return f_C, and images of the cloud to train on and to retune with."""
+        sent = super().sent(number, images, cloud, link)
+        if self.control is not None:
+            packed = link.down("weights", pack_weights(weights_of(self.control), self.form))
+            sent |= {f"control.{name}": t for name, t in unpack_weights(packed).items()}
+        if self.retune == "device" and not self.alone:
+            sent |= self.down(cloud, min(self.retune_images, len(cloud.own.y)), "retune", number, link)
+        return sent
+
+    def accept(self, site: Site, sent: Mapping[str, Tensor]) -> None:
+        """Keep f_C and the images."""
+        super().accept(site, sent)
+        if self.control is not None:
+            weights = {k.removeprefix("control."): t for k, t in sent.items() if k.startswith("control.")}
+            self.control.load_state_dict(weights, strict=False)
+            self.control.eval()
+        if "retune.x" in sent:
+            more = Samples(sent["retune.x"], sent["retune.y"].long(), sent.get("retune.large"))
+            site.kept["retune images"] = self._some(site.samples, site).join(more)
 
     def _up(self, images: Samples, cloud: Site, link: Link, name: str) -> None:
         """Send images of a device up, which breaks the premise."""
@@ -176,7 +200,7 @@ class DCCCL(CoTrained):
         """Return the logits of f_L + f_S and, where there is f_C, of f_C + f_S, all [N, K]."""
         x = self.read(batch)
         small = self.small(x)
-        served = {"large + small": self.large(batch.x_CSD[batch.mask_CS]) + small}
+        served = {"large + small": self.large_logits(batch.x_CSD[batch.mask_CS]) + small}
         if self.control is not None:
             served["control + small"] = self.control(x) + small
         return served
@@ -234,21 +258,20 @@ class Distilled(nn.Module):
 
     Args:
         student: f_C.
-        teacher: f_L's classifier, on the features.
+        teacher: f_L's logits from the features.
         array: that the student reads.
         form: ``mse`` or ``kl``, see `DCCCL`.
     """
 
-    def __init__(self, student: nn.Module, teacher: nn.Linear, array: str, form: str) -> None:
+    def __init__(self, student: nn.Module, teacher: Callable[[Tensor], Tensor], array: str, form: str) -> None:
         super().__init__()
-        self.student, self.form = student, form
-        self._teacher = [teacher]  # in a list: its weights are not trained
+        self.student, self.teacher, self.form = student, teacher, form
         self.reads = (array,)
 
     def loss(self, x_BD: Tensor, y: Tensor, **arrays: Tensor) -> Tensor:
         """Return the mean squared error over images and classes, or the weighted sum of both losses."""
         with torch.no_grad():
-            teacher_BK = self._teacher[0].to(x_BD.device)(x_BD)
+            teacher_BK = self.teacher(x_BD)
         logits_BK = self.student(arrays.get(self.reads[0], x_BD))
         if self.form == "mse":
             return F.mse_loss(logits_BK, teacher_BK)

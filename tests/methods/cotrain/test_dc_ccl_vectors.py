@@ -83,6 +83,7 @@ def method(case, monkeypatch):
         facts,
         network=partial(Released, width=sizes["co_width"], hidden=sizes["hidden"]),
         retune="mixed",
+        temperature=1.0,
         retune_batch_size=sizes["batch"],
         batch_size=sizes["batch"],
         cloud_batch_size=sizes["batch"],
@@ -114,7 +115,7 @@ def large_model(sizes, tensors):
 def distil(method, sizes, tensors, large):
     """Train f_C as released, and return its first loss."""
     method.control.load_state_dict(weights(tensors, "initial/control_model"), strict=False)
-    module = Distilled(method.control.train(), method.large, "images", "mse")
+    module = Distilled(method.control.train(), method.large_logits, "images", "mse")
     optimizer = torch.optim.Adam(method.control.parameters(), sizes["kd_lr"])
     losses = []
     for _ in range(sizes["kd_epochs"]):
