@@ -155,7 +155,7 @@ def cotrain(inputs: Inputs, folder: Path, fleet_of: Callable[[Inputs, CoTrained,
     device = first_device(inputs)
     method.to(device)
     cloud = site_of(inputs, method, CLOUD, cloud_rows(inputs), device)
-    weights = {name: t.clone() for name, t in weights_of(method.small).items()}
+    weights = {name: t.to(device) for name, t in weights_of(method.fresh("small")).items()}
     done = 0
     while round_path(folder, done + 1).is_file():
         done += 1

@@ -47,17 +47,18 @@ class SmallCNN(Backbone):
             return [nn.Conv2d(inputs, outputs, 3, padding=1, bias=False), nn.BatchNorm2d(outputs), nn.ReLU()]
 
         side = size // 4
-        hidden = nn.Flatten(), nn.Linear(4 * width * side * side, self.dim), nn.ReLU()
-        mean_of_pixels = nn.AdaptiveAvgPool2d(1), nn.Flatten()
-        self.trunk = nn.Sequential(
+        layers = [
             *conv(channels, width),
             *conv(width, 2 * width),
             nn.MaxPool2d(2),
             *conv(2 * width, 4 * width),
             nn.MaxPool2d(2),
-            *(hidden if dim is not None else mean_of_pixels),
-            nn.Dropout(check_float("dropout", dropout, 0.0, 1.0)),
-        )
+        ]
+        if dim is None:
+            layers += [nn.AdaptiveAvgPool2d(1), nn.Flatten()]
+        else:
+            layers += [nn.Flatten(), nn.Linear(4 * width * side * side, dim), nn.ReLU()]
+        self.trunk = nn.Sequential(*layers, nn.Dropout(check_float("dropout", dropout, 0.0, 1.0)))
         self.head = nn.Linear(self.dim, num_classes)
 
     def features(self, images: Tensor) -> Tensor:
