@@ -17,7 +17,7 @@ from iciia_exp.seeding import generator
 __all__ = ["class_numbers", "reserve_for_backbone", "without_classes"]
 
 
-def class_numbers(classes: str | Sequence[int | str], class_names: Sequence[str]) -> list[int]:
+def class_numbers(classes: int | str | Sequence[int | str], class_names: Sequence[str]) -> list[int]:
     """Return the numbers of classes that are given as names, numbers, or a slice of numbers such as ``3::4``.
 
     Raises a `ConfigError` for a class that is not there.
@@ -30,6 +30,8 @@ def class_numbers(classes: str | Sequence[int | str], class_names: Sequence[str]
         if len(parts) == 3 and parts[2] == 0:
             raise ConfigError(key, classes, "must have a step other than 0")
         return sorted(range(count)[slice(*parts)])
+    if isinstance(classes, int):
+        classes = [classes]
     numbers, places = set(), {name: number for number, name in enumerate(class_names)}
     for given in classes:
         number = places.get(str(given)) if isinstance(given, str) else given

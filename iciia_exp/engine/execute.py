@@ -12,6 +12,7 @@ from iciia_exp.artifacts import read_json
 from iciia_exp.data.views import require_own_labels
 from iciia_exp.engine.data_check import findings, split_table, weights_problem
 from iciia_exp.engine.graph import Artifact, NotMade, ensure
+from iciia_exp.engine.rounds import check_sites
 from iciia_exp.engine.stages import Stages
 from iciia_exp.engine.terminal import console, log_file, partition_table, result_table
 from iciia_exp.engine.tracking import in_wandb_sweep
@@ -20,6 +21,7 @@ from iciia_exp.engine.training.train_method import draw_clients
 from iciia_exp.errors import ConfigError, UserError, printable
 from iciia_exp.machine import check_started, process_count, process_rank
 from iciia_exp.methods.base import Ask
+from iciia_exp.methods.cotrain.base import CoTrained
 from iciia_exp.methods.tune.base import Personal
 
 __all__ = ["execute"]
@@ -160,7 +162,9 @@ def _check(stages: Stages) -> None:
         problem = f"with method={e.method_class.name} every device answers with what it has learned; use device"
         raise ConfigError("evaluation.site", e.evaluation.site, problem)
     with torch.random.fork_rng(devices=[]):
-        stages.new_method(nn.Linear(stages.dim, stages.num_classes))
+        method = stages.new_method(nn.Linear(stages.dim, stages.num_classes))
+    if isinstance(method, CoTrained):
+        check_sites(stages, method)
     if Ask.CLIENT_LABELS in e.method_class.asks:
         require_own_labels(e.client_mix.known(stages.clients), e.method_class.name)
     if e.method_class.trainable:

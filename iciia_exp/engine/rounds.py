@@ -20,13 +20,22 @@ from iciia_exp.engine.devices import first_device
 from iciia_exp.engine.inputs import Inputs
 from iciia_exp.engine.ledger import sizes_of
 from iciia_exp.engine.terminal import progress_bar
-from iciia_exp.errors import ConfigError, UserError
+from iciia_exp.errors import ConfigError, NotApplicable, UserError
 from iciia_exp.ledger import Link
 from iciia_exp.methods.cotrain.base import CLOUD, CoTrained, Job, Samples, Site, Update, Weights, weights_of
 
-__all__ = ["Fleet", "LocalFleet", "cloud_rows", "cotrain", "device_rows", "link_of", "make_round", "report_rounds", "site_of"]
+__all__ = ["Fleet", "LocalFleet", "check_sites", "cloud_rows", "cotrain", "device_rows", "link_of", "make_round", "report_rounds", "site_of"]
 
 log = logging.getLogger(__name__)
+
+def check_sites(inputs: Inputs, method: CoTrained) -> None:
+    """Raise an error if the cloud or the devices have no images, or there are fewer clients than devices."""
+    if not (inputs.table["split"] == "backbone").any():
+        problem = "the cloud trains on the backbone's images, and it has none of its own"
+        hint = "choose some classes with backbone.unseen_classes, or a share with backbone.reserve"
+        raise NotApplicable("method", method.name, f"{problem}; {hint}")
+    device_rows(inputs.experiment.client_mix.known(inputs.clients), method.devices)
+
 
 def device_rows(clients: Clients, devices: int | None) -> list[np.ndarray]:
     """Return the numbers of the train images of every device, int64.
@@ -34,6 +43,8 @@ def device_rows(clients: Clients, devices: int | None) -> list[np.ndarray]:
     A device is a client with train images; with ``devices``, so many are made of clients that follow each other.
     """
     own = [rows for c in range(len(clients)) if len(rows := clients.train.values[_span(clients, c)])]
+    if not own:
+        raise ConfigError("partition", "train", "no client has train images, and so there is no device")
     if devices is None:
         return own
     if devices > len(own):

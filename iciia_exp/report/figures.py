@@ -13,7 +13,7 @@ from iciia_exp.results.columns import DRAWN_TYPES
 from iciia_exp.results.summary import ALL
 from iciia_exp.results.tables import backbone_history, history_of, pareto_front, read_table
 
-__all__ = ["all_figures", "by_bytes", "by_groups", "by_history", "gain_distribution"]
+__all__ = ["all_figures", "by_bytes", "by_groups", "by_history", "by_rounds", "gain_distribution"]
 
 
 def by_groups(table: pd.DataFrame, title: str) -> Any | None:
@@ -106,6 +106,47 @@ def by_bytes(table: pd.DataFrame, title: str) -> Any | None:
     return figure
 
 
+def by_rounds(table: pd.DataFrame, title: str, x: str = "round") -> Any | None:
+    """Draw accuracy by round, a line for each setting, the backbone dashed; None where no run has rounds.
+
+    ``x`` is ``round``, or ``bytes``: those that a device has received and sent until then.
+    """
+    from matplotlib.ticker import EngFormatter, MaxNLocator
+
+    found = []
+    for _, row in table[table["method"] != "backbone"].iterrows():
+        parts = [part for folder in row["run_dirs"] if (part := read_table(folder / "rounds.parquet")) is not None]
+        if parts:
+            found.append((row, _of_rounds(pd.concat(parts))))
+    if not found:
+        return None
+    found = found[: plots.MOST_LINES]
+    labels = {"round": "round", "bytes": "sent to and by a device until then, mean over the devices"}
+    ylabel = plots.measure(table)
+    figure, axes = plots.new_figure(f"{title}: accuracy by {x}", labels[x], ylabel, width=9.2, height=4.8)
+    styles = plots.line_styles([row["method"] for row, _ in found], table["method"])
+    for (row, rounds), style in zip(found, styles, strict=True):
+        more: Any = {"capsize": 2, "markersize": 4}
+        plots.draw_setting(axes, rounds.index if x == "round" else rounds["bytes"], rounds, row["label"], **style, **more)
+    base = 100 * table["alone_accuracy"].iloc[0]
+    axes.axhline(base, **plots.BASELINE, label=f"{table['backbone'].iloc[0]} alone: {base:.1f} %")
+    if x == "round":
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    else:
+        axes.xaxis.set_major_formatter(EngFormatter("B"))
+    plots.legend(axes, beside=True)
+    return figure
+
+
+def _of_rounds(tables: pd.DataFrame) -> pd.DataFrame:
+    """Return accuracy and bytes of the way to answer that is served, by round, means over runs."""
+    served = next(name for name in tables["answer"] if name != "backbone")
+    own = tables[tables["answer"] == served]
+    by_round = own.assign(bytes=own["down_bytes"] + own["up_bytes"]).groupby("round")
+    found = by_round[["accuracy", "bytes"]].mean()
+    return found.assign(accuracy_se=by_round["accuracy"].sem())
+
+
 def _name(axes: Any, front: pd.DataFrame) -> None:
     """Write the label of every point of a front: of the best above it, of the others below it and below one another."""
     axes.margins(y=0.1)
@@ -157,6 +198,8 @@ def all_figures(table: pd.DataFrame, title: str) -> Iterator[tuple[str, Any]]:
     yield "accuracy_vs_overhead", plots.draw_accuracy_vs_overhead(rows)
     found = {"accuracy_vs_groups": by_groups(table, title), "accuracy_vs_history": by_history(table, title)}
     found["accuracy_vs_bytes"] = by_bytes(table, title)
+    found["accuracy_vs_rounds"] = by_rounds(table, title)
+    found["accuracy_vs_round_bytes"] = by_rounds(table, title, "bytes")
     found |= {f"accuracy_vs_history_{name}": by_history(table, title, name) for name in DRAWN_TYPES}
     found["gain_per_client"] = gain_distribution(table, title)
     yield from ((name, figure) for name, figure in found.items() if figure is not None)

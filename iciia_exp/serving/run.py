@@ -280,10 +280,10 @@ class Run:
             logits_CSK = self.method(x_CSD, mask)
         else:
             names = [clients] if isinstance(clients, str) else list(clients or ())
-            if len(names) != len(x_CSD):
+            if isinstance(self.method, Personal) and len(names) != len(x_CSD):
                 problem = f"has a state for every client; {len(x_CSD)} clients and {len(names)} names"
                 raise UserError(f"{self.method.name}: {problem}: give clients=, as in run.partition.ids")
-            numbers_C = torch.tensor([self.client_number(name) for name in names])
+            numbers_C = torch.tensor([self.client_number(name) for name in names], dtype=torch.int64)
             mask_CS = torch.ones(x_CSD.shape[:2], dtype=torch.bool) if mask is None else mask
             y_CS = torch.zeros(x_CSD.shape[:2], dtype=torch.int64)
             logits_CSK = self.method.logits(ClientBatch(x_CSD, y_CS, mask_CS, numbers_C, arrays=more))

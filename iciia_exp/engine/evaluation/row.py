@@ -119,7 +119,7 @@ def result_row(
         "streaming_overhead_percent": cost["streaming"],
         "state_bytes": one_more.state_bytes,
         "training_bytes": method.training_bytes() if isinstance(method, Personal) else None,
-        "site": e.evaluation.site,
+        "site": method.site or e.evaluation.site,
         **cost_row(inputs, ledger),
         "parameters": method.num_parameters(),
         "epochs": training.get("epochs"),

@@ -60,6 +60,7 @@ class DCCCL(CoTrained):
     """
 
     name = "dc_ccl"
+    site = "cloud"
 
     def __init__(
         self,

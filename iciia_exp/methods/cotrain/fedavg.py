@@ -26,6 +26,7 @@ class FedAvg(CoTrained):
     """
 
     name = "fedavg"
+    site = "device"
 
     def __init__(self, facts: Facts, proximal: float = 0.0, **arguments: Any) -> None:
         super().__init__(facts, **arguments)
