@@ -13,7 +13,7 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 
-from iciia_exp.artifacts import read_json, write_json
+from iciia_exp.artifacts import load_tensors, read_json, write_json
 from iciia_exp.data.clients import Clients
 from iciia_exp.data.rounds import read_round, round_path, write_round
 from iciia_exp.engine.devices import first_device
@@ -166,7 +166,8 @@ def cotrain(inputs: Inputs, folder: Path, fleet_of: Callable[[Inputs, CoTrained,
     device = first_device(inputs)
     method.to(device)
     cloud = site_of(inputs, method, CLOUD, cloud_rows(inputs), device)
-    weights = {name: t.to(device) for name, t in weights_of(method.fresh("small")).items()}
+    stored = load_tensors(inputs.run.folder / "weights.safetensors")  # of before the first round
+    weights = {name: stored[f"method.small.{name}"].to(device) for name in weights_of(method.small)}
     done = 0
     while round_path(folder, done + 1).is_file():
         done += 1

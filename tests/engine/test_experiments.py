@@ -68,6 +68,22 @@ CHEAP = (
 SMALL = ("backbone.model.model=mobilenet_v3_small", "backbone.model.weights_name=IMAGENET1K_V1", "backbone.dim=null")
 SMALL_TIMM = ("backbone.model.model=mobilenetv3_small_050.lamb_in1k", "backbone.dim=null")
 
+SMALL_PAIR = (
+    *(f"backbone.model.{part}.{key}" for part in ("first", "second") for key in ("image_size=32",)),
+    "backbone.model.first.model=mobilenetv3_small_075.lamb_in1k",
+    "backbone.model.second.model=mobilenetv3_small_050.lamb_in1k",
+    *("method.network.inputs=1024", "partition.classes_per_client=2", "partition.images_per_client=2"),
+    "partition.val_share=0.4",
+)
+SMALL_CARS = (
+    *("backbone.model.model=mobilenet_v3_small", TINY, "backbone.unseen_classes=[cup]", "partition.val_share=0.2"),
+    *("backbone.recipe.batch_size=10", "method.network.model=mobilenet_v3_small", "method.network.weights_name=null"),
+    *("partition.images_per_client=1", "partition.classes_per_client=1", "method.network.image_size=32"),
+)
+SMALL_SPLIT = (
+    *("backbone.model.layers=[8,M,8,M]", "backbone.model.hidden=[8]", "method.network.channels=8"),
+    *("method.network.layers=[4,M,4,M]", "method.network.hidden=[4]", "backbone.recipe.batch_size=32"),
+)
 SMALL_VIT = ("backbone.model.model=vit_tiny_patch16_224", TINY)
 SMALL_MIET = (*SMALL_VIT, "method.epochs=2", "method.linear_epochs=1")
 

@@ -10,6 +10,7 @@ Legend: n images of a site, B images of a batch, K classes.
 
 from __future__ import annotations
 
+import copy
 import math
 from abc import abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -22,10 +23,10 @@ from torch.nn import functional as F
 
 from iciia_exp.cost import count_macs, count_training_macs
 from iciia_exp.data.batches import ClientBatch
-from iciia_exp.errors import ConfigError, NotApplicable, UserError, check_choice, check_float, check_int
-from iciia_exp.ledger import Budget, Line, Link, Sizes
+from iciia_exp.errors import ConfigError, NotApplicable, UserError, check_bool, check_choice, check_float, check_int
+from iciia_exp.ledger import KINDS, Budget, Line, Link, Sizes
 from iciia_exp.methods.base import Facts, Method
-from iciia_exp.models.backbones.base import Backbone
+from iciia_exp.models.backbones.base import Backbone, BackboneSpec
 from iciia_exp.models.payloads import PAYLOADS, pack_weights, packed_weights_bytes, unpack_weights
 from iciia_exp.seeding import derive_seed, generator
 from iciia_exp.tasks import SINGLE_LABEL
@@ -120,8 +121,8 @@ class CoTrained(Method):
 
     Args:
         facts: task, sizes, and the shape of the array.
-        network: builds the network from ``num_classes``: a backbone class with its settings. It is trained from fresh
-            weights, and its input is ``array``.
+        network: builds the network from ``num_classes``: a backbone class with its settings. Its input is ``array``.
+        pretrained: it starts from the library's weights, with a fresh last layer; else from fresh weights.
         array: the stored array that the network reads: ``images``, as the backbone's transform makes them, or another
             that the backbone gives, such as ``features``.
         rounds: R.
@@ -156,6 +157,7 @@ class CoTrained(Method):
         facts: Facts,
         network: Callable[..., Backbone],
         array: str = "images",
+        pretrained: bool = False,
         rounds: int = 10,
         local_epochs: int = 1,
         lr: float = 0.02,
@@ -173,6 +175,8 @@ class CoTrained(Method):
     ) -> None:
         super().__init__(facts)
         self.array, self.shape = array, _shape(facts, array, self.name)
+        #: kind of the array as a payload
+        self.kind = array if array in KINDS else "features"
         self.reads = self.reads_with({"array": array})
         self.rounds = check_int("rounds", rounds, 1)
         self.local_epochs = check_int("local_epochs", local_epochs, 1)
@@ -188,7 +192,7 @@ class CoTrained(Method):
         self.unavailable = check_float("unavailable", unavailable, 0.0, 1.0)
         self.form = check_choice("payload", payload, PAYLOADS)
         self.seed = check_int("seed", seed, 0)
-        self._network = network
+        self._network, self.pretrained = network, check_bool("pretrained", pretrained)
         #: f_S, the network that travels, with the weights of the last round.
         self.small = self.fresh("small")
 
@@ -220,6 +224,14 @@ class CoTrained(Method):
             problem = f"gives {list(got[1:])} numbers for an image, and there are {self.num_classes} classes"
             raise ConfigError("network", type(network).__name__, problem)
         return network.train().requires_grad_(True)
+
+    def start(self, network: Backbone) -> None:
+        """Give a network its first weights: those of the library, where they are asked for, with a fresh last layer."""
+        if self.pretrained:
+            names = [str(number) for number in range(self.num_classes)]
+            head = copy.deepcopy(network.head)
+            network.load_state_dict(BackboneSpec("network", self._network, "head", True).initial(names).state_dict())
+            network.head.load_state_dict(head.state_dict())
 
     def load(self, weights: Mapping[str, Tensor]) -> None:
         """Take the weights of a round; raises a `UserError` for those of another network."""
@@ -285,7 +297,7 @@ class CoTrained(Method):
         """
         rows = generator("cotrain", name, self.seed, number).permutation(len(cloud.own.y))[:count]
         chosen = cloud.own.take(torch.from_numpy(rows))
-        x = link.down(self.array, chosen.x, what="training")
+        x = link.down(self.kind, chosen.x, what="training")
         sent = {f"{name}.x": x, f"{name}.y": link.down("labels", chosen.y.int(), what="training")}
         if self.large_on_devices and chosen.large is not None:
             sent[f"{name}.large"] = chosen.large
@@ -427,7 +439,7 @@ class CoTrained(Method):
             return []
         size = None if sizes.sample_bytes is None else sizes.received * sizes.sample_bytes
         return [
-            Line("client_once", "cloud", "training", kind=self.array, bytes=size),
+            Line("client_once", "cloud", "training", kind=self.kind, bytes=size),
             Line("client_once", "cloud", "training", kind="labels", bytes=4 * sizes.received),
         ]
 

@@ -94,7 +94,9 @@ class DCCCL(CoTrained):
     def learn(self, cloud: CloudView, fit: Fit) -> Record:
         """Distil f_C on the cloud's images."""
         record: Record = {}
+        self.start(self.small)
         if self.control is not None:
+            self.start(self.control)
             module = Distilled(self.control, self.large_logits, self.array, self.distillation)
             record = fit(module, cloud.clients.train.values, self.control_recipe)
         if self.control is not None:  # as devices get it
@@ -141,7 +143,7 @@ class DCCCL(CoTrained):
     def _up(self, images: Samples, cloud: Site, link: Link, name: str) -> None:
         """Send images of a device up, which breaks the premise."""
         sent = Samples(
-            link.up(self.array, images.x, what="training"),
+            link.up(self.kind, images.x, what="training"),
             link.up("labels", images.y.int(), what="training").long(),
             images.large,
         )
@@ -249,7 +251,7 @@ class DCCCL(CoTrained):
         for site, count in (("cloud", down), ("device", up)):
             if count:
                 size = None if sizes.sample_bytes is None else count * sizes.sample_bytes
-                lines.append(Line("client_once", site, "training", kind=self.array, bytes=size))
+                lines.append(Line("client_once", site, "training", kind=self.kind, bytes=size))
                 lines.append(Line("client_once", site, "training", kind="labels", bytes=4 * count))
         return lines
 

@@ -34,5 +34,6 @@ class FedAvg(CoTrained):
 
     def learn(self, cloud: CloudView, fit: Fit) -> Record:
         """Nothing before the rounds."""
+        self.start(self.small)
         self.eval()
         return {}
