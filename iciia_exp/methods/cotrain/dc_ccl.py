@@ -53,6 +53,8 @@ class DCCCL(CoTrained):
         retune_batch_size: images of a step of the retuning, which takes one epoch.
         temperature: f_L's logits are divided by it, in all of this. A large model is surer than f_C of images that
             neither has learned from, and f_S, which has learned to overrule f_C, does not overrule it; 1 as published.
+        unseen_logits: f_L's logits of classes that the cloud has no image of: ``trained``, as they are, or ``mean``, that
+            of the other classes, where they say nothing: a fitted classifier (backbone.train=head) gives -30 and less.
         distillation: loss of f_C: ``mse`` of logits, or ``kl``: cross-entropy of the labels, and of f_L's probabilities
             at a temperature of 0.5.
         control_epochs, control_lr, control_batch_size: of f_C's training with Adam, cosine.
@@ -70,6 +72,7 @@ class DCCCL(CoTrained):
         retune_images: int = 1000,
         retune_batch_size: int = 128,
         temperature: float = 2.0,
+        unseen_logits: str = "trained",
         distillation: str = "mse",
         control_epochs: int = 8,
         control_lr: float = 0.003,
@@ -81,12 +84,15 @@ class DCCCL(CoTrained):
         self.retune_images = check_int("retune_images", retune_images, 1)
         self.retune_batch_size = check_int("retune_batch_size", retune_batch_size, 1)
         self.temperature = check_float("temperature", temperature, 0.0, open_low=True)
+        self.unseen_logits = check_choice("unseen_logits", unseen_logits, ("trained", "mean"))
         self.distillation = check_choice("distillation", distillation, ("mse", "kl"))
         adam = partial(torch.optim.Adam, lr=check_float("control_lr", control_lr, 0.0, open_low=True))
         cosine = torch.optim.lr_scheduler.CosineAnnealingLR
         size = check_int("control_batch_size", control_batch_size, 1)
         self.control_recipe = Recipe(adam, cosine, check_int("control_epochs", control_epochs, 1), size)
         self.large = copy_of(facts.head, trained=False)
+        self.known_K: Tensor  # classes that the cloud has images of
+        self.register_buffer("known_K", torch.ones(facts.num_classes, dtype=torch.bool))
         #: f_C; None where f_S is trained without it.
         self.control = self.fresh("control") if arm in ("dc_ccl", "wrong_control") else None
         self.alone, self.large_on_devices = arm == "centralised", arm in ("large_on_device", "centralised")
@@ -94,6 +100,7 @@ class DCCCL(CoTrained):
     def learn(self, cloud: CloudView, fit: Fit) -> Record:
         """Distil f_C on the cloud's images."""
         record: Record = {}
+        self.known_K.copy_(torch.from_numpy(cloud.class_counts("train").any(0)))
         self.start(self.small)
         if self.control is not None:
             self.start(self.control)
@@ -107,7 +114,11 @@ class DCCCL(CoTrained):
 
     def large_logits(self, x: Tensor) -> Tensor:
         """Return f_L's logits [..., K] from the backbone's features [..., D]."""
-        return self.large(x) / self.temperature
+        logits = self.large(x) / self.temperature
+        if self.unseen_logits == "mean":
+            mean = (logits * self.known_K).sum(-1, keepdim=True) / self.known_K.sum()
+            logits = torch.where(self.known_K, logits, mean)
+        return logits
 
     # ---- rounds
 
