@@ -46,7 +46,17 @@ RUNS = {
         name: (f"method={name}",)
         for name in (
             *("arm_cml", "backbone", "client_prior", "client_types", "coda", "context_token", "conv_across_images"),
-            *("dc_ccl", "fedavg", "feedforward", "finetune", "iciia", "iciia_prior", "iciia_stream", "lame", "linear_head"),
+            *(
+                "dc_ccl",
+                "fedavg",
+                "feedforward",
+                "finetune",
+                "iciia",
+                "iciia_prior",
+                "iciia_stream",
+                "lame",
+                "linear_head",
+            ),
             *(
                 "linear_probe",
                 "mpda",

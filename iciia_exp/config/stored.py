@@ -80,9 +80,9 @@ def _class_of(stored: Any, base: type[_Base], plugins: Plugins) -> type[_Base]:
     name = stored["name"]
     plugged = {identity(c): c for c in _named(base, plugins)}
     if (found := plugged.get(name) or _own(base, name)) is not None:  # type: ignore[arg-type]
-        return found  # type: ignore[return-value]
+        return found
     # entry points are searched last: it takes longer than loading a run
-    classes = {identity(c): c for c in (*_all_own(base), *plugged.values(), *_installed(base))}  # type: ignore[arg-type]
+    classes = {identity(c): c for c in (*_all_own(base), *plugged.values(), *_installed(base))}
     if name not in classes:
         near = did_you_mean(name, classes, "")
         problem = f"no such {base.__name__} in this package or its plug-ins"

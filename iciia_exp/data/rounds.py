@@ -1,7 +1,7 @@
 """Rounds: the network that cloud and devices train together, after every round.
 
-    0000.safetensors       before the first round; 0001: after it, and so on; each written at once, with plain facts
-    manifest.json          rounds, devices, payloads, seconds (written last)
+0000.safetensors       before the first round; 0001: after it, and so on; each written at once, with plain facts
+manifest.json          rounds, devices, payloads, seconds (written last)
 """
 
 import json

@@ -34,7 +34,7 @@ from iciia_exp.engine.jobs import composed
 from iciia_exp.engine.rounds import cotrain, device_rows, link_of, site_of
 from iciia_exp.engine.stages import Stages
 from iciia_exp.errors import ConfigError, UserError
-from iciia_exp.methods.cotrain.base import CLOUD, CoTrained, Job, Site, Update, Weights
+from iciia_exp.methods.cotrain.base import CoTrained, Job, Site, Update, Weights
 from iciia_exp.models.payloads import pack_weights, unpack_weights
 
 if TYPE_CHECKING:
@@ -185,7 +185,9 @@ class NodeFleet:
             sent = self.method.sent(number, images, self.cloud, self.link)
             arrays = ArrayRecord({name: t.cpu().contiguous() for name, t in sent.items()})
             content = RecordDict({ARRAYS: arrays, CONFIG: ConfigRecord({"method": self._stored})})
-            for answer in self.grid.send_and_receive([self._to_node(content, node, "train.accept")], timeout=self.timeout):
+            for answer in self.grid.send_and_receive(
+                [self._to_node(content, node, "train.accept")], timeout=self.timeout
+            ):
                 if answer.has_error():
                     raise UserError(f"device {number}: {answer.error.reason}")
                 self.nodes[number], self.images[number] = node, images

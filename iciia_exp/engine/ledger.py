@@ -56,7 +56,10 @@ def ledger_table(inputs: Inputs, method: Method) -> pd.DataFrame:
     if inputs.rounds is not None:
         manifest = read_json(inputs.rounds.folder / "manifest.json")
         budgets = [
-            (1 / manifest["devices"], method.budget(sizes_of(inputs, train=train, received=got, cloud=manifest["cloud"])))
+            (
+                1 / manifest["devices"],
+                method.budget(sizes_of(inputs, train=train, received=got, cloud=manifest["cloud"])),
+            )
             for train, got in zip(manifest["train"], manifest["received"], strict=True)
         ]
         counts = {"round": manifest["taking_part"]}

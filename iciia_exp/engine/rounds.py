@@ -24,9 +24,13 @@ from iciia_exp.errors import ConfigError, NotApplicable, UserError
 from iciia_exp.ledger import Link
 from iciia_exp.methods.cotrain.base import CLOUD, CoTrained, Job, Samples, Site, Update, Weights, weights_of
 
-__all__ = ["Fleet", "LocalFleet", "check_sites", "cloud_rows", "cotrain", "device_rows", "link_of", "make_round", "report_rounds", "site_of"]
+__all__ = [
+    *("Fleet", "LocalFleet", "check_sites", "cloud_rows", "cotrain", "device_rows", "link_of", "make_round"),
+    *("report_rounds", "site_of"),
+]
 
 log = logging.getLogger(__name__)
+
 
 def check_sites(inputs: Inputs, method: CoTrained) -> None:
     """Raise an error if the cloud or the devices have no images, or there are fewer clients than devices."""
@@ -96,7 +100,9 @@ def make_round(
         updates = {site: update for site, update in sorted(answers.items()) if update.finite}
         excluded = sorted(set(answers) - set(updates))
         for site in excluded:
-            log.warning("round %d: device %d answers with numbers that are not finite; it is left out", number + 1, site)
+            log.warning(
+                "round %d: device %d answers with numbers that are not finite; it is left out", number + 1, site
+            )
         if job.cloud:
             equal = job.equal_steps and updates
             steps = round(np.mean([u.steps for u in updates.values()])) if equal else None
@@ -200,7 +206,7 @@ def _finish(folder: Path, method: CoTrained, fleet: Fleet, cloud: int, seconds: 
     payloads = {key: size for key, size in fleet.link.counted.items() if key[0] != "round"}
     for number in range(1, method.rounds + 1):
         for *key, size in read_round(folder, number)[1]["payloads"]:
-            payloads[tuple(key)] = payloads.get(tuple(key), 0) + size  # type: ignore[index,arg-type]
+            payloads[tuple(key)] = payloads.get(tuple(key), 0) + size
     manifest = {
         "format": 1,
         "rounds": method.rounds,

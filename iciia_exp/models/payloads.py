@@ -46,7 +46,7 @@ def packed_bytes(shape: Sequence[int], form: str) -> int:
 
 def pack_weights(weights: Mapping[str, Tensor], form: str) -> dict[str, tuple[Tensor, ...]]:
     """Return the weights of a network as they are sent: of each a tensor, or with ``int8`` values and scales."""
-    packed = {}
+    packed: dict[str, tuple[Tensor, ...]] = {}
     for name, tensor in weights.items():
         if form == "int8" and tensor.ndim > 1:
             values, scale = pack(tensor.flatten(1), form)

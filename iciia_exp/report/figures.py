@@ -127,7 +127,9 @@ def by_rounds(table: pd.DataFrame, title: str, x: str = "round") -> Any | None:
     styles = plots.line_styles([row["method"] for row, _ in found], table["method"])
     for (row, rounds), style in zip(found, styles, strict=True):
         more: Any = {"capsize": 2, "markersize": 4}
-        plots.draw_setting(axes, rounds.index if x == "round" else rounds["bytes"], rounds, row["label"], **style, **more)
+        plots.draw_setting(
+            axes, rounds.index if x == "round" else rounds["bytes"], rounds, row["label"], **style, **more
+        )
     base = 100 * table["alone_accuracy"].iloc[0]
     axes.axhline(base, **plots.BASELINE, label=f"{table['backbone'].iloc[0]} alone: {base:.1f} %")
     if x == "round":

@@ -16,8 +16,8 @@ from iciia_exp.tasks import CLICK, TASKS
 
 __all__ = [
     *("BASELINE", "BLUE", "MOST_LINES", "ORANGE", "draw_setting", "gains", "hover", "legend", "line_styles"),
-    *("accuracy_vs_history", "accuracy_vs_overhead", "accuracy_vs_rounds", "draw_accuracy_vs_overhead", "draw_examples", "gain_per_client"),
-    *("measure", "new_figure", "save"),
+    *("accuracy_vs_history", "accuracy_vs_overhead", "accuracy_vs_rounds", "draw_accuracy_vs_overhead"),
+    *("draw_examples", "gain_per_client", "measure", "new_figure", "save"),
 ]
 
 # Colours that differ in lightness too, so that the plots read in grey.
@@ -128,7 +128,10 @@ def accuracy_vs_rounds(rounds: pd.DataFrame, row: dict[str, Any], path: Path) ->
     apart = rounds["seen_accuracy"].notna().any() and rounds["unseen_accuracy"].notna().any()
     parts = {"accuracy": ("all classes", BLUE)}
     if apart:
-        parts |= {"seen_accuracy": ("the backbone's classes", ORANGE), "unseen_accuracy": ("classes new to it", _COLOURS[2])}
+        parts |= {
+            "seen_accuracy": ("the backbone's classes", ORANGE),
+            "unseen_accuracy": ("classes new to it", _COLOURS[2]),
+        }
     for key, (name, colour) in parts.items():
         for number, answer in enumerate(answers):
             own = rounds[rounds["answer"] == answer]

@@ -3,7 +3,7 @@
 A SuperNode is a device. Its images are in a file of its own, which nobody else reads; the cloud sends the method's name
 and arguments, the network, and what `CoTrained.sent` says:
 
-    flower-supernode --superlink HOST:PORT --root-certificates ca.crt --node-config 'device=0 data="/path/device.safetensors"'
+    flower-supernode --superlink HOST:PORT --root-certificates ca.crt --node-config 'device=0 data="/path/of/file"'
 
 Loading what the cloud sends runs no code of its choosing (`iciia_exp.config.stored`).
 
@@ -71,10 +71,10 @@ def train(message: Message, context: Context) -> Message:
     """Do a job, and send back what was trained."""
     if CONFIG not in context.state:
         raise UserError("the device is asked to train before the cloud has sent its method")
-    method = _method(str(context.state[CONFIG]["method"]))  # type: ignore[index]
+    method = _method(str(context.state[CONFIG]["method"]))
     site = _site(method, context)
     received = unpack_weights(to_packed(message.content[ARRAYS]))  # type: ignore[arg-type]
-    job = Job(**json.loads(str(message.content[CONFIG]["job"])))  # type: ignore[index]
+    job = Job(**json.loads(str(message.content[CONFIG]["job"])))
     update = method.train_on(site, received, job)
     metrics = MetricRecord({"samples": update.samples, "steps": update.steps, "loss": update.loss})
     arrays = from_packed(method.packed(update, received))
@@ -108,7 +108,7 @@ def _method(stored: str) -> CoTrained:
     arrays = {name: tuple(shape) for name, shape in given["arrays"].items()}
     head = nn.Linear(given["dim"], given["num_classes"])  # of the cloud's backbone, which devices do not have
     facts = Facts.of(head, given["task"], arrays)
-    method = restore(given["method"], CoTrained, facts=facts)  # type: ignore[type-abstract]
+    method = restore(given["method"], CoTrained, facts=facts)
     return method.eval()
 
 
@@ -116,7 +116,9 @@ def _site(method: CoTrained, context: Context) -> Site:
     """Return the device with its images, and what the cloud has sent."""
     number, own = _device(context)
     if tuple(own.x.shape[1:]) != method.shape:
-        raise UserError(f"device {number}: its images are {list(own.x.shape[1:])}, the network takes {list(method.shape)}")
+        raise UserError(
+            f"device {number}: its images are {list(own.x.shape[1:])}, the network takes {list(method.shape)}"
+        )
     if int(own.y.min()) < 0 or int(own.y.max()) >= method.num_classes:
         wrong = int(own.y.max() if own.y.max() >= method.num_classes else own.y.min())
         raise UserError(f"device {number}: has a label {wrong}, and the classes are 0 to {method.num_classes - 1}")

@@ -112,7 +112,10 @@ EXPERIMENTS = {
     "dc_ccl_mnist": (lambda root, _: make_femnist(root), ("dataset.num_classes=62", "backbone.unseen_classes='50:'")),
     "dc_ccl_tiny_imagenet": (small_imagenet, SMALL_PAIR),
     "dc_ccl_imagenet_cars": (lambda root, _: make_folder(root), SMALL_CARS),
-    "dc_ccl_cifar10": (small_cifar10, ("partition.images_per_client=2", "partition.val_share=0.1", "backbone.model.stem=8", *SMALL_SPLIT)),
+    "dc_ccl_cifar10": (
+        small_cifar10,
+        ("partition.images_per_client=2", "partition.val_share=0.1", "backbone.model.stem=8", *SMALL_SPLIT),
+    ),
     "cifar10": (small_cifar10, (CLIENTS,)),
     "cifar100": (small_cifar100, ("partition.images_per_client=5",)),
     "fashion_mnist": (lambda root, _: make_fashion_mnist(root, train=400, test=80), (CLIENTS,)),

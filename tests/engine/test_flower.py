@@ -98,7 +98,9 @@ def networks(folder):
 
 
 def same(one, other, within=1e-6):
-    return len(one) == len(other) and all((a[n] - b[n]).abs().max() <= within for a, b in zip(one, other, strict=True) for n in a)
+    return len(one) == len(other) and all(
+        (a[n] - b[n]).abs().max() <= within for a, b in zip(one, other, strict=True) for n in a
+    )
 
 
 def files_of(made, folder):
@@ -182,7 +184,10 @@ def test_wrong_devices(made, tmp_path, identity, caplog):
     for tensors, problem in (
         ({"x": content["x"]}, r"must have images x .n, .... and labels y .n., and has x"),
         ({"x": content["x"][:0], "y": content["y"][:0]}, "must have images x"),
-        ({"x": content["x"][:, :, :4].contiguous(), "y": content["y"]}, "its images are .1, 4, 8., the network takes .1, 8, 8."),
+        (
+            {"x": content["x"][:, :, :4].contiguous(), "y": content["y"]},
+            "its images are .1, 4, 8., the network takes .1, 8, 8.",
+        ),
         ({"x": content["x"], "y": content["y"] + 8}, "device 1: has a label 1., and the classes are 0 to 9"),
     ):
         save_file(tensors, files[1])

@@ -71,7 +71,7 @@ def result_row(
     seconds: float,
     clients: pd.DataFrame,
 ) -> dict[str, Any]:
-    """Return the row: identity, averages, further ``errors`` and accuracies, costs, seeds, times, versions and every setting.
+    """Return the row: identity, averages and further ``errors``, costs, seeds, times, versions and every setting.
 
     ``ledger`` is that of `iciia_exp.engine.ledger.ledger_table`, ``clients`` that of `client_table`.
     """

@@ -140,7 +140,9 @@ class ClassifierModule(BaseModule):
         """Return the loss of a batch of images."""
         if not batch.mask_CS.any():
             return self.mean_loss(None, 0)
-        arrays = {name: batch.arrays[name][:, 0] for name in getattr(self.classifier, "reads", ()) if name in batch.arrays}
+        arrays = {
+            name: batch.arrays[name][:, 0] for name in getattr(self.classifier, "reads", ()) if name in batch.arrays
+        }
         loss: Tensor = self.classifier.loss(batch.x_CSD[:, 0], batch.y_CS[:, 0], **arrays)  # type: ignore[operator]
         return self.mean_loss(loss, len(batch.client_C))
 

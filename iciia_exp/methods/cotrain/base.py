@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import copy
 import math
-from abc import abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, ClassVar, NamedTuple
 
@@ -31,7 +30,10 @@ from iciia_exp.models.payloads import PAYLOADS, pack_weights, packed_weights_byt
 from iciia_exp.seeding import derive_seed, generator
 from iciia_exp.tasks import SINGLE_LABEL
 
-__all__ = ["CLOUD", "CoTrained", "Job", "Packed", "Samples", "Site", "Update", "Weights", "average", "logits_of", "train_steps", "weights_of"]
+__all__ = [
+    *("CLOUD", "CoTrained", "Job", "Packed", "Samples", "Site", "Update", "Weights"),
+    *("average", "logits_of", "train_steps", "weights_of"),
+]
 
 #: Parameters and running statistics by name.
 Weights = dict[str, Tensor]
@@ -243,7 +245,9 @@ class CoTrained(Method):
         got = {name: t.shape for name, t in weights.items()}
         if own != got:
             first = next(name for name in (*own, *got) if own.get(name) != got.get(name))
-            sizes = " not ".join("missing" if part is None else str(list(part)) for part in (got.get(first), own.get(first)))
+            sizes = " not ".join(
+                "missing" if part is None else str(list(part)) for part in (got.get(first), own.get(first))
+            )
             raise UserError(f"{self.name}: weights of another network ({first} is {sizes})")
         self.small.load_state_dict(dict(weights), strict=False)  # without the counters of batch norms
 

@@ -20,7 +20,7 @@ from torch.nn import functional as F
 from iciia_exp.data.batches import ClientBatch
 from iciia_exp.data.views import CloudView
 from iciia_exp.errors import check_choice, check_float, check_int
-from iciia_exp.ledger import Budget, Line, Link, Sizes
+from iciia_exp.ledger import SITES, Budget, Line, Link, Sizes
 from iciia_exp.methods.base import Facts, Fit, Record, copy_of
 from iciia_exp.methods.cotrain.base import CoTrained, Job, Samples, Site, Weights, logits_of, weights_of
 from iciia_exp.models.payloads import pack_weights, unpack_weights
@@ -53,8 +53,8 @@ class DCCCL(CoTrained):
         retune_batch_size: images of a step of the retuning, which takes one epoch.
         temperature: f_L's logits are divided by it, in all of this. A large model is surer than f_C of images that
             neither has learned from, and f_S, which has learned to overrule f_C, does not overrule it; 1 as published.
-        unseen_logits: f_L's logits of classes that the cloud has no image of: ``trained``, as they are, or ``mean``, that
-            of the other classes, where they say nothing: a fitted classifier (backbone.train=head) gives -30 and less.
+        unseen_logits: f_L's logits of classes that the cloud has no image of: ``trained``, as they are, or ``mean``,
+            that of the other classes, where they say nothing: a fitted classifier (backbone.train=head) gives -30.
         distillation: loss of f_C: ``mse`` of logits, or ``kl``: cross-entropy of the labels, and of f_L's probabilities
             at a temperature of 0.5.
         control_epochs, control_lr, control_batch_size: of f_C's training with Adam, cosine.
@@ -231,7 +231,9 @@ class DCCCL(CoTrained):
             macs = self.network_macs()
             distilled = self.control_recipe.epochs * sizes.cloud
             lines += [
-                Line("cloud_once", "cloud", "training", macs=distilled * (self.step_macs() + self.dim * self.num_classes)),
+                Line(
+                    "cloud_once", "cloud", "training", macs=distilled * (self.step_macs() + self.dim * self.num_classes)
+                ),
                 Line("client_once", "cloud", "method", kind="weights", bytes=self.weight_bytes()),
                 Line("client_once", "device", "training", macs=images * macs),
             ]
@@ -258,8 +260,8 @@ class DCCCL(CoTrained):
         some = min(sizes.train, self.retune_images)
         down = min(self.retune_images, sizes.cloud) if self.retune == "device" and not self.alone else 0
         up = sizes.train if self.alone else some if self.retune == "mixed" else 0
-        lines = []
-        for site, count in (("cloud", down), ("device", up)):
+        lines, sites = [], tuple(zip(SITES, (down, up), strict=True))
+        for site, count in sites:
             if count:
                 size = None if sizes.sample_bytes is None else count * sizes.sample_bytes
                 lines.append(Line("client_once", site, "training", kind=self.kind, bytes=size))

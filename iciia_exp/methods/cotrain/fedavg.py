@@ -1,8 +1,8 @@
 """FedAvg and FedProx: the small network is trained with labels alone, by devices and cloud, and answers alone.
 
 Sources: McMahan et al., "Communication-Efficient Learning of Deep Networks from Decentralized Data" (AISTATS 2017), and
-Li et al., "Federated Optimization in Heterogeneous Networks" (MLSys 2020), whose proximal term holds a device's copy near
-to the network that it was sent.
+Li et al., "Federated Optimization in Heterogeneous Networks" (MLSys 2020), whose proximal term holds a device's copy
+near to the network that it was sent.
 """
 
 from typing import Any

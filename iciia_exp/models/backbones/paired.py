@@ -44,8 +44,9 @@ class Paired(Backbone):
         if differ := [key for key in settings[0] if settings[0][key] != settings[1].get(key)]:
             values = " and ".join(str(s.get(differ[0])) for s in settings)
             raise ConfigError("second", type(self.second).__name__, f"must have the first's {differ[0]}, not {values}")
-        self.dim, self.head = self.first.dim, self.first.head
-        self.first.head, self.second.head = nn.Identity(), nn.Identity()
+        self.dim, self.head = int(self.first.dim), self.first.head
+        nothing: Any = nn.Identity()
+        self.first.head = self.second.head = nothing
         self.head_name, self.gives = self.first.head_name, self.gives | {"second"}
         self.trunk_prefix = f"first.{self.first.trunk_prefix}"  # type: ignore[misc]
 

@@ -13,7 +13,7 @@ from iciia_exp.errors import UserError
 from iciia_exp.ledger import Link, Sizes
 from iciia_exp.methods.base import Facts
 from iciia_exp.methods.cotrain.base import CLOUD, Job, Samples, Site, Update, logits_of, weights_of
-from iciia_exp.methods.cotrain.dc_ccl import ARMS, RETUNE, DCCCL
+from iciia_exp.methods.cotrain.dc_ccl import ARMS, DCCCL, RETUNE
 from iciia_exp.methods.cotrain.fedavg import FedAvg
 from iciia_exp.models.backbones.feature_perceptron import FeaturePerceptron
 from iciia_exp.models.backbones.small_cnn import SmallCNN
@@ -231,7 +231,9 @@ def test_fedprox_stays_nearer():
         method = FedAvg(FACTS, proximal=mu, network=partial(NETWORK, dropout=0.0), lr=0.1)
         start = {name: t.clone() for name, t in weights_of(method.small).items()}
         update = method.train_on(device, start, Job(0, lr=0.1, epochs=5))
-        near[mu] = sum(float((update.weights[name] - t).square().sum()) for name, t in start.items() if "run" not in name)
+        near[mu] = sum(
+            float((update.weights[name] - t).square().sum()) for name, t in start.items() if "run" not in name
+        )
     assert near[5.0] < 0.5 * near[0.0]
 
 
