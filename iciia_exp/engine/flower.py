@@ -80,10 +80,10 @@ wait = false  # for a device that is missing or does not answer in time; false: 
 _COMPONENTS = '''"""Components of the app."""
 
 from iciia_exp.engine.flower import server_app
-from iciia_exp.serving.flower import app
+from iciia_exp.serving.flower import client_app
 
 server = server_app()
-client = app
+client = client_app()
 '''
 
 

@@ -13,10 +13,8 @@ Legend: n images of the device.
 import json
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from flwr.app import ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
-from flwr.clientapp import ClientApp
 from torch import Tensor, nn
 
 from iciia_exp.artifacts import load_tensors
@@ -26,21 +24,36 @@ from iciia_exp.methods.base import Facts
 from iciia_exp.methods.cotrain.base import CoTrained, Job, Packed, Samples, Site
 from iciia_exp.models.payloads import unpack_weights
 
-__all__ = ["app", "from_packed", "to_packed"]
+if TYPE_CHECKING:
+    from flwr.app import ArrayRecord, Context, Message
+    from flwr.clientapp import ClientApp
+
+__all__ = ["ARRAYS", "CONFIG", "METRICS", "client_app", "from_packed", "read_device", "to_packed"]
 
 #: Names in a message, and in what a SuperNode keeps between messages.
 ARRAYS, CONFIG, METRICS = "arrays", "config", "metrics"
 
-app = ClientApp()
+
+def client_app() -> "ClientApp":
+    """Return the ClientApp."""
+    from flwr.clientapp import ClientApp
+
+    app = ClientApp()
+    app.query()(join)
+    app.train("accept")(accept)
+    app.train()(train)
+    return app
 
 
-def from_packed(packed: Packed) -> ArrayRecord:
+def from_packed(packed: Packed) -> "ArrayRecord":
     """Return packed weights as a record: an array for the values, one more for the scales where there are some."""
+    from flwr.app import ArrayRecord
+
     parts = ((f"{name}#{i}", t) for name, tensors in packed.items() for i, t in enumerate(tensors))
     return ArrayRecord({name: t.detach().cpu().contiguous() for name, t in parts})
 
 
-def to_packed(record: ArrayRecord) -> Packed:
+def to_packed(record: "ArrayRecord") -> Packed:
     """Return the packed weights of a record."""
     packed: Packed = {}
     for key, t in record.to_torch_state_dict().items():
@@ -48,17 +61,19 @@ def to_packed(record: ArrayRecord) -> Packed:
     return packed
 
 
-@app.query()
-def join(message: Message, context: Context) -> Message:
+def join(message: "Message", context: "Context") -> "Message":
     """Tell the number of the device and of its images."""
+    from flwr.app import ConfigRecord, Message, RecordDict
+
     device, own = _device(context)
     config = ConfigRecord({"device": device, "images": len(own.y)})
     return Message(RecordDict({CONFIG: config}), reply_to=message)
 
 
-@app.train("accept")
-def accept(message: Message, context: Context) -> Message:
+def accept(message: "Message", context: "Context") -> "Message":
     """Keep what the cloud sends once."""
+    from flwr.app import Message, MetricRecord, RecordDict
+
     context.state[CONFIG] = message.content[CONFIG]
     context.state[ARRAYS] = message.content[ARRAYS]
     method = _method(str(message.content[CONFIG]["method"]))  # for its errors
@@ -66,9 +81,10 @@ def accept(message: Message, context: Context) -> Message:
     return Message(RecordDict({METRICS: MetricRecord({"accepted": 1})}), reply_to=message)
 
 
-@app.train()
-def train(message: Message, context: Context) -> Message:
+def train(message: "Message", context: "Context") -> "Message":
     """Do a job, and send back what was trained."""
+    from flwr.app import Message, MetricRecord, RecordDict
+
     if CONFIG not in context.state:
         raise UserError("the device is asked to train before the cloud has sent its method")
     method = _method(str(context.state[CONFIG]["method"]))
@@ -81,7 +97,7 @@ def train(message: Message, context: Context) -> Message:
     return Message(RecordDict({ARRAYS: arrays, METRICS: metrics}), reply_to=message)
 
 
-def _device(context: Context) -> tuple[int, Samples]:
+def _device(context: "Context") -> tuple[int, Samples]:
     """Return the number of the device, and its images."""
     settings = context.node_config
     for key, kind in (("device", int), ("data", str)):
@@ -112,7 +128,7 @@ def _method(stored: str) -> CoTrained:
     return method.eval()
 
 
-def _site(method: CoTrained, context: Context) -> Site:
+def _site(method: CoTrained, context: "Context") -> Site:
     """Return the device with its images, and what the cloud has sent."""
     number, own = _device(context)
     if tuple(own.x.shape[1:]) != method.shape:

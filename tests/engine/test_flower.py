@@ -59,7 +59,7 @@ class Grid:
         self.nodes = {}
         for number, path in enumerate(files):
             self.start(100 + number, {"device": number, "data": str(path)})
-        self.handled = []
+        self.handled, self.app = [], device_side.client_app()
         self.silent, self.broken = set(), set()
 
     def start(self, node, config):
@@ -79,7 +79,7 @@ class Grid:
                 reply = Message(Error(0, "out of memory"), reply_to=message)
             else:
                 device_side.read_device.cache_clear(), device_side._method.cache_clear()
-                reply = device_side.app(message, self.nodes[node])
+                reply = self.app(message, self.nodes[node])
             reply.metadata._src_node_id = node
             replies.append(reply)
         return replies
