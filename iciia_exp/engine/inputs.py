@@ -25,6 +25,7 @@ from iciia_exp.engine.graph import Artifact
 from iciia_exp.engine.training.processes import training_processes
 from iciia_exp.errors import ConfigError, NotApplicable, UserError
 from iciia_exp.methods.base import Facts, Method
+from iciia_exp.methods.cotrain.base import CoTrained
 from iciia_exp.models.backbones.base import Backbone
 from iciia_exp.serving.run import Run
 
@@ -250,13 +251,16 @@ class Inputs:
         weights = {"weights": self.weights_digest, "pretrained": spec.pretrained, "classes": self.weights_classes}
         config["backbone"] |= weights
         del config["backbone"]["name"]  # a label
+        if self.unseen_classes is not None:
+            config["backbone"]["unseen_classes"] = self.unseen_classes
         config["features"]["precision"] = e.extraction.precision or self.trainer_science.get("precision")
         config["evaluation"] |= {"images": e.images, "cost_images": e.cost_images}
         config["training"] = {"images": e.training.images}
         if spec.train == "all":
             config["backbone"]["trainer"] = self.trainer_science
-        if trained:
+        if trained or issubclass(e.method_class, CoTrained):
             config["trainer"] = self.trainer_science
+        if trained:
             config["training"] = science(e.config["training"]) | {"train_images": e.training.train_images}
             config |= {name: config["training"]["recipe"].pop(name) for name in ("optimizer", "scheduler")}
             nodes = {name: callbacks_science({name: node}) for name, node in e.config["callbacks"].items()}

@@ -87,6 +87,8 @@ class Stages(Inputs):
             parts["unseen classes"] = self.unseen_classes
         if issubclass(e.method_class, Personal):
             parts["states"] = True  # formerly, such runs kept answers to test images
+        if issubclass(e.method_class, CoTrained):  # of what is trained before the rounds
+            parts |= {"trainer": self.trainer_science, "seed": e.seed}
         if e.method_class.trainable:
             parts |= {
                 "recipe": science(e.config["training"]["recipe"]),

@@ -108,7 +108,7 @@ EXPERIMENTS = {
     "c3d_ucf101": (lambda root, _: make_ucf101(root, clips=1), ("backbone.model.channels=4", "groups=256")),
     "mpda_movielens": (lambda root, _: make_movielens(root), ("method.candidates=3",)),
     "coda_movielens": (lambda root, _: make_movielens(root), ("method.ratio=2", "method.keep=0.5")),
-    "dc_ccl_digits": (None, ()),
+    "dc_ccl_digits": (None, ("method.devices=1", "method.local_epochs=1")),
     "dc_ccl_mnist": (lambda root, _: make_femnist(root), ("dataset.num_classes=62", "backbone.unseen_classes='50:'")),
     "dc_ccl_tiny_imagenet": (small_imagenet, SMALL_PAIR),
     "dc_ccl_imagenet_cars": (lambda root, _: make_folder(root), SMALL_CARS),
