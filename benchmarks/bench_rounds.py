@@ -2,8 +2,8 @@
 
     python benchmarks/bench_rounds.py [--devices 100] [--images 16] [--rounds 10] [--threads 1]
 
-DC-CCL with the network of `dc_ccl_digits`. The arithmetic is the same number of forward and backward passes and steps of
-SGD on batches of the same sizes, of one network that nobody copies, sends or averages.
+DC-CCL with the network of `dc_ccl_digits`. The arithmetic is as many forward and backward passes, and steps of
+SGD, on batches of the same sizes, of one network that nobody copies, sends or averages.
 """
 
 import argparse
