@@ -119,7 +119,7 @@ def test_a_command_of_the_package_works(command, compose, small, cache, tmp_path
             for node in targets(OmegaConf.to_container(config, resolve=False)):
                 check_keys(node, "")
         return
-    own = make is not None or name == "miet_digits"  # whose backbone and partition have other keys
+    own = make is not None or name in ("dc_ccl_digits", "miet_digits")  # whose backbone and partition have other keys
     size = ("logger=csv", "trainer=smoke", *more) if own else small
     fewer = ("hydra.sweeper.n_trials=2",) if "search=optuna" in command else ()
     plain = [p for p in plain if not p.startswith("hydra.sweeper.n_trials")]

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from iciia_exp.data.batches import ClientBatch
 from iciia_exp.data.views import CloudView
 from iciia_exp.errors import ConfigError, within
-from iciia_exp.ledger import Budget, Site, Sizes
+from iciia_exp.ledger import Budget, Sizes
 from iciia_exp.recipe import Recipe
 from iciia_exp.tasks import SINGLE_LABEL, TASKS, Task
 
@@ -137,8 +137,6 @@ class Method(nn.Module, ABC):
     asks: ClassVar[frozenset[Ask]] = frozenset()
     #: Whether it is trained by gradients with the configuration's recipe, which then counts in its digest.
     trainable: ClassVar[bool] = True
-    #: Where requests are served; None: where the configuration says.
-    site: ClassVar[Site | None] = None
     #: Whether `logits` can use the images before each image as its context, in one pass.
     causal: bool = False
 

@@ -19,6 +19,7 @@ from iciia_exp.digest import digest
 from iciia_exp.engine.inputs import Inputs
 from iciia_exp.engine.ledger import cost_row, sizes_of
 from iciia_exp.methods.base import Ask, Method
+from iciia_exp.methods.cotrain.base import CoTrained
 from iciia_exp.methods.tune.base import Personal
 from iciia_exp.results.summary import COUNTS, ClientCounts, summarise
 
@@ -119,7 +120,7 @@ def result_row(
         "streaming_overhead_percent": cost["streaming"],
         "state_bytes": one_more.state_bytes,
         "training_bytes": method.training_bytes() if isinstance(method, Personal) else None,
-        "site": method.site or e.evaluation.site,
+        "site": method.site if isinstance(method, CoTrained) else e.evaluation.site,
         **cost_row(inputs, ledger),
         "parameters": method.num_parameters(),
         "epochs": training.get("epochs"),

@@ -24,6 +24,7 @@ from iciia_exp.cost import count_macs, count_training_macs
 from iciia_exp.data.batches import ClientBatch
 from iciia_exp.errors import ConfigError, NotApplicable, UserError, check_bool, check_choice, check_float, check_int
 from iciia_exp.ledger import KINDS, Budget, Line, Link, Sizes
+from iciia_exp.ledger import Site as Place
 from iciia_exp.methods.base import Facts, Method
 from iciia_exp.models.backbones.base import Backbone, BackboneSpec
 from iciia_exp.models.payloads import PAYLOADS, pack_weights, packed_weights_bytes, unpack_weights
@@ -149,6 +150,8 @@ class CoTrained(Method):
     trainable = False
     causal = True
     parts: ClassVar[dict[str, type]] = {"network": Backbone}
+    #: Where requests are served, whatever the configuration says.
+    site: ClassVar[Place]
     #: Whether devices have the logits of the backbone's classifier, which breaks the premise: a bound.
     large_on_devices: bool = False
     #: Weight of the squared distance to the network that was sent, in the loss.
