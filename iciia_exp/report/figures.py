@@ -124,7 +124,8 @@ def by_rounds(table: pd.DataFrame, title: str, x: str = "round") -> Any | None:
     labels = {"round": "round", "bytes": "sent to and by a device until then, mean over the devices"}
     ylabel = plots.measure(table)
     figure, axes = plots.new_figure(f"{title}: accuracy by {x}", labels[x], ylabel, width=9.2, height=4.8)
-    styles = plots.line_styles([row["method"] for row, _ in found], table["method"])
+    names = [row["label"] for row, _ in found]  # most are of one method, and need colours of their own
+    styles = plots.line_styles(names, names)
     for (row, rounds), style in zip(found, styles, strict=True):
         more: Any = {"capsize": 2, "markersize": 4}
         plots.draw_setting(
