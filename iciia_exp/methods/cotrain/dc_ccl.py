@@ -106,7 +106,7 @@ class DCCCL(CoTrained):
             self.start(self.control)
             module = Distilled(self.control, self.large_logits, self.array, self.distillation)
             record = fit(module, cloud.clients.train.values, self.control_recipe)
-        if self.control is not None:  # as devices get it
+            # as devices get it
             weights = unpack_weights(pack_weights(weights_of(self.control), self.form))
             self.control.load_state_dict(weights, strict=False)
         self.eval()
@@ -114,10 +114,11 @@ class DCCCL(CoTrained):
 
     def large_logits(self, x: Tensor) -> Tensor:
         """Return f_L's logits [..., K] from the backbone's features [..., D]."""
-        logits = self.large(x) / self.temperature
+        weight, bias, known_K = (t.to(x.device) for t in (self.large.weight, self.large.bias, self.known_K))
+        logits = F.linear(x, weight, bias) / self.temperature  # f_C may be distilled on another device than f_L's
         if self.unseen_logits == "mean":
-            mean = (logits * self.known_K).sum(-1, keepdim=True) / self.known_K.sum()
-            logits = torch.where(self.known_K, logits, mean)
+            mean = (logits * known_K).sum(-1, keepdim=True) / known_K.sum()
+            logits = torch.where(known_K, logits, mean)
         return logits
 
     # ---- rounds

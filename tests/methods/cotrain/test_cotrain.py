@@ -13,7 +13,7 @@ from iciia_exp.errors import UserError
 from iciia_exp.ledger import Link, Sizes
 from iciia_exp.methods.base import Facts
 from iciia_exp.methods.cotrain.base import CLOUD, Job, Samples, Site, Update, logits_of, weights_of
-from iciia_exp.methods.cotrain.dc_ccl import ARMS, DCCCL, RETUNE
+from iciia_exp.methods.cotrain.dc_ccl import ARMS, DCCCL, RETUNE, Distilled
 from iciia_exp.methods.cotrain.fedavg import FedAvg
 from iciia_exp.models.backbones.feature_perceptron import FeaturePerceptron
 from iciia_exp.models.backbones.small_cnn import SmallCNN
@@ -265,3 +265,35 @@ def test_wrong_weights_are_refused():
         method.load({name: t for name, t in weights.items() if name != "head.bias"})
     with pytest.raises(UserError, match="head.bias is .5. not .4."):
         method.load({**weights, "head.bias": torch.zeros(K + 1)})
+
+
+def test_logits_of_classes_without_images():
+    """They are the mean of the others, and all are divided by the temperature."""
+    plain, mean = dc_ccl(temperature=2.0), dc_ccl(temperature=2.0, unseen_logits="mean")
+    x = torch.randn(3, D)
+    torch.testing.assert_close(plain.large_logits(x), plain.large(x) / 2)
+    mean.large.load_state_dict(plain.large.state_dict())
+    mean.known_K[2:] = False
+    got, want = mean.large_logits(x), plain.large_logits(x)
+    torch.testing.assert_close(got[:, :2], want[:, :2])
+    torch.testing.assert_close(got[:, 2:], want[:, :2].mean(1, keepdim=True).expand(-1, 2))
+
+
+@pytest.mark.parametrize("form", ["mse", "kl"])
+def test_distillation_brings_logits_nearer(form):
+    torch.manual_seed(0)
+    x, features = torch.randn(64, 1, SIDE, SIDE), torch.randn(64, D)
+    method = dc_ccl(distillation=form)
+    with torch.no_grad():
+        y = method.large_logits(features).argmax(-1)
+    module = Distilled(method.control.train(), method.large_logits, "images", form)
+    optimizer = torch.optim.Adam(method.control.parameters(), 0.01)
+    losses = []
+    for _ in range(30):
+        loss = module.loss(features, y, images=x)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(float(loss.detach()))
+    assert losses[-1] < 0.7 * losses[0]
+    assert all(p.grad is None for p in method.large.parameters())
