@@ -85,7 +85,7 @@ def make_round(
 ) -> tuple[Weights, dict[str, Any]]:
     """Return the network after a round, and facts about it.
 
-    An answer with numbers that are not finite is left out. If nobody is left, the network stays as it is.
+    An answer with numbers that are not finite, or of another network, is left out. If nobody is left, the network stays as it is.
 
     Args:
         method: whose jobs are done.
@@ -97,12 +97,10 @@ def make_round(
     facts: dict[str, Any] = {"jobs": []}
     for job in method.jobs(number):
         answers = dict(fleet(job, weights)) if job.devices else {}
-        updates = {site: update for site, update in sorted(answers.items()) if update.finite}
-        excluded = sorted(set(answers) - set(updates))
-        for site in excluded:
-            log.warning(
-                "round %d: device %d answers with numbers that are not finite; it is left out", number + 1, site
-            )
+        problems = {site: problem for site, update in answers.items() if (problem := _problem(update, weights, job))}
+        updates = {site: update for site, update in sorted(answers.items()) if site not in problems}
+        for site, problem in sorted(problems.items()):
+            log.warning("round %d: device %d answers with %s; it is left out", number + 1, site, problem)
         if job.cloud:
             equal = job.equal_steps and updates
             steps = round(np.mean([u.steps for u in updates.values()])) if equal else None
@@ -111,8 +109,18 @@ def make_round(
                 raise UserError(f"round {number + 1}: the cloud's training diverges; use a smaller method.lr")
         weights = method.aggregate(job, weights, updates)
         losses = {str(site): round(update.loss, 6) for site, update in updates.items()}
-        facts["jobs"].append({"job": job.name, "losses": losses, "excluded": excluded})
+        facts["jobs"].append({"job": job.name, "losses": losses, "excluded": sorted(problems)})
     return weights, facts
+
+
+def _problem(update: Update, weights: Weights, job: Job) -> str | None:
+    """Return what is wrong with a device's answer, in words; None if nothing is."""
+    sent = {name: t.shape for name, t in weights.items() if name.startswith(job.part)}
+    if {name: t.shape for name, t in update.weights.items()} != sent:
+        return "weights of another network"
+    if update.samples < 1 or update.steps < 1:
+        return f"{update.samples} images in {update.steps} steps"
+    return None if update.finite else "numbers that are not finite"
 
 
 class Fleet(Protocol):

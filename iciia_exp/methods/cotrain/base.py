@@ -404,7 +404,11 @@ class CoTrained(Method):
     def unpacked(self, packed: Packed, received: Mapping[str, Tensor]) -> Weights:
         """Return a device's copy from what it has sent, and from the network as it was sent to the device."""
         got = unpack_weights(packed)
-        return got if self.form == "float32" else {name: received[name] + t for name, t in got.items()}
+        if self.form == "float32" or any(
+            name not in received or received[name].shape != got[name].shape for name in got
+        ):
+            return got
+        return {name: received[name] + t for name, t in got.items()}
 
     # ---- answers and costs
 

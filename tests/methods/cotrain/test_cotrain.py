@@ -188,6 +188,13 @@ def test_a_device_that_answers_with_nan_is_left_out(caplog):
     assert all(torch.equal(alone[name], both[name]) for name in alone)
     assert [facts["jobs"][0]["excluded"], more["jobs"][0]["excluded"]] == [[], [3]]
     assert "device 3 answers with numbers that are not finite; it is left out" in caplog.text
+    other = fine._replace(weights={name: t for name, t in fine.weights.items() if name != "head.bias"})
+    few, more = make_round(
+        method, start, 0, cloud, lambda job, weights: {0: fine, 3: other, 4: fine._replace(samples=0)}
+    )
+    assert all(torch.equal(alone[name], few[name]) for name in alone)
+    assert more["jobs"][0]["excluded"] == [3, 4]
+    assert "device 3 answers with weights of another network" in caplog.text
     nobody, _ = make_round(method, start, 0, cloud, lambda job, weights: {})
     assert all(t.isfinite().all() for t in nobody.values())
 
