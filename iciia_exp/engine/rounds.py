@@ -85,7 +85,8 @@ def make_round(
 ) -> tuple[Weights, dict[str, Any]]:
     """Return the network after a round, and facts about it.
 
-    An answer with numbers that are not finite, or of another network, is left out. If nobody is left, the network stays as it is.
+    An answer with numbers that are not finite, or of another network, is left out. If nobody is left, the network stays
+    as it is.
 
     Args:
         method: whose jobs are done.
