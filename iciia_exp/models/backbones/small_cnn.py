@@ -12,14 +12,14 @@ __all__ = ["SmallCNN"]
 
 
 class SmallCNN(Backbone):
-    """Three 3x3 convolutions with batch norm, two poolings, and one hidden layer, or a mean, that gives the feature.
+    """Three 3x3 convolutions with batch norm, two poolings, and one hidden layer that gives the feature.
 
     Args:
         num_classes: K.
         channels: of the input image, 1 (grey) or 3 (RGB).
         size: height and width of the input in pixels; divisible by 4.
         width: channels of the first convolution; the others have twice and four times as many.
-        dim: D, units of the hidden layer after its ReLU; null: the mean over the pixels is the feature, D = 4 width.
+        dim: D, units of the hidden layer after its ReLU.
         dropout: of the feature, in training.
         mean, std: the input is (image - mean) / std.
     """
@@ -32,7 +32,7 @@ class SmallCNN(Backbone):
         channels: int = 1,
         size: int = 8,
         width: int = 32,
-        dim: int | None = 512,
+        dim: int = 512,
         dropout: float = 0.3,
         mean: float = 0.3,
         std: float = 0.5,
@@ -40,29 +40,28 @@ class SmallCNN(Backbone):
         super().__init__()
         self.channels, self.size = check_int("channels", channels, 1, 3), check_int("size", size, 4, 1024)
         check_int("width", width, 1, 4096)
-        self.dim = 4 * width if dim is None else check_int("dim", dim, 1, 65_536)
+        self.dim = check_int("dim", dim, 1, 65_536)
         self.mean, self.std = check_float("mean", mean, -1e3, 1e3), check_float("std", std, 0.0, 1e3, open_low=True)
 
         def conv(inputs: int, outputs: int) -> list[nn.Module]:
             return [nn.Conv2d(inputs, outputs, 3, padding=1, bias=False), nn.BatchNorm2d(outputs), nn.ReLU()]
 
         side = size // 4
-        layers = [
+        self.trunk = nn.Sequential(
             *conv(channels, width),
             *conv(width, 2 * width),
             nn.MaxPool2d(2),
             *conv(2 * width, 4 * width),
             nn.MaxPool2d(2),
-        ]
-        if dim is None:
-            layers += [nn.AdaptiveAvgPool2d(1), nn.Flatten()]
-        else:
-            layers += [nn.Flatten(), nn.Linear(4 * width * side * side, dim), nn.ReLU()]
-        self.trunk = nn.Sequential(*layers, nn.Dropout(check_float("dropout", dropout, 0.0, 1.0)))
-        self.head = nn.Linear(self.dim, num_classes)
+            nn.Flatten(),
+            nn.Linear(4 * width * side * side, dim),
+            nn.ReLU(),
+            nn.Dropout(check_float("dropout", dropout, 0.0, 1.0)),
+        )
+        self.head = nn.Linear(dim, num_classes)
 
     def features(self, images: Tensor) -> Tensor:
-        """Return the hidden layer after its ReLU, or the mean over the pixels, [B, D]."""
+        """Return the hidden layer after its ReLU, [B, D]."""
         return self.trunk(images)
 
     def transform(self, image: Any) -> Tensor:
