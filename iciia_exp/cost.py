@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     import torch
 
 __all__ = [
-    *("attention_macs", "count_macs", "count_step_macs", "count_training_macs", "overheads"),
+    *("attention_macs", "count_macs", "count_step_macs", "overheads"),
     *("streaming_attention_macs", "training_bytes"),
 ]
 
@@ -115,30 +115,18 @@ def count_macs(module: torch.nn.Module, *inputs: Any) -> int:
     return int(counter.get_total_flops()) // 2  # the counter reports 2 operations per multiply-accumulate
 
 
-def count_step_macs(module: torch.nn.Module, inputs: torch.Tensor) -> int:
-    """Count the MACs of logits and gradients of all parameters, as `iciia_exp.models.fit_many` computes them."""
-    import torch
-    from torch.func import functional_call, grad, vmap
-    from torch.utils.flop_counter import FlopCounterMode
-
-    stacked = {name: p.detach()[None] for name, p in module.named_parameters()}
-    with torch.enable_grad(), FlopCounterMode(display=False) as counter:
-        vmap(grad(lambda own: functional_call(module, own, (inputs,)).sum()))(stacked)
-    return int(counter.get_total_flops()) // 2
-
-
-def count_training_macs(module: torch.nn.Module, inputs: torch.Tensor, trained: Collection[str]) -> int:
-    """Count the MACs of logits and of the gradients of the parameters named ``trained``."""
+def count_step_macs(module: torch.nn.Module, inputs: torch.Tensor, trained: Collection[str] | None = None) -> int:
+    """Count the MACs of logits and of the gradients of the parameters named ``trained``; None: of all."""
     import torch
     from torch.utils.flop_counter import FlopCounterMode
 
     mode, before = module.training, {name: p.requires_grad for name, p in module.named_parameters()}
     try:
         for name, p in module.named_parameters():
-            p.requires_grad_(name in trained)
+            p.requires_grad_(trained is None or name in trained)
         with torch.enable_grad(), FlopCounterMode(display=False) as counter:
             own = [p for p in module.parameters() if p.requires_grad]
-            torch.autograd.grad(module.eval()(inputs).sum(), own)
+            torch.autograd.grad(module.eval()(inputs).sum(), own, allow_unused=True)
     finally:
         module.train(mode)
         for name, p in module.named_parameters():

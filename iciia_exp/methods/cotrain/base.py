@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from iciia_exp.cost import count_macs, count_training_macs
+from iciia_exp.cost import count_macs, count_step_macs
 from iciia_exp.data.batches import ClientBatch
 from iciia_exp.errors import ConfigError, NotApplicable, UserError, check_bool, check_choice, check_float, check_int
 from iciia_exp.ledger import KINDS, Budget, Line, Link, Sizes
@@ -429,7 +429,7 @@ class CoTrained(Method):
     def step_macs(self, part: str = "") -> int:
         """Return the MACs of an image in training of a part of the network."""
         trained = {name for name, p in self.small.named_parameters() if name.startswith(part)}
-        return count_training_macs(self.small, self.example(), trained)
+        return count_step_macs(self.small, self.example(), trained)
 
     def example(self) -> Tensor:
         """Return an input, zeros [1, ...]."""
