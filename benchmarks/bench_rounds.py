@@ -17,8 +17,8 @@ from torch.nn import functional as F
 from iciia_exp.engine.rounds import make_round
 from iciia_exp.ledger import Link, Sizes
 from iciia_exp.methods.base import Facts
-from iciia_exp.methods.cotrain.base import CLOUD, Samples, Site, weights_of
 from iciia_exp.methods.cotrain.dc_ccl import DCCCL
+from iciia_exp.methods.cotrain.sites import CLOUD, Samples, Site, weights_of
 from iciia_exp.models.backbones.small_cnn import SmallCNN
 
 D, K = 512, 10

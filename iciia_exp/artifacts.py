@@ -233,12 +233,13 @@ def resolve_cache_dir(cache_dir: str | None) -> Path:
     return Path(cache_dir).expanduser().resolve()
 
 
-def save_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Write tensors as safetensors, atomically."""
+def save_tensors(path: Path, tensors: Mapping[str, Tensor], facts: dict[str, Any] | None = None) -> None:
+    """Write tensors as safetensors, atomically, and with them plain ``facts`` as JSON under that name."""
     from safetensors.torch import save
 
+    metadata = None if facts is None else {"facts": json.dumps(facts)}
     with atomic_write(path, "wb") as file:
-        file.write(save({name: t.detach().cpu().contiguous() for name, t in tensors.items()}))
+        file.write(save({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, metadata))
 
 
 def load_tensors(path: Path) -> dict[str, Tensor]:

@@ -15,7 +15,10 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, TypeVar
 
-__all__ = ["KINDS", "PHASES", "SITES", "Budget", "Line", "Link", "Phase", "Site", "Sizes", "payload_bytes", "serve"]
+__all__ = [
+    *("KINDS", "PHASES", "SITES", "Budget", "Line", "Link", "Phase", "Site", "Sizes"),
+    *("added_up", "payload_bytes", "serve"),
+]
 
 Phase = Literal["cloud_once", "client_once", "round", "request"]
 Site = Literal["cloud", "device"]
@@ -221,9 +224,21 @@ class Link:
         self.counted[key] = self.counted.get(key, 0) + payload_bytes(value)
         return value
 
+    def payloads(self) -> list[list[Any]]:
+        """Return what was counted, as plain values: phase, site, what, kind and bytes of each."""
+        return [[*key, size] for key, size in self.counted.items()]
+
     def lines(self) -> list[Line]:
         """Return what was counted, as lines."""
         return [Line(p, s, what, kind=kind, bytes=size) for (p, s, what, kind), size in self.counted.items()]
+
+
+def added_up(counts: Iterable[Iterable[Iterable[Any]]]) -> list[list[Any]]:
+    """Return the sums of several `Link.payloads`, in the same form."""
+    sums: dict[tuple[Any, ...], int] = {}
+    for *key, size in (payload for payloads in counts for payload in payloads):
+        sums[tuple(key)] = sums.get(tuple(key), 0) + size
+    return [[*key, size] for key, size in sums.items()]
 
 
 def payload_bytes(value: Any) -> int:

@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import Tensor
 
-from iciia_exp.artifacts import atomic_write, load_tensors
+from iciia_exp.artifacts import save_tensors
 from iciia_exp.checksums import verify
 from iciia_exp.errors import UserError, first_line
 
@@ -32,7 +32,7 @@ def read_round(folder: Path, number: int) -> tuple[dict[str, Tensor], dict[str, 
         verify(path)
         with safe_open(str(path), "pt") as file:
             facts = json.loads((file.metadata() or {})["facts"])
-        return load_tensors(path), facts
+            return {name: file.get_tensor(name) for name in file.keys()}, facts  # noqa: SIM118
     except UserError:
         raise
     except Exception as error:  # safetensors raises several kinds
@@ -41,8 +41,4 @@ def read_round(folder: Path, number: int) -> tuple[dict[str, Tensor], dict[str, 
 
 def write_round(folder: Path, number: int, weights: Mapping[str, Tensor], facts: dict[str, Any]) -> None:
     """Write the network after a number of rounds, and the facts of the last."""
-    from safetensors.torch import save
-
-    tensors = {name: t.detach().float().cpu().contiguous() for name, t in weights.items()}
-    with atomic_write(round_path(folder, number), "wb") as file:
-        file.write(save(tensors, {"facts": json.dumps(facts)}))
+    save_tensors(round_path(folder, number), {name: t.float() for name, t in weights.items()}, facts)

@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from iciia_exp.artifacts import atomic_write, read_json
+from iciia_exp.artifacts import read_json, save_tensors
 from iciia_exp.checksums import verify
 from iciia_exp.errors import UserError, first_line
 
@@ -48,8 +48,6 @@ def write_shard(
 
     ``tables`` are the states [V, w] of clients that change nothing, for states of which changed rows are written.
     """
-    from safetensors.torch import save
-
     tensors = {name: state.detach().float().cpu().contiguous() for name, state in states.items()}
     for name, table_Vw in tables.items():
         state_CVw = tensors.pop(name)
@@ -58,8 +56,7 @@ def write_shard(
         tensors[f"{name}.rows"] = changed_CV.nonzero()[:, 1].contiguous()
         tensors[f"{name}.ends"] = changed_CV.sum(1).cumsum(0)
     tensors[_CLIENTS] = torch.from_numpy(np.ascontiguousarray(client_C, dtype=np.int64))
-    with atomic_write(shard_path(folder, number), "wb") as file:
-        file.write(save(tensors, {"facts": json.dumps(facts)}))
+    save_tensors(shard_path(folder, number), tensors, facts)
 
 
 def read_facts(folder: Path, number: int) -> dict[str, Any]:

@@ -21,7 +21,7 @@ from iciia_exp.engine.inputs import Inputs
 from iciia_exp.engine.ledger import sizes_of
 from iciia_exp.engine.terminal import progress_bar
 from iciia_exp.errors import UserError
-from iciia_exp.ledger import Link
+from iciia_exp.ledger import Link, added_up
 from iciia_exp.methods.base import Ask
 from iciia_exp.methods.tune.base import Personal
 
@@ -42,8 +42,7 @@ def personalise(inputs: Inputs, folder: Path) -> None:
     method = inputs.load_run(inputs.run.folder).method
     assert isinstance(method, Personal)
     store = inputs.open_store()
-    clients = inputs.experiment.client_mix.known(inputs.readable_clients(store))
-    batches = inputs.batches(store)
+    clients, batches = inputs.known_clients, inputs.batches(store)
     devices = Devices(clients, batches, test_labels=Ask.TEST_LABELS in method.asks)
     cloud = CloudView(clients, batches, inputs.num_classes, inputs.experiment.training.images)
     shard = _shard_size(inputs, devices)
@@ -119,7 +118,7 @@ def _make_shard(
         "epochs": learned.epochs_C.tolist(),
         "counts": {name: count_C.tolist() for name, count_C in learned.counts.items()},
         "seconds": round(time.monotonic() - start, 3),
-        "payloads": [[*key, size] for key, size in link.counted.items()],
+        "payloads": link.payloads(),
     }
     write_shard(folder, number, numbers, learned.states, facts, method.tables)
 
@@ -127,9 +126,6 @@ def _make_shard(
 def _finish(folder: Path, shards: list[np.ndarray]) -> None:
     """Write the manifest."""
     facts = [read_facts(folder, number) for number in range(len(shards))]
-    payloads: dict[tuple[str, ...], int] = {}
-    for phase, site, what, kind, size in (payload for shard in facts for payload in shard["payloads"]):
-        payloads[phase, site, what, kind] = payloads.get((phase, site, what, kind), 0) + size
     devices = sum(map(len, shards))
     epochs = [count for shard in facts for count in shard["epochs"]]
     counts: dict[str, list[int]] = {}
@@ -142,7 +138,7 @@ def _finish(folder: Path, shards: list[np.ndarray]) -> None:
         "epochs": epochs,
         "counts": counts,
         "seconds": round(sum(shard["seconds"] for shard in facts), 2),
-        "payloads": [[*key, size] for key, size in payloads.items()],
+        "payloads": added_up(shard["payloads"] for shard in facts),
     }
     write_json(folder / "manifest.json", manifest)
     for number in range(len(shards)):

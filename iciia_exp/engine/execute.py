@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
 from iciia_exp.artifacts import read_json
 from iciia_exp.data.views import require_own_labels
@@ -161,8 +160,7 @@ def _check(stages: Stages) -> None:
     if e.evaluation.site == "cloud" and issubclass(e.method_class, Personal):
         problem = f"with method={e.method_class.name} every device answers with what it has learned; use device"
         raise ConfigError("evaluation.site", e.evaluation.site, problem)
-    with torch.random.fork_rng(devices=[]):
-        method = stages.new_method(nn.Linear(stages.dim, stages.num_classes))
+    method = stages.untrained_method()
     if isinstance(method, CoTrained):
         check_sites(stages, method)
     if Ask.CLIENT_LABELS in e.method_class.asks:

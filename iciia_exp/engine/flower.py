@@ -22,7 +22,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
 
 from iciia_exp.artifacts import atomic_write, save_tensors
 from iciia_exp.config.experiment import Experiment
@@ -34,7 +33,8 @@ from iciia_exp.engine.jobs import composed
 from iciia_exp.engine.rounds import cotrain, device_rows, link_of, site_of
 from iciia_exp.engine.stages import Stages
 from iciia_exp.errors import ConfigError, UserError
-from iciia_exp.methods.cotrain.base import CoTrained, Job, Site, Update, Weights
+from iciia_exp.methods.cotrain.base import CoTrained
+from iciia_exp.methods.cotrain.sites import Job, Site, Update, Weights
 from iciia_exp.models.payloads import pack_weights, unpack_weights
 
 if TYPE_CHECKING:
@@ -101,10 +101,9 @@ class NodeFleet:
     def __init__(
         self, inputs: Inputs, method: CoTrained, cloud: Site, grid: Any, devices: int, timeout: float, wait: bool
     ) -> None:
-        broken = "centralised" if getattr(method, "alone", False) else getattr(method, "arm", "")
-        if method.large_on_devices or getattr(method, "retune", "") == "mixed":
-            problem = f"{broken} sends what may not be sent between cloud and devices; it runs in one process only"
-            raise UserError(f"{method.name}: {problem}")
+        if method.against_premise:
+            problem = "sends what may not be sent between cloud and devices; it runs in one process only"
+            raise UserError(f"{method.name}: {method.against_premise} {problem}")
         self.method, self.cloud, self.grid = method, cloud, grid
         self.timeout, self.wait, self.count = timeout, wait, devices
         self.link = link_of(inputs, method, cloud)
@@ -256,13 +255,11 @@ def write_devices(folder: Path, overrides: Sequence[str]) -> list[Path]:
     """Write the images of every device of an experiment into a file of its own; return the files."""
     stages = _stages(overrides)
     ensure(stages.features, KINDS["all"])
-    with torch.random.fork_rng(devices=[]):
-        method = stages.new_method(nn.Linear(stages.dim, stages.num_classes))
+    method = stages.untrained_method()
     assert isinstance(method, CoTrained)
-    clients = stages.experiment.client_mix.known(stages.readable_clients(stages.open_store()))
     folder.mkdir(parents=True, exist_ok=True)
     paths = []
-    for number, rows in enumerate(device_rows(clients, method.devices)):
+    for number, rows in enumerate(device_rows(stages.known_clients, method.devices)):
         own = site_of(stages, method, number, rows, torch.device("cpu")).own
         paths.append(folder / f"device-{number:04d}.safetensors")
         save_tensors(paths[-1], {"x": own.x, "y": own.y})

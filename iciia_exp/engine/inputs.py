@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+import torch
 from torch import nn
 
 from iciia_exp.config.build import build
@@ -155,6 +156,11 @@ class Inputs:
         facts = Facts(e.dataset_class.task, head, names, self.array_shapes, network)
         return build(self.method_config, "method", facts=facts)
 
+    def untrained_method(self) -> Method:
+        """Build the method behind any classifier, which draws no random number of the caller's."""
+        with torch.random.fork_rng(devices=[]):
+            return self.new_method(nn.Linear(self.dim, self.num_classes))
+
     def open_store(self) -> FeatureStore:
         """Open the features; with ``features.on_bad_image=error`` unreadable images raise."""
         store = FeatureStore.open(self.features.folder)
@@ -173,6 +179,16 @@ class Inputs:
     def readable_clients(self, store: FeatureStore) -> Clients:
         """Return the clients without the images that could not be read."""
         return self.clients.without(store.bad) if store.bad.any() else self.clients
+
+    @cached_property
+    def known_clients(self) -> Clients:
+        """The readable clients, of which those of unseen types have no train and val images."""
+        return self.experiment.client_mix.known(self.readable_clients(self.open_store()))
+
+    @cached_property
+    def cloud_rows(self) -> np.ndarray:
+        """Numbers of the images that the backbone alone has learned from, and that could be read."""
+        return np.flatnonzero((self.table["split"].to_numpy() == "backbone") & ~self.open_store().bad)
 
     def load_run(self, folder: Path) -> Run:
         """Load the run; the classes that the configuration names count as plug-ins."""

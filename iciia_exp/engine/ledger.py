@@ -55,13 +55,8 @@ def ledger_table(inputs: Inputs, method: Method) -> pd.DataFrame:
     measured: dict[tuple[Any, ...], float] = {}
     if inputs.rounds is not None:
         manifest = read_json(inputs.rounds.folder / "manifest.json")
-        budgets = [
-            (
-                1 / manifest["devices"],
-                method.budget(sizes_of(inputs, train=train, received=got, cloud=manifest["cloud"])),
-            )
-            for train, got in zip(manifest["train"], manifest["received"], strict=True)
-        ]
+        sizes = {name: np.array(manifest[name], dtype=np.int64) for name in ("train", "received")}
+        budgets = list(_of_kinds(inputs, method, sizes, cloud=manifest["cloud"]))
         counts = {"round": manifest["taking_part"]}
         measured = {tuple(k): size / counts.get(k[0], manifest["devices"]) for *k, size in manifest["payloads"]}
     elif inputs.states is None:
@@ -93,13 +88,21 @@ def _of_devices(inputs: Inputs, method: Method, counts: dict[str, list[int]]) ->
 
     ``counts`` are further sizes of every test client.
     """
-    clients = inputs.experiment.client_mix.known(inputs.readable_clients(inputs.open_store()))
+    clients = inputs.known_clients
     tested = np.flatnonzero(clients.test.lengths)
     sizes = {role: clients[role].lengths[tested] for role in ("train", "val")}
     sizes |= {name: np.array(values, dtype=np.int64) for name, values in counts.items()}
+    yield from _of_kinds(inputs, method, sizes)
+
+
+def _of_kinds(
+    inputs: Inputs, method: Method, sizes: dict[str, np.ndarray], **common: int
+) -> Iterable[tuple[float, Budget]]:
+    """Yield the budget of every kind of device, and its share of them; ``sizes`` [C] and ``common`` ones tell kinds."""
     kinds, numbers = np.unique(np.stack([*sizes.values()], 1), axis=0, return_counts=True)
     for kind, number in zip(kinds.tolist(), numbers.tolist(), strict=True):
-        yield number / len(tested), method.budget(sizes_of(inputs, **dict(zip(sizes, kind, strict=True))))
+        own = sizes_of(inputs, **dict(zip(sizes, kind, strict=True)), **common)
+        yield number / numbers.sum(), method.budget(own)
 
 
 def _of_rounds(inputs: Inputs, payloads: pd.DataFrame) -> dict[str, int | None]:

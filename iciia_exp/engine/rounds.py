@@ -21,11 +21,12 @@ from iciia_exp.engine.inputs import Inputs
 from iciia_exp.engine.ledger import sizes_of
 from iciia_exp.engine.terminal import progress_bar
 from iciia_exp.errors import ConfigError, NotApplicable, UserError
-from iciia_exp.ledger import Link
-from iciia_exp.methods.cotrain.base import CLOUD, CoTrained, Job, Samples, Site, Update, Weights, weights_of
+from iciia_exp.ledger import Link, added_up
+from iciia_exp.methods.cotrain.base import CoTrained
+from iciia_exp.methods.cotrain.sites import CLOUD, Job, Samples, Site, Update, Weights, weights_of
 
 __all__ = [
-    *("Fleet", "LocalFleet", "check_sites", "cloud_rows", "cotrain", "device_rows", "link_of", "make_round"),
+    *("Fleet", "LocalFleet", "check_sites", "cotrain", "device_rows", "link_of", "make_round"),
     *("report_rounds", "site_of"),
 ]
 
@@ -141,14 +142,13 @@ class LocalFleet:
     """Devices of this process, one after the other."""
 
     def __init__(self, inputs: Inputs, method: CoTrained, cloud: Site) -> None:
-        clients = inputs.experiment.client_mix.known(inputs.readable_clients(inputs.open_store()))
-        rows = device_rows(clients, method.devices)
+        rows = device_rows(inputs.known_clients, method.devices)
         self.method, self.link = method, link_of(inputs, method, cloud)
         self.sites = [site_of(inputs, method, number, own, cloud.own.x.device) for number, own in enumerate(rows)]
         for site in self.sites:
             method.join(site, cloud, self.link)
         self.images = [len(site.own.y) for site in self.sites]
-        self.received = [0 if site.received is None else len(site.received.y) for site in self.sites]
+        self.received = [len(site.samples.y) - len(site.own.y) for site in self.sites]
 
     def __call__(self, job: Job, weights: Weights) -> dict[int, Update]:
         """Do a job on every device of its round."""
@@ -180,7 +180,7 @@ def cotrain(inputs: Inputs, folder: Path, fleet_of: Callable[[Inputs, CoTrained,
     assert isinstance(method, CoTrained)
     device = first_device(inputs)
     method.to(device)
-    cloud = site_of(inputs, method, CLOUD, cloud_rows(inputs), device)
+    cloud = site_of(inputs, method, CLOUD, inputs.cloud_rows, device)
     stored = load_tensors(inputs.run.folder / "weights.safetensors")  # of before the first round
     weights = {name: stored[f"method.small.{name}"].to(device) for name in weights_of(method.small)}
     done = 0
@@ -204,18 +204,10 @@ def cotrain(inputs: Inputs, folder: Path, fleet_of: Callable[[Inputs, CoTrained,
     _finish(folder, method, fleet, len(cloud.own.y), time.monotonic() - start)
 
 
-def cloud_rows(inputs: Inputs) -> np.ndarray:
-    """Return the numbers of the cloud's images: those that the backbone has learned from, and could be read."""
-    split, bad = inputs.table["split"].to_numpy(), inputs.open_store().bad
-    return np.flatnonzero((split == "backbone") & ~bad)
-
-
 def _finish(folder: Path, method: CoTrained, fleet: Fleet, cloud: int, seconds: float) -> None:
     """Write the manifest."""
-    payloads = {key: size for key, size in fleet.link.counted.items() if key[0] != "round"}
-    for number in range(1, method.rounds + 1):
-        for *key, size in read_round(folder, number)[1]["payloads"]:
-            payloads[tuple(key)] = payloads.get(tuple(key), 0) + size
+    once = [payload for payload in fleet.link.payloads() if payload[0] != "round"]
+    rounds = [read_round(folder, number)[1]["payloads"] for number in range(1, method.rounds + 1)]
     manifest = {
         "format": 1,
         "rounds": method.rounds,
@@ -225,7 +217,7 @@ def _finish(folder: Path, method: CoTrained, fleet: Fleet, cloud: int, seconds: 
         "train": fleet.images,
         "received": fleet.received,
         "cloud": cloud,
-        "payloads": [[*key, size] for key, size in payloads.items()],
+        "payloads": added_up([once, *rounds]),
         "seconds": round(seconds, 2),
     }
     write_json(folder / "manifest.json", manifest)

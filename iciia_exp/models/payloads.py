@@ -44,31 +44,30 @@ def packed_bytes(shape: Sequence[int], form: str) -> int:
     return prod(shape) * size + (4 * prod(shape[:-1]) if form == "int8" else 0)
 
 
+def _form_of(tensor: Tensor, form: str) -> str:
+    """Return how a tensor of a network is sent: vectors have no rows to scale."""
+    return "float32" if form == "int8" and tensor.ndim < 2 else form
+
+
+def _rows(tensor: Tensor) -> Tensor:
+    """Return the rows of a matrix, or the filters, [rows, numbers]; a vector as it is."""
+    return tensor.flatten(1) if tensor.ndim > 1 else tensor
+
+
 def pack_weights(weights: Mapping[str, Tensor], form: str) -> dict[str, tuple[Tensor, ...]]:
     """Return the weights of a network as they are sent: of each a tensor, or with ``int8`` values and scales."""
     packed: dict[str, tuple[Tensor, ...]] = {}
     for name, tensor in weights.items():
-        if form == "int8" and tensor.ndim > 1:
-            values, scale = pack(tensor.flatten(1), form)
-            packed[name] = (values.view(tensor.shape), scale)
-        else:
-            packed[name] = pack(tensor, "float32" if form == "int8" else form)
+        values, *scale = pack(_rows(tensor), _form_of(tensor, form))
+        packed[name] = (values.view(tensor.shape), *scale)
     return packed
 
 
 def unpack_weights(packed: Mapping[str, tuple[Tensor, ...]]) -> dict[str, Tensor]:
     """Return the weights as they are received, float32."""
-    return {
-        name: unpack(parts) if len(parts) == 1 else unpack((parts[0].flatten(1), parts[1])).view(parts[0].shape)
-        for name, parts in packed.items()
-    }
+    return {name: unpack((_rows(values), *scale)).view(values.shape) for name, (values, *scale) in packed.items()}
 
 
 def packed_weights_bytes(weights: Mapping[str, Tensor], form: str) -> int:
     """Return the bytes of the weights of a network."""
-    return sum(
-        packed_bytes(tensor.flatten(1).shape if tensor.ndim > 1 else tensor.shape, form)
-        if tensor.ndim > 1 or form != "int8"
-        else 4 * tensor.numel()
-        for tensor in weights.values()
-    )
+    return sum(packed_bytes(_rows(tensor).shape, _form_of(tensor, form)) for tensor in weights.values())

@@ -21,7 +21,8 @@ from iciia_exp.artifacts import load_tensors
 from iciia_exp.config.stored import restore
 from iciia_exp.errors import UserError
 from iciia_exp.methods.base import Facts
-from iciia_exp.methods.cotrain.base import CoTrained, Job, Packed, Samples, Site
+from iciia_exp.methods.cotrain.base import CoTrained
+from iciia_exp.methods.cotrain.sites import Job, Packed, Samples, Site
 from iciia_exp.models.payloads import unpack_weights
 
 if TYPE_CHECKING:

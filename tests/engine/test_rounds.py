@@ -141,7 +141,7 @@ def test_the_cloud_has_no_image_of_a_device(prepared):
     execute(run)
     devices = np.concatenate(rounds.device_rows(run.clients, None))
     assert set(run.labels[devices]) == {8, 9}
-    cloud = rounds.cloud_rows(run)
+    cloud = run.cloud_rows
     assert set(run.labels[cloud]) == set(range(8))
     assert not set(cloud) & {*devices, *run.clients.test.values, *run.clients.val.values}
 

@@ -18,7 +18,6 @@ from iciia_exp.artifacts import atomic_write, read_json, write_json
 from iciia_exp.config.stored import store as store_config
 from iciia_exp.data.batches import ClientBatch, ClientBatchSampler, ClientIndex, FeatureBatches
 from iciia_exp.data.clients import Clients, Ragged
-from iciia_exp.data.store import FeatureStore
 from iciia_exp.data.views import CloudView, require_own_labels
 from iciia_exp.engine.inputs import Inputs
 from iciia_exp.engine.training.train_backbone import backbone_head, frozen_backbone, in_epochs, out_of_fold
@@ -53,11 +52,11 @@ def train_method(inputs: Inputs, folder: Path) -> None:
     head = backbone_head(inputs, store)
     torch.manual_seed(derive_seed("method", e.seed))
     method = inputs.new_method(head)
-    known = e.client_mix.known(clients)
+    known = inputs.known_clients
     batches = inputs.batches(store)
     draw_val = partial(_drawn_val, inputs, clients, batches)
     backbone = partial(frozen_backbone, inputs)
-    seen = cloud_clients(inputs, store) if issubclass(e.method_class, CoTrained) else known
+    seen = _cloud_clients(inputs) if issubclass(e.method_class, CoTrained) else known
     cloud = CloudView(seen, batches, inputs.num_classes, training.images, draw_val, backbone)
     if Ask.CLIENT_LABELS in e.method_class.asks:
         require_own_labels(known, method.name)
@@ -137,9 +136,9 @@ class _Fit:
         return record
 
 
-def cloud_clients(inputs: Inputs, store: FeatureStore) -> Clients:
+def _cloud_clients(inputs: Inputs) -> Clients:
     """Return the cloud as the one client whose train images are the backbone's, where it may not read the devices'."""
-    none, own = Ragged.empty(1), Ragged.from_rows([np.flatnonzero((inputs.table["split"] == "backbone") & ~store.bad)])
+    none, own = Ragged.empty(1), Ragged.from_rows([inputs.cloud_rows])
     return Clients(np.array(["cloud"], dtype=object), np.array(["cloud"], dtype=object), own, none, none)
 
 

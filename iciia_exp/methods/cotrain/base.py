@@ -12,13 +12,12 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, ClassVar, NamedTuple
+from collections.abc import Callable, Mapping
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
-from torch import Tensor, nn
-from torch.nn import functional as F
+from torch import Tensor
 
 from iciia_exp.cost import count_macs, count_step_macs
 from iciia_exp.data.batches import ClientBatch
@@ -26,94 +25,14 @@ from iciia_exp.errors import ConfigError, NotApplicable, UserError, check_bool, 
 from iciia_exp.ledger import KINDS, Budget, Line, Link, Sizes
 from iciia_exp.ledger import Site as Place
 from iciia_exp.methods.base import Facts, Method
+from iciia_exp.methods.cotrain.sites import CLOUD, Job, Packed, Samples, Site, Update, Weights, average, weights_of
+from iciia_exp.methods.cotrain.steps import batches_of, freeze_all_but, train_steps
 from iciia_exp.models.backbones.base import Backbone, BackboneSpec
 from iciia_exp.models.payloads import PAYLOADS, pack_weights, packed_weights_bytes, unpack_weights
 from iciia_exp.seeding import derive_seed, generator
 from iciia_exp.tasks import SINGLE_LABEL
 
-__all__ = [
-    *("CLOUD", "CoTrained", "Job", "Packed", "Samples", "Site", "Update", "Weights"),
-    *("average", "logits_of", "train_steps", "weights_of"),
-]
-
-#: Parameters and running statistics by name.
-Weights = dict[str, Tensor]
-
-#: Weights as they are sent (`iciia_exp.models.payloads.pack_weights`).
-Packed = dict[str, tuple[Tensor, ...]]
-
-#: Number of the cloud among the sites; devices have numbers from 0.
-CLOUD = -1
-
-_AT_ONCE = 512  # images of a pass without gradients
-
-
-class Samples(NamedTuple):
-    """Labelled images of a site."""
-
-    x: Tensor  # [n, ...], of the array that the network reads
-    y: Tensor  # int64 [n]
-    #: logits of the backbone's classifier, [n, K], where the site may have them; else None
-    large: Tensor | None = None
-
-    def take(self, rows: Any) -> Samples:
-        """Return some of the images."""
-        return Samples(self.x[rows], self.y[rows], None if self.large is None else self.large[rows])
-
-    def join(self, other: Samples) -> Samples:
-        """Return the images of both; logits only if both have them."""
-        large = None if self.large is None or other.large is None else torch.cat([self.large, other.large])
-        return Samples(torch.cat([self.x, other.x]), torch.cat([self.y, other.y]), large)
-
-
-class Site:
-    """A device, or the cloud: its number, its images, and what it has received.
-
-    Args:
-        number: of the device; `CLOUD`.
-        own: its labelled images.
-    """
-
-    def __init__(self, number: int, own: Samples) -> None:
-        self.number, self.own = number, own
-        #: images that the cloud has sent
-        self.received: Samples | None = None
-        #: what a method keeps between the rounds
-        self.kept: dict[str, Any] = {}
-
-    @property
-    def samples(self) -> Samples:
-        """All images that it trains on."""
-        return self.own if self.received is None else self.own.join(self.received)
-
-
-class Job(NamedTuple):
-    """What sites do with the network that they are sent."""
-
-    round: int
-    name: str = "train"
-    #: names of the parameters that are trained start so; all others stand still, and so do running statistics
-    part: str = ""
-    lr: float = 0.01
-    epochs: int = 1
-    cloud: bool = True
-    devices: bool = True
-    #: whether the cloud takes as many steps as the devices do on average; else it passes over its images once
-    equal_steps: bool = True
-
-
-class Update(NamedTuple):
-    """What a site sends back."""
-
-    weights: Weights  # of the part that was trained
-    samples: int  # images that it was trained on
-    steps: int
-    loss: float  # mean over the steps
-
-    @property
-    def finite(self) -> bool:
-        """Whether all numbers are."""
-        return math.isfinite(self.loss) and all(bool(t.isfinite().all()) for t in self.weights.values())
+__all__ = ["CoTrained", "images_of"]
 
 
 class CoTrained(Method):
@@ -154,6 +73,8 @@ class CoTrained(Method):
     site: ClassVar[Place]
     #: Whether devices have the logits of the backbone's classifier, which breaks the premise: a bound.
     large_on_devices: bool = False
+    #: The setting, if any, with which images go up or the large model's logits down: against the premise.
+    against_premise: str | None = None
     #: Weight of the squared distance to the network that was sent, in the loss.
     proximal: float = 0.0
 
@@ -268,9 +189,12 @@ class CoTrained(Method):
         """
         return None
 
-    def served(self, batch: ClientBatch) -> dict[str, Tensor]:
-        """Return the logits [N, K] of the real images of a batch, of each way to answer, by name; the first answers."""
-        return {"small": self.small(self.read(batch))}
+    def beside(self, batch: ClientBatch) -> dict[str, Tensor | None]:
+        """Return what is added to the network's logits in each way to answer, by name; the first way is served.
+
+        These are logits [N, K] of the real images of a batch, the same in every round; None: nothing is added.
+        """
+        return {"small": None}
 
     def join(self, site: Site, cloud: Site, link: Link) -> None:
         """Send a device, once, what it needs (`sent`), which it accepts."""
@@ -291,7 +215,7 @@ class CoTrained(Method):
     def accept(self, site: Site, sent: Mapping[str, Tensor]) -> None:
         """Keep on a device what the cloud has sent."""
         if "train.x" in sent:
-            site.received = Samples(sent["train.x"], sent["train.y"].long(), sent.get("train.large"))
+            site.samples = site.own.join(images_of(sent, "train"))
 
     def received(self, own: int, held: int) -> int:
         """Return how many of the cloud's ``held`` images come down to a device with ``own`` ones."""
@@ -343,11 +267,11 @@ class CoTrained(Method):
         samples = self.samples_of(site, job)
         self._take(weights)
         network = self.small
-        trained = _freeze_all_but(network, job.part)
+        trained = freeze_all_but(network, job.part)
         partner = self.partner(site, job, samples)
         seed = derive_seed("cotrain", job.name, self.seed, job.round, site.number + 1)
         size = self.batch_of(site, job)
-        batches = list(_batches(len(samples.y), size, job.epochs, seed, steps))
+        batches = list(batches_of(len(samples.y), size, job.epochs, seed, steps))
         optimizer = torch.optim.SGD(trained, job.lr, self.momentum, weight_decay=self.weight_decay)
         device = next(network.parameters()).device
         with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
@@ -404,9 +328,9 @@ class CoTrained(Method):
     def unpacked(self, packed: Packed, received: Mapping[str, Tensor]) -> Weights:
         """Return a device's copy from what it has sent, and from the network as it was sent to the device."""
         got = unpack_weights(packed)
-        if self.form == "float32" or any(
-            name not in received or received[name].shape != got[name].shape for name in got
-        ):
+        # what does not fit stays as it is, and is left out of the round (`iciia_exp.engine.rounds`)
+        fits = all(name in received and received[name].shape == t.shape for name, t in got.items())
+        if self.form == "float32" or not fits:
             return got
         return {name: received[name] + t for name, t in got.items()}
 
@@ -414,10 +338,8 @@ class CoTrained(Method):
 
     def logits(self, batch: ClientBatch, causal: bool = False) -> Tensor:
         """Return the logits of the way that is served, [C, S, K]; 0 where padded."""
-        return self.spread(next(iter(self.served(batch).values())), batch)
-
-    def spread(self, logits_NK: Tensor, batch: ClientBatch) -> Tensor:
-        """Return the logits of the real images at their places, [C, S, K]."""
+        logits_NK, added = self.small(self.read(batch)), next(iter(self.beside(batch).values()))
+        logits_NK = logits_NK if added is None else added + logits_NK
         logits_CSK = logits_NK.new_zeros(*batch.mask_CS.shape, self.num_classes)
         logits_CSK[batch.mask_CS] = logits_NK
         return logits_CSK
@@ -435,23 +357,19 @@ class CoTrained(Method):
         """Return an input, zeros [1, ...]."""
         return torch.zeros(1, *self.shape, device=next(self.small.parameters()).device)
 
-    def job_macs(self, job: Job, images: int) -> int:
-        """Return the MACs of a job on some images, of all its passes together."""
-        return images * self.step_macs(job.part)
-
     def weight_bytes(self, part: str = "") -> int:
         """Return the bytes of the network, or a part of it, as it is sent."""
         weights = {name: t for name, t in weights_of(self.small).items() if name.startswith(part)}
         return packed_weights_bytes(weights, self.form)
 
-    def received_lines(self, sizes: Sizes) -> list[Line]:
-        """Return the lines of ``sizes.received`` images that come down to a device."""
-        if not sizes.received:
+    def image_lines(self, sender: Place, count: int, sizes: Sizes) -> list[Line]:
+        """Return the lines of images with their labels that a site sends once; none of no images."""
+        if not count:
             return []
-        size = None if sizes.sample_bytes is None else sizes.received * sizes.sample_bytes
+        size = None if sizes.sample_bytes is None else count * sizes.sample_bytes
         return [
-            Line("client_once", "cloud", "training", kind=self.kind, bytes=size),
-            Line("client_once", "cloud", "training", kind="labels", bytes=4 * sizes.received),
+            Line("client_once", sender, "training", kind=self.kind, bytes=size),
+            Line("client_once", sender, "training", kind="labels", bytes=4 * count),
         ]
 
     def round_lines(self, sizes: Sizes) -> list[Line]:
@@ -465,8 +383,8 @@ class CoTrained(Method):
         return [
             Line("round", "cloud", "training", kind="weights", bytes=down),
             Line("round", "device", "training", kind="weights", bytes=up),
-            Line("round", "device", "training", macs=sum(self.job_macs(job, count) for job, count in own)),
-            Line("round", "cloud", "training", macs=sum(self.job_macs(job, count) for job, count in cloud)),
+            Line("round", "device", "training", macs=sum(count * self.step_macs(job.part) for job, count in own)),
+            Line("round", "cloud", "training", macs=sum(count * self.step_macs(job.part) for job, count in cloud)),
         ]
 
     def job_samples(self, job: Job, images: int) -> int:
@@ -483,7 +401,7 @@ class CoTrained(Method):
     def budget(self, sizes: Sizes) -> Budget:
         """Rounds of training, and requests that the network answers on the device."""
         lines = (
-            *self.received_lines(sizes),
+            *self.image_lines("cloud", sizes.received, sizes),
             *self.round_lines(sizes),
             Line("client_once", "cloud", "method", kind="weights", bytes=self.weight_bytes()),
             Line("request", "device", "method", macs=sizes.requested * self.network_macs()),
@@ -491,85 +409,9 @@ class CoTrained(Method):
         return Budget(lines, 0)
 
 
-def weights_of(network: nn.Module) -> Weights:
-    """Return parameters and running statistics; the counters of batch norms are left out."""
-    state = network.state_dict()
-    return {name: t.detach() for name, t in state.items() if not name.endswith("num_batches_tracked")}
-
-
-def average(copies: Mapping[int, Mapping[str, Tensor]], shares: Mapping[int, float]) -> Weights:
-    """Return the weighted mean of the copies of a network, in float64 within."""
-    names = next(iter(copies.values()))
-    total = {name: sum(shares[number] * copy[name].double() for number, copy in copies.items()) for name in names}
-    return {name: value.to(names[name].dtype) for name, value in total.items()}  # type: ignore[union-attr]
-
-
-def train_steps(
-    network: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    samples: Samples,
-    partner: Tensor | None,
-    batches: Sequence[np.ndarray],
-    proximal: float = 0.0,
-) -> float:
-    """Train a network by the cross-entropy of its logits plus those of its partner; return the mean loss.
-
-    Args:
-        network: images [B, ...] to logits [B, K], in the mode that it is to have.
-        optimizer: of its trained parameters.
-        samples: images and labels.
-        partner: logits [n, K] that are added; None: nothing.
-        batches: rows of every step.
-        proximal: half of it times the squared distance to the first weights is added to the loss (FedProx).
-    """
-    start = [p.detach().clone() for p in network.parameters()] if proximal else []
-    losses = []
-    with torch.enable_grad():
-        for rows in batches:
-            at = torch.from_numpy(rows).to(samples.y.device)
-            logits_BK = network(samples.x[at])
-            if partner is not None:
-                logits_BK = logits_BK + partner[at]
-            loss = F.cross_entropy(logits_BK, samples.y[at])
-            for p, first in zip(network.parameters(), start, strict=False):
-                loss = loss + proximal / 2 * (p - first).square().sum()
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            losses.append(loss.detach())
-    return float(torch.stack(losses).mean()) if losses else 0.0
-
-
-@torch.no_grad()
-def logits_of(network: nn.Module, x: Tensor) -> Tensor:
-    """Return the logits of some images in evaluation mode, [n, K], a part of them at a time."""
-    network.eval()
-    return torch.cat([network(part) for part in x.split(_AT_ONCE)])
-
-
-def _batches(images: int, size: int, epochs: int, seed: int, steps: int | None) -> Iterator[np.ndarray]:
-    """Yield the rows of every step: new orders of all images, cut to parts of about ``size``.
-
-    With ``steps``, that many parts of exactly ``size`` images, or of all if there are fewer.
-    """
-    rng = np.random.default_rng(seed)
-    if steps is None:
-        for _ in range(epochs):
-            yield from np.array_split(rng.permutation(images), -(-images // size))
-        return
-    size, left = min(size, images), np.empty(0, dtype=np.int64)
-    for _ in range(steps):
-        if len(left) < size:
-            left = np.concatenate([left, rng.permutation(images)])
-        yield left[:size]
-        left = left[size:]
-
-
-def _freeze_all_but(network: nn.Module, part: str) -> list[nn.Parameter]:
-    """Let the parameters whose names start with ``part`` be trained, and return them."""
-    for name, p in network.named_parameters():
-        p.requires_grad_(name.startswith(part))
-    return [p for p in network.parameters() if p.requires_grad]
+def images_of(sent: Mapping[str, Tensor], name: str) -> Samples:
+    """Return the images that `CoTrained.down` sent under a name."""
+    return Samples(sent[f"{name}.x"], sent[f"{name}.y"].long(), sent.get(f"{name}.large"))
 
 
 def _shape(facts: Facts, array: str, method: str) -> tuple[int, ...]:

@@ -20,9 +20,11 @@ from torch.nn import functional as F
 from iciia_exp.data.batches import ClientBatch
 from iciia_exp.data.views import CloudView
 from iciia_exp.errors import check_choice, check_float, check_int
-from iciia_exp.ledger import SITES, Budget, Line, Link, Sizes
+from iciia_exp.ledger import Budget, Line, Link, Sizes
 from iciia_exp.methods.base import Facts, Fit, Record, copy_of
-from iciia_exp.methods.cotrain.base import CoTrained, Job, Samples, Site, Weights, logits_of, weights_of
+from iciia_exp.methods.cotrain.base import CoTrained, images_of
+from iciia_exp.methods.cotrain.sites import Job, Samples, Site, Weights, weights_of
+from iciia_exp.methods.cotrain.steps import logits_of
 from iciia_exp.models.payloads import pack_weights, unpack_weights
 from iciia_exp.recipe import Recipe
 from iciia_exp.seeding import generator
@@ -96,6 +98,8 @@ class DCCCL(CoTrained):
         #: f_C; None where f_S is trained without it.
         self.control = self.fresh("control") if arm in ("dc_ccl", "wrong_control") else None
         self.alone, self.large_on_devices = arm == "centralised", arm in ("large_on_device", "centralised")
+        if self.large_on_devices or retune == "mixed":
+            self.against_premise = f"arm={arm}" if self.large_on_devices else f"retune={retune}"
 
     def learn(self, cloud: CloudView, fit: Fit) -> Record:
         """Distil f_C on the cloud's images."""
@@ -127,9 +131,10 @@ class DCCCL(CoTrained):
         """Send a device what it needs and, where an arm breaks the premise, its images up."""
         super().join(site, cloud, link)
         if self.alone:
-            self._up(site.own, cloud, link, "train")
+            cloud.samples = cloud.samples.join(self._up(site.own, link))
         elif self.retune == "mixed":
-            self._up(self._some(site.own, site), cloud, link, "retune")
+            images = self._up(self._some(site.own, site), link)
+            cloud.kept["retune"] = self._to_retune(cloud).join(images)
 
     def sent(self, number: int, images: int, cloud: Site, link: Link) -> Weights:
         """Return f_C, and images of the cloud to train on and to retune with."""
@@ -149,20 +154,18 @@ class DCCCL(CoTrained):
             self.control.load_state_dict(weights, strict=False)
             self.control.eval()
         if "retune.x" in sent:
-            more = Samples(sent["retune.x"], sent["retune.y"].long(), sent.get("retune.large"))
-            site.kept["retune images"] = self._some(site.samples, site).join(more)
+            site.kept["retune"] = self._to_retune(site).join(images_of(sent, "retune"))
 
-    def _up(self, images: Samples, cloud: Site, link: Link, name: str) -> None:
-        """Send images of a device up, which breaks the premise."""
-        sent = Samples(
-            link.up(self.kind, images.x, what="training"),
-            link.up("labels", images.y.int(), what="training").long(),
-            images.large,
-        )
-        have = cloud.kept.get(f"{name} images")
-        if have is None:
-            have = self._some(cloud.own, cloud) if name == "retune" else cloud.own
-        cloud.kept[f"{name} images"] = have.join(sent)
+    def _up(self, images: Samples, link: Link) -> Samples:
+        """Send images of a device up, which breaks the premise; return them as received."""
+        x = link.up(self.kind, images.x, what="training")
+        return Samples(x, link.up("labels", images.y.int(), what="training").long(), images.large)
+
+    def _to_retune(self, site: Site) -> Samples:
+        """Return the images with which a site retunes: some of all that it has, unless it has been sent others."""
+        if "retune" not in site.kept:
+            site.kept["retune"] = self._some(site.samples, site)
+        return site.kept["retune"]
 
     def _some(self, samples: Samples, site: Site) -> Samples:
         """Return some images of a site, to retune."""
@@ -185,10 +188,7 @@ class DCCCL(CoTrained):
 
     def samples_of(self, site: Site, job: Job) -> Samples:
         """Return all images of a site, or those to retune."""
-        if (own := site.kept.get(f"{job.name} images")) is None:
-            own = site.samples if job.name == "train" else self._some(site.samples, site)
-            site.kept[f"{job.name} images"] = own
-        return own
+        return self._to_retune(site) if job.name == "retune" else super().samples_of(site, job)
 
     def batch_of(self, site: Site, job: Job) -> int:
         """Return the images of a step."""
@@ -201,24 +201,22 @@ class DCCCL(CoTrained):
         if self.control is None:
             assert samples.large is not None
             return samples.large
-        if (logits := site.kept.get(job.name)) is None:
+        if (logits := site.kept.get(f"control, {job.name}")) is None:
             logits = logits_of(self.control, samples.x)
             if self.arm == "wrong_control":
                 order = generator("cotrain", "wrong", self.seed, site.number + 1).permutation(len(logits))
                 logits = logits[torch.from_numpy(order)]
-            site.kept[job.name] = logits
+            site.kept[f"control, {job.name}"] = logits
         return logits
 
     # ---- answers and costs
 
-    def served(self, batch: ClientBatch) -> dict[str, Tensor]:
-        """Return the logits of f_L + f_S and, where there is f_C, of f_C + f_S, all [N, K]."""
-        x = self.read(batch)
-        small = self.small(x)
-        served = {"large + small": self.large_logits(batch.x_CSD[batch.mask_CS]) + small}
+    def beside(self, batch: ClientBatch) -> dict[str, Tensor | None]:
+        """Return the logits of f_L and, where there is one, of f_C."""
+        beside: dict[str, Tensor | None] = {"large + small": self.large_logits(batch.x_CSD[batch.mask_CS])}
         if self.control is not None:
-            served["control + small"] = self.control(x) + small
-        return served
+            beside["control + small"] = self.control(self.read(batch))
+        return beside
 
     def payload(self) -> dict[str, Tensor]:
         """Return f_C, which a device is sent once."""
@@ -227,7 +225,7 @@ class DCCCL(CoTrained):
     def budget(self, sizes: Sizes) -> Budget:
         """f_C and images once, f_S in every round, images up and logits down in a request."""
         images = sizes.train + sizes.received
-        lines = self.received_lines(sizes)
+        lines = self.image_lines("cloud", sizes.received, sizes)
         if self.control is not None:
             macs = self.network_macs()
             distilled = self.control_recipe.epochs * sizes.cloud
@@ -261,13 +259,7 @@ class DCCCL(CoTrained):
         some = min(sizes.train, self.retune_images)
         down = min(self.retune_images, sizes.cloud) if self.retune == "device" and not self.alone else 0
         up = sizes.train if self.alone else some if self.retune == "mixed" else 0
-        lines, sites = [], tuple(zip(SITES, (down, up), strict=True))
-        for site, count in sites:
-            if count:
-                size = None if sizes.sample_bytes is None else count * sizes.sample_bytes
-                lines.append(Line("client_once", site, "training", kind=self.kind, bytes=size))
-                lines.append(Line("client_once", site, "training", kind="labels", bytes=4 * count))
-        return lines
+        return self.image_lines("cloud", down, sizes) + self.image_lines("device", up, sizes)
 
 
 class Distilled(nn.Module):

@@ -12,9 +12,10 @@ from iciia_exp.engine.rounds import make_round
 from iciia_exp.errors import UserError
 from iciia_exp.ledger import Link, Sizes
 from iciia_exp.methods.base import Facts
-from iciia_exp.methods.cotrain.base import CLOUD, Job, Samples, Site, Update, logits_of, weights_of
 from iciia_exp.methods.cotrain.dc_ccl import ARMS, DCCCL, RETUNE, Distilled
 from iciia_exp.methods.cotrain.fedavg import FedAvg
+from iciia_exp.methods.cotrain.sites import CLOUD, Job, Samples, Site, Update, weights_of
+from iciia_exp.methods.cotrain.steps import batches_of, logits_of
 from iciia_exp.models.backbones.feature_perceptron import FeaturePerceptron
 from iciia_exp.models.backbones.small_cnn import SmallCNN
 
@@ -170,11 +171,9 @@ def test_a_device_with_one_image_trains_without_its_statistics():
 
 
 def test_no_batch_has_a_single_image():
-    from iciia_exp.methods.cotrain.base import _batches
-
-    assert [len(rows) for rows in _batches(17, 16, 1, 0, None)] == [9, 8]
-    assert [len(rows) for rows in _batches(10, 4, 1, 0, 5)] == [4] * 5
-    assert sorted(np.concatenate(list(_batches(12, 4, 1, 0, 3)))) == list(range(12))
+    assert [len(rows) for rows in batches_of(17, 16, 1, 0, None)] == [9, 8]
+    assert [len(rows) for rows in batches_of(10, 4, 1, 0, 5)] == [4] * 5
+    assert sorted(np.concatenate(list(batches_of(12, 4, 1, 0, 3)))) == list(range(12))
 
 
 def test_a_device_that_answers_with_nan_is_left_out(caplog):

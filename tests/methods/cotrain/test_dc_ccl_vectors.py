@@ -12,8 +12,9 @@ from torch import nn
 from iciia_exp.data.batches import ClientBatch
 from iciia_exp.methods.base import Facts
 from iciia_exp.methods.cotrain import base
-from iciia_exp.methods.cotrain.base import CLOUD, Samples, Site
 from iciia_exp.methods.cotrain.dc_ccl import DCCCL, Distilled
+from iciia_exp.methods.cotrain.sites import CLOUD, Samples, Site, weights_of
+from iciia_exp.methods.cotrain.steps import train_steps
 from iciia_exp.models.backbones.base import Backbone
 
 CASES = ("case0", "case1")
@@ -75,7 +76,7 @@ def method(case, monkeypatch):
     def in_order(images, size, epochs, seed, steps):
         return iter(np.split(np.arange(images), range(size, images, size)))
 
-    monkeypatch.setattr(base, "_batches", in_order)
+    monkeypatch.setattr(base, "batches_of", in_order)
     identity = nn.Linear(sizes["classes"], sizes["classes"])  # the features are f_L's logits
     nn.init.eye_(identity.weight), nn.init.zeros_(identity.bias)
     facts = Facts.of(identity, arrays={"images": (3, sizes["image"], sizes["image"])})
@@ -108,7 +109,7 @@ def large_model(sizes, tensors):
     optimizer = torch.optim.SGD(network.parameters(), sizes["lr"], sizes["momentum"], weight_decay=0.0005)
     cloud = samples(tensors, "cloud", sizes["batches"])
     rows = np.split(np.arange(len(cloud.y)), sizes["batches"])
-    base.train_steps(network.train(), optimizer, cloud, None, rows * sizes["cloud_epochs"])
+    train_steps(network.train(), optimizer, cloud, None, rows * sizes["cloud_epochs"])
     return network.eval()
 
 
@@ -135,15 +136,15 @@ def test_the_released_procedure(case, method):
     """f_L, f_C, two rounds with their averages and retunings, and what is served agree to 1e-5."""
     sizes, tensors = case
     large = large_model(sizes, tensors)
-    close(base.weights_of(large), weights(tensors, "step1/cloud_submodel"))
+    close(weights_of(large), weights(tensors, "step1/cloud_submodel"))
     first = distil(method, sizes, tensors, large)
     assert first == pytest.approx(float(tensors["step2/first_loss"]), rel=1e-5)
-    close(base.weights_of(method.control), weights(tensors, "step2/control_model"))
+    close(weights_of(method.control), weights(tensors, "step2/control_model"))
 
     sites = {CLOUD: Site(CLOUD, samples(tensors, "cloud", sizes["batches"]))}
     sites[0] = Site(0, samples(tensors, "device", sizes["batches"]))
-    sites[CLOUD].kept["retune images"] = samples(tensors, "tune", sizes["batches"])
-    current = base.weights_of(method.small)
+    sites[CLOUD].kept["retune"] = samples(tensors, "tune", sizes["batches"])
+    current = weights_of(method.small)
     current = {name: t.clone() for name, t in current.items()}
     for number in range(sizes["rounds"]):
         train, retune = (job._replace(lr=sizes["lr"]) for job in method.jobs(number))
@@ -172,7 +173,7 @@ def test_the_first_step_of_a_device(case, method):
     """Loss and weights at a device's first step agree to 1e-5."""
     sizes, tensors = case
     distil(method, sizes, tensors, large_model(sizes, tensors))
-    start = {name: t.clone() for name, t in base.weights_of(method.small).items()}
+    start = {name: t.clone() for name, t in weights_of(method.small).items()}
     site = Site(0, samples(tensors, "device", 1))
     update = method.train_on(site, start, method.jobs(0)[0]._replace(lr=sizes["lr"]))
     assert update.loss == pytest.approx(float(tensors["round0/device_first_loss"]), rel=1e-5)
