@@ -111,7 +111,6 @@ class Stacked:
         self.trained: list[Tensor] = [*stacked]
         self.optimizer = recipe.make_optimizer(stacked)
         self.scheduler = recipe.make_scheduler(self.optimizer, steps * recipe.epochs, recipe.epochs)
-        self.gradients = vmap(grad(self._loss), randomness="different")
 
     def _logits(self, trained: dict[str, Tensor], x_b: Tensor) -> Tensor:
         return functional_call(self.module, {**self.fixed, **trained}, (x_b,))
@@ -151,7 +150,7 @@ class Stacked:
         """Train on a batch of every client, or of those with some numbers."""
         stacked = self._stacked()
         own = stacked if number_C is None else {name: p[number_C] for name, p in stacked.items()}
-        gradients = self.gradients(own, x, y, real_Cb)
+        gradients = vmap(grad(self._loss), randomness="different")(own, x, y, real_Cb)
         if self.recipe.clip_norm:
             scale_C = self._scale(torch.stack([squares(g) for g in gradients.values()]).sum(0))
             gradients = {n: g * scale_C.view(-1, *(1,) * (g.ndim - 1)) for n, g in gradients.items()}

@@ -44,7 +44,6 @@ class StackedTables(Stacked):
                 "optimizer", self.recipe.optimizer, "a click model on devices takes SGD at a constant rate"
             )
         self.clip_rows = clip_rows and module.net.rows_apart
-        self.row_gradients = vmap(grad(self._row_loss, argnums=(0, 1)))
         #: Where gradients of equal ids are added up; 0 in between.
         self._sums: dict[str, Tensor] = {}
 
@@ -60,7 +59,8 @@ class StackedTables(Stacked):
         tables, dense = _apart(self._stacked())
         own = dense if number_C is None else {name: p[number_C] for name, p in dense.items()}
         read = _Read(self.module, tables, x, torch.arange(len(x), device=x.device) if number_C is None else number_C)
-        gradients, of_rows = self.row_gradients(own, read.rows(), read.x, y, real_Cb)
+        row_gradients = vmap(grad(self._row_loss, argnums=(0, 1)))
+        gradients, of_rows = row_gradients(own, read.rows(), read.x, y, real_Cb)
         summed = {n: read.pooled_gradient(n, of_rows[n]) for n in read.pools}
         scale_C = real_Cb.new_ones(len(x))
         if self.recipe.clip_norm:

@@ -149,6 +149,16 @@ def test_frozen_parameters_stay_and_are_no_state():
     assert set(fitted.states) == {"0.weight", "0.bias", "3.weight", "3.bias"}
 
 
+@pytest.mark.parametrize("optimizer", [SGD, partial(torch.optim.AdamW, lr=0.1)], ids=["SGD", "AdamW"])
+@pytest.mark.parametrize("schedule", [None, torch.optim.lr_scheduler.OneCycleLR], ids=["constant", "one cycle"])
+def test_what_training_holds_is_freed_at_its_end(optimizer, schedule, freed):
+    """Python frees cycles of references late, and a shard's parameters take hundreds of megabytes."""
+    train = images(N, LENGTHS)
+    with freed(module.Stacked, module.StackedLinear, torch.optim.SGD, torch.optim.AdamW):
+        fit_many(perceptron(), train, train, SINGLE_LABEL, Recipe(optimizer, schedule, 2, 4), 2)
+        fit_many(linear(), train, train, SINGLE_LABEL, Recipe(optimizer, None, 2, 4))
+
+
 def test_an_optimiser_that_mixes_clients_is_refused():
     train = images(N, LENGTHS)
     with pytest.raises(ConfigError, match="Lamb.*would mix clients; use SGD, Adam or AdamW"):

@@ -12,6 +12,7 @@ from iciia_exp.models.fit_many import fit_many
 from iciia_exp.models.on_catalog import OnCatalog, multi_hot
 from iciia_exp.models.recommenders import HISTORIES, RECOMMENDERS, Interactions
 from iciia_exp.models.stacked import Examples
+from iciia_exp.models.stacked_tables import StackedTables
 from iciia_exp.recipe import Recipe
 from iciia_exp.tasks import CLICK
 from tests.making.released import Case, Rows, users_of
@@ -104,7 +105,7 @@ def test_tables_start_small():
 
 
 @pytest.mark.parametrize("name", RECOMMENDERS)
-def test_many_users_train_together_as_alone(name):
+def test_many_users_train_together_as_alone(name, freed):
     torch.manual_seed(0)
     users, items, categories, slots = 5, 9, 4, 3
     of_items = torch.randint(-1, categories, (items, 2))
@@ -116,6 +117,8 @@ def test_many_users_train_together_as_alone(name):
     mask = torch.arange(6) < torch.tensor([6, 4, 1, 0, 5])[:, None]
     examples = Examples(x, torch.randint(0, 2, (users, 6)), mask)
     recipe = Recipe(partial(torch.optim.SGD, lr=0.5), None, 2, 4, 0.1)
+    with freed(StackedTables):
+        fit_many(net, examples, examples.none(), CLICK, recipe)
     for clip_rows in (False, True):
         together = fit_many(net, examples, examples.none(), CLICK, recipe, clip_rows=clip_rows).states
         for user in range(users):
