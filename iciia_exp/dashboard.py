@@ -36,6 +36,9 @@ def workspace(entity: str, project: str, name: str = "iciia_exp") -> Any:
         title = f"{title} by images of the client seen before"
         return wr.LinePlot(title=title, x="history/images", y=lines, layout=size(12))
 
+    def rounds(title: str, *lines: Any, x: str = "rounds/round") -> Any:
+        return wr.LinePlot(title=title, x=x, y=[f"rounds/{line}" for line in lines], layout=size(8))
+
     def axis(metric: Any, title: str) -> Any:
         return wr.ParallelCoordinatesPlotColumn(metric, display_name=title)
 
@@ -55,6 +58,11 @@ def workspace(entity: str, project: str, name: str = "iciia_exp") -> Any:
         "History": [
             history("accuracy", "client_accuracy"),
             history("worst decile of the clients", "worst_decile"),
+        ],
+        "Rounds": [
+            rounds("accuracy by round", "accuracy", "backbone_accuracy"),
+            rounds("of the classes that the backbone has and has not learned", "seen_accuracy", "unseen_accuracy"),
+            rounds("accuracy by bytes that a device sent", "accuracy", "backbone_accuracy", x="rounds/up_bytes"),
         ],
         "Clients": [
             *(wr.BarPlot(title=title, metrics=[f"test/{key}"], layout=size(8)) for title, key in bars.items()),

@@ -24,12 +24,14 @@ def test_its_panels_show_what_runs_log(capsys):
     text = capsys.readouterr().out
     spec = json.loads(text)
     names = [section["name"] for section in spec["section"]["panelBankConfig"]["sections"]]
-    assert names[:4] == ["Accuracy against overhead", "Group sweep", "History", "Clients"]
-    shown = set(re.findall(r'"(?:summary:)?((?:test|cost|backbone|train|val|history)/[\w/]+)"', text))
+    assert names[:4] == ["Accuracy against overhead", "Group sweep", "History", "Rounds"]
+    shown = set(re.findall(r'"(?:summary:)?((?:test|cost|backbone|train|val|history|rounds)/[\w/]+)"', text))
     curves = {"train/loss", "val/accuracy", "val/log_loss", "history/images"}
     curves |= {
         f"history/{who}{k}" for who in ("", "backbone_") for k in ("client_accuracy", "worst_decile", "log_loss")
     }
+    by_round = ("accuracy", "seen_accuracy", "unseen_accuracy", "backbone_accuracy", "up_bytes")
+    curves |= {f"rounds/{key}" for key in by_round}
     assert {"test/accuracy", "cost/overhead_percent", "history/client_accuracy"} <= shown
     assert shown <= set(summary_keys()) | curves | set(METRICS)
     assert set(re.findall(r'"plots/(\w+)"', text)) == {"gain_per_client", "attribution"}

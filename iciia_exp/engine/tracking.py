@@ -5,7 +5,9 @@ Names in a wandb run:
 - its summary: the figures of `iciia_exp.results.columns.summary_keys` (``test/accuracy``, ``backbone/accuracy``,
   ``cost/overhead_percent``, ...), and the best ``val/accuracy``;
 - curves: ``train/loss``, ``val/accuracy``, ``val/log_loss`` over ``epoch``; ``history/client_accuracy``,
-  ``history/worst_decile``, ``history/log_loss`` and the backbone's over ``history/images``;
+  ``history/worst_decile``, ``history/log_loss`` and the backbone's over ``history/images``; ``rounds/accuracy``,
+  ``rounds/seen_accuracy``, ``rounds/unseen_accuracy``, ``rounds/down_bytes`` and ``rounds/up_bytes`` over
+  ``rounds/round``;
 - the chart ``accuracy_vs_overhead``, a point per run; images ``plots/...``; tables ``clients`` and ``attribution``;
 - the artifact ``results-<digest>``, the files that `iciia_exp.report` reads, and with ``log_model`` the artifact
   ``model-<digest>``, the trained method.
@@ -39,6 +41,8 @@ METRICS: dict[str, dict[str, str]] = {
     "val/accuracy": {"step_metric": "epoch", "summary": "max"},
     "history/images": {},
     "history/*": {"step_metric": "history/images"},
+    "rounds/round": {},
+    "rounds/*": {"step_metric": "rounds/round"},
 }
 
 MODES = ("auto", "online", "offline", "disabled")
@@ -228,12 +232,12 @@ class Tracker:
             self._guard(self.wandb, "logging the results", self._send, summary, row, folder)
 
     def _send(self, summary: dict[str, Any], row: dict[str, Any], folder: Path) -> None:
-        from iciia_exp.engine.wandb_media import charts, history, media, model_artifact, results_artifact
+        from iciia_exp.engine.wandb_media import charts, history, media, model_artifact, results_artifact, rounds
 
         if (run := self._start()) is None:
             return
         run.summary.update(summary)
-        for step in history(folder):
+        for step in (*history(folder), *rounds(folder)):
             run.log(step)
         run.log({**charts(row), **media(folder)})
         run.log_artifact(results_artifact(folder, row))

@@ -15,7 +15,7 @@ from iciia_exp.results.labels import label_of
 from iciia_exp.results.summary import ALL
 from iciia_exp.results.tables import averages_by_history, read_table
 
-__all__ = ["charts", "history", "media", "model_artifact", "results_artifact"]
+__all__ = ["charts", "history", "media", "model_artifact", "results_artifact", "rounds"]
 
 log = logging.getLogger(__name__)
 
@@ -29,6 +29,20 @@ def history(folder: Path) -> Iterator[dict[str, Any]]:
         for n, found in averages_by_history(data).iterrows():
             if n != ALL:
                 yield {"history/images": n, **{f"history/{name}": float(value) for name, value in found.items()}}
+
+
+def rounds(folder: Path) -> Iterator[dict[str, Any]]:
+    """Yield metrics by round (``rounds/...``, with the step ``rounds/round``): those of the served answer.
+
+    ``rounds/backbone_accuracy`` is that of the backbone alone.
+    """
+    if (data := read_table(folder / "rounds.parquet")) is None:
+        return
+    served = next(name for name in data["answer"] if name != "backbone")
+    alone = data.loc[data["answer"] == "backbone", "accuracy"].iloc[0]
+    for step in data[data["answer"] == served].drop(columns="answer").to_dict("records"):
+        found = {f"rounds/{name}": value for name, value in step.items() if not np.isnan(value)}
+        yield found | {"rounds/backbone_accuracy": alone}
 
 
 def charts(row: dict[str, Any]) -> dict[str, Any]:
@@ -100,7 +114,7 @@ def results_artifact(folder: Path, row: dict[str, Any]) -> Any:
     artifact = wandb.Artifact(f"results-{row['digest']}", type="results", metadata=facts)
     with artifact.new_file("results.json") as file:
         json.dump(row, file, indent=2)
-    for name in ("clients", "history", "drawn_clients", "attribution"):
+    for name in ("clients", "history", "drawn_clients", "attribution", "rounds"):
         if (path := folder / f"{name}.parquet").is_file():
             artifact.add_file(str(path))
     return artifact

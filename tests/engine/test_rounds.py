@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from iciia_exp import Run
 from iciia_exp.config.experiment import Experiment
 from iciia_exp.data.rounds import round_path, write_round
-from iciia_exp.engine import rounds
+from iciia_exp.engine import rounds, wandb_media
 from iciia_exp.engine.execute import execute
 from iciia_exp.engine.graph import ensure
 from iciia_exp.engine.stages import Stages
@@ -65,6 +65,10 @@ def test_the_whole_way(made, monkeypatch):
     last = curve[(curve["round"] == 3) & (curve["answer"] == "large + small")].iloc[0]
     for key in ("accuracy", "seen_accuracy", "unseen_accuracy"):
         assert row[key] == pytest.approx(last[key])
+    steps = list(wandb_media.rounds(run.evaluation.folder))
+    assert [step["rounds/round"] for step in steps] == [0, 1, 2, 3]
+    assert steps[-1]["rounds/accuracy"] == last["accuracy"]
+    assert steps[-1]["rounds/backbone_accuracy"] == pytest.approx(row["backbone_accuracy"])
     alone = curve[curve["answer"] == "backbone"].drop_duplicates(["accuracy", "seen_accuracy", "unseen_accuracy"])
     assert len(alone) == 1
     assert row["backbone_unseen_accuracy"] == alone["unseen_accuracy"].iloc[0] == 0
