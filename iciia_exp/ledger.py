@@ -86,6 +86,7 @@ class Sizes:
         passed: such samples in training, counted once for every pass.
         cloud: labelled images of the cloud, where it trains together with the devices.
         sample_bytes: size of what such a method reads of an image, as it is stored; None if unknown.
+        cloud_share: share of the requests that a routed method sends to the cloud; None: the one it is asked for.
     """
 
     images: int = 16
@@ -101,6 +102,7 @@ class Sizes:
     passed: int = 0
     cloud: int = 0
     sample_bytes: int | None = None
+    cloud_share: float | None = None
 
     @property
     def requested(self) -> int:

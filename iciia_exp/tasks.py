@@ -1,4 +1,4 @@
-"""Tasks: single-label and multi-label classification, and clicks, each with its loss, correct decisions and log-loss.
+"""Tasks: single-label and multi-label classification, clicks, and quality of answers, each with its loss.
 
 A task is its own name, a string, so that files hold it as text.
 
@@ -12,7 +12,10 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["CLICK", "MULTI_LABEL", "SINGLE_LABEL", "TASKS", "Click", "MultiLabel", "SingleLabel", "Task"]
+__all__ = [
+    *("CLICK", "MULTI_LABEL", "QUALITY", "SINGLE_LABEL", "TASKS"),
+    *("Click", "MultiLabel", "Quality", "SingleLabel", "Task"),
+]
 
 
 class SingleLabel(str):
@@ -123,9 +126,25 @@ class Click(SingleLabel):
         return twice, yes_C * no_C
 
 
+class Quality(SingleLabel):
+    """Which of two models answers a request better, by K metrics. Requests have no labels: their column is 0.
+
+    The share of requests that are answered by the better model stands in the place of accuracy.
+    """
+
+    measure = "win rate"
+
+    def loss(self, logits_MK: Tensor, y: Tensor, **options: Any) -> Tensor:
+        """Return the mean binary cross-entropy with soft labels ``y``, [M, K], from 0 to 1."""
+        from torch.nn import functional as F
+
+        return F.binary_cross_entropy_with_logits(logits_MK, y.to(logits_MK.dtype), **options)
+
+
 Task = SingleLabel | MultiLabel
 
 SINGLE_LABEL, MULTI_LABEL, CLICK = SingleLabel("single-label"), MultiLabel("multi-label"), Click("click")
+QUALITY = Quality("quality")
 
 #: The tasks by name.
-TASKS: dict[str, Task] = {task: task for task in (SINGLE_LABEL, MULTI_LABEL, CLICK)}
+TASKS: dict[str, Task] = {task: task for task in (SINGLE_LABEL, MULTI_LABEL, CLICK, QUALITY)}

@@ -21,7 +21,7 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 NOT_IMPORTED = {"tabulate"}
 
 #: Extras whose packages this package imports, where they are needed.
-OPTIONAL = ("video", "dashboard", "faiss", "flower")
+OPTIONAL = ("video", "dashboard", "faiss", "flower", "route")
 
 
 def names(requirements):

@@ -88,7 +88,7 @@ def test_decisions():
 
 
 def test_a_task_is_its_own_name():
-    assert list(TASKS) == ["single-label", "multi-label", "click"]
+    assert list(TASKS) == ["single-label", "multi-label", "click", "quality"]
     assert TASKS["multi-label"] is MULTI_LABEL
     assert json.loads(json.dumps({"task": SINGLE_LABEL})) == {"task": "single-label"}
     again = pickle.loads(pickle.dumps(MULTI_LABEL))

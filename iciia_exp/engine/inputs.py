@@ -115,8 +115,18 @@ class Inputs:
 
     @property
     def reads(self) -> frozenset[str]:
-        """Names of the stored arrays: the features, and what the method reads beside them."""
+        """Names of the arrays that the method reads: the features, and others beside them."""
         return self.experiment.method_class.reads_with(self.method_config) | {"features"}
+
+    @property
+    def stored(self) -> frozenset[str]:
+        """Names of the stored arrays: what the method reads, and what the backbone stores for all methods."""
+        return self.reads | self.backbone_class.stored_with(self.experiment.config["backbone"]["model"])
+
+    @property
+    def backbone_class(self) -> type[Backbone]:
+        """Class of the backbone."""
+        return target_of(self.experiment.config["backbone"]["model"], "backbone.model")  # type: ignore[return-value]
 
     @cached_property
     def array_shapes(self) -> dict[str, tuple[int, ...]]:

@@ -1,16 +1,19 @@
 """Ledger of a run: what its method's budget states, and what was measured, by phase and site."""
 
-from collections.abc import Iterable
-from dataclasses import fields
+from collections.abc import Iterable, Sequence
+from dataclasses import fields, replace
 from typing import Any
 
 import numpy as np
 import pandas as pd
+import torch
 
 from iciia_exp.artifacts import read_json
+from iciia_exp.data.prompts import as_text
 from iciia_exp.engine.inputs import Inputs
-from iciia_exp.ledger import Budget, Link, Sizes
+from iciia_exp.ledger import Budget, Link, Sizes, payload_bytes
 from iciia_exp.methods.base import Method
+from iciia_exp.methods.route.base import PromptRouter
 
 __all__ = ["cost_row", "ledger_table", "sizes_of"]
 
@@ -46,11 +49,12 @@ def _sample_bytes(inputs: Inputs) -> int | None:
     return int(np.prod(array.shape[1:])) * size
 
 
-def ledger_table(inputs: Inputs, method: Method) -> pd.DataFrame:
+def ledger_table(inputs: Inputs, method: Method, routes: pd.DataFrame | None = None) -> pd.DataFrame:
     """Return one row per line of the budget: phase, site, what, kind, MACs, bytes, and the bytes that a link counted.
 
     Numbers of ``client_once`` are means over the test clients; MACs and bytes are NaN where they are unknown.
-    ``measured_bytes`` is NaN where no payload was sent: those of requests, and the backbone's weights.
+    ``measured_bytes`` is NaN where no payload was sent: those of requests, and the backbone's weights. ``routes`` are
+    the test requests of a prompt router (`iciia_exp.engine.evaluation.routes.routes_table`), which are sent.
     """
     measured: dict[tuple[Any, ...], float] = {}
     if inputs.rounds is not None:
@@ -59,6 +63,10 @@ def ledger_table(inputs: Inputs, method: Method) -> pd.DataFrame:
         budgets = list(_of_kinds(inputs, method, sizes, cloud=manifest["cloud"]))
         counts = {"round": manifest["taking_part"]}
         measured = {tuple(k): size / counts.get(k[0], manifest["devices"]) for *k, size in manifest["payloads"]}
+    elif routes is not None and isinstance(method, PromptRouter):
+        prompts = as_text(torch.from_numpy(inputs.open_store().array("images")[routes.loc[routes["cloud"], "image"]]))
+        budget, measured = _requests(inputs, method, prompts, len(routes))
+        budgets = [(1.0, budget)]
     elif inputs.states is None:
         budgets = [(1.0, method.budget(sizes_of(inputs)))]
     else:
@@ -81,6 +89,19 @@ def ledger_table(inputs: Inputs, method: Method) -> pd.DataFrame:
     table = keys.join(pd.DataFrame(list(rows.values())))
     table["measured_bytes"] = [measured.get(key, np.nan) for key in rows]
     return table
+
+
+def _requests(
+    inputs: Inputs, method: PromptRouter, prompts: Sequence[str], requests: int
+) -> tuple[Budget, dict[tuple[Any, ...], float]]:
+    """Send the prompts of the cloud, and a picture of each back; return the budget, and the mean bytes of a request."""
+    size = round(float(np.mean([payload_bytes(prompt) for prompt in prompts]))) if prompts else 0
+    budget = method.budget(replace(sizes_of(inputs, cloud_share=len(prompts) / requests), image_bytes=size))
+    link, picture = Link(method.name, budget), method.picture_bytes
+    for prompt in prompts:
+        link.up("prompt", prompt, "request")
+        link.down("picture", bytes(picture), "request")
+    return budget, {key: size / requests for key, size in link.counted.items()}
 
 
 def _of_devices(inputs: Inputs, method: Method, counts: dict[str, list[int]]) -> Iterable[tuple[float, Budget]]:

@@ -55,8 +55,8 @@ class Stages(Inputs):
             "classes": self.weights_classes if spec.train == "none" else None,
             "fitted head": spec.train == "head",
         }
-        if len(self.reads) > 1:  # a store of its own; that of features alone keeps its digest
-            parts["arrays"] = sorted(self.reads)
+        if len(self.stored) > 1:  # a store of its own; that of features alone keeps its digest
+            parts["arrays"] = sorted(self.stored)
         if self.reads & {"tokens", "levels"}:
             model = science(self.experiment.config["backbone"]["model"])
             parts["gather"] = {k: v for k, v in model.items() if k.startswith("gather_")}
@@ -180,6 +180,8 @@ class Stages(Inputs):
         spec, config = self.experiment.backbone, science(self.experiment.config["backbone"])
         model = {k: v for k, v in config["model"].items() if not k.startswith("gather_")}  # of the tokens alone
         parts = {"model": model, "pretrained": spec.pretrained, "weights": self.weights_digest}
+        if (content := self.backbone_class.content(self.experiment.config["backbone"]["model"])) is not None:
+            parts["content"] = content
         if spec.train == "all":
             parts |= {"teacher": self._teacher, "trainer": self.trainer_science, "seed": spec.seed}
             # rows of the initial classifier

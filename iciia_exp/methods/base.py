@@ -19,7 +19,7 @@ from iciia_exp.data.views import CloudView
 from iciia_exp.errors import ConfigError, within
 from iciia_exp.ledger import Budget, Sizes
 from iciia_exp.recipe import Recipe
-from iciia_exp.tasks import SINGLE_LABEL, TASKS, Task
+from iciia_exp.tasks import QUALITY, SINGLE_LABEL, TASKS, Task
 
 __all__ = ["Ask", "Facts", "Fit", "Method", "Part", "Record", "copy_of", "make_part", "resize_on_load"]
 
@@ -129,8 +129,8 @@ class Method(nn.Module, ABC):
 
     #: Stable name: its identity in digests, ``run.json`` and tables.
     name: ClassVar[str]
-    #: Tasks that it supports.
-    tasks: ClassVar[tuple[Task, ...]] = tuple(TASKS.values())
+    #: Tasks that it supports; by default those with labels.
+    tasks: ClassVar[tuple[Task, ...]] = tuple(task for task in TASKS.values() if task != QUALITY)
     #: Names of the stored arrays that it reads, in `ClientBatch.arrays`; the features are always there.
     reads: frozenset[str] = frozenset({"features"})
     #: What it must know of a client.

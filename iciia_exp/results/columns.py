@@ -1,13 +1,14 @@
 """Columns: the one list of figures of a run, where each is shown, and its printed form."""
 
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import numpy as np
 import pandas as pd
 from rich.filesize import pick_unit_and_suffix
 
-from iciia_exp.tasks import CLICK, Task
+from iciia_exp.tasks import CLICK, QUALITY, Task
 
 __all__ = ["COLUMNS", "DRAWN_TYPES", "Column", "averaged", "backbone_cell", "cell", "columns_of", "summary_keys"]
 
@@ -32,7 +33,8 @@ class Column:
         backbone: whether ``results.json`` has the figure of the backbone alone, as ``backbone_<key>``.
         interval: whether it has a 95 % interval over clients, as ``<key>_low`` and ``<key>_high``.
         total: whether it counts the backbone as well; it is shown in tables where settings differ in it.
-        ranked: title for a click task, whose correct decisions are AUC times images; empty: the same.
+        titles: other titles in some tasks, by task: correct decisions of a click task are AUC times images, say.
+        task: the only task that has the figure; empty: all.
         seeds: the figure of several runs that differ in seeds alone: their ``mean``, or the value that they have in
             ``common``; ``setting`` for what `iciia_exp.results.tables.settings` adds by itself.
     """
@@ -46,7 +48,8 @@ class Column:
     backbone: bool = False
     interval: bool = False
     total: bool = False
-    ranked: str = ""
+    titles: Mapping[str, str] = field(default_factory=dict)
+    task: str = ""
     seeds: Literal["mean", "common", "setting"] = "mean"
 
 
@@ -61,7 +64,7 @@ COLUMNS = [
         wandb="test",
         backbone=True,
         interval=True,
-        ranked="GAUC",
+        titles={CLICK: "GAUC", QUALITY: "win rate"},
     ),
     Column("published", "published", seeds="setting"),
     Column("gain", "gain", "gain", console="gain", console_errors=("se", "low", "high"), wandb="test", interval=True),
@@ -71,12 +74,18 @@ COLUMNS = [
         console="client\naccuracy",
         wandb="test",
         backbone=True,
-        ranked="mean AUC",
+        titles={CLICK: "mean AUC", QUALITY: "by kind"},
     ),
     Column("client_gain", form="gain", wandb="test"),
     Column("group_accuracy", "mean of groups", wandb="test", total=True),
     Column("seen_accuracy", "the backbone's classes", wandb="test", backbone=True, total=True),
     Column("unseen_accuracy", "classes new to it", wandb="test", backbone=True, total=True),
+    Column("cloud_share", "in the cloud", console="in the\ncloud", wandb="test", task=QUALITY),
+    Column("delta_p", "delta P", console="delta P", wandb="test", task=QUALITY),
+    Column("win_rate_at_half", "win rate at half", console="at half:\nwins", wandb="test", task=QUALITY),
+    Column("delta_p_at_half", "delta P at half", console="at half:\ndelta P", wandb="test", task=QUALITY),
+    Column("rank_correlation", "rank correlation", console="rank\ncorr.", wandb="test", task=QUALITY),
+    Column("quality_area", "area", wandb="test", task=QUALITY),
     Column("worst_decile", "worst decile", console="worst\ndecile", wandb="test", backbone=True),
     Column("gain_where_backbone_is_worst", form="gain"),
     Column("improved_share", wandb="test"),
@@ -106,9 +115,12 @@ COLUMNS = [
 
 def columns_of(task: Task) -> list[Column]:
     """Return all figures with their titles in a task."""
-    if task != CLICK:
-        return COLUMNS
-    return [replace(c, title=c.ranked, console=c.ranked.replace(" ", "\n")) if c.ranked else c for c in COLUMNS]
+    found = []
+    for column in COLUMNS:
+        if column.task in ("", task):
+            title = column.titles.get(task)
+            found.append(replace(column, title=title, console=title.replace(" ", "\n")) if title else column)
+    return found
 
 
 def averaged() -> list[str]:

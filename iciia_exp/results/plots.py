@@ -1,6 +1,7 @@
 """Plots: gain per client, accuracy by history, accuracy against overhead, examples, and the parts of a figure."""
 
 import io
+import textwrap
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -17,7 +18,7 @@ from iciia_exp.tasks import CLICK, TASKS
 __all__ = [
     *("BASELINE", "BLUE", "MOST_LINES", "ORANGE", "draw_setting", "gains", "hover", "legend", "line_styles"),
     *("accuracy_vs_history", "accuracy_vs_overhead", "accuracy_vs_rounds", "draw_accuracy_vs_overhead"),
-    *("draw_examples", "gain_per_client", "measure", "new_figure", "save"),
+    *("draw_examples", "draw_routes", "gain_per_client", "measure", "new_figure", "quality_vs_share", "save"),
 ]
 
 # Colours that differ in lightness too, so that the plots read in grey.
@@ -144,6 +145,71 @@ def accuracy_vs_rounds(rounds: pd.DataFrame, row: dict[str, Any], path: Path) ->
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set_ylim(-3, 103)
     legend(axes, beside=True)
+    return save(figure, path)
+
+
+def quality_vs_share(shares: pd.DataFrame, row: dict[str, Any], path: Path) -> Path:
+    """Draw delta P by the share of requests in the cloud: of the router, by true PRS, and at random.
+
+    ``shares`` is the table of `iciia_exp.engine.evaluation.routes.route_measures`; the share of the test requests, and
+    the interval that was stated for it, are marked.
+    """
+    title = f"{row['method']} on {row['dataset']}: quality by share in the cloud"
+    figure, axes = new_figure(title, "requests in the cloud (%)", "delta P (%)")
+    for name, label, style in (
+        ("oracle", "by true PRS", {"color": GREY, "linestyle": ":"}),
+        ("router", row["method"], {"color": BLUE, "marker": "o", "markersize": 4}),
+    ):
+        own = shares[shares["router"] == name]
+        axes.plot(100 * own["share"], own["delta_p"], label=label, **style)
+    ends = shares[shares["router"] == "router"].iloc[[0, -1]]
+    axes.plot(100 * ends["share"], ends["delta_p"], **BASELINE, label="at random")
+    text = f"test requests: {100 * row['cloud_share']:.1f} %, asked {100 * row['asked_share']:.0f} %"
+    axes.axvline(100 * row["cloud_share"], color=ORANGE, linewidth=1.2, label=text)
+    axes.axvspan(100 * row["share_low"], 100 * row["share_high"], color=ORANGE, alpha=0.15, linewidth=0)
+    legend(axes, beside=False)
+    return save(figure, path)
+
+
+def draw_routes(routes: pd.DataFrame, pictures: Any, row: dict[str, Any], path: Path, each: int = 5) -> Path | None:
+    """Draw prompts with the pictures of both models: those that most clearly go to the cloud, and those that stay.
+
+    Args:
+        routes: the run's ``routes.parquet``.
+        pictures: the stored pictures of all prompts, [M, 2, P, H, W, 3]; None where they were thrown away.
+        row: the run's results.
+        path: the PNG to write.
+        each: prompts of each side, at most.
+    """
+    if pictures is None:
+        return None
+    ordered = routes.sort_values("score", kind="stable")
+    groups = {"cloud": ordered[ordered["cloud"]].head(each), "device": ordered[~ordered["cloud"]].tail(each).iloc[::-1]}
+    columns = [(side, item) for side, part in groups.items() for _, item in part.iterrows()]
+    if not columns:
+        return None
+    figure, axes = new_figure(width=1.35 * len(columns) + 0.4, height=3.9)
+    figure.set_layout_engine("none")
+    axes.set_position((0.01, 0.02, 0.98, 0.86))
+    text: dict[str, Any] = {"fontsize": 6.5, "ha": "center"}
+    for place, (side, item) in enumerate(columns):
+        x = 1.12 * place
+        for number, who in enumerate(("device", "cloud")):
+            y = 1.0 + 1.2 * number
+            where = (x, x + 1, y + 1, y)
+            axes.imshow(pictures[int(item["image"]), number, 0], extent=where, interpolation="nearest")
+            if who == side:
+                frame = {"color": ORANGE, "linewidth": 2}
+                axes.plot([x, x + 1, x + 1, x, x], [y, y, y + 1, y + 1, y], **frame)
+        axes.text(x + 0.5, 0.92, "\n".join(textwrap.wrap(str(item["prompt"]), 19)[:6]), va="bottom", **text)
+        scores = f"score {item['score']:.2f}\ntrue {item['superiority']:.2f}"
+        axes.text(x + 0.5, 3.27, scores, va="top", **text)
+    for number, who in enumerate(("device", "cloud")):
+        axes.text(-0.06, 1.5 + 1.2 * number, who, fontsize=8, ha="right", va="center", rotation=90)
+    axes.set(xlim=(-0.25, 1.12 * len(columns)), ylim=(3.7, -0.05))
+    axes.set_axis_off()
+    title = f"{row['method']} on {row['dataset']}: pictures of both models, and who answers (framed)"
+    figure.suptitle(title, x=0.01, ha="left", fontsize=10)
     return save(figure, path)
 
 

@@ -10,7 +10,7 @@ from omegaconf import OmegaConf
 from iciia_exp.config.check import check_keys, parameters_of
 from iciia_exp.config.experiment import GROUPS, TOP_LEVEL
 from iciia_exp.config.paths import CONF_DIR
-from tests.making.config import targets
+from tests.making.config import methods, targets
 
 FILES = sorted(CONF_DIR.rglob("*.yaml"))
 GROUP_FILES = [f for f in FILES if f.parent.name in GROUPS]
@@ -116,11 +116,10 @@ def test_launchers_and_search_compose(choice, compose):
 
 
 def test_the_sweep_over_methods_has_them_all(compose):
-    """All but those that train a network of their own, whose input is that of one dataset."""
-    methods = compose("+sweep=methods", hydra=True).hydra.sweeper.params.method.split(",")
-    files = [path for path in (CONF_DIR / "method").glob("*.yaml") if "methods.cotrain." not in path.read_text()]
-    assert sorted(methods) == sorted(path.stem for path in files)
-    assert compose("+experiment=rivals", hydra=True).hydra.sweeper.params.method.split(",") == methods
+    """All but those that train a network of their own, whose input is that of one dataset, and routers of prompts."""
+    swept = compose("+sweep=methods", hydra=True).hydra.sweeper.params.method.split(",")
+    assert sorted(swept) == methods("adapt", "tune")
+    assert compose("+experiment=rivals", hydra=True).hydra.sweeper.params.method.split(",") == swept
 
 
 def test_top_level_keys_are_those_the_engine_knows(compose):

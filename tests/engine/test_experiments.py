@@ -8,9 +8,11 @@ from iciia_exp.config.experiment import Experiment
 from iciia_exp.config.paths import CONF_DIR
 from iciia_exp.engine.execute import execute
 from iciia_exp.engine.stages import Stages
+from iciia_exp.methods.route import labels
 from iciia_exp.models.backbones.timm_backbone import TimmBackbone
 from iciia_exp.models.backbones.torchvision_backbone import TorchvisionBackbone
 from tests.making.celeba import make_celeba
+from tests.making.diffusion import make_clip, make_pipeline
 from tests.making.femnist import make_femnist
 from tests.making.folder import make_folder
 from tests.making.imagenet import make_imagenet
@@ -55,6 +57,20 @@ def small_cifar100(root, monkeypatch):
     accept(monkeypatch, datasets.CIFAR100, root / "cifar-100-python")
 
 
+def small_scenes(root, monkeypatch):
+    """Let models count as different that an epoch of training leaves equally bad."""
+    monkeypatch.setattr(labels, "CLEAR", 0.0)
+
+
+def small_prompts(root, monkeypatch):
+    """Make a file of prompts, and two pipelines and a CLIP beside it, which is the working folder."""
+    root.rmdir()
+    root.write_text("".join(f"{word} {number}\n" for word in ("dog", "sofa", "a red bus") for number in "abcdefgh"))
+    make_clip(root.parent / "clip")
+    for number, name in enumerate(("small", "large")):
+        make_pipeline(root.parent / name, seed=number)
+
+
 TINY = "backbone.model.image_size=32"
 CLIENTS = "partition.images_per_client=4"
 CHEAP = (
@@ -87,6 +103,16 @@ SMALL_SPLIT = (
 SMALL_VIT = ("backbone.model.model=vit_tiny_patch16_224", TINY)
 SMALL_MIET = (*SMALL_VIT, "method.epochs=2", "method.linear_epochs=1")
 
+SMALL_SCENES = (
+    *("dataset.sizes={backbone: 32, train: 40, val: 20, test: 20}", "backbone.recipe.epochs=1"),
+    *("backbone.model.device_channels=[8,8,8]", "backbone.model.cloud_channels=[8,8,16]"),
+    *("backbone.model.device_steps=1", "backbone.model.cloud_steps=2", "backbone.model.pictures=1"),
+)
+SMALL_PIPELINES = (
+    *("backbone.model.device_model=small", "backbone.model.cloud_model=large", "backbone.model.clip=clip"),
+    *("backbone.model.device_steps=1", "backbone.model.cloud_steps=2", "backbone.model.pictures=1"),
+)
+
 EXPERIMENTS = {
     "digits": (None, ()),
     "digits_parents": (None, ()),
@@ -116,6 +142,8 @@ EXPERIMENTS = {
         small_cifar10,
         ("partition.images_per_client=2", "partition.val_share=0.1", "backbone.model.stem=8", *SMALL_SPLIT),
     ),
+    "route_t2i": (small_prompts, SMALL_PIPELINES),
+    "route_t2i_scenes": (small_scenes, SMALL_SCENES),
     "cifar10": (small_cifar10, (CLIENTS,)),
     "cifar100": (small_cifar100, ("partition.images_per_client=5",)),
     "fashion_mnist": (lambda root, _: make_fashion_mnist(root, train=400, test=80), (CLIENTS,)),

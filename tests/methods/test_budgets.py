@@ -17,11 +17,11 @@ from iciia_exp.methods.tune.device_network import DeviceNetwork
 from iciia_exp.methods.tune.full_finetune import FullFinetune
 from iciia_exp.models.payloads import pack
 from tests.making.cloud import ARRAYS, no_fit, personalised, small_cloud
+from tests.making.config import methods
 from tests.methods.test_methods import OneMore, make
 
 D, K, S = 32, 5, 16
-#: those that train in rounds are in tests/methods/cotrain
-METHODS = sorted(p.stem for p in (CONF_DIR / "method").glob("*.yaml") if "methods.cotrain." not in p.read_text())
+METHODS = methods("adapt", "tune")
 IMAGE, LOGITS = 3 * 8 * 8, 4 * K  # bytes
 BACKBONE = nn.Sequential(nn.Flatten(), nn.Linear(IMAGE, D), nn.Linear(D, K))
 

@@ -4,11 +4,10 @@ import numpy as np
 import pytest
 from safetensors.torch import load_file
 
-from iciia_exp.config.paths import CONF_DIR
 from iciia_exp.engine.execute import execute
 from tests.making.cloud import ON_TOKENS
+from tests.making.config import methods
 
-METHODS = sorted(path.stem for path in (CONF_DIR / "method").glob("*.yaml"))
 ORACLES = {"oracle_classes"}
 
 
@@ -24,7 +23,7 @@ def learned(folder):
     return {f"{file} {name}": tensor for file, path in files.items() for name, tensor in load_file(path).items()}
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", methods("adapt", "tune", "cotrain"))
 def test_labels_of_test_images_change_no_weight(stages, with_tokens, method, cache, monkeypatch, tmp_path):
     monkeypatch.setenv("ICIIA_EXP_CACHE", str(cache))  # one backbone for all of them
     options = (f"method={method}", "training.recipe.epochs=1", "partition.split=within", "stage=train")

@@ -21,8 +21,8 @@ from tests.making.cloud import ARRAYS, Network, no_fit, small_cloud
 
 D, K = 32, 5
 FILES = sorted((CONF_DIR / "method").glob("*.yaml"))
-#: those that answer the partition's clients only, and those that train in rounds, have tests of their own
-BY_CLIENT = {path.stem for path in FILES if re.search("methods.(tune|cotrain)[.]", path.read_text())}
+#: those that answer the partition's clients only, that train in rounds, or that route, have tests of their own
+BY_CLIENT = {path.stem for path in FILES if re.search("methods.(tune|cotrain|route)[.]", path.read_text())}
 
 
 def make(path):

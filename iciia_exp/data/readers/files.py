@@ -15,7 +15,9 @@ import pandas as pd
 
 from iciia_exp.errors import ConfigError, UserError, first_line, printable
 
-__all__ = ["check_distinct", "existing_file", "few", "list_files", "list_folders", "list_images", "read_csv"]
+__all__ = [
+    *("check_distinct", "existing_file", "few", "list_files", "list_folders", "list_images", "read_csv", "read_text"),
+]
 
 log = logging.getLogger(__name__)
 
@@ -97,7 +99,7 @@ def read_csv(path: Path, required: Sequence[str] = ()) -> pd.DataFrame:
     Windows-1252, with a warning. A file that is missing, not a CSV file, or without a required column raises
     `UserError`.
     """
-    text, options = _read_text(path), {"dtype": object, "keep_default_na": False, "index_col": False}
+    text, options = read_text(path), {"dtype": object, "keep_default_na": False, "index_col": False}
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error", pd.errors.ParserWarning)
@@ -118,7 +120,8 @@ def read_csv(path: Path, required: Sequence[str] = ()) -> pd.DataFrame:
     return table
 
 
-def _read_text(path: Path) -> str:
+def read_text(path: Path) -> str:
+    """Return the text of a file of prompts or of a table; encodings and errors as of `read_csv`."""
     try:
         content = path.read_bytes()
     except FileNotFoundError as error:

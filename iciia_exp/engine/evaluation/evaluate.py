@@ -14,6 +14,7 @@ from iciia_exp.engine.evaluation.attribution import attribution_table
 from iciia_exp.engine.evaluation.drawn_clients import drawn_clients_table
 from iciia_exp.engine.evaluation.history import Setup, history_table
 from iciia_exp.engine.evaluation.rounds import rounds_table
+from iciia_exp.engine.evaluation.routes import route_counts, route_measures, routes_table
 from iciia_exp.engine.evaluation.row import client_table, result_row
 from iciia_exp.engine.inputs import Inputs
 from iciia_exp.engine.ledger import ledger_table
@@ -23,12 +24,15 @@ from iciia_exp.engine.training.data_module import ClientDataModule
 from iciia_exp.engine.training.modules import MethodModule
 from iciia_exp.engine.training.trainer import interruptible, make_trainer, on_one_device, quiet_lightning
 from iciia_exp.errors import UserError
+from iciia_exp.methods.route.base import PromptRouter
 from iciia_exp.results.plots import (
     accuracy_vs_history,
     accuracy_vs_overhead,
     accuracy_vs_rounds,
     draw_examples,
+    draw_routes,
     gain_per_client,
+    quality_vs_share,
 )
 from iciia_exp.results.summary import ClientCounts
 from iciia_exp.results.tables import history_summary
@@ -44,6 +48,9 @@ def evaluate(inputs: Inputs, folder: Path) -> None:
     store = inputs.open_store()
     clients = inputs.readable_clients(store)
     batches = inputs.batches(store)
+    if isinstance(run.method, PromptRouter):
+        _evaluate_routes(inputs, run.method, clients, folder, start)
+        return
     module = MethodModule(run.method, run.head, e.training.recipe, len(clients), inputs.unseen_classes)
     data = ClientDataModule(clients, batches, e.images, loading=e.training.loading)
     callbacks = [c for c in configured(e.config["callbacks"]).values() if not isinstance(c, Checkpoint)]
@@ -91,6 +98,26 @@ def evaluate(inputs: Inputs, folder: Path) -> None:
         draw_examples(examples, row, plots / "attribution.png")
     gain_per_client(table, row, plots / "gain_per_client.png")
     accuracy_vs_overhead([row], plots / "accuracy_vs_overhead.png")
+    inputs.tracker.results(row, folder)
+    write_json(folder / "results.json", row)
+
+
+def _evaluate_routes(inputs: Inputs, method: PromptRouter, clients: Clients, folder: Path, start: float) -> None:
+    """Evaluate a router of prompts."""
+    store = inputs.open_store()
+    routes = routes_table(method, clients, inputs.batches(store), inputs.experiment.images)
+    numbers, counts = route_counts(routes)
+    figures, curve = route_measures(method, routes)
+    table = client_table(clients, numbers, counts, inputs.labels)
+    training = read_json(inputs.run.folder / "training.json")
+    ledger = ledger_table(inputs, method, routes)
+    row = result_row(inputs, method, store, counts, ledger, training, figures, time.monotonic() - start, table)
+    for name, found in (("clients", table), ("ledger", ledger), ("routes", routes), ("shares", curve)):
+        _write(folder, name, found)
+    plots = folder / "plots"
+    quality_vs_share(curve, row, plots / "quality_vs_share.png")
+    pictures = store.array("pictures") if "pictures" in store.manifest["arrays"] else None
+    draw_routes(routes, pictures, row, plots / "routes.png")
     inputs.tracker.results(row, folder)
     write_json(folder / "results.json", row)
 

@@ -27,7 +27,7 @@ from iciia_exp.errors import ConfigError, UserError
 from iciia_exp.ledger import payload_bytes
 from iciia_exp.machine import check_started, plain_errors, process_count, process_rank
 from iciia_exp.models.backbones.base import Backbone
-from iciia_exp.tasks import Task
+from iciia_exp.tasks import QUALITY, Task
 
 __all__ = ["extract", "extraction_trainer", "head_accuracy", "probes"]
 
@@ -83,6 +83,7 @@ def extract(
     known, example = readable(dataset, transform, probes(np.arange(images)))
     macs, weights_bytes = backbone.macs(example), payload_bytes(backbone.state_dict())
     dtypes = {"features": extraction.dtype, "logits": "float32", "images": str(example.numpy().dtype)}
+    dtypes |= backbone.dtypes
     layout = {n: (shape, dtypes.get(n, "float16")) for n, shape in backbone.output_shapes(example, arrays).items()}
     head = {name: tensor.detach().float().cpu() for name, tensor in backbone.head.state_dict().items()}
     start = time.monotonic()
@@ -90,6 +91,8 @@ def extract(
     labels = dense_labels(table["label"], dataset.task, dataset.num_classes)
     if first:
         FeatureWriter.prepare(folder, images, layout)
+        if dataset.task == QUALITY:
+            _leave_out(folder, layout, np.flatnonzero(table["split"] == "backbone"))
         rows = FeatureWriter.remaining(folder)
         again = "" if len(rows) == images else f", {images - len(rows):,} already done"
         size = images * sum(math.prod(shape) * np.dtype(dtype).itemsize for shape, dtype in layout.values())
@@ -129,10 +132,11 @@ def extract(
         "weights_bytes": weights_bytes,
         **({} if jpeg is None else {"image_bytes": jpeg.mean_bytes(dataset, probes(np.arange(images)))}),
         **({"image_bytes": payload_bytes(example)} if example.dtype == torch.int32 else {}),  # a row of ids
+        **_prompt_bytes(dataset),
         "seconds": round(time.monotonic() - start, 2),
         "bad_images": _report_bad(dataset, bad, images),
     }
-    if with_head:
+    if with_head and dataset.task != QUALITY:  # whose requests have no labels
         good = np.ones(images, dtype=bool)
         good[list(bad)] = False
         splits = table["split"].to_numpy()
@@ -140,6 +144,20 @@ def extract(
         features = np.load(folder / "features.npy", mmap_mode="r")
         manifest["accuracy"] = head_accuracy(dataset.task, features, labels, head, parts)
     FeatureWriter.finish(folder, table, head if with_head else None, manifest)
+
+
+def _leave_out(folder: Path, layout: dict[str, tuple[tuple[int, ...], str]], rows: np.ndarray) -> None:
+    """Write zeros for the prompts that only train the models: no router needs their answers."""
+    writer = FeatureWriter(folder, 0)
+    for some in np.array_split(rows, 1 + len(rows) // 1024):
+        writer.write(some, {name: np.zeros((len(some), *shape), dtype) for name, (shape, dtype) in layout.items()})
+    writer.flush()
+
+
+def _prompt_bytes(dataset: ImageDataset) -> dict[str, int]:
+    """Return the mean size of a prompt, of a dataset of such; else nothing."""
+    prompts = [dataset[int(row)] for row in probes(np.arange(len(dataset)))] if dataset.task == QUALITY else []
+    return {"image_bytes": round(float(np.mean([payload_bytes(text) for text in prompts])))} if prompts else {}
 
 
 def extraction_trainer(config: dict[str, Any], extraction: Extraction, *callbacks: pl.Callback) -> pl.Trainer:

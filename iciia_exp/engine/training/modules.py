@@ -119,6 +119,8 @@ class BackboneModule(BaseModule):
         items = len(batch.images)
         if not items:
             return None if self.trainer.world_size == 1 else self.mean_loss(None, 0)
+        if (own := self.backbone.training_loss(batch.images)) is not None:
+            return self.mean_loss(own, items)
         logits_BK = self.backbone(batch.images)
         loss = self.mean_loss(self.task.loss(logits_BK, batch.labels), items)
         accuracy = self.task.correct(logits_BK, batch.labels).float().mean()

@@ -140,7 +140,7 @@ def make_features(inputs: Inputs, folder: Path) -> None:
         "backbone_seconds": trained.get("seconds"),
     }
     table, trainer, with_head = e.dataset.table, e.config["trainer"], e.backbone.train != "head"
-    extract(e.dataset, table, backbone, e.extraction, folder, trainer, manifest, with_head, inputs.reads)
+    extract(e.dataset, table, backbone, e.extraction, folder, trainer, manifest, with_head, inputs.stored)
 
 
 def report_features(inputs: Inputs, folder: Path, made: bool) -> None:

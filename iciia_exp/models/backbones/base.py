@@ -38,6 +38,25 @@ class Backbone(nn.Module, ABC):
     trunk_prefix: ClassVar[str] = ""
     #: Names of the arrays that `outputs` can return.
     gives: frozenset[str] = frozenset({"features", "logits", "images"})
+    #: Types in which arrays are stored, by name; others as `iciia_exp.engine.training.extract.extract` says.
+    dtypes: ClassVar[Mapping[str, str]] = {}
+
+    @classmethod
+    def stored_with(cls, config: Mapping[str, Any]) -> frozenset[str]:
+        """Return the names of the arrays that are stored with the features, whatever a method reads; by default none.
+
+        ``config`` are the arguments of the constructor.
+        """
+        return frozenset()
+
+    @classmethod
+    def content(cls, config: Mapping[str, Any]) -> Any:
+        """Return plain values for digests, which change with the files that arguments name; None without any."""
+        return None
+
+    def training_loss(self, images: Tensor) -> Tensor | None:
+        """Return the loss of a batch where the network has one of its own; None: that of its logits and the labels."""
+        return None
 
     @property
     def num_classes(self) -> int:

@@ -6,7 +6,6 @@ import pytest
 import torch
 
 from iciia_exp import Run
-from iciia_exp.config.paths import CONF_DIR
 from iciia_exp.config.settings import Evaluation
 from iciia_exp.data.client_mix import ClientMix, drawn_clients
 from iciia_exp.engine.evaluation.drawn_clients import drawn_clients_table
@@ -17,10 +16,11 @@ from iciia_exp.methods.adapt.heads import BackboneOnly
 from iciia_exp.methods.base import Facts
 from iciia_exp.results.columns import DRAWN_TYPES
 from tests.making.cloud import ON_TOKENS, small_cloud
+from tests.making.config import methods
 
 pytestmark = pytest.mark.usefixtures("undrawn")
 
-METHODS = sorted(p.stem for p in (CONF_DIR / "method").glob("*.yaml"))
+METHODS = methods("adapt", "tune", "cotrain")
 OWN_LABELS = ("coda", "finetune", "linear_probe", "mpda", "prompt_tuning", *ON_TOKENS)
 
 

@@ -35,8 +35,9 @@ def kind_of(path):
 
 
 LIBRARY_FILES = [f for f in FILES if kind_of(f) in LIBRARIES]
-#: paired.yaml, of two networks, has tests of its own in test_paired.py
-OWN_FILES = [f for f in FILES if kind_of(f) not in LIBRARIES and f.stem != "paired"]
+#: of two networks; they have tests of their own
+PAIRS = ("paired", "scene_pair", "diffusers_pair")
+OWN_FILES = [f for f in FILES if kind_of(f) not in LIBRARIES and f.stem not in PAIRS]
 
 
 def named(files):

@@ -1,0 +1,122 @@
+"""Evaluation of a prompt router: who answers every test prompt, how good the answers are, and the share in the cloud.
+
+Legend: C clients, N prompts, P pictures, K metrics.
+"""
+
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from scipy.stats import spearmanr
+
+from iciia_exp.data.batches import ClientIndex, FeatureBatches, cut_chunks
+from iciia_exp.data.clients import Clients
+from iciia_exp.data.prompts import as_text
+from iciia_exp.methods.route.base import PromptRouter
+from iciia_exp.results.routing import LEVELS, area, delta_p, route_curve, saved, win_rate
+from iciia_exp.results.summary import ClientCounts
+
+__all__ = ["route_counts", "route_measures", "routes_table"]
+
+_CLIENTS = 16  # of a batch
+
+
+@torch.inference_mode()
+def routes_table(method: PromptRouter, clients: Clients, batches: FeatureBatches, images: int) -> pd.DataFrame:
+    """Return a row for each test prompt.
+
+    Columns: ``image`` (its number), ``client``, ``prompt``, ``score``, ``cloud`` (whether it answers), ``superiority``
+    (the true PRS), and, for each metric, ``device_<metric>``, ``cloud_<metric>``, ``label_<metric>`` (D) and
+    ``predicted_<metric>``.
+    """
+    index_CS, client_C = cut_chunks(clients.test, images)
+    parts = []
+    for at in range(0, len(client_C), _CLIENTS):
+        batch = batches[ClientIndex(index_CS[at : at + _CLIENTS], client_C[at : at + _CLIENTS])]
+        real_CS = batch.mask_CS
+        quality = batch.arrays["quality"][real_CS]
+        assert batch.image_CS is not None
+        labels_NK, mean_N2K = method.true_labels(quality), quality.mean(2)
+        predicted_NK = method.logits(batch)[real_CS].sigmoid()
+        columns: dict[str, Any] = {
+            "image": batch.image_CS[real_CS],
+            "client": batch.client_C[:, None].expand_as(real_CS)[real_CS],
+            "prompt": as_text(batch.arrays["images"][real_CS]),
+            "score": method.score(batch)[real_CS].double(),
+            "cloud": method.to_cloud(batch)[real_CS],
+            "superiority": method.true_superiority(quality).double(),
+        }
+        for number, name in enumerate(method.metric_names):
+            columns[f"device_{name}"], columns[f"cloud_{name}"] = mean_N2K[:, :, number].unbind(1)
+            columns[f"label_{name}"] = labels_NK[:, number]
+            columns[f"predicted_{name}"] = predicted_NK[:, number]
+        parts.append(pd.DataFrame({name: np.asarray(values) for name, values in columns.items()}))
+    return pd.concat(parts, ignore_index=True)
+
+
+def route_counts(table: pd.DataFrame) -> tuple[np.ndarray, ClientCounts]:
+    """Return the numbers of the clients, and counts of prompts that the better model answers; ties count half.
+
+    The backbone is the device's model alone. The loss is the cross-entropy of the mean label and the score.
+    """
+    prs_N, cloud_N = table["superiority"].to_numpy(), table["cloud"].to_numpy()
+    right = np.where(prs_N == 0.5, 0.5, cloud_N == (prs_N < 0.5)).astype(np.float64)
+    alone = np.where(prs_N == 0.5, 0.5, prs_N > 0.5).astype(np.float64)
+    score_N = table["score"].to_numpy().clip(1e-6, 1 - 1e-6)
+    loss = -(prs_N * np.log(score_N) + (1 - prs_N) * np.log1p(-score_N))
+    own = pd.DataFrame({"client": table["client"], "right": right, "alone": alone, "loss": loss})
+    own["both"] = np.minimum(right, alone)
+    own["alone_loss"] = np.log(2.0)
+    sums = own.groupby("client", sort=True).agg("sum")
+    images_C = own.groupby("client", sort=True).size().to_numpy()
+    values = {name: sums[name].to_numpy() for name in sums}
+    counts = ClientCounts(
+        images_C, values["alone"], values["right"], values["both"], values["alone_loss"], values["loss"], ranked=True
+    )
+    return sums.index.to_numpy(), counts
+
+
+def route_measures(method: PromptRouter, table: pd.DataFrame) -> tuple[dict[str, Any], pd.DataFrame]:
+    """Return the figures of ``results.json``, and curves of quality by share of prompts in the cloud.
+
+    The curves are those of the ``router`` and of the ``oracle``, which sorts by the true PRS.
+    """
+    used = [name for name, weight in zip(method.metric_names, method.weight_K.tolist(), strict=True) if weight > 0]
+    q_N2K = np.stack([table[[f"{side}_{name}" for name in used]].to_numpy() for side in ("device", "cloud")], 1)
+    score_N, prs_N, cloud_N = (table[name].to_numpy() for name in ("score", "superiority", "cloud"))
+    curve = route_curve(score_N, q_N2K, prs_N, used)
+    half, interval = curve[curve["share"] == 0.5].iloc[0], method.interval()
+    figures = {
+        "cloud_share": float(cloud_N.mean()),
+        "asked_share": method.share,
+        "expected_share": interval.expected,
+        "share_low": interval.low,
+        "share_high": interval.high,
+        "threshold": method.threshold(),
+        "delta_p": delta_p(q_N2K, cloud_N) / 100,
+        "delta_p_at_half": float(half["delta_p"]) / 100,
+        "win_rate_at_half": float(half["win_rate"]),
+        "rank_correlation": _rank(score_N, prs_N),
+        "quality": float(np.where(cloud_N[:, None], q_N2K[:, 1], q_N2K[:, 0]).mean()),
+        "quality_area": area(curve, "quality"),
+        "win_rate": win_rate(prs_N, cloud_N),
+        **{f"saved_at_{level:.0f}": _known(saved(score_N, q_N2K, level)) for level in LEVELS},
+        "metrics": ", ".join(used),
+    }
+    for name in used:
+        rank = _rank(table[f"predicted_{name}"].to_numpy(), table[f"label_{name}"].to_numpy())
+        figures[f"rank_correlation_{name}"] = rank
+    oracle = route_curve(prs_N, q_N2K, prs_N, used)
+    return figures, pd.concat([curve.assign(router="router"), oracle.assign(router="oracle")], ignore_index=True)
+
+
+def _rank(one_N: np.ndarray, other_N: np.ndarray) -> float | None:
+    """Return Spearman's rank correlation; None where one of them is constant."""
+    if np.ptp(one_N) == 0 or np.ptp(other_N) == 0:
+        return None
+    return float(spearmanr(one_N, other_N).statistic)
+
+
+def _known(value: float) -> float | None:
+    return None if np.isnan(value) else value
