@@ -40,8 +40,8 @@ def checked_info(info: dict[str, Any], path: Path) -> dict[str, Any]:
         keys = {"name", "train", "model", "pretrained", "classes", "folder", "weights"}
         right = isinstance(backbone, dict) and set(backbone) - {"arguments"} == keys
         require("backbone", right, f"an object with {', '.join(sorted(keys))}")
-        right = isinstance(more := backbone.get("arguments", {}), dict) and all(map(_numbers, more.values()))
-        require("backbone.arguments", right, f"whole numbers of 0 to {_LARGEST:,}, or lists of them")
+        right = isinstance(more := backbone.get("arguments", {}), dict) and all(map(_argument, more, more.values()))
+        require("backbone.arguments", right, f"whole numbers of 0 to {_LARGEST:,}, or lists of them; pairs of texts")
         require("backbone.name", _text(backbone["name"]), "text")
         require("backbone.train", backbone["train"] in ("all", "head", "none"), "all, head or none")
         require("backbone.pretrained", isinstance(backbone["pretrained"], bool), "true or false")
@@ -60,6 +60,16 @@ def _whole(value: Any) -> bool:
 
 def _sizes(value: Any) -> bool:
     return isinstance(value, list) and all(map(_whole, value))
+
+
+def _argument(name: str, value: Any) -> bool:
+    """Whether a value is what a dataset tells a backbone: numbers, or the pairs of texts that judge pictures."""
+    if name == "alignment":
+        return isinstance(value, bool)
+    if name == "pairs":
+        texts = list(value.values()) if isinstance(value, dict) else [None]
+        return all(isinstance(pair, list) and len(pair) == 2 and all(map(_text, pair)) for pair in texts)
+    return _numbers(value)
 
 
 def _numbers(value: Any) -> bool:

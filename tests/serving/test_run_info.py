@@ -1,4 +1,4 @@
-"""Arguments of a click model in run.json: whole numbers and lists of them, nothing else."""
+"""Arguments of a backbone in run.json: whole numbers, lists of them, and pairs of texts, nothing else."""
 
 from pathlib import Path
 
@@ -27,8 +27,26 @@ def test_arguments_of_a_click_model():
     assert checked_info(INFO, Path("run.json")) == INFO
 
 
+def test_arguments_of_a_text_to_image_pair():
+    given = with_arguments({"pairs": {"clarity": ["Clear photo", "Hazy photo"]}, "alignment": True})
+    assert checked_info(given, Path("run.json")) == given
+
+
 @pytest.mark.parametrize(
-    "arguments", [[], {"users": "3"}, {"users": -1}, {"users": 10**9}, {"users": True}, {"users": False}, {"x": [[{}]]}]
+    "arguments",
+    [
+        [],
+        {"users": "3"},
+        {"users": -1},
+        {"users": 10**9},
+        {"users": True},
+        {"users": False},
+        {"x": [[{}]]},
+        {"pairs": "a"},
+        {"pairs": {"x": ["a"]}},
+        {"pairs": {"x": ["a", 1]}},
+        {"alignment": 1},
+    ],
 )
 def test_other_arguments_are_refused(arguments):
     with pytest.raises(UserError, match=r"run.json: backbone.arguments: expected whole numbers of 0 to 1,000,000"):
