@@ -100,18 +100,20 @@ def training_bytes(module: torch.nn.Module, shape: tuple[int, ...], batch: int, 
 def count_macs(module: torch.nn.Module, *inputs: Any) -> int:
     """Count the MACs of one forward pass with PyTorch's counter (matrix products and convolutions, without biases).
 
-    The counter does not see the fast path of `torch.nn.TransformerEncoderLayer`: to be counted, it must be off.
+    The fast path of `torch.nn.TransformerEncoderLayer`, which the counter does not see, is off meanwhile.
     """
     import torch
     from torch.utils.flop_counter import FlopCounterMode
 
-    mode = module.training
+    mode, fast = module.training, torch.backends.mha.get_fastpath_enabled()
     module.eval()
+    torch.backends.mha.set_fastpath_enabled(False)
     try:
         with torch.no_grad(), FlopCounterMode(display=False) as counter:
             module(*inputs)
     finally:
         module.train(mode)
+        torch.backends.mha.set_fastpath_enabled(fast)
     return int(counter.get_total_flops()) // 2  # the counter reports 2 operations per multiply-accumulate
 
 

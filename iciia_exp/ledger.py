@@ -86,6 +86,7 @@ class Sizes:
         passed: such samples in training, counted once for every pass.
         cloud: labelled images of the cloud, where it trains together with the devices.
         sample_bytes: size of what such a method reads of an image, as it is stored; None if unknown.
+        second_macs: MACs of the trunk of the second network of a pair, for one image; None if unknown.
         cloud_share: share of the requests that a routed method sends to the cloud; None: the one it is asked for.
     """
 
@@ -102,6 +103,7 @@ class Sizes:
     passed: int = 0
     cloud: int = 0
     sample_bytes: int | None = None
+    second_macs: int | None = None
     cloud_share: float | None = None
 
     @property

@@ -190,6 +190,18 @@ def _results(stages: Stages, brief: bool) -> dict[str, Any]:
     out, folder = console(), _shown(stages.evaluation.folder)
     out.print()
     out.print(result_table([row]))
+    if row.get("cloud_share") is not None:
+        out.print(_share_text(row), soft_wrap=True)
     tested = f"{row['test_clients']:,} test clients, {row['test_images']:,} test images, chunks of {row['images']}"
     out.print(printable(f"{tested}; results and plots in {folder}"), style="dim", soft_wrap=True)
     return row
+
+
+def _share_text(row: dict[str, Any]) -> str:
+    """Return the share of a router's requests in the cloud, in words."""
+    cloud, asked, expected, low, high = (
+        100 * row[f"{key}_share" if key in ("cloud", "asked", "expected") else f"share_{key}"]
+        for key in ("cloud", "asked", "expected", "low", "high")
+    )
+    stated = f"at most {asked:.0f} % were asked for, {expected:.1f} % expected [{low:.1f}, {high:.1f}]"
+    return f"{cloud:.1f} % of the test requests are in the cloud; {stated}"

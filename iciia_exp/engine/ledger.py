@@ -36,6 +36,7 @@ def sizes_of(inputs: Inputs, **more: Any) -> Sizes:
         backbone_bytes=manifest.get("weights_bytes") if own else None,
         image_bytes=manifest.get("image_bytes", int(np.prod(manifest["input_shape"]))) if own else None,
         sample_bytes=_sample_bytes(inputs),
+        second_macs=manifest.get("second_macs"),
         **more,
     )
 

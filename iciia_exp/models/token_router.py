@@ -79,7 +79,7 @@ class TokenMixture(nn.Module):
         weight_BkK = affinity_Bnk.transpose(1, 2).gather(2, order_BkK) * taken_BkK
         summed_Bkh = (weight_BkK.unsqueeze(-1) * gate.sigmoid()).sum(2)
         r_Bkh = summed_Bkh / weight_BkK.sum(-1, keepdim=True).clamp(min=1e-12)
-        logits_Bk = (r_Bkh * self.head_weight).sum(-1) + self.head_bias
+        logits_Bk = torch.einsum("bkh,kh->bk", r_Bkh, self.head_weight) + self.head_bias
         return Routing(logits_Bk, affinity_Bnk, selected_Bkn, r_Bkh)
 
     def most(self, tokens: int) -> int:

@@ -80,7 +80,7 @@ COLUMNS = [
     Column("group_accuracy", "mean of groups", wandb="test", total=True),
     Column("seen_accuracy", "the backbone's classes", wandb="test", backbone=True, total=True),
     Column("unseen_accuracy", "classes new to it", wandb="test", backbone=True, total=True),
-    Column("cloud_share", "in the cloud", console="in the\ncloud", wandb="test", task=QUALITY),
+    Column("cloud_share", "in the cloud", wandb="test", total=True),
     Column("delta_p", "delta P", console="delta P", wandb="test", task=QUALITY),
     Column("win_rate_at_half", "win rate at half", console="at half:\nwins", wandb="test", task=QUALITY),
     Column("delta_p_at_half", "delta P at half", console="at half:\ndelta P", wandb="test", task=QUALITY),

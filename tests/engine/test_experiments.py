@@ -142,6 +142,7 @@ EXPERIMENTS = {
         small_cifar10,
         ("partition.images_per_client=2", "partition.val_share=0.1", "backbone.model.stem=8", *SMALL_SPLIT),
     ),
+    "route_tiny_imagenet": (small_imagenet, (*SMALL_PAIR[:4], "partition.train_chunk=2", "partition.test_chunk=1")),
     "route_t2i": (small_prompts, SMALL_PIPELINES),
     "route_t2i_scenes": (small_scenes, SMALL_SCENES),
     "cifar10": (small_cifar10, (CLIENTS,)),

@@ -14,7 +14,7 @@ from iciia_exp.engine.evaluation.attribution import attribution_table
 from iciia_exp.engine.evaluation.drawn_clients import drawn_clients_table
 from iciia_exp.engine.evaluation.history import Setup, history_table
 from iciia_exp.engine.evaluation.rounds import rounds_table
-from iciia_exp.engine.evaluation.routes import route_counts, route_measures, routes_table
+from iciia_exp.engine.evaluation.routes import route_counts, route_measures, routed_figures, routes_table
 from iciia_exp.engine.evaluation.row import client_table, result_row
 from iciia_exp.engine.inputs import Inputs
 from iciia_exp.engine.ledger import ledger_table
@@ -24,7 +24,7 @@ from iciia_exp.engine.training.data_module import ClientDataModule
 from iciia_exp.engine.training.modules import MethodModule
 from iciia_exp.engine.training.trainer import interruptible, make_trainer, on_one_device, quiet_lightning
 from iciia_exp.errors import UserError
-from iciia_exp.methods.route.base import PromptRouter
+from iciia_exp.methods.route.base import PromptRouter, Routed
 from iciia_exp.results.plots import (
     accuracy_vs_history,
     accuracy_vs_overhead,
@@ -79,9 +79,10 @@ def evaluate(inputs: Inputs, folder: Path) -> None:
         with fraction_bar("rounds") as progress:
             curve = rounds_table(setup, inputs.rounds.folder, inputs.unseen_classes or (), e.images, progress)
         _write(folder, "rounds", curve)
+    routed = routed_figures(setup, run.method, e.images) if isinstance(run.method, Routed) else {}
     seconds = time.monotonic() - start
     training = read_json(inputs.run.folder / "training.json")
-    errors = module.calibration_errors() | module.class_accuracies()
+    errors = module.calibration_errors() | module.class_accuracies() | routed
     ledger = ledger_table(inputs, run.method)
     row = result_row(inputs, run.method, store, counts, ledger, training, errors, seconds, table)
     _write(folder, "clients", table)

@@ -13,7 +13,8 @@ from scipy.stats import spearmanr
 from iciia_exp.data.batches import ClientIndex, FeatureBatches, cut_chunks
 from iciia_exp.data.clients import Clients
 from iciia_exp.data.prompts import as_text
-from iciia_exp.methods.route.base import PromptRouter
+from iciia_exp.engine.evaluation.history import Setup
+from iciia_exp.methods.route.base import PromptRouter, Routed
 from iciia_exp.results.routing import LEVELS, area, delta_p, route_curve, saved, win_rate
 from iciia_exp.results.summary import ClientCounts
 
@@ -86,14 +87,9 @@ def route_measures(method: PromptRouter, table: pd.DataFrame) -> tuple[dict[str,
     q_N2K = np.stack([table[[f"{side}_{name}" for name in used]].to_numpy() for side in ("device", "cloud")], 1)
     score_N, prs_N, cloud_N = (table[name].to_numpy() for name in ("score", "superiority", "cloud"))
     curve = route_curve(score_N, q_N2K, prs_N, used)
-    half, interval = curve[curve["share"] == 0.5].iloc[0], method.interval()
+    half = curve[curve["share"] == 0.5].iloc[0]
     figures = {
-        "cloud_share": float(cloud_N.mean()),
-        "asked_share": method.share,
-        "expected_share": interval.expected,
-        "share_low": interval.low,
-        "share_high": interval.high,
-        "threshold": method.threshold(),
+        **share_figures(method, int(cloud_N.sum()), len(table)),
         "delta_p": delta_p(q_N2K, cloud_N) / 100,
         "delta_p_at_half": float(half["delta_p"]) / 100,
         "win_rate_at_half": float(half["win_rate"]),
@@ -109,6 +105,31 @@ def route_measures(method: PromptRouter, table: pd.DataFrame) -> tuple[dict[str,
         figures[f"rank_correlation_{name}"] = rank
     oracle = route_curve(prs_N, q_N2K, prs_N, used)
     return figures, pd.concat([curve.assign(router="router"), oracle.assign(router="oracle")], ignore_index=True)
+
+
+@torch.inference_mode()
+def routed_figures(setup: Setup, method: Routed, images: int) -> dict[str, Any]:
+    """Return the share of test images in the cloud, what was asked and expected, for ``results.json``."""
+    index_CS, client_C = cut_chunks(setup.clients.test, images)
+    cloud, total = 0, 0
+    for at in range(0, len(client_C), _CLIENTS):
+        part = slice(at, at + _CLIENTS)
+        batch = setup.batches[ClientIndex(index_CS[part], client_C[part])].moved(setup.device)
+        cloud, total = cloud + int(method.to_cloud(batch).sum()), total + int(batch.mask_CS.sum())
+    return share_figures(method, cloud, total)
+
+
+def share_figures(method: Routed, cloud: int, total: int) -> dict[str, Any]:
+    """Return the share of ``total`` requests in the cloud, the asked one, and the expected one with its interval."""
+    interval = method.interval(requests=total)
+    return {
+        "cloud_share": cloud / total,
+        "asked_share": method.share,
+        "expected_share": interval.expected,
+        "share_low": interval.low,
+        "share_high": interval.high,
+        "threshold": method.threshold(),
+    }
 
 
 def _rank(one_N: np.ndarray, other_N: np.ndarray) -> float | None:

@@ -74,9 +74,12 @@ class Routed(Method):
             return published_threshold(scores_n, share, cap)
         return calibrated_threshold(scores_n, share, cap, self.confidence)
 
-    def interval(self, share: float | None = None) -> Interval:
-        """Return the share of new requests in the cloud that is to be expected, with its 95 % interval."""
-        return share_interval(self.reference_n.cpu().numpy(), self.threshold(share))
+    def interval(self, share: float | None = None, requests: int | None = None) -> Interval:
+        """Return the share of new requests in the cloud that is to be expected, with its 95 % interval.
+
+        ``requests`` is their number; None: so many that their own chance does not matter.
+        """
+        return share_interval(self.reference_n.cpu().numpy(), self.threshold(share), requests)
 
     def to_cloud(self, batch: ClientBatch, share: float | None = None) -> Tensor:
         """Return which requests go to the cloud, bool [C, S]."""
@@ -202,7 +205,7 @@ class PromptRouter(Routed):
         self.mu_2K = torch.from_numpy(pair[["device", "cloud"]].to_numpy().T.astype(np.float32))
         self.costs = torch.tensor([-1 if cost is None else cost for cost in cloud.backbone().costs()])
         record = self.train_router(cloud, fit)
-        self.eval()
+        self.eval().requires_grad_(False)
         with torch.no_grad():
             self.refer(cloud)
         return {**record, "pair": pair.to_dict("records")}

@@ -9,7 +9,7 @@ Legend: n reference requests, rho the largest share of requests in the cloud.
 from typing import NamedTuple
 
 import numpy as np
-from scipy.stats import beta
+from scipy.stats import beta, betabinom
 
 from iciia_exp.errors import ConfigError, check_float
 
@@ -23,7 +23,7 @@ class Interval(NamedTuple):
     """The share of new requests that a threshold sends to the cloud, over draws of the reference requests."""
 
     expected: float
-    low: float  # 95 % of the shares of a large number of requests are between these
+    low: float  # 95 % of the shares are between these
     high: float
 
 
@@ -68,11 +68,14 @@ def calibrated_number(n: int, rho: float, confidence: float | None = None) -> in
     return number
 
 
-def share_interval(scores_n: np.ndarray, threshold: float, coverage: float = 0.95) -> Interval:
+def share_interval(
+    scores_n: np.ndarray, threshold: float, requests: int | None = None, coverage: float = 0.95
+) -> Interval:
     """Return the share of new requests below a threshold, which is one of the reference scores or infinite.
 
-    With the J-th smallest of n different scores it is distributed as Beta(J, n + 1 - J). Any other threshold, as a cap,
-    counts as one between two scores: its interval is that of Clopper and Pearson.
+    With the J-th smallest of n different scores it is distributed as Beta(J, n + 1 - J), and that of a number of
+    ``requests`` as the beta-binomial distribution. Any other threshold, as a cap, counts as one between two scores: its
+    interval is that of Clopper and Pearson.
     """
     n = len(scores_n)
     if not np.isfinite(threshold):
@@ -81,7 +84,8 @@ def share_interval(scores_n: np.ndarray, threshold: float, coverage: float = 0.9
     tails = (1 - coverage) / 2, (1 + coverage) / 2
     below = int((scores_n < threshold).sum())
     if (scores_n == threshold).any():
-        low, high = beta.ppf(tails, below + 1, n - below)
+        shape = below + 1, n - below
+        low, high = beta.ppf(tails, *shape) if requests is None else betabinom.ppf(tails, requests, *shape) / requests
         return Interval((below + 1) / (n + 1), float(low), float(high))
     low = beta.ppf(tails[0], below, n + 1 - below) if below else 0.0
     high = beta.ppf(tails[1], below + 1, n - below) if below < n else 1.0
