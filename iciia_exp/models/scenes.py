@@ -24,7 +24,7 @@ MAX_TOKENS = 24
 #: Height and width of the squares of pixels that the UNet reads as one.
 _FOLD = 2
 #: Further weight of the pixels of objects in the loss.
-_OBJECTS = 8.0
+_OBJECTS = 3.0
 
 _VOCABULARY = (
     "",
@@ -216,19 +216,22 @@ class SceneScorer(nn.Module):
         rather = [scale * (vectors_Bd * (own_Bd - wrong_Bd)).sum(1) for wrong_Bd in wrong]
         return torch.cat([torch.stack(rather, 1), self.clearness(vectors_Bd)], 1).sigmoid()
 
-    def loss(self, pictures: Tensor, ids_Bn: Tensor, wrong_Bn: Tensor) -> Tensor:
+    def loss(self, pictures: Tensor, ids_Bn: Tensor, wrong_WBn: Tensor) -> Tensor:
         """Return the contrastive loss of pictures and captions, and the log-loss of the pair on noisy pictures.
 
         Args:
             pictures: from -1 to 1.
             ids_Bn: their captions.
-            wrong_Bn: captions that differ from these in some words, which the pictures must not be taken for.
+            wrong_WBn: W captions for each that are wrong in some words, which its picture must be told apart from.
         """
         scale = self.scale.exp().clamp(max=100)
-        vectors_Bd, texts = self.pictures(pictures), self.texts(torch.cat([ids_Bn, wrong_Bn]))
-        logits = scale * vectors_Bd @ texts.T
-        own = torch.arange(len(pictures), device=pictures.device)
-        loss = F.cross_entropy(logits, own) + F.cross_entropy(logits[:, : len(own)].T, own)
+        vectors_Bd, own_Bd = self.pictures(pictures), self.texts(ids_Bn)
+        number_B = torch.arange(len(pictures), device=pictures.device)
+        logits = scale * vectors_Bd @ own_Bd.T
+        loss = F.cross_entropy(logits, number_B) + F.cross_entropy(logits.T, number_B)
+        wrong_WBd = self.texts(wrong_WBn.flatten(0, 1)).unflatten(0, wrong_WBn.shape[:2])
+        rather_BW = scale * (torch.cat([own_Bd[None], wrong_WBd]) * vectors_Bd).sum(-1).T
+        loss = loss + F.cross_entropy(rather_BW, torch.zeros_like(number_B))
         noisy, good_B1 = degrade(pictures)
         return loss + F.binary_cross_entropy_with_logits(self.clearness(self.pictures(noisy)), good_B1)
 

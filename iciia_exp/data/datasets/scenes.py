@@ -15,6 +15,9 @@ from iciia_exp.tasks import QUALITY
 
 __all__ = ["Scenes"]
 
+#: Captions of a router, at most, of about 52,000 that there are.
+MOST = 20_000
+
 
 class Scenes(ImageDataset):
     """Captions of scenes with one to three objects.
@@ -37,6 +40,8 @@ class Scenes(ImageDataset):
         if set(sizes) != set(SPLITS):
             raise ConfigError("sizes", dict(sizes), f"must give the number of captions for each of {', '.join(SPLITS)}")
         self.sizes = {s: check_int(f"sizes.{s}", sizes[s], 1) for s in SPLITS}
+        if sum(self.sizes[split] for split in SPLITS[1:]) > MOST:
+            raise ConfigError("sizes", self.sizes, f"train, val and test can have {MOST:,} captions together")
 
     @cached_property
     def _drawn(self) -> list[tuple[str, str, int]]:
@@ -44,13 +49,9 @@ class Scenes(ImageDataset):
         rng = generator("scenes", self.seed)
         splits = np.repeat(np.array(SPLITS[1:], dtype=object), [self.sizes[split] for split in SPLITS[1:]])
         pool: dict[str, int] = {}
-        for _ in range(50 * len(splits)):
-            if len(pool) == len(splits):
-                break
+        while len(pool) < len(splits):
             objects = int(rng.integers(1, 4))
             pool.setdefault(draw_caption(rng, objects), objects)
-        else:
-            raise ConfigError("sizes", self.sizes, "there are not so many captions")
         splits = rng.permutation(splits)  # of one draw, so that the router's captions are exchangeable
         drawn = [(caption, split, n) for (caption, n), split in zip(pool.items(), splits, strict=True)]
         held = {caption for caption, split, _ in drawn if split in ("val", "test")}

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from iciia_exp.cost import count_macs
 from iciia_exp.data.prompts import as_text
-from iciia_exp.data.scenes import METRICS, PIXELS, render, swapped, truths
+from iciia_exp.data.scenes import METRICS, PIXELS, TRUTHS, altered, render, swapped, truths
 from iciia_exp.errors import ConfigError, check_float, check_int
 from iciia_exp.models.backbones.text_to_image import SIDES, Side, TextToImage, checked_pictures
 from iciia_exp.models.scenes import MAX_TOKENS, SceneDiffusion, SceneScorer, make_scheduler, tokenize
@@ -81,7 +81,9 @@ class ScenePair(TextToImage):
         rng = np.random.default_rng(int(torch.randint(2**31, (1,))))  # PyTorch's seed is that of the step
         pictures = np.stack([render(caption, rng) for caption in captions])
         x = torch.from_numpy(pictures).to(images.device).permute(0, 3, 1, 2).float() / 127.5 - 1
-        ids, wrong = (tokenize(texts).to(images.device) for texts in (captions, [swapped(c, rng) for c in captions]))
+        ids = tokenize(captions).to(images.device)
+        others = [[swapped(c, rng) for c in captions], *([altered(c, kind) for c in captions] for kind in TRUTHS)]
+        wrong = torch.stack([tokenize(texts) for texts in others]).to(images.device)
         diffusion = sum(self.model_of(side).loss(x, ids, self.scheduler) for side in SIDES)
         return diffusion + self.scorer.loss(x, ids, wrong)
 
