@@ -13,7 +13,7 @@ from iciia_exp.results.columns import DRAWN_TYPES
 from iciia_exp.results.summary import ALL
 from iciia_exp.results.tables import backbone_history, history_of, pareto_front, read_table
 
-__all__ = ["all_figures", "by_bytes", "by_groups", "by_history", "by_rounds", "gain_distribution"]
+__all__ = ["all_figures", "by_bytes", "by_groups", "by_history", "by_rounds", "by_share", "gain_distribution"]
 
 
 def by_groups(table: pd.DataFrame, title: str) -> Any | None:
@@ -141,6 +141,37 @@ def by_rounds(table: pd.DataFrame, title: str, x: str = "round") -> Any | None:
     return figure
 
 
+def by_share(table: pd.DataFrame, title: str) -> Any | None:
+    """Draw delta P by the share of requests in the cloud, a line for each router; None where no run has such curves.
+
+    The line of random requests is dashed, and that of the true PRS dotted.
+    """
+    found, ends, best = [], None, None
+    for _, row in table.iterrows():
+        parts = [part for folder in row["run_dirs"] if (part := read_table(folder / "shares.parquet")) is not None]
+        if not parts:
+            continue
+        of = {name: part.groupby("share")["delta_p"] for name, part in pd.concat(parts).groupby("router")}
+        best, ends = of["oracle"].mean(), of["router"].mean().iloc[[0, -1]]
+        if not row["oracle"]:
+            found.append(
+                (row["label"], pd.DataFrame({"delta_p": of["router"].mean(), "delta_p_se": of["router"].sem()}))
+            )
+    if not found or best is None or ends is None:
+        return None
+    figure, axes = plots.new_figure(f"{title}: quality by share", "requests in the cloud (%)", "delta P (%)", 9.2, 4.8)
+    names = [label for label, _ in found[: plots.MOST_LINES]]
+    for (label, curve), style in zip(found, plots.line_styles(names, names), strict=False):
+        line = axes.errorbar(
+            100 * curve.index, curve["delta_p"], curve["delta_p_se"].fillna(0), label=label, markersize=4, **style
+        )
+        plots.hover(line.lines[0], label)
+    axes.plot(100 * best.index, best, color=plots.GREY, linestyle=":", label="by true PRS")
+    axes.plot(100 * ends.index, ends, **plots.BASELINE, label="at random")
+    plots.legend(axes, beside=True)
+    return figure
+
+
 def _of_rounds(tables: pd.DataFrame) -> pd.DataFrame:
     """Return accuracy and bytes of the way to answer that is served, by round, means over runs."""
     served = next(name for name in tables["answer"] if name != "backbone")
@@ -202,6 +233,7 @@ def all_figures(table: pd.DataFrame, title: str) -> Iterator[tuple[str, Any]]:
     found = {"accuracy_vs_groups": by_groups(table, title), "accuracy_vs_history": by_history(table, title)}
     found["accuracy_vs_bytes"] = by_bytes(table, title)
     found["accuracy_vs_rounds"] = by_rounds(table, title)
+    found["quality_vs_share"] = by_share(table, title)
     found["accuracy_vs_round_bytes"] = by_rounds(table, title, "bytes")
     found |= {f"accuracy_vs_history_{name}": by_history(table, title, name) for name in DRAWN_TYPES}
     found["gain_per_client"] = gain_distribution(table, title)

@@ -188,9 +188,10 @@ def draw_routes(routes: pd.DataFrame, pictures: Any, row: dict[str, Any], path: 
     columns = [(side, item) for side, part in groups.items() for _, item in part.iterrows()]
     if not columns:
         return None
-    figure, axes = new_figure(width=1.35 * len(columns) + 0.4, height=3.9)
+    wide, high = 1.12 * len(columns) + 0.25, 3.75
+    figure, axes = new_figure(width=1.2 * wide, height=1.2 * high + 0.4)
     figure.set_layout_engine("none")
-    axes.set_position((0.01, 0.02, 0.98, 0.86))
+    axes.set_position((0.0, 0.0, 1.0, 1.2 * high / (1.2 * high + 0.4)))
     text: dict[str, Any] = {"fontsize": 6.5, "ha": "center"}
     for place, (side, item) in enumerate(columns):
         x = 1.12 * place

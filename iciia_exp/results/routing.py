@@ -8,6 +8,8 @@ from collections.abc import Sequence
 import numpy as np
 import pandas as pd
 
+from iciia_exp.seeding import generator
+
 __all__ = ["LEVELS", "SHARES", "area", "delta_p", "random_delta_p", "route_curve", "saved", "to_cloud", "win_rate"]
 
 #: Shares of requests in the cloud at which curves are drawn.
@@ -46,8 +48,13 @@ def win_rate(prs_N: np.ndarray, cloud_N: np.ndarray) -> float:
 def to_cloud(score_N: np.ndarray, share: float) -> np.ndarray:
     """Return which requests go to the cloud if a share of exactly these requests does: those of the lowest scores."""
     cloud_N = np.zeros(len(score_N), dtype=bool)
-    cloud_N[np.argsort(score_N, kind="stable")[: round(share * len(score_N))]] = True
+    cloud_N[_order(score_N)[: round(share * len(score_N))]] = True
     return cloud_N
+
+
+def _order(score_N: np.ndarray) -> np.ndarray:
+    """Return the requests by their scores, equal ones in a random order."""
+    return np.lexsort((generator("routes").permutation(len(score_N)), score_N))
 
 
 def route_curve(
@@ -87,7 +94,7 @@ def saved(score_N: np.ndarray, q_N2K: np.ndarray, level: float) -> float:
     full = random_delta_p(q_N2K, 1.0)
     if full <= 0 or level > full:
         return float("nan")
-    order_N = np.argsort(score_N, kind="stable")
+    order_N = _order(score_N)
     gains_N = ((q_N2K[order_N, 1] - q_N2K[order_N, 0]) / scale_K).mean(1)
     reached = np.flatnonzero(100 * gains_N.cumsum() / len(gains_N) >= level)
     if not len(reached):

@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 
 from iciia_exp.data.dataset import SPLITS, ImageDataset
-from iciia_exp.data.scenes import METRICS, draw_caption
+from iciia_exp.data.scenes import METRICS, WORDS, draw_caption
 from iciia_exp.errors import ConfigError, check_int
 from iciia_exp.seeding import generator
 from iciia_exp.tasks import QUALITY
@@ -71,6 +71,6 @@ class Scenes(ImageDataset):
         """Return a caption."""
         return self.path(index)
 
-    def fingerprint(self) -> Any:
-        """Return nothing: the settings decide the captions."""
-        return None
+    def fingerprint(self) -> list[Any]:
+        """Return the metrics and the words; the settings decide the captions."""
+        return [list(METRICS), list(WORDS)]

@@ -16,11 +16,16 @@ from iciia_exp.data.prompts import as_text
 from iciia_exp.engine.evaluation.history import Setup
 from iciia_exp.methods.route.base import PromptRouter, Routed
 from iciia_exp.results.routing import LEVELS, area, delta_p, route_curve, saved, win_rate
-from iciia_exp.results.summary import ClientCounts
+from iciia_exp.results.summary import ClientCounts, summarise
 
 __all__ = ["route_counts", "route_measures", "routes_table"]
 
 _CLIENTS = 16  # of a batch
+
+#: Figures with their errors and intervals over prompts.
+_BY_PROMPT = {
+    f"{key}{end}" for key in ("accuracy", "backbone_accuracy", "gain") for end in ("", "_se", "_low", "_high")
+}
 
 
 @torch.inference_mode()
@@ -56,21 +61,22 @@ def routes_table(method: PromptRouter, clients: Clients, batches: FeatureBatches
     return pd.concat(parts, ignore_index=True)
 
 
-def route_counts(table: pd.DataFrame) -> tuple[np.ndarray, ClientCounts]:
+def route_counts(table: pd.DataFrame, by: str = "client") -> tuple[np.ndarray, ClientCounts]:
     """Return the numbers of the clients, and counts of prompts that the better model answers; ties count half.
 
-    The backbone is the device's model alone. The loss is the cross-entropy of the mean label and the score.
+    The backbone is the device's model alone. The loss is the cross-entropy of the mean label and the score. With
+    ``by="image"``, every prompt is a client.
     """
     prs_N, cloud_N = table["superiority"].to_numpy(), table["cloud"].to_numpy()
     right = np.where(prs_N == 0.5, 0.5, cloud_N == (prs_N < 0.5)).astype(np.float64)
     alone = np.where(prs_N == 0.5, 0.5, prs_N > 0.5).astype(np.float64)
     score_N = table["score"].to_numpy().clip(1e-6, 1 - 1e-6)
     loss = -(prs_N * np.log(score_N) + (1 - prs_N) * np.log1p(-score_N))
-    own = pd.DataFrame({"client": table["client"], "right": right, "alone": alone, "loss": loss})
+    own = pd.DataFrame({by: table[by], "right": right, "alone": alone, "loss": loss})
     own["both"] = np.minimum(right, alone)
     own["alone_loss"] = np.log(2.0)
-    sums = own.groupby("client", sort=True).agg("sum")
-    images_C = own.groupby("client", sort=True).size().to_numpy()
+    sums = own.groupby(by, sort=True).agg("sum")
+    images_C = own.groupby(by, sort=True).size().to_numpy()
     values = {name: sums[name].to_numpy() for name in sums}
     counts = ClientCounts(
         images_C, values["alone"], values["right"], values["both"], values["alone_loss"], values["loss"], ranked=True
@@ -99,6 +105,8 @@ def route_measures(method: PromptRouter, table: pd.DataFrame) -> tuple[dict[str,
         "win_rate": win_rate(prs_N, cloud_N),
         **{f"saved_at_{level:.0f}": _known(saved(score_N, q_N2K, level)) for level in LEVELS},
         "metrics": ", ".join(used),
+        # intervals are over prompts: most are of one owner
+        **{key: value for key, value in summarise(route_counts(table, "image")[1]).items() if key in _BY_PROMPT},
     }
     for name in used:
         rank = _rank(table[f"predicted_{name}"].to_numpy(), table[f"label_{name}"].to_numpy())
