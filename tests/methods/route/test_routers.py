@@ -5,91 +5,17 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-import yaml
-from hydra.utils import instantiate
 from scipy.stats import spearmanr
-from torch import nn
 
-from iciia_exp.config.paths import CONF_DIR
 from iciia_exp.cost import count_macs
-from iciia_exp.data.batches import ClientIndex, FeatureBatches
-from iciia_exp.data.clients import Clients, Ragged
-from iciia_exp.data.prompts import as_bytes
-from iciia_exp.data.views import CloudView
+from iciia_exp.data.clients import Ragged
 from iciia_exp.errors import ConfigError, UserError
 from iciia_exp.ledger import Link, Sizes
-from iciia_exp.methods.base import Facts
 from iciia_exp.methods.route.route_t2i import RouteT2I
 from tests.making.config import methods
-
-N, TOKENS, WIDTH, PICTURES = 240, 6, 8, 3
-NAMES = ("clarity", "color", "same")
-WORDS = ("cat", "dog", "red", "blue", "house", "tree")
-COSTS = (100, 2000, 9000, 50)
-PROMPT = 20  # bytes
+from tests.making.routing import COSTS, PICTURES, PROMPT, TOKENS, WIDTH, cloud_of, fit_of, make, view_of
 
 ROUTERS = [name for name in methods("route") if name != "route_confidence"]
-
-
-class Pair:
-    """What a router asks of its backbone."""
-
-    def costs(self):
-        return COSTS
-
-
-def cloud_of(gap=0.3):
-    """Return the view of a cloud whose prompts with a word are answered well by the device, and the test prompts."""
-    rng = np.random.default_rng(0)
-    vectors = rng.standard_normal((len(WORDS), WIDTH)).astype(np.float32)
-    chosen = [rng.choice(len(WORDS), rng.integers(2, TOKENS + 1)) for _ in range(N)]
-    tokens = np.zeros((N, TOKENS, WIDTH), np.float32)
-    for row, words in enumerate(chosen):
-        tokens[row, : len(words)] = vectors[words]
-    easy = np.array([(words == 0).any() for words in chosen])
-    quality = rng.normal(0.5, 0.05, (N, 2, PICTURES, len(NAMES))).astype(np.float32)
-    quality[:, 1, :, :2] += gap
-    quality[easy, 0, :, :2] += gap + 0.1 * (gap > 0)
-    prompts = [" ".join(WORDS[word] for word in words) for words in chosen]
-    arrays = {"images": np.stack([as_bytes(p).numpy() for p in prompts]), "tokens": tokens, "quality": quality}
-    batches = FeatureBatches(tokens.mean(1), np.zeros(N, np.int64), arrays=arrays)
-    rows, ids = np.arange(N), np.array(["all"], dtype=object)
-    roles = [Ragged.from_rows([part]) for part in np.split(rows, [140, 190])]
-    clients = Clients(ids, ids, *roles)
-    return CloudView(clients, batches, len(NAMES), 16, backbone=Pair), batches[
-        ClientIndex(rows[None, 190:], np.zeros(1, int))
-    ]
-
-
-def fit_of(cloud, epochs=30):
-    """Return a plain training, in place of Lightning's."""
-
-    def fit(module, rows=None, recipe=None):
-        torch.manual_seed(0)
-        optimizer = torch.optim.Adam(module.parameters(), lr=0.01)
-        batch = cloud[ClientIndex(rows[None], np.zeros(1, int))]
-        for _ in range(epochs):
-            loss = module.loss(batch.x_CSD[0], batch.y_CS[0], batch.arrays["tokens"][0], batch.arrays["quality"][0])
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-        module.eval().requires_grad_(False)
-        return {"epochs": epochs, "seconds": 0.0}
-
-    return fit
-
-
-def make(name, learn=True, gap=0.3, **options):
-    torch.manual_seed(0)
-    node = yaml.safe_load((CONF_DIR / "method" / f"{name}.yaml").read_text().replace("${seed}", "0")) | options
-    arrays = {"images": (512,), "tokens": (TOKENS, WIDTH), "quality": (2, PICTURES, len(NAMES))}
-    facts = Facts.of(nn.Linear(WIDTH, len(NAMES)), "quality", arrays)
-    facts.class_names = NAMES
-    method = instantiate(node, facts=facts, _convert_="all")
-    cloud, test = cloud_of(gap)
-    if learn:
-        method.record = method.learn(cloud, fit_of(cloud))
-    return method.eval(), test
 
 
 @pytest.mark.parametrize("name", ROUTERS)
@@ -209,8 +135,8 @@ def test_wrong_settings(options, message):
 
 def test_a_router_without_val_prompts_is_refused():
     method, _ = make("route_t2i", learn=False)
-    cloud, _ = cloud_of()
-    cloud.clients = replace(cloud.clients, val=Ragged.empty(1))
+    clients, batches = cloud_of()
+    cloud = view_of(replace(clients, val=Ragged.empty(1)), batches)
     with pytest.raises(UserError, match="has no val requests"):
         method.learn(cloud, fit_of(cloud, 1))
 
