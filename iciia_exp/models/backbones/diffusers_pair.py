@@ -7,8 +7,8 @@ diffusers and transformers that they name.
 Legend: B prompts, K metrics, n tokens, d width of a token.
 """
 
-from collections.abc import Mapping, Sequence
-from functools import cached_property
+from collections.abc import Callable, Mapping, Sequence
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from iciia_exp.digest import digest, file_digest
 from iciia_exp.errors import ConfigError, UserError, check_choice, check_float, check_int, first_line
-from iciia_exp.models.backbones.text_to_image import Side, TextToImage, checked_pictures
+from iciia_exp.models.backbones.text_to_image import SIDES, Side, TextToImage, checked_pictures
 
 __all__ = ["DiffusersPair"]
 
@@ -169,10 +169,9 @@ class DiffusersPair(TextToImage):
     def costs(self) -> tuple[int | None, int | None, int | None, int | None]:
         """Return MACs of the text side and of a picture of each pipeline, counted while it is drawn, and its bytes."""
         with torch.no_grad():
-            encoder = _counted(lambda: self.encode(["a"]))
-            sides = [_counted(lambda side=side: self.generate(side, ["a"], [0])) for side in self.names]
-            picture = self.generate("cloud", ["a"], [0])
-        return encoder, *sides, int(picture[0].nbytes)  # type: ignore[return-value]
+            encoder = _counted(partial(self.encode, ["a"]))[0]
+            device, cloud = (_counted(partial(self.generate, side, ["a"], [0])) for side in SIDES)
+        return encoder, device[0], cloud[0], int(cloud[1].nbytes)
 
     def pretrained_state(self) -> dict[str, Tensor]:
         """Return the unused classifier: the pipelines have their own weights."""
@@ -189,11 +188,11 @@ def _tensors_of(method: Any) -> Any:
     return call
 
 
-def _counted(work: Any) -> int:
-    """Return the MACs of some work."""
+def _counted(work: Callable[[], Any]) -> tuple[int, Any]:
+    """Return the MACs of some work, and its result."""
     with FlopCounterMode(display=False) as counter:
-        work()
-    return counter.get_total_flops() // 2
+        made = work()
+    return counter.get_total_flops() // 2, made
 
 
 def _folder_digest(folder: Path) -> str:

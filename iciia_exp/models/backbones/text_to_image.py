@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from iciia_exp.data.prompts import as_bytes, as_text
+from iciia_exp.data.scenes import TRUTHS
 from iciia_exp.errors import UserError, check_bool, check_int
 from iciia_exp.models.backbones.base import Backbone, other_form
 from iciia_exp.seeding import derive_seed
@@ -107,6 +108,16 @@ class TextToImage(Backbone):
         if wanted & {"quality", "flaws", "pictures", "truth"}:
             found |= self.answers(prompts)
         return found
+
+    @torch.no_grad()
+    def output_shapes(self, example: Tensor, wanted: frozenset[str]) -> dict[str, tuple[int, ...]]:
+        """Return the shape of each array of one prompt; only that of pictures needs a picture."""
+        if "pictures" in wanted or not wanted <= self.gives:
+            return super().output_shapes(example, wanted)
+        tokens, answers = self.encode(as_text(example[None])), (len(SIDES), self.pictures)
+        shapes = {"images": example.shape, "features": (self.dim,), "tokens": tokens.shape[1:], "flaws": answers}
+        shapes |= {"quality": (*answers, self._metrics), "truth": (*answers, len(TRUTHS))}
+        return {name: tuple(shapes[name]) for name in sorted(wanted)}
 
     def answers(self, prompts: Sequence[str]) -> dict[str, Tensor]:
         """Generate the pictures of both models and judge them."""
