@@ -41,6 +41,7 @@ def cloud_of(gap=0.3):
     quality[easy, 0, :, :2] += gap + 0.1 * (gap > 0)
     prompts = [" ".join(WORDS[word] for word in words) for words in chosen]
     arrays = {"images": np.stack([as_bytes(p).numpy() for p in prompts]), "tokens": tokens, "quality": quality}
+    arrays["flaws"] = np.zeros((N, 2, PICTURES), np.uint8)
     batches = FeatureBatches(tokens.mean(1), np.zeros(N, np.int64), arrays=arrays)
     rows, ids = np.arange(N), np.array(["all"], dtype=object)
     roles = [Ragged.from_rows([part]) for part in np.split(rows, [140, 190])]

@@ -155,7 +155,7 @@ class PromptRouter(Routed):
     """
 
     tasks = (QUALITY,)
-    reads = frozenset({"features", "images", "tokens", "quality"})
+    reads = frozenset({"features", "images", "tokens", "quality", "flaws"})
     #: Whether the score needs the text encoder.
     reads_text = True
 
@@ -190,7 +190,13 @@ class PromptRouter(Routed):
 
     def learn(self, cloud: CloudView, fit: Fit) -> Record:
         """Compare the models, train the router, and keep the scores of the val prompts."""
-        (quality,) = self.read_train(cloud, "quality")
+        quality, flaws = self.read_train(cloud, "quality", "flaws")
+        for number, side in enumerate(("device", "cloud")):
+            if blank := int(flaws[:, number].sum()):
+                total = f"{flaws[:, number].numel():,}"
+                log.warning(
+                    "pair: %s of %s pictures of the %s are of one colour (black, say)", f"{blank:,}", total, side
+                )
         pair = compare_pair(quality.numpy(), self.metric_names)
         for line in pair.itertuples():
             used = "" if line.used else "; not used: within two standard errors"

@@ -1,5 +1,6 @@
 """Routers of prompts on a small cloud: what they learn, what a request costs, and what they refuse."""
 
+import logging
 from dataclasses import replace
 
 import numpy as np
@@ -67,6 +68,16 @@ def test_models_that_do_not_differ_are_said():
         make("route_t2i", gap=0.0)
     with pytest.raises(UserError, match="do not differ in any metric"):
         make("route_t2i", metrics=["same"])
+
+
+def test_pictures_of_one_colour_are_said(caplog):
+    clients, batches = cloud_of()
+    batches.arrays["flaws"][3:5, 1] = 1
+    method, _ = make("fixed_router", learn=False)
+    with caplog.at_level(logging.WARNING):
+        method.learn(view_of(clients, batches), None)
+    assert "pair: 6 of 420 pictures of the cloud are of one colour" in caplog.text
+    assert "of the device" not in caplog.text
 
 
 def test_one_metric_is_learned_alone():
