@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from iciia_exp.data.batches import ClientBatch
 from iciia_exp.data.views import CloudView
-from iciia_exp.errors import ConfigError, UserError, check_choice, check_float
+from iciia_exp.errors import ConfigError, UserError, check_bool, check_choice, check_float
 from iciia_exp.ledger import Budget, Line, Sizes, payload_bytes
 from iciia_exp.methods.base import Facts, Fit, Method, Record, resize_on_load
 from iciia_exp.methods.route.labels import compare_pair, labels_of, pareto_superiority
@@ -56,7 +56,7 @@ class Routed(Method):
         self.confidence = None if confidence is None else check_float("confidence", confidence, 0.5, 0.9999)
         if confidence is not None and policy == "published":
             raise ConfigError("confidence", confidence, "is of the calibrated policy; use null")
-        self.cap = cap
+        self.cap = check_bool("cap", cap)
         #: Scores of the reference requests, float64.
         self.reference_n: Tensor
         self.register_buffer("reference_n", torch.zeros(0, dtype=torch.float64))
