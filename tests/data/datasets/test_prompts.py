@@ -49,6 +49,16 @@ def test_a_table_has_owners_and_splits(tmp_path):
     assert dataset.backbone_arguments()["alignment"] is True
 
 
+def test_another_letter_is_another_dataset_and_another_place_is_not(tmp_path):
+    text = "\n".join(MANY)
+    prints = []
+    for name, content in (("one.txt", text), ("two.txt", text), ("three.txt", text.replace("19", "91"))):
+        (tmp_path / name).write_text(content)
+        prints.append(Prompts(tmp_path / name).fingerprint())
+    assert prints[0] == prints[1] != prints[2]
+    assert Prompts(tmp_path / "one.txt", alignment=True).fingerprint() != prints[0]
+
+
 def test_the_prompts_of_parti():
     if not (file := SHARED / "data" / "prompts_parti.tsv").is_file():
         pytest.skip("the prompts are not on this machine")
