@@ -188,7 +188,7 @@ def draw_routes(routes: pd.DataFrame, pictures: Any, row: dict[str, Any], path: 
     columns = [(side, item) for side, part in groups.items() for _, item in part.iterrows()]
     if not columns:
         return None
-    wide, high = 1.12 * len(columns) + 0.25, 3.75
+    wide, high = 1.12 * len(columns) + 0.25, 3.45
     figure, axes = new_figure(width=1.2 * wide, height=1.2 * high + 0.4)
     figure.set_layout_engine("none")
     axes.set_position((0.0, 0.0, 1.0, 1.2 * high / (1.2 * high + 0.4)))
@@ -207,7 +207,7 @@ def draw_routes(routes: pd.DataFrame, pictures: Any, row: dict[str, Any], path: 
         axes.text(x + 0.5, 3.27, scores, va="top", **text)
     for number, who in enumerate(("device", "cloud")):
         axes.text(-0.06, 1.5 + 1.2 * number, who, fontsize=8, ha="right", va="center", rotation=90)
-    axes.set(xlim=(-0.25, 1.12 * len(columns)), ylim=(3.7, -0.05))
+    axes.set(xlim=(-0.25, 1.12 * len(columns)), ylim=(3.7, 0.25))
     axes.set_axis_off()
     title = f"{row['method']} on {row['dataset']}: pictures of both models, and who answers (framed)"
     figure.suptitle(title, x=0.01, ha="left", fontsize=10)
