@@ -13,16 +13,18 @@ number of heads cancels.
 
 from __future__ import annotations
 
-from collections.abc import Collection
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Collection
+from typing import TYPE_CHECKING, Any, TypeVar
 
 if TYPE_CHECKING:
     import torch
 
 __all__ = [
-    *("attention_macs", "count_macs", "count_step_macs", "overheads"),
+    *("attention_macs", "count_macs", "count_step_macs", "counted", "overheads"),
     *("streaming_attention_macs", "training_bytes"),
 ]
+
+_Made = TypeVar("_Made")
 
 
 def attention_macs(images: int, dim: int, groups: int, layers: int) -> int:
@@ -97,40 +99,50 @@ def training_bytes(module: torch.nn.Module, shape: tuple[int, ...], batch: int, 
     return sum(sizes.values()) + (1 + moments) * sum(p.nbytes for p in parameters if p.requires_grad)
 
 
-def count_macs(module: torch.nn.Module, *inputs: Any) -> int:
-    """Count the MACs of one forward pass with PyTorch's counter (matrix products and convolutions, without biases).
+def counted(work: Callable[[], _Made]) -> tuple[int, _Made]:
+    """Return the MACs of some work by PyTorch's counter, and its result: matrix products and convolutions, no biases.
 
     The fast path of `torch.nn.TransformerEncoderLayer`, which the counter does not see, is off meanwhile.
     """
     import torch
     from torch.utils.flop_counter import FlopCounterMode
 
-    mode, fast = module.training, torch.backends.mha.get_fastpath_enabled()
-    module.eval()
+    fast = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
     try:
-        with torch.no_grad(), FlopCounterMode(display=False) as counter:
-            module(*inputs)
+        with FlopCounterMode(display=False) as counter:
+            made = work()
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast)
+    return int(counter.get_total_flops()) // 2, made  # the counter reports 2 operations per multiply-accumulate
+
+
+def count_macs(module: torch.nn.Module, *inputs: Any) -> int:
+    """Count the MACs of one forward pass in evaluation mode, as `counted` does."""
+    import torch
+
+    mode = module.training
+    module.eval()
+    try:
+        with torch.no_grad():
+            return counted(lambda: module(*inputs))[0]
     finally:
         module.train(mode)
-        torch.backends.mha.set_fastpath_enabled(fast)
-    return int(counter.get_total_flops()) // 2  # the counter reports 2 operations per multiply-accumulate
 
 
 def count_step_macs(module: torch.nn.Module, inputs: torch.Tensor, trained: Collection[str] | None = None) -> int:
     """Count the MACs of logits and of the gradients of the parameters named ``trained``; None: of all."""
     import torch
-    from torch.utils.flop_counter import FlopCounterMode
 
     mode, before = module.training, {name: p.requires_grad for name, p in module.named_parameters()}
     try:
         for name, p in module.named_parameters():
             p.requires_grad_(trained is None or name in trained)
-        with torch.enable_grad(), FlopCounterMode(display=False) as counter:
-            own = [p for p in module.parameters() if p.requires_grad]
-            torch.autograd.grad(module.eval()(inputs).sum(), own, allow_unused=True)
+        own = [p for p in module.parameters() if p.requires_grad]
+        module.eval()
+        with torch.enable_grad():
+            return counted(lambda: torch.autograd.grad(module(inputs).sum(), own, allow_unused=True))[0]
     finally:
         module.train(mode)
         for name, p in module.named_parameters():
             p.requires_grad_(before[name])
-    return int(counter.get_total_flops()) // 2

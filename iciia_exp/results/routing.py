@@ -10,7 +10,10 @@ import pandas as pd
 
 from iciia_exp.seeding import generator
 
-__all__ = ["LEVELS", "SHARES", "area", "delta_p", "random_delta_p", "route_curve", "saved", "to_cloud", "win_rate"]
+__all__ = [
+    *("LEVELS", "SHARES", "area", "chosen", "delta_p", "random_delta_p", "route_curve", "saved", "to_cloud"),
+    *("win_rate", "wins"),
+]
 
 #: Shares of requests in the cloud at which curves are drawn.
 SHARES = tuple(round(0.1 * i, 1) for i in range(11))
@@ -41,8 +44,12 @@ def random_delta_p(q_N2K: np.ndarray, share: float) -> float:
 
 def win_rate(prs_N: np.ndarray, cloud_N: np.ndarray) -> float:
     """Return the share of requests whose chosen answer has the better PRS; ties count half."""
-    right_N = np.where(cloud_N, prs_N < 0.5, prs_N > 0.5)
-    return float(np.where(prs_N == 0.5, 0.5, right_N).mean())
+    return float(wins(prs_N, cloud_N).mean())
+
+
+def wins(prs_N: np.ndarray, cloud_N: np.ndarray) -> np.ndarray:
+    """Return whether the chosen answer has the better PRS, float64 [N]: 1, 0, or 1/2 in a tie."""
+    return np.where(prs_N == 0.5, 0.5, np.where(cloud_N, prs_N < 0.5, prs_N > 0.5))
 
 
 def to_cloud(score_N: np.ndarray, share: float) -> np.ndarray:

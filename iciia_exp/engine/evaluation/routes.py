@@ -15,7 +15,7 @@ from iciia_exp.data.clients import Clients
 from iciia_exp.data.prompts import as_text
 from iciia_exp.engine.evaluation.history import Setup
 from iciia_exp.methods.route.base import PromptRouter, Routed
-from iciia_exp.results.routing import LEVELS, area, delta_p, route_curve, saved, win_rate
+from iciia_exp.results.routing import LEVELS, area, chosen, delta_p, route_curve, saved, win_rate, wins
 from iciia_exp.results.summary import ClientCounts, summarise
 
 __all__ = ["route_counts", "route_measures", "routes_table"]
@@ -37,20 +37,20 @@ def routes_table(method: PromptRouter, clients: Clients, batches: FeatureBatches
     ``predicted_<metric>``.
     """
     index_CS, client_C = cut_chunks(clients.test, images)
-    parts = []
+    threshold, parts = method.threshold(), []
     for at in range(0, len(client_C), _CLIENTS):
         batch = batches[ClientIndex(index_CS[at : at + _CLIENTS], client_C[at : at + _CLIENTS])]
         real_CS = batch.mask_CS
         quality = batch.arrays["quality"][real_CS]
         assert batch.image_CS is not None
         labels_NK, mean_N2K = method.true_labels(quality), quality.mean(2)
-        predicted_NK = method.logits(batch)[real_CS].sigmoid()
+        predicted_NK, score_N = method.logits(batch)[real_CS].sigmoid(), method.score(batch)[real_CS].double()
         columns: dict[str, Any] = {
             "image": batch.image_CS[real_CS],
             "client": batch.client_C[:, None].expand_as(real_CS)[real_CS],
             "prompt": as_text(batch.arrays["images"][real_CS]),
-            "score": method.score(batch)[real_CS].double(),
-            "cloud": method.to_cloud(batch)[real_CS],
+            "score": score_N,
+            "cloud": score_N < threshold,
             "superiority": method.true_superiority(quality).double(),
         }
         for number, name in enumerate(method.metric_names):
@@ -68,8 +68,7 @@ def route_counts(table: pd.DataFrame, by: str = "client") -> tuple[np.ndarray, C
     ``by="image"``, every prompt is a client.
     """
     prs_N, cloud_N = table["superiority"].to_numpy(), table["cloud"].to_numpy()
-    right = np.where(prs_N == 0.5, 0.5, cloud_N == (prs_N < 0.5)).astype(np.float64)
-    alone = np.where(prs_N == 0.5, 0.5, prs_N > 0.5).astype(np.float64)
+    right, alone = wins(prs_N, cloud_N), wins(prs_N, np.zeros_like(cloud_N))
     score_N = table["score"].to_numpy().clip(1e-6, 1 - 1e-6)
     loss = -(prs_N * np.log(score_N) + (1 - prs_N) * np.log1p(-score_N))
     own = pd.DataFrame({by: table[by], "right": right, "alone": alone, "loss": loss})
@@ -100,7 +99,7 @@ def route_measures(method: PromptRouter, table: pd.DataFrame) -> tuple[dict[str,
         "delta_p_at_half": float(half["delta_p"]) / 100,
         "win_rate_at_half": float(half["win_rate"]),
         "rank_correlation": _rank(score_N, prs_N),
-        "quality": float(np.where(cloud_N[:, None], q_N2K[:, 1], q_N2K[:, 0]).mean()),
+        "quality": float(chosen(q_N2K, cloud_N).mean()),
         "quality_area": area(curve, "quality"),
         "win_rate": win_rate(prs_N, cloud_N),
         **{f"saved_at_{level:.0f}": _known(saved(score_N, q_N2K, level)) for level in LEVELS},

@@ -7,7 +7,7 @@ diffusers and transformers that they name.
 Legend: B prompts, K metrics, n tokens, d width of a token.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -15,8 +15,8 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
 
+from iciia_exp.cost import counted
 from iciia_exp.digest import digest, file_digest
 from iciia_exp.errors import ConfigError, UserError, check_choice, check_float, check_int, first_line
 from iciia_exp.models.backbones.text_to_image import SIDES, Side, TextToImage, checked_pictures
@@ -169,8 +169,8 @@ class DiffusersPair(TextToImage):
     def costs(self) -> tuple[int | None, int | None, int | None, int | None]:
         """Return MACs of the text side and of a picture of each pipeline, counted while it is drawn, and its bytes."""
         with torch.no_grad():
-            encoder = _counted(partial(self.encode, ["a"]))[0]
-            device, cloud = (_counted(partial(self.generate, side, ["a"], [0])) for side in SIDES)
+            encoder = counted(partial(self.encode, ["a"]))[0]
+            device, cloud = (counted(partial(self.generate, side, ["a"], [0])) for side in SIDES)
         return encoder, device[0], cloud[0], int(cloud[1].nbytes)
 
     def pretrained_state(self) -> dict[str, Tensor]:
@@ -186,13 +186,6 @@ def _tensors_of(method: Any) -> Any:
         return found if isinstance(found, Tensor) else found.pooler_output
 
     return call
-
-
-def _counted(work: Callable[[], Any]) -> tuple[int, Any]:
-    """Return the MACs of some work, and its result."""
-    with FlopCounterMode(display=False) as counter:
-        made = work()
-    return counter.get_total_flops() // 2, made
 
 
 def _folder_digest(folder: Path) -> str:

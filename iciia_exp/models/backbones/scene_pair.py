@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from iciia_exp.cost import count_macs
+from iciia_exp.cost import count_macs, counted
 from iciia_exp.data.prompts import as_text
 from iciia_exp.data.scenes import METRICS, PIXELS, TRUTHS, altered, render, swapped, truths
 from iciia_exp.errors import ConfigError, check_float, check_int
@@ -80,7 +80,7 @@ class ScenePair(TextToImage):
         captions = as_text(images)
         rng = np.random.default_rng(int(torch.randint(2**31, (1,))))  # PyTorch's seed is that of the step
         pictures = np.stack([render(caption, rng) for caption in captions])
-        x = torch.from_numpy(pictures).to(images.device).permute(0, 3, 1, 2).float() / 127.5 - 1
+        x = self._scaled(pictures)
         ids = tokenize(captions).to(images.device)
         others = [[swapped(c, rng) for c in captions], *([altered(c, kind) for c in captions] for kind in TRUTHS)]
         wrong = torch.stack([tokenize(texts) for texts in others]).to(images.device)
@@ -104,9 +104,11 @@ class ScenePair(TextToImage):
 
     def judge(self, pictures: np.ndarray, prompts: Sequence[str]) -> Tensor:
         """Return the metrics of the scorer, [B, K]."""
-        device = self.head.weight.device
-        x = torch.from_numpy(pictures).to(device).permute(0, 3, 1, 2).float() / 127.5 - 1
-        return self.scorer.quality(x, prompts)
+        return self.scorer.quality(self._scaled(pictures), prompts)
+
+    def _scaled(self, pictures: np.ndarray) -> Tensor:
+        """Return pictures uint8 [B, PIXELS, PIXELS, 3] from -1 to 1, [B, 3, PIXELS, PIXELS]."""
+        return torch.from_numpy(pictures).to(self.head.weight.device).permute(0, 3, 1, 2).float() / 127.5 - 1
 
     def answers(self, prompts: Sequence[str]) -> dict[str, Tensor]:
         """Return pictures, quality, and what is right in the pictures: ``truth`` [B, 2, P, 4]."""
@@ -121,24 +123,13 @@ class ScenePair(TextToImage):
     def costs(self) -> tuple[int | None, int | None, int | None, int | None]:
         """Return the MACs of the scorer's text side and of both models, and the bytes of a picture."""
         ids = torch.ones(1, MAX_TOKENS, dtype=torch.int64, device=self.head.weight.device)
-        noise = torch.zeros(1, 3, PIXELS, PIXELS, device=ids.device)
+        noise, step = torch.zeros(1, 3, PIXELS, PIXELS, device=ids.device), torch.zeros_like(ids[0, :1])
         passes = 1 if self.guidance == 1 else 2
-        macs = []
-        for side in SIDES:
+
+        def macs(side: Side) -> int:
             model = self.model_of(side)
-            step = count_macs(_Step(model), noise, ids)
-            macs.append(None if step is None else passes * self.steps[side] * step)
-        return count_macs(self.scorer.text, ids), macs[0], macs[1], 3 * PIXELS**2
+            once = counted(lambda: model.velocity(noise, step, model.encode(ids)))[0]
+            return passes * self.steps[side] * once
 
-
-class _Step(torch.nn.Module):
-    """One step of a diffusion model."""
-
-    def __init__(self, model: SceneDiffusion) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(self, noisy: Tensor, ids_Bn: Tensor) -> Tensor:
-        return self.model.velocity(
-            noisy, torch.zeros(len(noisy), dtype=torch.int64, device=noisy.device), self.model.encode(ids_Bn)
-        )
+        with torch.no_grad():
+            return count_macs(self.scorer.text, ids), macs("device"), macs("cloud"), 3 * PIXELS**2
