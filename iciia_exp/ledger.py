@@ -87,6 +87,9 @@ class Sizes:
         cloud: labelled images of the cloud, where it trains together with the devices.
         sample_bytes: size of what such a method reads of an image, as it is stored; None if unknown.
         second_macs: MACs of the trunk of the second network of a pair, for one image; None if unknown.
+        encoder_macs: MACs of the text encoder for a prompt; None if unknown.
+        cloud_macs: MACs of a picture of the cloud's text-to-image model; None if unknown.
+        picture_bytes: size of a picture, without compression; None if unknown.
         cloud_share: share of the requests that a routed method sends to the cloud; None: the one it is asked for.
     """
 
@@ -104,6 +107,9 @@ class Sizes:
     cloud: int = 0
     sample_bytes: int | None = None
     second_macs: int | None = None
+    encoder_macs: int | None = None
+    cloud_macs: int | None = None
+    picture_bytes: int | None = None
     cloud_share: float | None = None
 
     @property

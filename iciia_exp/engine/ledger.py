@@ -28,6 +28,8 @@ _DIRECTIONS = (("down", "cloud"), ("up", "device"))
 def sizes_of(inputs: Inputs, **more: Any) -> Sizes:
     """Return the sizes of an experiment on which a budget depends; ``more`` are those of a client."""
     manifest, e = inputs.open_store().manifest, inputs.experiment
+    names = ("second_macs", "encoder_macs", "cloud_macs", "picture_bytes")
+    further: dict[str, Any] = {name: manifest.get(name) for name in names}  # `Backbone.further_costs`
     own = not e.dataset_class.vectors  # features made elsewhere have no images
     return Sizes(
         images=e.cost_images,
@@ -36,7 +38,7 @@ def sizes_of(inputs: Inputs, **more: Any) -> Sizes:
         backbone_bytes=manifest.get("weights_bytes") if own else None,
         image_bytes=manifest.get("image_bytes", int(np.prod(manifest["input_shape"]))) if own else None,
         sample_bytes=_sample_bytes(inputs),
-        second_macs=manifest.get("second_macs"),
+        **further,
         **more,
     )
 
@@ -98,7 +100,7 @@ def _requests(
     """Send the prompts of the cloud, and a picture of each back; return the budget, and the mean bytes of a request."""
     size = round(float(np.mean([payload_bytes(prompt) for prompt in prompts]))) if prompts else 0
     budget = method.budget(replace(sizes_of(inputs, cloud_share=len(prompts) / requests), image_bytes=size))
-    link, picture = Link(method.name, budget), method.picture_bytes
+    link, picture = Link(method.name, budget), inputs.open_store().manifest["picture_bytes"]
     for prompt in prompts:
         link.up("prompt", prompt, "request")
         link.down("picture", bytes(picture), "request")

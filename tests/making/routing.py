@@ -20,13 +20,6 @@ COSTS = (100, 2000, 9000, 50)
 PROMPT = 20  # bytes
 
 
-class Pair:
-    """What a router asks of its backbone."""
-
-    def costs(self):
-        return COSTS
-
-
 def cloud_of(gap=0.3):
     """Return clients and features of prompts; those with a word are answered well by the device, too."""
     rng = np.random.default_rng(0)
@@ -50,7 +43,7 @@ def cloud_of(gap=0.3):
 
 def view_of(clients, batches):
     """Return what the cloud may read of them."""
-    return CloudView(clients, batches, len(NAMES), 16, backbone=Pair)
+    return CloudView(clients, batches, len(NAMES), 16)
 
 
 def fit_of(cloud, epochs=30):

@@ -18,7 +18,6 @@ from rich.filesize import decimal
 from torch import Tensor
 
 from iciia_exp.config.settings import Extraction
-from iciia_exp.cost import count_macs
 from iciia_exp.data.dataset import ImageDataset, dense_labels
 from iciia_exp.data.images import Jpeg, TransformedImages, readable
 from iciia_exp.data.store import FeatureWriter
@@ -28,7 +27,6 @@ from iciia_exp.errors import ConfigError, UserError
 from iciia_exp.ledger import payload_bytes
 from iciia_exp.machine import check_started, plain_errors, process_count, process_rank
 from iciia_exp.models.backbones.base import Backbone
-from iciia_exp.models.backbones.paired import Paired
 from iciia_exp.tasks import QUALITY, Task
 
 __all__ = ["extract", "extraction_trainer", "head_accuracy", "probes"]
@@ -83,8 +81,8 @@ def extract(
     jpeg = None if extraction.jpeg is None else Jpeg(backbone.transform, extraction.jpeg)
     transform = jpeg or backbone.transform
     known, example = readable(dataset, transform, probes(np.arange(images)))
-    macs, weights_bytes = backbone.macs(example), payload_bytes(backbone.state_dict())
-    second = count_macs(backbone.second, example[None]) if isinstance(backbone, Paired) else None
+    further, weights_bytes = backbone.further_costs(example), payload_bytes(backbone.state_dict())
+    macs = backbone.macs(example)
     dtypes = {"features": extraction.dtype, "logits": "float32", "images": str(example.numpy().dtype)}
     dtypes |= backbone.dtypes
     layout = {n: (shape, dtypes.get(n, "float16")) for n, shape in backbone.output_shapes(example, arrays).items()}
@@ -133,7 +131,7 @@ def extract(
         "inference": steps,
         "macs": macs,
         "weights_bytes": weights_bytes,
-        **({} if second is None else {"second_macs": second}),
+        **further,
         **({} if jpeg is None else {"image_bytes": jpeg.mean_bytes(dataset, probes(np.arange(images)))}),
         **({"image_bytes": payload_bytes(example)} if example.dtype == torch.int32 else {}),  # a row of ids
         **_prompt_bytes(dataset),

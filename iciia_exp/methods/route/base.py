@@ -181,12 +181,9 @@ class PromptRouter(Routed):
         self.weight_K: Tensor
         #: Means of both models over the train prompts.
         self.mu_2K: Tensor
-        #: MACs of the text encoder, and of a picture of each model; bytes of a picture; -1: unknown.
-        self.costs: Tensor
         asked = torch.tensor([float(name in chosen) for name in self.metric_names])
         self.register_buffer("weight_K", asked / asked.sum())
         self.register_buffer("mu_2K", torch.zeros(2, len(asked)))
-        self.register_buffer("costs", torch.full((4,), -1, dtype=torch.int64))
 
     def learn(self, cloud: CloudView, fit: Fit) -> Record:
         """Compare the models, train the router, and keep the scores of the val prompts."""
@@ -209,7 +206,6 @@ class PromptRouter(Routed):
             raise UserError(_no_difference(pair))
         self.weight_K = used_K.float() / used_K.sum()
         self.mu_2K = torch.from_numpy(pair[["device", "cloud"]].to_numpy().T.astype(np.float32))
-        self.costs = torch.tensor([-1 if cost is None else cost for cost in cloud.backbone().costs()])
         record = self.train_router(cloud, fit)
         self.eval().requires_grad_(False)
         with torch.no_grad():
@@ -252,20 +248,15 @@ class PromptRouter(Routed):
         """Return the MACs of the router for a prompt without padding, without the text encoder; by default none."""
         return 0
 
-    @property
-    def picture_bytes(self) -> int:
-        """Bytes of a picture, without compression."""
-        return max(0, int(self.costs[3]))
-
     def budget(self, sizes: Sizes) -> Budget:
         """The router for every prompt; with the share in the cloud, a prompt up, and a picture down."""
-        encoder, edge, cloud, picture = (None if cost < 0 else cost for cost in self.costs.tolist())
         router: int | None = self.router_macs()
         if self.reads_text:
-            router = None if encoder is None else encoder + self.router_macs()
+            router = None if sizes.encoder_macs is None else sizes.encoder_macs + self.router_macs()
         up = Line("request", "device", "method", kind="prompt", bytes=sizes.image_bytes)
-        down = Line("request", "cloud", "method", kind="picture", bytes=picture)
-        return self.routing_lines(sizes, router=router, device=edge, cloud=cloud, up=up, down=down)
+        down = Line("request", "cloud", "method", kind="picture", bytes=sizes.picture_bytes)
+        device, cloud = sizes.backbone_macs, sizes.cloud_macs
+        return self.routing_lines(sizes, router=router, device=device, cloud=cloud, up=up, down=down)
 
 
 def _no_difference(pair: pd.DataFrame) -> str:

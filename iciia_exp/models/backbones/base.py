@@ -115,6 +115,10 @@ class Backbone(nn.Module, ABC):
         """Return the MACs of one image, classifier included; None if they are unknown."""
         return count_macs(self, example[None])
 
+    def further_costs(self, example: Tensor) -> dict[str, int]:
+        """Return other costs of an image, by their names in `iciia_exp.ledger.Sizes`; by default none."""
+        return {}
+
     def faster(self, example: Tensor) -> list[str]:
         """Prepare the trunk for inference only, in place; return the steps taken (by default none)."""
         return []

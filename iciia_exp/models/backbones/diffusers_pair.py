@@ -166,7 +166,7 @@ class DiffusersPair(TextToImage):
         made = self._pipeline(side)(list(prompts), generator=rngs, output_type="np", **self.options[side]).images
         return checked_pictures(np.asarray(made), side, prompts)
 
-    def costs(self) -> tuple[int | None, int | None, int | None, int | None]:
+    def costs(self) -> tuple[int, int, int, int]:
         """Return MACs of the text side and of a picture of each pipeline, counted while it is drawn, and its bytes."""
         with torch.no_grad():
             encoder = counted(partial(self.encode, ["a"]))[0]

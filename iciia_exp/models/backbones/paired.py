@@ -11,6 +11,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
+from iciia_exp.cost import count_macs
 from iciia_exp.errors import ConfigError, within
 from iciia_exp.models.backbones.base import Backbone
 
@@ -66,6 +67,10 @@ class Paired(Backbone):
     def describe_transform(self) -> dict[str, Any]:
         """Return the settings of the first network's."""
         return self.first.describe_transform()
+
+    def further_costs(self, example: Tensor) -> dict[str, int]:
+        """Return the MACs of the second network."""
+        return {"second_macs": count_macs(self.second, example[None])}
 
     def faster(self, example: Tensor) -> list[str]:
         """Prepare the first network for inference; return the steps taken."""

@@ -120,7 +120,7 @@ class ScenePair(TextToImage):
         truth = torch.from_numpy(np.array(right)).unflatten(1, (len(SIDES), self.pictures))
         return found | {"truth": truth}
 
-    def costs(self) -> tuple[int | None, int | None, int | None, int | None]:
+    def costs(self) -> tuple[int, int, int, int]:
         """Return the MACs of the scorer's text side and of both models, and the bytes of a picture."""
         ids = torch.ones(1, MAX_TOKENS, dtype=torch.int64, device=self.head.weight.device)
         noise, step = torch.zeros(1, 3, PIXELS, PIXELS, device=ids.device), torch.zeros_like(ids[0, :1])

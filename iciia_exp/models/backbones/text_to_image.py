@@ -5,6 +5,7 @@ Legend: B prompts of a batch, P pictures of a prompt, K metrics, n tokens, d wid
 
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 from typing import Any, ClassVar, Literal
 
 import numpy as np
@@ -72,8 +73,8 @@ class TextToImage(Backbone):
         """Return the metrics of pictures uint8 [B, H, W, 3], from 0 to 1, [B, K]; the larger the better."""
 
     @abstractmethod
-    def costs(self) -> tuple[int | None, int | None, int | None, int | None]:
-        """Return MACs of the text encoder, of a picture of each model, and bytes of a picture; None if unknown."""
+    def costs(self) -> tuple[int, int, int, int]:
+        """Return MACs of the text encoder, of a picture of each model, and bytes of a picture."""
 
     @classmethod
     def stored_with(cls, config: Mapping[str, Any]) -> frozenset[str]:
@@ -143,9 +144,18 @@ class TextToImage(Backbone):
         """Leave the models as they are."""
         return []
 
-    def macs(self, example: Tensor) -> int | None:
+    @cached_property
+    def _costs(self) -> tuple[int, int, int, int]:
+        return self.costs()
+
+    def macs(self, example: Tensor) -> int:
         """Return the MACs of a picture of the device's model."""
-        return self.costs()[1]
+        return self._costs[1]
+
+    def further_costs(self, example: Tensor) -> dict[str, int]:
+        """Return the other `costs`."""
+        encoder, _, cloud, picture = self._costs
+        return {"encoder_macs": encoder, "cloud_macs": cloud, "picture_bytes": picture}
 
 
 def checked_pictures(pictures: np.ndarray, side: Side, prompts: Sequence[str]) -> np.ndarray:

@@ -40,8 +40,8 @@ def test_a_router_is_better_than_chance(name):
 @pytest.mark.parametrize("share", [0.0, 0.4, 1.0])
 def test_a_request_costs_what_the_budget_states(name, share):
     method, _ = make(name, share=share, learn=False)
-    method.costs = torch.tensor(COSTS)
-    budget = method.budget(Sizes(1, image_bytes=PROMPT))
+    costs = dict(zip(("encoder_macs", "backbone_macs", "cloud_macs", "picture_bytes"), COSTS, strict=True))
+    budget = method.budget(Sizes(1, image_bytes=PROMPT, **costs))
     network = getattr(method, "router", getattr(method, "encoder", None))
     text = COSTS[0] if method.reads_text else 0
     counted = text + (0 if network is None else count_macs(network, torch.randn(1, TOKENS, WIDTH)))
