@@ -8,7 +8,7 @@ Legend: N objects of a scene.
 """
 
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from functools import cache
 from typing import NamedTuple
 
@@ -72,7 +72,7 @@ def parse(caption: str) -> tuple[list[Thing], str | None]:
     at = 0
     while True:
         some = words[at : at + 4]
-        kinds = ({"a"}, SIZES, COLORS, DIGITS)
+        kinds: tuple[Container[str], ...] = ({"a"}, SIZES, COLORS, DIGITS)
         if len(some) < 4 or not all(word in kind for word, kind in zip(some, kinds, strict=True)):
             example = "a small red one left of a large blue seven"
             raise UserError(f"{caption!r}: is not the caption of a scene; expected for example {example!r}")
