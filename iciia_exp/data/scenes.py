@@ -14,12 +14,13 @@ from typing import NamedTuple
 
 import numpy as np
 from PIL import Image
+from scipy import ndimage
 
 from iciia_exp.errors import UserError
 
 __all__ = [
     *("COLORS", "DIGITS", "METRICS", "PAIRS", "PIXELS", "TRUTHS", "WORDS"),
-    *("Thing", "altered", "draw_caption", "parse", "render", "swapped", "truths"),
+    *("Thing", "altered", "draw_caption", "parse", "render", "truths"),
 ]
 
 #: Height and width of a picture.
@@ -89,42 +90,37 @@ def parse(caption: str) -> tuple[list[Thing], str | None]:
     return things, next(iter(found), None)
 
 
-def altered(caption: str, kind: str) -> str:
-    """Return the caption of a scene that is wrong in one way, one of `TRUTHS`.
+def altered(caption: str, kind: str) -> list[list[str]]:
+    """Return captions that are wrong in one way, one of `TRUTHS`: a list for each object or pair of neighbours.
 
-    All objects get the colour, or the digit, of the next one, or the other size; neighbours change sides. One object
-    gets the next colour of all, and a second object in place of another side.
+    An object gets each other digit or size, or each colour that no object has; neighbours change places. A single
+    object has no neighbour: a second one is added.
     """
     things, relation = parse(caption)
     if kind == "place":
         if relation is None:
             other = next(color for color in COLORS if color != things[0].color)
-            return f"{caption} left of a {things[0].size} {other} {things[0].digit}"
-        opposite = {"left of": "right of", "right of": "left of", "above": "below", "below": "above"}
-        return _caption(things, opposite[relation])
-    if kind == "color" and relation is not None:
-        colors = [thing.color for thing in things]
-        things = [thing._replace(color=color) for thing, color in zip(things, colors[1:] + colors[:1], strict=True)]
-    else:
-        values = {"color": tuple(COLORS), "size": tuple(SIZES), "digit": tuple(DIGITS)}[kind]
-        things = [
-            thing._replace(**{kind: values[(values.index(getattr(thing, kind)) + 1) % len(values)]}) for thing in things
+            return [[f"{caption} left of {_text(things[0]._replace(color=other))}"]]
+        pairs = range(len(things) - 1)
+        return [[_caption([*things[:i], things[i + 1], things[i], *things[i + 2 :]], relation)] for i in pairs]
+    taken = {thing.color for thing in things} if kind == "color" else set()
+    values = {"color": COLORS, "size": SIZES, "digit": DIGITS}[kind]
+    return [
+        [
+            _caption([*things[:i], thing._replace(**{kind: value}), *things[i + 1 :]], relation)
+            for value in values
+            if value not in taken and value != getattr(thing, kind)
         ]
-    return _caption(things, relation)
+        for i, thing in enumerate(things)
+    ]
+
+
+def _text(thing: Thing) -> str:
+    return f"a {thing.size} {thing.color} {thing.digit}"
 
 
 def _caption(things: Sequence[Thing], relation: str | None) -> str:
-    return f" {relation} ".join(f"a {thing.size} {thing.color} {thing.digit}" for thing in things)
-
-
-def swapped(caption: str, rng: np.random.Generator) -> str:
-    """Return a caption with another size, colour, digit or place in one word."""
-    kinds = (tuple(SIZES), tuple(COLORS), tuple(DIGITS), ("left", "right"), ("above", "below"))
-    words = caption.split()
-    at = int(rng.choice([i for i, word in enumerate(words) if any(word in kind for kind in kinds)]))
-    kind = next(kind for kind in kinds if words[at] in kind)
-    words[at] = str(rng.choice([word for word in kind if word != words[at]]))
-    return " ".join(words)
+    return f" {relation} ".join(_text(thing) for thing in things)
 
 
 @cache
@@ -167,7 +163,7 @@ def render(caption: str, rng: np.random.Generator) -> np.ndarray:
 
 
 def _masks(picture: np.ndarray) -> dict[str, np.ndarray]:
-    """Return which pixels have each colour, bool [PIXELS, PIXELS]."""
+    """Return the largest connected part of the pixels of each colour, bool [PIXELS, PIXELS]: the rest is noise."""
     pixels = picture.astype(np.float32)
     seen = pixels.max(-1) > 255 * _SEEN
     names = list(COLORS)
@@ -175,7 +171,12 @@ def _masks(picture: np.ndarray) -> dict[str, np.ndarray]:
     colors /= np.linalg.norm(colors, axis=1, keepdims=True)
     direction = pixels / np.maximum(np.linalg.norm(pixels, axis=-1, keepdims=True), 1)
     nearest = (direction @ colors.T).argmax(-1)
-    return {name: seen & (nearest == number) for number, name in enumerate(names)}
+    return {name: _largest_part(seen & (nearest == number)) for number, name in enumerate(names)}
+
+
+def _largest_part(mask: np.ndarray) -> np.ndarray:
+    parts, count = ndimage.label(mask, np.ones((3, 3)))
+    return parts == 1 + np.bincount(parts.ravel(), minlength=2)[1:].argmax() if count else mask
 
 
 def _crop(picture: np.ndarray, mask: np.ndarray) -> np.ndarray:

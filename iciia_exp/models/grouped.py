@@ -106,7 +106,7 @@ class GroupedLinear(nn.Module):
 
     def _convolved(self, x: Tensor, vectors: int) -> bool:
         """Return whether a convolution is faster: 2 to 5 times on a CPU, but seldom with its gradient."""
-        if not _CONVOLVE or vectors < _CONVOLVED_VECTORS or _recording():
+        if not _CONVOLVE or _recording() or vectors < _CONVOLVED_VECTORS:
             return False
         recorded = torch.is_grad_enabled() and (x.requires_grad or self.weight.requires_grad)
         return x.device.type == "cpu" and x.dtype == torch.float32 and not recorded
@@ -144,7 +144,8 @@ class GroupedLinear(nn.Module):
         lead, vectors = x.shape[:-1], x.numel() // self.in_features
         if self._convolved(x, vectors):
             return self._convolve(x, vectors)
-        joined = self.joined if vectors >= _JOINED_VECTORS else 1
+        # exported for any number of vectors, it must not depend on it
+        joined = self.joined if isinstance(vectors, int) and vectors >= _JOINED_VECTORS else 1
         blocks, outputs = self.groups // joined, self.out_features // self.groups
         x_BMi = x.reshape(vectors, blocks, -1).transpose(0, 1)
         weight_Bio = self.weight.transpose(1, 2) if joined == 1 else self._in_form("matrices", self._matrices)[0]

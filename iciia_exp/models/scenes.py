@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from iciia_exp.data.scenes import PAIRS, PIXELS, TRUTHS, WORDS, altered
 from iciia_exp.errors import UserError
 
-__all__ = ["MAX_TOKENS", "SceneDiffusion", "SceneScorer", "SceneText", "degrade", "make_scheduler", "tokenize"]
+__all__ = ["MAX_TOKENS", "SceneDiffusion", "SceneScorer", "SceneText", "make_scheduler", "tokenize", "wear"]
 
 #: Tokens of a caption; longer ones are cut.
 MAX_TOKENS = 24
@@ -202,43 +202,61 @@ class SceneScorer(nn.Module):
         """Return how much closer pictures are to the good text of each of `PAIRS` than to the bad one, [B, 1]."""
         ids = tokenize([text for pair in PAIRS.values() for text in pair]).to(pictures_Bd.device)
         good_md, bad_md = self.texts(ids).unflatten(0, (-1, 2)).unbind(1)
-        return self.scale.exp().clamp(max=100) * pictures_Bd @ (good_md - bad_md).T
+        return self._scale() * pictures_Bd @ (good_md - bad_md).T
 
     def quality(self, pictures: Tensor, captions: Sequence[str]) -> Tensor:
-        """Return the metrics, from 0 to 1, [B, K]: softmaxes over a good and a bad text."""
+        """Return the metrics, from 0 to 1, [B, K].
+
+        Those of `TRUTHS` are softmaxes over a caption and those that are wrong in one object (or pair of neighbours),
+        averaged over the objects; the others are softmaxes over the good and the bad text of a pair.
+        """
         vectors_Bd = self.pictures(pictures)
-
-        def texts(captions: Sequence[str]) -> Tensor:
-            return self.texts(tokenize(captions).to(pictures.device))
-
-        own_Bd, scale = texts(captions), self.scale.exp().clamp(max=100)
-        wrong = [texts([altered(caption, kind) for caption in captions]) for kind in TRUTHS]
-        rather = [scale * (vectors_Bd * (own_Bd - wrong_Bd)).sum(1) for wrong_Bd in wrong]
-        return torch.cat([torch.stack(rather, 1), self.clearness(vectors_Bd)], 1).sigmoid()
+        wrong = [[altered(caption, kind) for kind in TRUTHS] for caption in captions]
+        texts = [
+            [caption, *(text for kind in kinds for group in kind for text in group)]
+            for caption, kinds in zip(captions, wrong, strict=True)
+        ]
+        counts = torch.tensor([len(some) for some in texts], device=pictures.device)
+        texts_Td = self.texts(tokenize([text for some in texts for text in some]).to(pictures.device))
+        logits_T = self._scale() * (texts_Td * vectors_Bd.repeat_interleave(counts, 0)).sum(1)
+        found = []
+        for kinds, own_and_wrong in zip(wrong, logits_T.split(counts.tolist()), strict=True):
+            own, rest = own_and_wrong[:1], own_and_wrong[1:]
+            groups = iter(rest.split([len(group) for kind in kinds for group in kind]))
+            shares = [[torch.cat([own, next(groups)]).softmax(0)[0] for _ in kind] for kind in kinds]
+            found.append(torch.stack([torch.stack(of_kind).mean() for of_kind in shares]))
+        return torch.cat([torch.stack(found), self.clearness(vectors_Bd).sigmoid()], 1)
 
     def loss(self, pictures: Tensor, ids_Bn: Tensor, wrong_WBn: Tensor) -> Tensor:
-        """Return the contrastive loss of pictures and captions, and the log-loss of the pair on noisy pictures.
+        """Return the contrastive loss of pictures and captions, and the log-loss of how clean pictures are.
+
+        The pictures are worn first, so that pictures of a model, which are never as clean, are judged as well.
 
         Args:
             pictures: from -1 to 1.
             ids_Bn: their captions.
             wrong_WBn: W captions for each that are wrong in some words, which its picture must be told apart from.
         """
-        scale = self.scale.exp().clamp(max=100)
-        vectors_Bd, own_Bd = self.pictures(pictures), self.texts(ids_Bn)
+        worn, clean_B1 = wear(pictures)
+        vectors_Bd, own_Bd = self.pictures(worn), self.texts(ids_Bn)
         number_B = torch.arange(len(pictures), device=pictures.device)
-        logits = scale * vectors_Bd @ own_Bd.T
+        logits = self._scale() * vectors_Bd @ own_Bd.T
         loss = F.cross_entropy(logits, number_B) + F.cross_entropy(logits.T, number_B)
         wrong_WBd = self.texts(wrong_WBn.flatten(0, 1)).unflatten(0, wrong_WBn.shape[:2])
-        rather_BW = scale * (torch.cat([own_Bd[None], wrong_WBd]) * vectors_Bd).sum(-1).T
-        loss = loss + F.cross_entropy(rather_BW, torch.zeros_like(number_B))
-        noisy, good_B1 = degrade(pictures)
-        return loss + F.binary_cross_entropy_with_logits(self.clearness(self.pictures(noisy)), good_B1)
+        rather_BW = self._scale() * ((own_Bd - wrong_WBd) * vectors_Bd).sum(-1).T
+        loss = loss + len(TRUTHS) * F.softplus(-rather_BW).mean()  # a term for each kind
+        return loss + F.binary_cross_entropy_with_logits(self.clearness(vectors_Bd), clean_B1)
+
+    def _scale(self) -> Tensor:
+        return self.scale.exp().clamp(max=100)
 
 
-def degrade(pictures: Tensor) -> tuple[Tensor, Tensor]:
-    """Add noise to a random half of the pictures; return them and which are clean, [B, 1]."""
-    clean_B1 = (torch.rand(len(pictures), 1, device=pictures.device) < 0.5).float()
-    strength_B1 = (1 - clean_B1) * (0.1 + 0.5 * torch.rand_like(clean_B1))
-    noise = torch.randn_like(pictures) * strength_B1.view(-1, 1, 1, 1)
-    return (pictures + noise).clamp(-1, 1), clean_B1
+def wear(pictures: Tensor) -> tuple[Tensor, Tensor]:
+    """Blur, darken and add noise to most of the pictures; return them and how clean they are, 0 to 1, [B, 1]."""
+    shape = (len(pictures), 1, 1, 1)
+    level, blur, dark, noise = (torch.rand(shape, device=pictures.device) for _ in range(4))
+    level = level * (torch.rand_like(level) < 0.8)
+    blurred = F.avg_pool2d(pictures, 5, 1, 2, count_include_pad=False)
+    worn = pictures + level * blur * (blurred - pictures)
+    worn = (worn + 1) * (1 - 0.6 * level * dark) - 1
+    return (worn + 0.4 * level * noise * torch.randn_like(worn)).clamp(-1, 1), 1 - level.flatten(1)

@@ -106,7 +106,8 @@ def evaluate(inputs: Inputs, folder: Path) -> None:
 def _evaluate_routes(inputs: Inputs, method: PromptRouter, clients: Clients, folder: Path, start: float) -> None:
     """Evaluate a router of prompts."""
     store = inputs.open_store()
-    routes = routes_table(method, clients, inputs.batches(store), inputs.experiment.images)
+    stored = {name: store.array(name) for name in ("pictures", "truth") if name in store.manifest["arrays"]}
+    routes = routes_table(method, clients, inputs.batches(store), inputs.experiment.images, stored.get("truth"))
     numbers, counts = route_counts(routes)
     figures, curve = route_measures(method, routes)
     table = client_table(clients, numbers, counts, inputs.labels)
@@ -117,8 +118,7 @@ def _evaluate_routes(inputs: Inputs, method: PromptRouter, clients: Clients, fol
         _write(folder, name, found)
     plots = folder / "plots"
     quality_vs_share(curve, row, plots / "quality_vs_share.png")
-    pictures = store.array("pictures") if "pictures" in store.manifest["arrays"] else None
-    draw_routes(routes, pictures, row, plots / "routes.png")
+    draw_routes(routes, stored.get("pictures"), row, plots / "routes.png")
     inputs.tracker.results(row, folder)
     write_json(folder / "results.json", row)
 

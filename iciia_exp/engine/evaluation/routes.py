@@ -3,6 +3,7 @@
 Legend: C clients, N prompts, P pictures, K metrics.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -13,9 +14,10 @@ from scipy.stats import spearmanr
 from iciia_exp.data.batches import ClientIndex, FeatureBatches, cut_chunks
 from iciia_exp.data.clients import Clients
 from iciia_exp.data.prompts import as_text
+from iciia_exp.data.scenes import TRUTHS
 from iciia_exp.engine.evaluation.history import Setup
 from iciia_exp.methods.route.base import PromptRouter, Routed
-from iciia_exp.results.routing import LEVELS, area, chosen, delta_p, route_curve, saved, win_rate, wins
+from iciia_exp.results.routing import LEVELS, area, chosen, delta_p, route_curve, saved, to_cloud, win_rate, wins
 from iciia_exp.results.summary import ClientCounts, summarise
 
 __all__ = ["route_counts", "route_measures", "routes_table"]
@@ -29,12 +31,15 @@ _BY_PROMPT = {
 
 
 @torch.inference_mode()
-def routes_table(method: PromptRouter, clients: Clients, batches: FeatureBatches, images: int) -> pd.DataFrame:
+def routes_table(
+    method: PromptRouter, clients: Clients, batches: FeatureBatches, images: int, truth_M2PT: np.ndarray | None = None
+) -> pd.DataFrame:
     """Return a row for each test prompt.
 
     Columns: ``image`` (its number), ``client``, ``prompt``, ``score``, ``cloud`` (whether it answers), ``superiority``
     (the true PRS), and, for each metric, ``device_<metric>``, ``cloud_<metric>``, ``label_<metric>`` (D) and
-    ``predicted_<metric>``.
+    ``predicted_<metric>``; with what is right in the pictures of all prompts, ``truth``, ``device_true_<what>`` and
+    ``cloud_true_<what>``.
     """
     index_CS, client_C = cut_chunks(clients.test, images)
     threshold, parts = method.threshold(), []
@@ -57,6 +62,10 @@ def routes_table(method: PromptRouter, clients: Clients, batches: FeatureBatches
             columns[f"device_{name}"], columns[f"cloud_{name}"] = mean_N2K[:, :, number].unbind(1)
             columns[f"label_{name}"] = labels_NK[:, number]
             columns[f"predicted_{name}"] = predicted_NK[:, number]
+        if truth_M2PT is not None:
+            true_N2T = truth_M2PT[columns["image"].numpy()].mean(2)
+            for number, name in enumerate(TRUTHS):
+                columns[f"device_true_{name}"], columns[f"cloud_true_{name}"] = true_N2T[:, :, number].T
         parts.append(pd.DataFrame({name: np.asarray(values) for name, values in columns.items()}))
     return pd.concat(parts, ignore_index=True)
 
@@ -86,10 +95,13 @@ def route_counts(table: pd.DataFrame, by: str = "client") -> tuple[np.ndarray, C
 def route_measures(method: PromptRouter, table: pd.DataFrame) -> tuple[dict[str, Any], pd.DataFrame]:
     """Return the figures of ``results.json``, and curves of quality by share of prompts in the cloud.
 
-    The curves are those of the ``router`` and of the ``oracle``, which sorts by the true PRS.
+    The curves are those of the ``router`` and of the ``oracle``, which sorts by the true PRS. Where it is measured what
+    is right in the pictures, ``agreement_<metric>`` is the rank correlation of a metric with it, over the prompts and
+    both models, ``agreement_difference_<metric>`` that of the models' differences, and ``truth`` the mean of what is
+    right in the pictures of the chosen models.
     """
     used = [name for name, weight in zip(method.metric_names, method.weight_K.tolist(), strict=True) if weight > 0]
-    q_N2K = np.stack([table[[f"{side}_{name}" for name in used]].to_numpy() for side in ("device", "cloud")], 1)
+    q_N2K = _of_both(table, used)
     score_N, prs_N, cloud_N = (table[name].to_numpy() for name in ("score", "superiority", "cloud"))
     curve = route_curve(score_N, q_N2K, prs_N, used)
     half = curve[curve["share"] == 0.5].iloc[0]
@@ -111,7 +123,22 @@ def route_measures(method: PromptRouter, table: pd.DataFrame) -> tuple[dict[str,
         rank = _rank(table[f"predicted_{name}"].to_numpy(), table[f"label_{name}"].to_numpy())
         figures[f"rank_correlation_{name}"] = rank
     oracle = route_curve(prs_N, q_N2K, prs_N, used)
+    if f"device_true_{TRUTHS[0]}" in table:
+        right_N2T = _of_both(table, [f"true_{name}" for name in TRUTHS])
+        for number, name in enumerate(TRUTHS):
+            learned_N2, right_N2 = _of_both(table, [name])[:, :, 0], right_N2T[:, :, number]
+            figures[f"agreement_{name}"] = _rank(learned_N2.ravel(), right_N2.ravel())
+            figures[f"agreement_difference_{name}"] = _rank(np.diff(learned_N2)[:, 0], np.diff(right_N2)[:, 0])
+        for drawn, by_N in ((curve, score_N), (oracle, prs_N)):
+            drawn["truth"] = [float(chosen(right_N2T, to_cloud(by_N, share)).mean()) for share in drawn["share"]]
+        figures["truth"] = float(chosen(right_N2T, cloud_N).mean())
+        figures["truth_at_half"] = float(curve.loc[curve["share"] == 0.5, "truth"].iloc[0])
     return figures, pd.concat([curve.assign(router="router"), oracle.assign(router="oracle")], ignore_index=True)
+
+
+def _of_both(table: pd.DataFrame, names: Sequence[str]) -> np.ndarray:
+    """Return columns of the device's (0) and the cloud's (1) answers, [N, 2, K]."""
+    return np.stack([table[[f"{side}_{name}" for name in names]].to_numpy() for side in ("device", "cloud")], 1)
 
 
 @torch.inference_mode()

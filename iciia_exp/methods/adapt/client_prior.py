@@ -17,11 +17,12 @@ Legend: C clients, S images of a client, P images of its past, E numbers kept of
 clients.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch._higher_order_ops.scan import scan
 
 from iciia_exp.data.batches import ClientBatch
 from iciia_exp.errors import ConfigError, check_float
@@ -39,6 +40,15 @@ class _Past(NamedTuple):
     evidence_CJ: Tensor  # log-likelihood of those hypotheses
     types_CT: Tensor  # log-likelihood of the types
     images_C1: Tensor  # their number
+
+
+class _Image(NamedTuple):
+    """What is read of an image."""
+
+    likelihood_CK: Tensor  # of the classes, over the largest
+    top_C1: Tensor  # logarithm of the largest
+    types_CT: Tensor  # log-likelihood of the types; 0 of padding
+    real_C1: Tensor  # 1, or 0 of padding
 
 
 class ClientPrior(ClassPrior):
@@ -100,56 +110,69 @@ class ClientPrior(ClassPrior):
 
         With all other images as the past, each one's own part is taken out of the sums over all.
         """
-        keep = 1 - self.forget if causal else 1.0  # without an order nothing is older
-        answers, added = [], []
-        for past, prior_CJK, own in self._follow(*self.likelihoods(b_CSK), real_CS, keep):
-            if own is None:
-                break
-            if causal:
+        images = self._images(*self.likelihoods(b_CSK), real_CS)
+        if causal:
+            past, answers = self._nothing(real_CS), []
+            for image in zip(*images, strict=True):
+                prior_CJK = self._new_prior(past)
                 answers.append(self._mix(past, prior_CJK))
-            else:
-                added.append(own)
-        for own in added:
-            others = _Past(*(whole - part for whole, part in zip(past, own, strict=True)))
-            answers.append(self._mix(others, self._new_prior(others)))
-        priors, known = zip(*answers, strict=True)
-        return torch.stack(priors, 1), torch.stack(known, 1)
+                past, _ = self._add(past, prior_CJK, _Image(*image), 1 - self.forget)
+            priors, known = zip(*answers, strict=True)
+            return torch.stack(priors, 1), torch.stack(known, 1)
+        whole, own = self._together(images, keep=1.0)  # without an order nothing is older
+        others = _Past(*((total - part).flatten(0, 1) for total, part in zip(whole, own, strict=True)))
+        prior_MK, known_M = self._mix(others, self._new_prior(others))
+        shape = (real_CS.shape[1], real_CS.shape[0])
+        return prior_MK.unflatten(0, shape).transpose(0, 1), known_M.unflatten(0, shape).transpose(0, 1)
 
     def next_log_prior(self, b_CPK: Tensor, types_CPT: Tensor, real_CP: Tensor) -> tuple[Tensor, Tensor]:
         """Return the log-prior of the image after a past, [C, K], and the probability of a training client, [C]."""
-        log_likelihood_CPK, keep = self.calibrator.log_likelihood(b_CPK), 1 - self.forget
-        for past, prior_CJK, _ in self._follow(log_likelihood_CPK, types_CPT, real_CP, keep):  # noqa: B007
-            pass
-        return self._mix(past, prior_CJK)
+        images = self._images(self.calibrator.log_likelihood(b_CPK), types_CPT, real_CP)
+        past, _ = self._together(images, 1 - self.forget)
+        return self._mix(past, self._new_prior(past))
 
-    def _follow(
-        self, log_likelihood_CSK: Tensor, types_CST: Tensor, real_CS: Tensor, keep: float
-    ) -> Iterator[tuple[_Past, Tensor, _Past | None]]:
-        """Yield for every image what its past says, its prior for new clients [C, J, K], and what it adds to the past.
+    @staticmethod
+    def _images(log_likelihood_CSK: Tensor, types_CST: Tensor, real_CS: Tensor) -> _Image:
+        """Return what is read of every image, [S, C, ...]."""
+        top_CS1, real_CS1 = log_likelihood_CSK.amax(-1, keepdim=True), real_CS.unsqueeze(2)
+        parts = (log_likelihood_CSK - top_CS1).exp(), top_CS1, types_CST * real_CS1, real_CS1
+        return _Image(*(part.transpose(0, 1) for part in parts))
 
-        And after the last image what all of them say, the prior for the next one, and None.
-        """
-        top_CS1 = log_likelihood_CSK.amax(-1, keepdim=True)
-        likelihood_CSK, types_CST = (log_likelihood_CSK - top_CS1).exp(), types_CST * real_CS.unsqueeze(2)
-        clients, new_types = len(real_CS), len(self.strengths_J)
-        zeros = log_likelihood_CSK.new_zeros
-        past = _Past(
-            zeros(clients, new_types, self.num_classes),
-            zeros(clients, new_types),
-            zeros(clients, types_CST.shape[2]),
-            zeros(clients, 1),
-        )
-        for i in range(real_CS.shape[1]):
-            prior_CJK, real_C1 = self._new_prior(past), real_CS[:, i : i + 1]
-            likely_CJ = torch.bmm(prior_CJK, likelihood_CSK[:, i].unsqueeze(2)).squeeze(2).clamp(min=1e-30)
-            share_CJK = prior_CJK * likelihood_CSK[:, i].unsqueeze(1) * (real_C1 / likely_CJ).unsqueeze(2)
-            own = _Past(share_CJK, (likely_CJ.log() + top_CS1[:, i]) * real_C1, types_CST[:, i], real_C1)
-            yield past, prior_CJK, own
-            if keep < 1:  # padding makes nothing older
-                kept_C1 = 1 - (1 - keep) * real_C1
-                past = _Past(kept_C1.unsqueeze(2) * past[0], *(kept_C1 * part for part in past[1:]))
-            past = _Past(*(part + added for part, added in zip(past, own, strict=True)))
-        yield past, self._new_prior(past), None
+    def _nothing(self, real_CS: Tensor) -> _Past:
+        """Return the past of clients without images."""
+        clients, new_types, zeros = real_CS.shape[0], len(self.strengths_J), real_CS.new_zeros
+        sizes = (new_types, self.num_classes), (new_types,), (len(self.types),), (1,)
+        return _Past(*(zeros(clients, *size) for size in sizes))
+
+    def _together(self, images: _Image, keep: float) -> tuple[_Past, _Past]:
+        """Return what all images say, and what each of them adds, [S, C, ...]; of an image 1 - keep is forgotten."""
+        past = self._nothing(images.real_C1.squeeze(2).T)
+
+        def add(past: Sequence[Tensor], image: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+            so_far = _Past(*past)
+            later, own = self._add(so_far, self._new_prior(so_far), _Image(*image), keep)
+            return [*later], [own.counts_CJK, own.evidence_CJ]
+
+        if torch.compiler.is_exporting():  # for any number of images
+            whole, own = scan(add, [*past], [*images])
+        else:
+            whole, steps = [*past], []
+            for image in zip(*images, strict=True):
+                whole, step = add(whole, image)
+                steps.append(step)
+            own = [torch.stack(parts) for parts in zip(*steps, strict=True)] or [part[None][:0] for part in past[:2]]
+        return _Past(*whole), _Past(*own, images.types_CT, images.real_C1)
+
+    @staticmethod
+    def _add(past: _Past, prior_CJK: Tensor, image: _Image, keep: float) -> tuple[_Past, _Past]:
+        """Return what the past says after one more image, and what the image adds; the prior is of new clients."""
+        likely_CJ = torch.bmm(prior_CJK, image.likelihood_CK.unsqueeze(2)).squeeze(2).clamp(min=1e-30)
+        share_CJK = prior_CJK * image.likelihood_CK.unsqueeze(1) * (image.real_C1 / likely_CJ).unsqueeze(2)
+        own = _Past(share_CJK, (likely_CJ.log() + image.top_C1) * image.real_C1, image.types_CT, image.real_C1)
+        if keep < 1:  # padding makes nothing older
+            kept_C1 = 1 - (1 - keep) * image.real_C1
+            past = _Past(kept_C1.unsqueeze(2) * past[0], *(kept_C1 * part for part in past[1:]))
+        return _Past(*(part + added for part, added in zip(past, own, strict=True))), own
 
     def _new_prior(self, past: _Past) -> Tensor:
         """Return what each hypothesis about new clients says of the next image, [C, J, K]."""

@@ -25,14 +25,16 @@ __all__ = ["Lame", "nearest_neighbours"]
 def nearest_neighbours(x_CSD: Tensor, real_CS: Tensor, neighbours: int) -> Tensor:
     """Return 1 at [c, i, j] where j is one of the nearest real images of i other than itself, float [C, S, S]."""
     C, S, _ = x_CSD.shape
-    if neighbours == 0 or S == 1:
+    if neighbours == 0:
         return x_CSD.new_zeros(C, S, S)
     f_CSD = F.normalize(x_CSD * real_CS.unsqueeze(2), dim=-1)  # padding may hold anything
     similar_CSS = torch.bmm(f_CSD, f_CSD.transpose(1, 2))
     itself_SS = torch.eye(S, dtype=torch.bool, device=x_CSD.device)
     similar_CSS = similar_CSS.masked_fill(itself_SS | (real_CS == 0).unsqueeze(1), -torch.inf)
-    value_CSN, index_CSN = similar_CSS.topk(min(neighbours, S - 1), dim=-1)
-    return torch.zeros_like(similar_CSS).scatter_(2, index_CSN, (value_CSN > -torch.inf).to(x_CSD.dtype))
+    if torch.compiler.is_exporting() or neighbours > S:  # for any number of images
+        similar_CSS = F.pad(similar_CSS, (0, neighbours), value=-torch.inf)
+    value_CSN, index_CSN = similar_CSS.topk(neighbours, dim=-1)
+    return torch.zeros_like(similar_CSS).scatter_(2, index_CSN, (value_CSN > -torch.inf).to(x_CSD.dtype))[..., :S]
 
 
 class Lame(WholeChunks):

@@ -44,7 +44,7 @@ def estimate_prior(
     """
     likelihood_CSK = (log_likelihood_CSK - log_likelihood_CSK.amax(-1, keepdim=True)).exp()
     images_C1 = real_CS.sum(1, keepdim=True)
-    prior_CK = start_K.expand(len(real_CS), -1)
+    prior_CK = start_K.expand(real_CS.shape[0], -1)
     for _ in range(iterations):
         evidence_CS1 = torch.bmm(likelihood_CSK, prior_CK.unsqueeze(2))
         share_CS1 = real_CS.unsqueeze(2) / evidence_CS1.clamp(min=1e-30)

@@ -102,12 +102,12 @@ class StatA(WholeChunks):
         log_p_CSK = b_CSK.log_softmax(-1)
         f_CSD = F.normalize(x_CSD * real_CS.unsqueeze(2), dim=-1)
         edges_CSS = nearest_neighbours(x_CSD, real_CS, self.neighbours)
-        if self.neighbours and x_CSD.shape[1] > 1:
+        if self.neighbours:
             edges_CSS = edges_CSS * torch.bmm(f_CSD, f_CSD.transpose(1, 2)).clamp(min=0)
         z_CSK = log_p_CSK.exp() * real_CS.unsqueeze(2)
         squares_KD = self.means.square()
-        n_CK = z_CSK.new_zeros(len(z_CSK), self.num_classes)
-        share_CSK, inverse_CD = torch.zeros_like(z_CSK), (1 / self.variance).expand(len(z_CSK), -1)
+        n_CK = z_CSK.new_zeros(z_CSK.shape[0], self.num_classes)
+        share_CSK, inverse_CD = torch.zeros_like(z_CSK), (1 / self.variance).expand(z_CSK.shape[0], -1)
         logits_CSK = log_p_CSK
         for i in range(self.iterations):
             if i:  # statistics from assignments; the first ones are the anchors

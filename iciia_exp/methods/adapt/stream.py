@@ -21,6 +21,7 @@ G groups, J knots, T images in all.
 """
 
 from collections.abc import Iterable
+from contextlib import nullcontext
 from typing import Any
 
 import numpy as np
@@ -214,7 +215,9 @@ class StreamMethod(Adaptive):
     def _inferred(self, b_CSK: Tensor, real_CS: Tensor, causal: bool) -> tuple[Tensor, Tensor] | None:
         if self.prior is None:
             return None
-        with torch.autocast(b_CSK.device.type, enabled=False):  # likelihoods of many images need float32
+        exporting = torch.compiler.is_exporting()  # in float32 anyway
+        # likelihoods of many images need float32
+        with nullcontext() if exporting else torch.autocast(b_CSK.device.type, enabled=False):
             return self.prior.log_prior(self.prior.calibrator(b_CSK.float()), real_CS.float(), causal)
 
     def _parts(

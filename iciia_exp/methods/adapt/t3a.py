@@ -65,7 +65,8 @@ class T3A(WholeChunks):
         with_images_CSS = torch.bmm(x_CSD, (x_CSD / length_CS1).transpose(1, 2))
         label_CS = b_CSK.argmax(-1)
         keep_CS, keep_CK = real_CS, None
-        if x_CSD.shape[1] + 1 > self.supports:  # else no class has more of them
+        # else no class has more of them; exported, it must not depend on their number
+        if torch.compiler.is_exporting() or x_CSD.shape[1] + 1 > self.supports:
             keep_CS, keep_CK = self._surest(_entropy(b_CSK), label_CS, real_CS)
         one_hot_CSK = F.one_hot(label_CS, self.num_classes).to(x_CSD.dtype) * keep_CS.unsqueeze(2)
         if keep_CK is not None:
@@ -89,7 +90,7 @@ class T3A(WholeChunks):
         before_CS = before_CS + (warm_CS <= entropy_CS)
         keep_CS = real_CS * (before_CS < self.supports)
         surer_CS = ((entropy_CS < warm_CS) & (real_CS > 0)).to(real_CS.dtype)
-        before_CK = real_CS.new_zeros(len(real_CS), self.num_classes).scatter_add_(1, label_CS, surer_CS)
+        before_CK = real_CS.new_zeros(real_CS.shape[0], self.num_classes).scatter_add_(1, label_CS, surer_CS)
         return keep_CS, (before_CK < self.supports).to(real_CS.dtype)
 
     @torch.inference_mode()

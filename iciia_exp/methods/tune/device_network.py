@@ -151,7 +151,7 @@ class DeviceNetwork(Personal):
             torch.manual_seed(derive_seed(self.name, self.seed))
             return build(self.classes).to(self.most_classes.device)
 
-    def _form(self) -> nn.Module:
+    def empty_network(self) -> nn.Module:
         """Return a client's network without values: for its shapes, and to call it with a client's state."""
         with torch.device("meta"):  # no memory and no random numbers: an evaluation classifies in several threads
             return self.network(self.classes).eval()
@@ -164,7 +164,7 @@ class DeviceNetwork(Personal):
     @property
     def state_shapes(self) -> dict[str, tuple[int, ...]]:
         """Parameters of the network, numbers of the classes [k] (-1: none), mean and deviation of what is sent."""
-        shapes = {name: tuple(p.shape) for name, p in self._form().named_parameters()}
+        shapes = {name: tuple(p.shape) for name, p in self.empty_network().named_parameters()}
         shapes["classes"] = (self.classes,)
         if self.standardise:
             shapes |= dict.fromkeys(("mean", "deviation"), (*self.shape[:-2], self.kinds, self.width))
@@ -236,11 +236,23 @@ class DeviceNetwork(Personal):
 
     def classify(self, batch: ClientBatch, states: Mapping[str, Tensor]) -> Tensor:
         """Return the logits of the clients' networks, [C, S, K]; -10,000 for classes that a client does not have."""
-        x = unpack(pack(self.read(batch), self.sent))
-        net = self._form()
+        net = self.empty_network()
         parameters = {name: states[name] for name, _ in net.named_parameters()}
         call = vmap(lambda p, x: functional_call(net, p, (x,)), chunk_size=self.clients_at_once)
-        own_CSk = call(parameters, self._standard(x, states))
+        return self._in_all(call(parameters, self._input(batch, states)), states)
+
+    def classify_one(self, net: nn.Module, batch: ClientBatch, states: Mapping[str, Tensor]) -> Tensor:
+        """Return the logits of the one client of a batch, [1, S, K], for `torch.export`; ``net``: `empty_network`."""
+        parameters = {name: states[name].squeeze(0) for name, _ in net.named_parameters()}
+        own_Sk = functional_call(net, parameters, (self._input(batch, states).squeeze(0),))
+        return self._in_all(own_Sk.unsqueeze(0), states)
+
+    def _input(self, batch: ClientBatch, states: Mapping[str, Tensor]) -> Tensor:
+        """Return what a device's network reads, [C, S, ...]."""
+        return self._standard(unpack(pack(self.read(batch), self.sent)), states)
+
+    def _in_all(self, own_CSk: Tensor, states: Mapping[str, Tensor]) -> Tensor:
+        """Return the logits of the clients' own classes among those of all, [C, S, K]."""
         place_Ck = states["classes"].long()
         place_Ck = torch.where(place_Ck < 0, self.num_classes, place_Ck)  # a column for outputs without a class
         logits = own_CSk.new_full((*own_CSk.shape[:2], self.num_classes + 1), _ABSENT)
@@ -275,7 +287,7 @@ class DeviceNetwork(Personal):
 
     def training_bytes(self) -> int:
         """Return the memory of a client's network in training with Adam."""
-        return training_bytes(self._form(), self.shape, self.recipes[0][0].batch_size)
+        return training_bytes(self.empty_network(), self.shape, self.recipes[0][0].batch_size)
 
     def _linear_macs(self) -> int:
         """Return the MACs of the linear start for a train image."""
@@ -291,7 +303,7 @@ class DeviceNetwork(Personal):
 
     def num_parameters(self) -> int:
         """Those of one client's network."""
-        return sum(p.numel() for p in self._form().parameters())
+        return sum(p.numel() for p in self.empty_network().parameters())
 
 
 class LevelNetwork(DeviceNetwork):

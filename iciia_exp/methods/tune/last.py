@@ -46,7 +46,7 @@ class Last(LevelNetwork):
     ) -> None:
         super().__init__(facts, blocks, **training)
         self._settings: dict[str, Any] = {"rank": rank, "heads": heads, "subtract": subtract}
-        self._form()  # errors of its settings
+        self.empty_network()  # errors of its settings
 
     def network(self, classes: int) -> LAST:
         """Return the side stream and a classifier."""

@@ -56,7 +56,7 @@ class Miet(DeviceNetwork):
         super().__init__(facts, **training)
         network = {"rank": rank, "heads": heads, "pool": pool, "subtract": subtract, "mixer": mixer}
         self._settings: dict[str, Any] = {"blocks": blocks, **network}
-        self._form()  # errors of its settings
+        self.empty_network()  # errors of its settings
         if not blocks and pool == "class":  # the class token alone is sent
             self.shape, self.kinds = (1, self.width), 1
 

@@ -37,7 +37,7 @@ class SideNetwork(LevelNetwork):
     ) -> None:
         super().__init__(facts, blocks, **training)
         self._settings: dict[str, Any] = {"width": width, "heads": heads}
-        self._form()  # errors of its settings
+        self.empty_network()  # errors of its settings
 
     def network(self, classes: int) -> Ladder:
         """Return the side network and a classifier."""

@@ -106,6 +106,10 @@ class Backbone(nn.Module, ABC):
     def transform(self, image: Any) -> Tensor:
         """Turn one image of the dataset into the network's input, without a batch axis."""
 
+    def from_pixels(self, pixels: Tensor) -> Tensor:
+        """Return the network's input from pictures of its size, floats from 0 to 1, [B, channels, H, W]."""
+        raise UserError(f"{type(self).__name__}: takes no pictures")
+
     def describe_transform(self) -> dict[str, Any]:
         """Return the settings of `transform` as plain values, for the feature manifest."""
         values = {name: getattr(self, name) for name in self.transform_settings}
@@ -186,6 +190,10 @@ class ImageBackbone(Backbone):
     def transform(self, image: Any) -> Tensor:
         """Turn an image (`iciia_exp.data.readers.images.as_picture`) into uint8 [3, H, W]."""
         return torch.from_numpy(np.array(self.crop(as_picture(image).convert("RGB")))).permute(2, 0, 1)
+
+    def from_pixels(self, pixels: Tensor) -> Tensor:
+        """Return floats from 0 to 255."""
+        return 255 * pixels
 
     def normalise(self, images: Tensor) -> Tensor:
         """Return (images / 255 - mean) / std as float32."""

@@ -48,4 +48,8 @@ class LeafCNN(Backbone):
         """Turn a float32 array [1, 28, 28] of 0 to 1 into the input."""
         if np.shape(image) != (1, 28, 28):
             raise other_form("leaf_cnn", "arrays [1, 28, 28]", image)
-        return torch.as_tensor(image, dtype=torch.float32) - self.mean
+        return self.from_pixels(torch.as_tensor(image, dtype=torch.float32))
+
+    def from_pixels(self, pixels: Tensor) -> Tensor:
+        """Return pixels - mean."""
+        return pixels - self.mean

@@ -1,17 +1,14 @@
 """Small CNN: a convolutional network for small images, trained in seconds to minutes."""
 
-from typing import Any
-
 from torch import Tensor, nn
 
 from iciia_exp.errors import check_float, check_int
-from iciia_exp.models.backbones.base import Backbone
-from iciia_exp.models.backbones.small_images import small_input
+from iciia_exp.models.backbones.small_images import SmallImageBackbone
 
 __all__ = ["SmallCNN"]
 
 
-class SmallCNN(Backbone):
+class SmallCNN(SmallImageBackbone):
     """Three 3x3 convolutions with batch norm, two poolings, and one hidden layer that gives the feature.
 
     Args:
@@ -24,7 +21,7 @@ class SmallCNN(Backbone):
         mean, std: the input is (image - mean) / std.
     """
 
-    transform_settings = ("size", "channels", "mean", "std")
+    config_name = "small_cnn"
 
     def __init__(
         self,
@@ -63,7 +60,3 @@ class SmallCNN(Backbone):
     def features(self, images: Tensor) -> Tensor:
         """Return the hidden layer after its ReLU, [B, D]."""
         return self.trunk(images)
-
-    def transform(self, image: Any) -> Tensor:
-        """Turn an image into the normalised input (`iciia_exp.models.backbones.small_images.small_input`)."""
-        return small_input(image, "small_cnn", self.channels, self.size, self.mean, self.std)

@@ -1,19 +1,16 @@
 """Small ViT: a vision transformer for small images, trained here, that gives its tokens."""
 
-from typing import Any
-
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from iciia_exp.errors import ConfigError, check_float, check_int
-from iciia_exp.models.backbones.base import Backbone
-from iciia_exp.models.backbones.small_images import small_input
+from iciia_exp.models.backbones.small_images import SmallImageBackbone
 from iciia_exp.models.gather import TOKEN_ARRAYS, Gather, token_arrays
 
 __all__ = ["SmallViT"]
 
 
-class SmallViT(Backbone):
+class SmallViT(SmallImageBackbone):
     """timm's vision transformer with a class token; the feature is the class token after the final norm.
 
     It gives ``tokens`` [B, n, d], ``levels`` and ``block_input`` (`iciia_exp.models.gather.token_arrays`).
@@ -31,9 +28,9 @@ class SmallViT(Backbone):
         gather_first, gather_last, gather_grid: levels of the tokens, and side of their grid (`Gather`).
     """
 
-    transform_settings = ("size", "channels", "mean", "std")
+    config_name = "small_vit"
     trunk_prefix = "net."
-    gives = Backbone.gives | TOKEN_ARRAYS
+    gives = SmallImageBackbone.gives | TOKEN_ARRAYS
 
     def __init__(
         self,
@@ -80,7 +77,3 @@ class SmallViT(Backbone):
         if not wanted & TOKEN_ARRAYS:
             return super().trunk_outputs(images, wanted)
         return token_arrays(self.net, images, self.gather, wanted)
-
-    def transform(self, image: Any) -> Tensor:
-        """Turn an image into the normalised input (`iciia_exp.models.backbones.small_images.small_input`)."""
-        return small_input(image, "small_vit", self.channels, self.size, self.mean, self.std)

@@ -13,13 +13,12 @@ from typing import Any
 from torch import Tensor, nn
 
 from iciia_exp.errors import ConfigError, check_float, check_int
-from iciia_exp.models.backbones.base import Backbone
-from iciia_exp.models.backbones.small_images import small_input
+from iciia_exp.models.backbones.small_images import SmallImageBackbone
 
 __all__ = ["VGG"]
 
 
-class VGG(Backbone):
+class VGG(SmallImageBackbone):
     """Convolutions and poolings, the mean over the pixels, hidden linear layers, and a classifier.
 
     The network gives the array ``stem``, the output of its first convolution, if there is one.
@@ -35,7 +34,7 @@ class VGG(Backbone):
         mean, std: the input is (image - mean) / std.
     """
 
-    transform_settings = ("size", "channels", "mean", "std")
+    config_name = "vgg"
 
     def __init__(
         self,
@@ -83,10 +82,10 @@ class VGG(Backbone):
         return {"features": self.trunk(stem)} | ({"stem": stem} if "stem" in wanted else {})
 
     def transform(self, image: Any) -> Tensor:
-        """Turn an image into the normalised input (`iciia_exp.models.backbones.small_images.small_input`)."""
+        """Turn an image into the normalised input."""
         if self.channels not in (1, 3):
             raise ConfigError("channels", self.channels, "is that of another network's stem; an image has 1 or 3")
-        return small_input(image, "vgg", self.channels, self.size, self.mean, self.std)
+        return super().transform(image)
 
 
 def _convolution(inputs: int, outputs: int) -> nn.Sequential:
