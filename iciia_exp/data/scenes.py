@@ -104,7 +104,7 @@ def altered(caption: str, kind: str) -> list[list[str]]:
         pairs = range(len(things) - 1)
         return [[_caption([*things[:i], things[i + 1], things[i], *things[i + 2 :]], relation)] for i in pairs]
     taken = {thing.color for thing in things} if kind == "color" else set()
-    values = {"color": COLORS, "size": SIZES, "digit": DIGITS}[kind]
+    values: tuple[str, ...] = {"color": tuple(COLORS), "size": tuple(SIZES), "digit": tuple(DIGITS)}[kind]
     return [
         [
             _caption([*things[:i], thing._replace(**{kind: value}), *things[i + 1 :]], relation)

@@ -62,7 +62,8 @@ def _added_macs(run: Run) -> float | None:
 
 def _milliseconds(path: Path, feed: dict[str, np.ndarray], threads: int) -> dict[str, float]:
     """Return the median and the 90th percentile of calls, after some that are not counted."""
-    session, seconds = onnx_session(path, threads), []
+    session = onnx_session(path, threads)
+    seconds: list[float] = []
     for _ in range(10):
         session.run(None, feed)
     start = time.perf_counter()

@@ -81,6 +81,6 @@ def _logits(run: Run, session: Any, batch: ClientBatch) -> torch.Tensor:
         given = {name: array[:, 0].float().numpy() for name, array in batch.arrays.items()}
         given |= {name: state.numpy() for name, state in method.states_of(batch.client_C).items()}
         return torch.from_numpy(call({"features": x[:, 0].numpy(), **given}))
-    if method.state_width == 0:  # type: ignore[operator]  # every image by itself
+    if method.state_width == 0:  # every image by itself
         return torch.from_numpy(call({"features": x[mask].numpy()}))
     return torch.from_numpy(call({"features": x.numpy(), "mask": mask.numpy()}))[mask]

@@ -89,6 +89,8 @@ class ClientSession:
             raise UserError(f"{run.method.name}: cannot be served image by image; use run.predict")
         self.history = max(1, run.images - 1) if history is None else check_int("history", history, 0)
         self.keep = check_choice("keep", keep, KEEP)
+        #: place of the newest image; None if it is not kept
+        self.newest: int | None = None
         #: number of images seen so far, and of those kept
         self.seen, self.kept = 0, 0
         self._rng = np.random.default_rng(seed)
@@ -197,6 +199,7 @@ class ClientSession:
             place = drawn if drawn < self.history else None
         else:
             place = self._most_similar(x_D.reshape(1, -1))
+        self.newest = place
         if place is None:
             return
         self._state[place], self._age[place] = own_E, self.seen
@@ -210,6 +213,34 @@ class ClientSession:
         pair = divmod(int(similar_PP.argmax()), len(f_PD))
         age = [*self._age.tolist(), self.seen]
         return min(reversed(pair), key=age.__getitem__)
+
+    def row(self, place: int) -> bytes:
+        """Return what is kept of an image: its position in the stream, int64, its state and features, float32."""
+        age = int(self._age[place]).to_bytes(8, "little")
+        return age + self._state[place].numpy().tobytes() + self._features[place].numpy().tobytes()
+
+    @property
+    def random(self) -> str:
+        """State of the random numbers, as JSON; empty where none are drawn."""
+        return json.dumps(self._rng.bit_generator.state) if self.keep == "reservoir" else ""
+
+    def restore(self, seen: int, random: str, rows: Mapping[int, bytes]) -> None:
+        """Take over what was kept: the number of images, `random`, and the `row` of every place.
+
+        Raises a `UserError` if that cannot be of such a session.
+        """
+        width, dim = self._state.shape[1], self._features.shape[1]
+        whole = b"".join(rows.get(place, b"") for place in range(len(rows)))
+        if len(whole) != len(rows) * (size := 8 + 4 * (width + dim)):
+            raise UserError(f"{self.client}: what is kept of it is damaged, or of another session")
+        table = np.frombuffer(whole, dtype=np.uint8).reshape(len(rows), size)
+        numbers = torch.from_numpy(table[:, 8:].copy().view(np.float32))
+        age = torch.from_numpy(table[:, :8].copy().view(np.int64).reshape(-1))
+        try:
+            state: Any = json.loads(random) if random else self._rng.bit_generator.state
+            self._restore({"state": numbers[:, :width], "features": numbers[:, width:], "age": age}, seen, state)
+        except (ValueError, KeyError, TypeError) as error:
+            raise UserError(f"{self.client}: what is kept of it is damaged ({first_line(error)})") from error
 
     def save(self, path: str | Path) -> None:
         """Write the client's memory to one file (safetensors)."""

@@ -16,7 +16,9 @@ from typing import IO, Any
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-__all__ = ["BACKGROUND", "as_picture", "decode", "extensions", "open_image", "open_stream", "read_image"]
+__all__ = [
+    *("BACKGROUND", "as_picture", "decode", "extensions", "open_image", "open_stream", "read_image", "upright_rgb"),
+]
 
 #: Colour under transparent pixels of a user's image.
 BACKGROUND = "white"
@@ -79,11 +81,16 @@ def read_image(path: Path) -> Image.Image:
     ranges.
     """
     with open_image(path) as image:
-        image.load()
-        picture = _to_rgb(image)
-        if "exif" in image.info or image.format in ("TIFF", "MPO"):
-            picture = _upright(picture, image)
-        return picture
+        return upright_rgb(image)
+
+
+def upright_rgb(image: Image.Image) -> Image.Image:
+    """Return an opened image as RGB, as `read_image` does."""
+    image.load()
+    picture = _to_rgb(image)
+    if "exif" in image.info or image.format in ("TIFF", "MPO"):
+        picture = _upright(picture, image)
+    return picture
 
 
 def as_picture(image: Any) -> Image.Image:

@@ -161,7 +161,8 @@ class ClientPrior(ClassPrior):
                 whole, step = add(whole, image)
                 steps.append(step)
             own = [torch.stack(parts) for parts in zip(*steps, strict=True)] or [part[None][:0] for part in past[:2]]
-        return _Past(*whole), _Past(*own, images.types_CT, images.real_C1)
+        counts_SCJK, evidence_SCJ = own
+        return _Past(*whole), _Past(counts_SCJK, evidence_SCJ, images.types_CT, images.real_C1)
 
     @staticmethod
     def _add(past: _Past, prior_CJK: Tensor, image: _Image, keep: float) -> tuple[_Past, _Past]:

@@ -1,0 +1,326 @@
+"""Scheduler: answers the requests of many clients together, and keeps their states.
+
+A request has some images of one client, which come one after the other. A thread takes one image of each waiting client
+at a time and serves them by `predict_together`, so that a long request does not hold up the others. When a request's
+last image is answered, the client's state is written, and then the answer is given: after a crash, at most what was
+not answered is lost.
+
+Legend: C clients, n images of a request, D features, K classes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import logging
+import queue
+import threading
+import time
+from collections import OrderedDict, deque
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from iciia_exp.errors import UserError
+from iciia_exp.methods.tune.base import Personal
+from iciia_exp.models.backbones.base import Backbone
+from iciia_exp.serving.run import Run
+from iciia_exp.serving.session import ClientSession, predict_together
+from iciia_exp.serving.states import Change, ClientStore, Stored
+
+__all__ = ["Answer", "Busy", "Scheduler", "UnknownClient"]
+
+log = logging.getLogger(__name__)
+
+_IMAGES = 32  # of a batch of the backbone
+_TRIES = 50  # of a request whose client another process changes
+
+
+class UnknownClient(UserError):
+    """A client that has no state."""
+
+
+class Busy(UserError):
+    """More images are waiting than may."""
+
+
+class Answer(NamedTuple):
+    """The answer to a request."""
+
+    probabilities_nK: Tensor
+    seen: int  # images of the client so far
+    kept: int
+
+
+@dataclass(eq=False)
+class _Request:
+    client: str
+    x_nD: Tensor | None  # features
+    images: Sequence[Tensor]  # transformed images, if there are no features yet
+    future: Future[Answer]
+    done: list[Tensor] = field(default_factory=list)
+    changed: set[int] = field(default_factory=set)
+    tries: int = 0
+
+    @property
+    def length(self) -> int:
+        return len(self.images) if self.x_nD is None else len(self.x_nD)
+
+
+class Scheduler:
+    """Serves a run's clients; its public methods may be called from any thread.
+
+    Args:
+        run: the run.
+        store: of the clients' states.
+        history, keep: of `ClientSession`.
+        backbone: computes the features of images.
+        together: clients whose images are served in one forward pass.
+        waiting: images that may wait; of more, `submit` raises `Busy`.
+        memory: bytes of the sessions that are kept in memory.
+    """
+
+    def __init__(
+        self,
+        run: Run,
+        store: ClientStore,
+        history: int | None = None,
+        keep: str = "recent",
+        backbone: Backbone | None = None,
+        together: int = 64,
+        waiting: int = 100_000,
+        memory: int = 1 << 30,
+    ) -> None:
+        self.run, self.store, self.keep, self.backbone = run, store, keep, backbone
+        self.personal = isinstance(run.method, Personal)
+        self.history = 0 if self.personal else new_session(run, "", history, keep).history
+        self._together, self._most_waiting = together, waiting
+        self._sessions: OrderedDict[str, tuple[ClientSession, int, float]] = OrderedDict()  # and version, and when
+        width = 0 if self.personal else 4 * self.history * (2 * run.method.dim + run.method.state_width)  # type: ignore[operator]
+        self._most_sessions = max(together, memory // max(4096, width))
+        self._new: queue.SimpleQueue[_Request | Callable[[], None] | None] = queue.SimpleQueue()
+        self._clients: OrderedDict[str, deque[_Request]] = OrderedDict()
+        self._waiting, self._lock = 0, threading.Lock()
+        #: Called with the number of clients of every forward pass.
+        self.on_batch: Callable[[int], None] = lambda clients: None
+        self._thread = threading.Thread(target=self._work, name="scheduler", daemon=True)
+        self._thread.start()
+
+    # ---- for other threads
+
+    def submit(self, client: str, x_nD: Tensor | None = None, images: Sequence[Tensor] = ()) -> Future[Answer]:
+        """Return the future answer to some images of a client: features [n, D], or transformed images."""
+        request = _Request(client, x_nD, images, Future())
+        with self._lock:
+            if self._waiting + request.length > self._most_waiting:
+                raise Busy(f"{self._waiting:,} images are waiting; try again later")
+            self._waiting += request.length
+        self._new.put(request)
+        return request.future
+
+    @property
+    def waiting(self) -> int:
+        """Number of images that wait."""
+        return self._waiting
+
+    def call(self, function: Callable[[], Any]) -> Future[Any]:
+        """Return the future result of a function that runs between forward passes, where the store may be used."""
+        future: Future[Any] = Future()
+
+        def run() -> None:
+            try:
+                future.set_result(function())
+            except Exception as error:  # is the caller's
+                future.set_exception(error)
+
+        self._new.put(run)
+        return future
+
+    def look_up(self, client: str) -> Future[Stored]:
+        """Return what is stored of a client, in the future."""
+        return self.call(lambda: self.store.read([client])[0])
+
+    def forget(self, client: str) -> Future[bool]:
+        """Forget a client, in the future; whether there was one."""
+
+        def forget() -> bool:
+            self._sessions.pop(client, None)
+            return self.store.delete(client)
+
+        return self.call(forget)
+
+    def close(self) -> None:
+        """Answer what is waiting, then close the store."""
+        self._new.put(None)
+        self._thread.join()
+
+    # ---- the thread
+
+    def _work(self) -> None:
+        open_, expired = True, time.monotonic()
+        while open_ or self._clients:
+            try:
+                while True:
+                    item = self._new.get(block=open_ and not self._clients, timeout=1.0)
+                    if item is None:
+                        open_ = False
+                    elif isinstance(item, _Request):
+                        self._clients.setdefault(item.client, deque()).append(item)
+                    else:
+                        item()
+            except queue.Empty:
+                pass
+            if self._clients:
+                self._serve()
+            if time.monotonic() - expired > 5:
+                expired = time.monotonic()
+                with contextlib.suppress(UserError):
+                    self.store.expire()
+        self.store.close()
+
+    def _serve(self) -> None:
+        """Serve one image of some clients."""
+        first = [waiting[0] for waiting in itertools.islice(self._clients.values(), self._together)]
+        try:
+            self._compute_features(first)
+            first = [request for request in first if not request.future.done()]
+            sessions = self._load(first)
+            both = [(r, s) for r, s in zip(first, sessions, strict=True) if s is not None]
+            for request, session, answer in self._step(both):
+                request.done.append(answer)
+                if session.newest is not None and not self.personal:
+                    request.changed.add(session.newest)
+            self._finish([(r, s) for r, s in both if len(r.done) == r.length and not r.future.done()])
+        except Exception as error:
+            if not isinstance(error, UserError):
+                log.exception("a batch failed")
+            for request in first:
+                self._sessions.pop(request.client, None)
+                self._resolve(request, error)
+        # round robin: who has been served comes after those who have not
+        for request in first:
+            if (waiting := self._clients.get(request.client)) is not None:
+                if request.future.done() and waiting and waiting[0] is request:
+                    waiting.popleft()
+                if waiting:
+                    self._clients.move_to_end(request.client)
+                else:
+                    del self._clients[request.client]
+
+    def _resolve(self, request: _Request, answer: Answer | Exception) -> None:
+        """Answer a request."""
+        if request.future.done():
+            return
+        with self._lock:
+            self._waiting -= request.length
+        if isinstance(answer, Exception):
+            request.future.set_exception(answer)
+        else:
+            request.future.set_result(answer)
+
+    @torch.inference_mode()
+    def _compute_features(self, requests: Sequence[_Request]) -> None:
+        """Compute the features of requests with images, in batches over all of them."""
+        having = [request for request in requests if request.x_nD is None]
+        if not having:
+            return
+        assert self.backbone is not None
+        images = [image for request in having for image in request.images]
+        parts = [torch.stack(list(images[at : at + _IMAGES])) for at in range(0, len(images), _IMAGES)]
+        features = torch.cat([self.backbone.features(part).float() for part in parts])
+        for request, x_nD in zip(having, features.split([request.length for request in having]), strict=True):
+            request.x_nD = x_nD
+            if not x_nD.isfinite().all():
+                self._resolve(request, UserError("the image gives features that are not finite"))
+
+    def _load(self, requests: Sequence[_Request]) -> list[ClientSession | None]:
+        """Return the sessions of requests, as they are stored when a request starts."""
+        starting = [request for request in requests if not request.done]
+        if self.personal:
+            return [self._personal_session(request) for request in requests]
+        cached = {r.client: self._sessions[r.client][1:] for r in starting if r.client in self._sessions}
+        current = dict(zip(cached, self.store.versions(list(cached)), strict=True)) if self.store.shared else {}
+        stale = [
+            r.client
+            for r in starting
+            if r.client not in cached
+            or current.get(r.client, cached[r.client][0]) != cached[r.client][0]
+            or (self.store.seconds is not None and time.time() - cached[r.client][1] > self.store.seconds)
+        ]
+        for client, stored in zip(stale, self.store.read(stale) if stale else (), strict=True):
+            session = new_session(self.run, client, self.history, self.keep)
+            if stored.version:
+                session.restore(stored.seen, stored.random, stored.rows)
+            self._sessions[client] = session, stored.version, time.time()
+        for request in requests:
+            self._sessions.move_to_end(request.client)
+        busy = {request.client for request in requests} | set(self._clients)
+        while len(self._sessions) > self._most_sessions and next(iter(self._sessions)) not in busy:
+            self._sessions.popitem(last=False)
+        return [self._sessions[request.client][0] for request in requests]
+
+    def _personal_session(self, request: _Request) -> ClientSession | None:
+        if request.client not in self._sessions:
+            session = ClientSession(self.run, request.client)
+            if session.learned is None:
+                self._resolve(request, UnknownClient(f"{request.client}: is not a client of the run"))
+                return None
+            self._sessions[request.client] = session, 0, 0.0
+        return self._sessions[request.client][0]
+
+    def _step(self, both: Sequence[tuple[_Request, ClientSession]]) -> list[tuple[_Request, ClientSession, Tensor]]:
+        """Serve the next image of every request; those that fail are answered with their error."""
+        if not both:
+            return []
+        x_CD = torch.stack([r.x_nD[len(r.done)] for r, _ in both if r.x_nD is not None])
+        try:
+            answers = predict_together([session for _, session in both], x_CD)
+            self.on_batch(len(both))
+            return [(r, s, answer) for (r, s), answer in zip(both, answers, strict=True)]
+        except UserError as error:
+            if len(both) == 1:
+                self._sessions.pop(both[0][0].client, None)  # an earlier image of the request may have changed it
+                self._resolve(both[0][0], error)
+                return []
+            return [found for one in both for found in self._step([one])]
+
+    def _finish(self, both: Sequence[tuple[_Request, ClientSession]]) -> None:
+        """Write the states of requests whose images are all answered, then give the answers."""
+        if not self.personal and both:
+            changes = [
+                Change(r.client, self._sessions[r.client][1], s.seen, s.random, {p: s.row(p) for p in r.changed})
+                for r, s in both
+            ]
+            for (request, session), version in zip(both, self.store.write(changes), strict=True):
+                if version:
+                    self._sessions[request.client] = session, version, time.time()
+                else:
+                    self._again(request)
+        for request, session in both:
+            if len(request.done) == request.length:
+                self._resolve(request, Answer(torch.stack(request.done), session.seen, session.kept))
+
+    def _again(self, request: _Request) -> None:
+        """Start a request again whose client another process has changed."""
+        del self._sessions[request.client]
+        request.done.clear()
+        request.changed.clear()
+        request.tries += 1
+        if request.tries > _TRIES:
+            self._resolve(request, Busy(f"{request.client}: other processes change it all the time; try again"))
+
+
+def new_session(run: Run, client: str, history: int | None, keep: str) -> ClientSession:
+    """Return the session of a new client; what a reservoir draws depends on the client's name."""
+    from iciia_exp.seeding import derive_seed
+
+    return ClientSession(run, client, history, keep, seed=derive_seed("session", 0, client))
+
+
+def about(run: Run, history: int, keep: str) -> Mapping[str, Any]:
+    """Return what the states of a service have in common."""
+    return {"run": run.path.resolve().name, "history": history, "keep": keep}

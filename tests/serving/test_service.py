@@ -1,0 +1,374 @@
+"""The service: answers equal those of sessions, whatever happens in between; bad requests change nothing."""
+
+import base64
+import io
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+import warnings
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+pytest.importorskip("fastapi", reason="fastapi is not installed")
+import httpx
+
+with warnings.catch_warnings():  # of names in its own dependencies
+    warnings.simplefilter("ignore", DeprecationWarning)
+    from fastapi.testclient import TestClient
+
+from iciia_exp.engine.execute import execute
+from iciia_exp.errors import UserError
+from iciia_exp.serving.run import Run
+from iciia_exp.serving.scheduler import about, new_session
+from iciia_exp.serving.service import Limits, main, make_app, open_store
+from iciia_exp.serving.states import Change, RedisStore, SqliteStore
+from tests.serving.test_session import D, K, make_run
+
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
+
+BINARY = {"content-type": "application/octet-stream", "accept": "application/octet-stream"}
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("runs") / "iciia-1"
+    folder.mkdir()
+    return make_run(folder, num_layers=2, attention="causal")
+
+
+@pytest.fixture(scope="module")
+def redis_url():
+    """Start a Redis server of the tests' own on loopback."""
+    if shutil.which("redis-server") is None:
+        pytest.skip("redis-server is not installed")
+    port = free_port()
+    command = ["redis-server", "--port", str(port), "--save", "", "--bind", "127.0.0.1"]
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL) as server:
+        wait_for(port)
+        yield f"redis://127.0.0.1:{port}"
+        server.terminate()
+
+
+@pytest.fixture(params=["sqlite", "redis"])
+def states(request, tmp_path):
+    """Return where states are kept."""
+    return str(tmp_path / "states.sqlite") if request.param == "sqlite" else request.getfixturevalue("redis_url")
+
+
+@pytest.fixture
+def service(run, tmp_path):
+    """Serve a run in this process; states are in SQLite."""
+    with TestClient(make_app(run, open_store(str(tmp_path / "states"), run, 5, "recent"), 5)) as client:
+        yield client
+
+
+def free_port():
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]
+
+
+def wait_for(port, seconds=60):
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        try:
+            socket.create_connection(("127.0.0.1", port), 1).close()
+            return
+        except OSError:
+            time.sleep(0.05)
+    raise TimeoutError(port)
+
+
+def ask(client, name, x, **more):
+    """Return the probabilities of features, [n, K]."""
+    answer = client.post(f"/clients/{name}/predict", content=np.asarray(x, "<f4").tobytes(), headers=BINARY, **more)
+    assert answer.status_code == 200, answer.text
+    return torch.from_numpy(np.frombuffer(answer.content, "<f4").reshape(-1, K).copy())
+
+
+def alone(run, name, x, history=5, keep="recent"):
+    """Return the probabilities of a session of its own, [n, K]."""
+    session = new_session(run, name, history, keep)
+    return torch.stack([session.predict(row) for row in x])
+
+
+@pytest.mark.parametrize("keep", ["recent", "reservoir", "diverse"])
+def test_requests_of_many_clients_equal_sessions(run, states, keep):
+    x = torch.randn(8, 12, D)
+    with TestClient(make_app(run, open_store(states, run, 5, keep), 5, keep)) as client:
+
+        def talk(number):
+            parts = x[number].split([1, 3, 1, 5, 2])  # requests of some images each
+            return torch.cat([ask(client, f"{keep} {number}", part) for part in parts])
+
+        with ThreadPoolExecutor(8) as pool:
+            answers = list(pool.map(talk, range(8)))
+        for number, answer in enumerate(answers):
+            wanted = alone(run, f"{keep} {number}", x[number], 5, keep)
+            torch.testing.assert_close(answer, wanted, atol=1e-6, rtol=1e-5)
+        known = client.get(f"/clients/{keep} 3").json()
+        assert (known["seen"], known["kept"]) == (12, 5)
+        assert client.delete(f"/clients/{keep} 3").status_code == 204
+        assert client.get(f"/clients/{keep} 3").status_code == 404
+        torch.testing.assert_close(ask(client, f"{keep} 3", x[3, :1]), alone(run, f"{keep} 3", x[3, :1], 5, keep))
+
+
+def test_states_outlive_the_process_and_the_cache(run, states):
+    x = torch.randn(9, D)
+    answers = []
+    for part in x.split(3):
+        with TestClient(make_app(run, open_store(states, run, 5, "recent"), 5)) as client:
+            answers.append(ask(client, "outlives", part))
+    torch.testing.assert_close(torch.cat(answers), alone(run, "outlives", x), atol=1e-6, rtol=1e-5)
+
+
+def test_json_and_what_is_described(service, run):
+    x = torch.randn(2, D)
+    answer = service.post("/clients/a b/predict?top=2", json={"features": x.tolist()}).json()
+    wanted = alone(run, "a b", x)
+    assert (answer["client"], answer["seen"], answer["kept"]) == ("a b", 2, 2)
+    for row, p in zip(answer["answers"], wanted, strict=True):
+        assert [one["class"] for one in row] == [run.class_names[k] for k in p.argsort(descending=True)[:2]]
+        assert row[0]["probability"] == pytest.approx(float(p.max()), abs=1e-5)
+    assert service.get("/").json()["classes"] == list("abcd")
+    assert service.get("/health").json() == {"status": "ok", "clients": 1, "waiting": 0}
+    metrics = service.get("/metrics").text
+    assert 'iciia_requests_total{status="200"} 2.0' in metrics
+    assert "iciia_images_total 2.0" in metrics
+    body = service.get("/openapi.json").json()["paths"]["/clients/{client}/predict"]["post"]["requestBody"]
+    assert "application/octet-stream" in body["content"]
+
+
+GOOD = [0.5] * D
+
+
+@pytest.mark.parametrize(
+    ("given", "status", "message"),
+    [
+        ({"json": {"features": GOOD[1:]}}, 422, f"expected {D} numbers, or lists of them, got"),
+        ({"json": {"features": [GOOD, GOOD[1:]]}}, 422, f"expected {D} numbers"),
+        ({"json": {"features": []}}, 422, f"expected {D} numbers"),
+        ({"json": {"features": ["x"] * D}}, 422, f"expected {D} numbers"),
+        ({"content": b'{"features": [NaN' + b", 1" * (D - 1) + b"]}"}, 422, "are not finite"),
+        ({"content": b'{"features": [1e999' + b", 1" * (D - 1) + b"]}"}, 422, "are not finite"),
+        ({"json": {"features": [1e38] * D}}, 422, "not finite"),
+        ({"content": b"{"}, 400, "the body is not JSON"),
+        ({"content": b"[" * 8000}, 400, "the body is not JSON"),
+        ({"json": {"vectors": GOOD}}, 422, "expected an object"),
+        ({"json": [GOOD]}, 422, "expected an object"),
+        ({"content": b"123", "headers": BINARY}, 422, f"a multiple of {4 * D} bytes, got 3"),
+        ({"content": b"", "headers": BINARY}, 422, "got 0"),
+        ({"content": np.full(D, np.inf, "<f4").tobytes(), "headers": BINARY}, 422, "are not finite"),
+        ({"content": bytes(9000), "headers": BINARY}, 413, "the body is larger than 8,192 bytes"),
+        ({"content": (bytes(4096) for _ in range(3)), "headers": BINARY}, 413, "the body is larger"),
+        ({"content": bytes(4 * D * 4), "headers": BINARY}, 413, "4 images; at most 3"),
+        ({"content": b"x", "headers": {"content-type": "text/plain"}}, 415, "Content-Type is text/plain"),
+        ({"content": b"x", "headers": {"content-type": "image/png"}}, 415, "this service takes features"),
+        ({"json": {"features": GOOD}, "params": {"top": 0}}, 422, "top=0"),
+        ({"json": {"features": GOOD}, "params": {"top": "x"}}, 422, "top: "),
+    ],
+)
+def test_a_bad_request_is_one_sentence_and_changes_nothing(run, tmp_path, given, status, message):
+    app = make_app(run, SqliteStore(":memory:", {}), 5, limits=Limits(8192, 3))
+    if "content" in given and "headers" not in given:
+        given = given | {"headers": {"content-type": "application/json"}}
+    with TestClient(app) as client:
+        ask(client, "c", torch.ones(1, D))
+        answer = client.post("/clients/c/predict", **given)
+        assert answer.status_code == status, answer.text
+        assert message in answer.json()["error"]
+        assert "Traceback" not in answer.text
+        assert client.get("/clients/c").json()["seen"] == 1
+        x = torch.randn(1, D)
+        assert torch.allclose(ask(client, "c", x), alone(run, "c", torch.cat([torch.ones(1, D), x]))[1:], atol=1e-6)
+
+
+def test_an_image_that_fails_takes_back_the_others_of_its_request(service, run):
+    x = torch.randn(2, D)
+    ask(service, "c", x[:1])
+    broken = torch.cat([x[1:], torch.full((1, D), 3e38)])
+    answer = service.post("/clients/c/predict", content=broken.numpy().tobytes(), headers=BINARY)
+    assert answer.status_code == 422
+    assert "not finite" in answer.json()["error"]
+    assert service.get("/clients/c").json()["seen"] == 1
+    torch.testing.assert_close(ask(service, "c", x[1:]), alone(run, "c", x)[1:], atol=1e-6, rtol=1e-5)
+
+
+def test_names_and_tokens(run, tmp_path):
+    with TestClient(make_app(run, SqliteStore(":memory:", {}), 5, token="secret")) as client:
+        assert client.get("/health").status_code == 200
+        for headers in ({}, {"authorization": "Bearer secre"}, {"authorization": "secret"}):
+            answer = client.post("/clients/c/predict", json={"features": GOOD}, headers=headers)
+            assert answer.status_code == 401
+            assert client.delete("/clients/c", headers=headers).status_code == 401
+        right = {"authorization": "Bearer secret"}
+        assert client.post("/clients/c/predict", json={"features": GOOD}, headers=right).status_code == 200
+        for name in ("%00", "%20", "x" * 201):
+            answer = client.post(f"/clients/{name}/predict", json={"features": GOOD}, headers=right)
+            assert answer.status_code == 422, name
+            assert "a client's name has 1 to 200 printable characters" in answer.json()["error"]
+        for name in ("..%2f..%2fetc%2fpasswd", "ключ 🔑", "a/predict"):
+            assert client.post(f"/clients/{name}/predict", json={"features": GOOD}, headers=right).status_code == 200
+
+
+def test_images_are_those_of_the_backbone(stages, undrawn, tmp_path):
+    made = stages("groups=4")
+    execute(made)
+    run = Run.load(made.run.folder)
+    backbone = run.load_backbone()
+    pixels = np.random.default_rng(0).integers(0, 255, (4, 8, 8), dtype=np.uint8)
+    files = []
+    for picture in pixels:
+        file = io.BytesIO()
+        Image.fromarray(picture).save(file, "PNG")
+        files.append(file.getvalue())
+    session = new_session(run, "c", 5, "recent")
+    session.backbone = backbone
+    wanted = torch.stack([session.predict(picture) for picture in pixels])
+    with TestClient(make_app(run, SqliteStore(":memory:", {}), 5, backbone=backbone)) as client:
+        headers = {"content-type": "image/png", "accept": BINARY["accept"]}
+        answers = [client.post("/clients/c/predict", content=files[0], headers=headers)]
+        encoded = {"images": [base64.b64encode(file).decode() for file in files[1:]]}
+        answers.append(client.post("/clients/c/predict", json=encoded, headers={"accept": BINARY["accept"]}))
+        got = np.concatenate([np.frombuffer(answer.content, "<f4").reshape(-1, 10) for answer in answers])
+        np.testing.assert_allclose(got, wanted.numpy(), atol=1e-5)
+        for content, message in (
+            (files[0][:40], "cannot be read"),
+            (b"GIF89a", "cannot be read"),
+            (b"", "cannot be read"),
+        ):
+            answer = client.post("/clients/c/predict", content=content, headers=headers)
+            assert answer.status_code == 422
+            assert message in answer.json()["error"]
+        answer = client.post("/clients/c/predict", json={"images": ["!"]})
+        assert (answer.status_code, "base64" in answer.text) == (422, True)
+        assert client.get("/clients/c").json()["seen"] == 4
+
+
+def test_methods_whose_devices_learn_know_the_clients_of_the_run(stages, undrawn):
+    made = stages("method=finetune", "partition.split=within", "evaluation.history_lengths=[]", "method.epochs=1")
+    execute(made)
+    run = Run.load(made.run.folder)
+    x = torch.from_numpy(run.features.array()[:2].astype(np.float32))
+    with TestClient(make_app(run, SqliteStore(":memory:", {}))) as client:
+        name = run.partition.ids[0]
+        answer = client.post(f"/clients/{name}/predict", json={"features": x.tolist()}).json()
+        wanted = run.predict(x, clients=name)
+        assert [row[0]["class"] for row in answer["answers"]] == [run.class_names[k] for k in wanted.argmax(1)]
+        answer = client.post("/clients/nobody/predict", json={"features": x.tolist()})
+        assert (answer.status_code, answer.json()["error"]) == (404, "nobody: is not a client of the run")
+
+
+def start(run, states, port, *more):
+    command = [
+        sys.executable,
+        "-m",
+        "iciia_exp.serving.service",
+        str(run.path),
+        "--states",
+        states,
+        "--port",
+        str(port),
+    ]
+    process = subprocess.Popen([*command, "--history", "5", *more], env={**os.environ, "OMP_NUM_THREADS": "1"})
+    wait_for(port)
+    return process
+
+
+def test_nothing_that_was_answered_is_lost_by_a_kill(run, tmp_path):
+    port, states = free_port(), str(tmp_path / "states.sqlite")
+    x, answered = torch.randn(4, 200, D), [0] * 4
+    process = start(run, states, port)
+    assert main([str(run.path), "--states", states, "--history", "5"]) == 1, "the file is in use"
+    pool = ThreadPoolExecutor(4)
+
+    def talk(number):
+        with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=20) as client:
+            for row in x[number]:
+                ask(client, f"c{number}", row[None])
+                answered[number] += 1
+
+    talks = [pool.submit(talk, number) for number in range(4)]
+    while min(answered) < 20:
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert all(talk.exception() is not None for talk in talks)
+    process = start(run, states, port)
+    try:
+        with httpx.Client(base_url=f"http://127.0.0.1:{port}") as client:
+            for number in range(4):
+                seen = client.get(f"/clients/c{number}").json()["seen"]
+                assert answered[number] <= seen <= answered[number] + 1
+                got = ask(client, f"c{number}", x[number, seen : seen + 1])
+                torch.testing.assert_close(
+                    got, alone(run, f"c{number}", x[number, : seen + 1])[-1:], atol=1e-6, rtol=1e-5
+                )
+    finally:
+        process.terminate()
+        assert process.wait(30) in (0, -signal.SIGTERM)  # uvicorn ends by the signal after it has closed
+
+
+def test_two_processes_share_clients_in_redis(run, redis_url):
+    stores = [RedisStore(redis_url, {"test": "shared"}) for _ in range(2)]
+    apps = [make_app(run, store, 400) for store in stores]
+    x = torch.randn(1000, D)
+    with TestClient(apps[0]) as one, TestClient(apps[1]) as two, ThreadPoolExecutor(8) as pool:
+        list(pool.map(lambda i: ask((one, two)[i % 2], f"c{i % 3}", x[i : i + 1]), range(1000)))
+        for number, count in enumerate((334, 333, 333)):
+            known = one.get(f"/clients/c{number}").json()
+            assert (known["seen"], known["kept"]) == (count, count), "an update was lost"
+            rows = RedisStore(redis_url, {"test": "shared"}).read([f"c{number}"])[0].rows
+            ages = sorted(int.from_bytes(row[:8], "little") for row in rows.values())
+            assert ages == list(range(1, count + 1)), "every image has a place of its own"
+
+
+def test_stores(tmp_path, redis_url):
+    for store in (SqliteStore(tmp_path / "s", {"a": 1}, 0.5, most=2), RedisStore(redis_url, {"a": 1}, 0.5)):
+        assert store.read(["new"])[0].version == 0
+        (version,) = store.write([Change("c", 0, 1, "", {0: b"one", 1: b"two"})])
+        assert store.versions(["c", "d"]) == [version, 0]
+        (later,) = store.write([Change("c", version, 2, "x", {1: b"three"})])
+        assert store.read(["c"]) == [(later, 2, "x", {0: b"one", 1: b"three"})]
+        if store.shared:
+            assert store.write([Change("c", version, 9, "", {0: b"lost"}), Change("d", 0, 1, "", {})])[0] == 0
+            assert store.read(["c"])[0].seen == 2
+        time.sleep(0.6)
+        assert store.versions(["c"]) == [0], "its time is over"
+        store.write([Change("c", 0, 1, "", {0: b"new"})])
+        assert store.read(["c"])[0].rows == {0: b"new"}
+        assert store.delete("c")
+        assert not store.delete("c")
+        store.close()
+
+
+def test_the_oldest_clients_of_too_many_are_forgotten(tmp_path):
+    store = SqliteStore(tmp_path / "s", {}, most=2)
+    for name in "abc":
+        store.write([Change(name, 0, 1, "", {0: b"x"})])
+        time.sleep(0.01)
+    assert store.expire() == 1
+    assert store.versions(["a"]) == [0]
+    assert store.count() == 2
+
+
+def test_files_and_servers_that_do_not_fit(run, tmp_path):
+    open_store(str(tmp_path / "s"), run, 5, "recent").close()
+    with pytest.raises(UserError, match="has states of .*choose another file"):
+        open_store(str(tmp_path / "s"), run, 6, "recent")
+    (tmp_path / "text").write_text("no database" * 100)
+    with pytest.raises(UserError, match="is not a file of client states"):
+        open_store(str(tmp_path / "text"), run, 5, "recent")
+    with pytest.raises(UserError, match="no Redis server answers"):
+        open_store(f"redis://127.0.0.1:{free_port()}", run, 5, "recent")
+    with pytest.raises(UserError, match="--max-clients: is of SQLite"):
+        open_store("redis://127.0.0.1:1", run, 5, "recent", most=3)
+    assert about(run, 5, "recent") == {"run": "iciia-1", "history": 5, "keep": "recent"}
