@@ -55,6 +55,7 @@ from iciia_exp.models.backbones.base import Backbone, BackboneSpec
 from iciia_exp.models.backbones.weights import listed_classes
 from iciia_exp.results.tables import read_table
 from iciia_exp.seeding import derive_seed
+from iciia_exp.serving import hub
 from iciia_exp.serving.features import as_arrays, as_features, check_answers
 from iciia_exp.serving.run_info import FORMAT, checked_info
 from iciia_exp.tasks import TASKS
@@ -122,14 +123,18 @@ class Run:
             path, evaluation = path.parent, path
         else:
             evaluation = _newest(path, "evaluation-*/results.json")
-        for name in ("run.json", "weights.safetensors"):
-            if not (path / name).is_file():
-                raise UserError(f"{path}: not a trained run ({name} is missing); repeat its command to finish it")
-        info = checked_info(read_json(path / "run.json"), path / "run.json")
-        tensors = load_tensors(path / "weights.safetensors")
+        described, weights = path / "run.json", path / "weights.safetensors"
+        if not described.is_file() and (path / hub.CONFIG).is_file():  # as `save_pretrained` writes it
+            described, weights = path / hub.CONFIG, path / hub.WEIGHTS
+            evaluation = path if (path / hub.RESULTS).is_file() else None
+        for file in (described, weights):
+            if not file.is_file():
+                raise UserError(f"{path}: not a trained run ({file.name} is missing); repeat its command to finish it")
+        info = checked_info(read_json(described), described)
+        tensors = load_tensors(weights)
         shape = list(tensors["head.weight"].shape) if "head.weight" in tensors else None
         if shape != [info["num_classes"], info["dim"]]:  # before anything of that size is allocated
-            raise UserError(f"{path}/weights.safetensors: its classifier is {shape}, not what run.json describes")
+            raise UserError(f"{weights}: its classifier is {shape}, not what {described.name} describes")
         head = nn.Linear(info["dim"], info["num_classes"])
         arrays = {name: tuple(sizes) for name, sizes in info.get("arrays", {}).items()}
         stored = info["backbone"]
@@ -138,10 +143,10 @@ class Run:
         try:
             method = restore(info["method"], Method, plugins, facts=facts)  # type: ignore[type-abstract]
         except UserError as error:
-            raise UserError(f"{path}/run.json: method: {error}") from error
+            raise UserError(f"{described}: method: {error}") from error
         for prefix, module in (("head.", head), ("method.", method)):
             part = {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
-            _load_weights(module, part, path / "weights.safetensors")
+            _load_weights(module, part, weights)
         method.eval().requires_grad_(False)
         if isinstance(method, Personal) and (made := _newest(path, "states-*/manifest.json")) is not None:
             method.states = ClientStates(made, method.state_shapes, method.tables)
@@ -149,6 +154,32 @@ class Run:
             method.load(read_round(made, method.rounds)[0])
         place = resolve_cache_dir(str(cache_dir) if cache_dir else os.environ.get("ICIIA_EXP_CACHE"))
         return cls(path, method, head.requires_grad_(False), info["images"], info, evaluation, place, tuple(plugins))
+
+    @classmethod
+    def from_pretrained(
+        cls, name: str | Path, revision: str | None = None, plugins: Plugins = (), **options: Any
+    ) -> Run:
+        """Load a run that `save_pretrained` or `push_to_hub` has written.
+
+        Args:
+            name: path of a folder, or ``user/name`` of the hub.
+            revision: branch, tag or commit.
+            plugins: as of `load`.
+            options: of `huggingface_hub.snapshot_download`: ``token``, ``cache_dir``, ``local_files_only``.
+        """
+        return cls.load(hub.download(str(name), revision, **options), plugins)
+
+    def save_pretrained(
+        self, folder: str | Path, backbone: Backbone | None = None, license: str = "apache-2.0"
+    ) -> Path:
+        """Write the run as a repository (`iciia_exp.serving.hub`): weights, configuration, results, model card."""
+        return hub.save_pretrained(self, folder, backbone, license)
+
+    def push_to_hub(
+        self, repo_id: str, backbone: Backbone | None = None, license: str = "apache-2.0", **options: Any
+    ) -> str:
+        """Upload the run to the hub and return its address; see `iciia_exp.serving.hub.push_to_hub`."""
+        return hub.push_to_hub(self, repo_id, backbone, license, **options)
 
     @property
     def class_names(self) -> list[str]:
@@ -213,8 +244,8 @@ class Run:
         stored = self.info["backbone"]
         if stored is None:
             raise UserError(f"{self.path}: its features were made elsewhere; there is no backbone to load")
-        folder, file = stored["folder"], stored["weights"]
-        if folder is None and file is not None:
+        folder, file, shipped = stored["folder"], stored["weights"], self.path / hub.BACKBONE
+        if folder is None and file is not None and not shipped.is_file():
             if weights is None:
                 hint = f"load_backbone(weights=...) with the file {file['file']}"
                 raise UserError(f"{self.path}: the backbone's weights are in a file of their own; {hint}")
@@ -225,7 +256,7 @@ class Run:
         torch.manual_seed(derive_seed("backbone", 0))  # as when the features were made
         classes = stored["classes"]
         try:
-            if folder is not None:
+            if folder is not None or shipped.is_file():
                 backbone = network(num_classes=len(self.class_names))
             else:
                 names = listed_classes(classes) if isinstance(classes, str) else classes
@@ -234,7 +265,9 @@ class Run:
                 backbone = spec.initial(self.class_names)
         except UserError as error:
             raise UserError(f"{self.path}/run.json: backbone: {error}") from error
-        if folder is not None:
+        if shipped.is_file():
+            _load_weights(backbone, load_tensors(shipped), shipped)
+        elif folder is not None:
             path = self.cache_dir / "backbones" / folder / "weights.safetensors"
             if not path.is_file():
                 hint = "repeat the run's command with stage=backbone, or give Run.load its cache_dir"

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import wandb  # noqa: F401  # makes folders when it is imported first
 import yaml
 from torch import nn
 

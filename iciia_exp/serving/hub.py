@@ -1,0 +1,261 @@
+"""Hub: a trained run as a model repository, with huggingface_hub's conventions.
+
+    run.save_pretrained("folder")                    # config.json, model.safetensors, README.md, results.json
+    run.push_to_hub("user/name")
+    run = Run.from_pretrained("user/name")           # or the folder
+
+``python -m iciia_exp.serving.hub RUN --out DIR`` or ``--push user/name`` does the same. Nothing of a client is written:
+no features, no names, and no states of methods whose devices learn. Loading runs no code of the repository.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+import sys
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import yaml
+
+from iciia_exp.artifacts import atomic_write, save_tensors, write_json
+from iciia_exp.errors import UserError, first_line
+from iciia_exp.methods.tune.base import Personal
+from iciia_exp.output import exit_status
+from iciia_exp.tasks import MULTI_LABEL, SINGLE_LABEL
+
+if TYPE_CHECKING:
+    from iciia_exp.models.backbones.base import Backbone
+    from iciia_exp.serving.run import Run
+
+__all__ = ["BACKBONE", "CONFIG", "WEIGHTS", "download", "main", "push_to_hub", "save_pretrained"]
+
+#: Names of the files of a repository.
+CONFIG, WEIGHTS, BACKBONE, CARD, RESULTS = (
+    *("config.json", "model.safetensors", "backbone.safetensors", "README.md", "results.json"),
+)
+_FILES = [CONFIG, WEIGHTS, BACKBONE, RESULTS]
+
+#: Keys of ``results.json`` that say how, and not where, it was made.
+_NOT_SHOWN = ("git_revision", "finished", "config.data_dir", "config.output_dir", "config.cache_dir")
+
+
+def save_pretrained(
+    run: Run, folder: str | Path, backbone: Backbone | None = None, license: str = "apache-2.0", name: str | None = None
+) -> Path:
+    """Write a run as a repository into a folder, and return it.
+
+    Args:
+        run: the run.
+        folder: new, empty, or of an earlier call.
+        backbone: whose weights are written as well, for images.
+        license: of the weights, by its identifier on the hub.
+        name: of the repository, for the card.
+    """
+    folder = Path(folder)
+    if run.info["task"] not in (SINGLE_LABEL, MULTI_LABEL):
+        raise UserError(f"{run.method.name}: is not published; methods that classify images are")
+    if folder.exists() and (not folder.is_dir() or (any(folder.iterdir()) and not (folder / CONFIG).is_file())):
+        raise UserError(f"{folder}: is there, and is no repository of a run; choose another folder")
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    made = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+    try:
+        made.chmod(0o755)
+        write_json(made / CONFIG, run.info)
+        tensors = {f"method.{key}": tensor for key, tensor in run.method.state_dict().items()}
+        tensors |= {f"head.{key}": tensor for key, tensor in run.head.state_dict().items()}
+        save_tensors(made / WEIGHTS, tensors)
+        if backbone is not None:
+            save_tensors(made / BACKBONE, backbone.state_dict())
+        row = _shown_results(run)
+        if row:
+            write_json(made / RESULTS, row)
+        with atomic_write(made / CARD) as file:
+            file.write(model_card(run, row, name or folder.name, license, backbone is not None))
+        if folder.exists():
+            shutil.rmtree(folder)
+        made.replace(folder)
+    finally:
+        shutil.rmtree(made, ignore_errors=True)
+    return folder
+
+
+def _shown_results(run: Run) -> dict[str, Any]:
+    """Return the run's results without paths and times of the machine; empty if it was not evaluated."""
+    if run.evaluation is None:
+        return {}
+    return {key: value for key, value in run.results.items() if key not in _NOT_SHOWN}
+
+
+def push_to_hub(
+    run: Run, repo_id: str, backbone: Backbone | None = None, license: str = "apache-2.0", **options: Any
+) -> str:
+    """Upload a run to a repository of the hub, which is made if need be; return its address.
+
+    Args:
+        run: the run.
+        repo_id: ``user/name``.
+        backbone, license: as of `save_pretrained`.
+        options: of `huggingface_hub.HfApi`: ``token``, ``endpoint``; ``private``, ``revision``, ``commit_message``.
+    """
+    from huggingface_hub import HfApi
+
+    api = HfApi(endpoint=options.pop("endpoint", None), token=options.pop("token", None))
+    with tempfile.TemporaryDirectory() as folder:
+        save_pretrained(run, Path(folder) / "repository", backbone, license, repo_id.rpartition("/")[2])
+        try:
+            repo = api.create_repo(repo_id, private=options.pop("private", None), exist_ok=True)
+            given = {"commit_message": f"{run.method.name} of {run.path.resolve().name}"} | options
+            api.upload_folder(repo_id=repo.repo_id, folder_path=f"{folder}/repository", **given)
+        except (OSError, ValueError) as error:  # errors of the hub are among them
+            raise UserError(f"{repo_id}: cannot be pushed ({first_line(error)})") from error
+    return str(repo)
+
+
+def download(name: str, revision: str | None = None, **options: Any) -> Path:
+    """Return the folder of a repository: a local one, or that of the hub's cache.
+
+    Args:
+        name: path of a folder, or ``user/name``.
+        revision: branch, tag or commit.
+        options: of `huggingface_hub.snapshot_download`: ``token``, ``cache_dir``, ``local_files_only``, ``endpoint``.
+    """
+    if Path(name).is_dir():
+        return Path(name)
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HFValidationError
+
+    try:
+        return Path(snapshot_download(name, revision=revision, allow_patterns=_FILES, **options))
+    except HFValidationError as error:
+        raise UserError(f"{name}: no such folder, and not the name of a repository, user/name") from error
+    except (OSError, ValueError) as error:
+        raise UserError(f"{name}: cannot be downloaded ({first_line(error)})") from error
+
+
+def model_card(run: Run, row: dict[str, Any], name: str, license: str, backbone: bool) -> str:
+    """Return the README of a repository: the hub's metadata, then what was trained, on what, and how good it is."""
+    method = run.method.name
+    header: dict[str, Any] = {
+        "library_name": "iciia_exp",
+        "license": license,
+        "pipeline_tag": "image-classification",
+        "tags": ["client-adaptation", "test-time-adaptation", method, run.info["task"]],
+    }
+    if row:
+        header["datasets"] = [row["dataset"]]
+        header["metrics"] = ["accuracy"]
+        task = {"type": "image-classification", "name": "client-adaptive image classification"}
+        metrics = [
+            {"type": "accuracy", "value": round(100 * row["accuracy"], 2), "name": "accuracy over test images"},
+            {"type": "gain", "value": round(100 * row["gain"], 2), "name": "gain over the backbone alone"},
+        ]
+        of = {"type": row["dataset"], "name": row["dataset"], "split": "test"}
+        header["model-index"] = [{"name": name, "results": [{"task": task, "dataset": of, "metrics": metrics}]}]
+    parts = [
+        f"---\n{yaml.safe_dump(header, sort_keys=False, allow_unicode=True)}---\n\n# {name}\n",
+        _summary(run, method),
+        *([_results(row), _cost(row)] if row else ["The run was not evaluated.\n"]),
+        _usage(run, name, backbone),
+    ]
+    return "\n".join(parts)
+
+
+def _summary(run: Run, method: str) -> str:
+    stored = run.info["backbone"]
+    on = "precomputed features" if stored is None else f"features of `{stored['name']}`"
+    classes = ", ".join(run.class_names[:10]) + (", ..." if len(run.class_names) > 10 else "")
+    text = f"`{method}` on {on} (D = {run.head.in_features}), {len(run.class_names)} classes: {classes}.\n"
+    if isinstance(run.method, Personal):
+        return text + "\nA client's device learns a state from its own labelled images; none is in this repository.\n"
+    return text + "\nThe unlabelled images of one client are classified together. No client trains anything.\n"
+
+
+def _results(row: dict[str, Any]) -> str:
+    def percent(key: str) -> str:
+        value = row.get(key)
+        return "" if value is None else f"{100 * value:.1f}"
+
+    lines = [
+        "## Results\n",
+        f"Dataset `{row['dataset']}`: {row['test_clients']:,} test clients with {row['test_images']:,} images, "
+        f"{row['images']} images of a client together. Intervals are over clients, 95 %.\n",
+        "| | backbone alone | with this model |",
+        "|---|---|---|",
+        f"| accuracy | {percent('backbone_accuracy')} | {percent('accuracy')} "
+        f"[{percent('accuracy_low')}, {percent('accuracy_high')}] |",
+        f"| mean over clients | {percent('backbone_client_accuracy')} | {percent('client_accuracy')} |",
+        f"| worst tenth of the clients | {percent('backbone_worst_decile')} | {percent('worst_decile')} |",
+        f"| log-loss | {row['backbone_log_loss']:.3f} | {row['log_loss']:.3f} |",
+        f"\nGain {percent('gain')} points [{percent('gain_low')}, {percent('gain_high')}]; "
+        f"{percent('harmed_share')} % of the clients are worse off than with the backbone alone "
+        f"({percent('harmed_share_by_chance')} % by chance).\n",
+    ]
+    if row.get("oracle"):
+        lines.append("This is an oracle: it is told what no client knows.\n")
+    return "\n".join(lines)
+
+
+def _cost(row: dict[str, Any]) -> str:
+    backbone, one_more = row.get("backbone_macs"), row.get("streaming_macs")
+    lines = ["## Cost\n", "| | |", "|---|---|"]
+    if backbone:
+        lines.append(f"| backbone | {backbone:,} multiply-accumulates an image |")
+    if one_more is not None:
+        share = f" ({100 * one_more / backbone:.2f} % of the backbone)" if backbone else ""
+        lines.append(f"| one more image, with the state of the others kept | {one_more:,}{share} |")
+    share = f" ({row['per_image_overhead_percent']:.2f} % of the backbone)" if backbone else ""
+    lines.append(f"| {row['cost_images']} images together | {row['sequence_macs']:,} for all, a sequence's{share} |")
+    lines.append(f"| parameters beside the backbone | {row['parameters']:,} |")
+    lines.append(f"| state of a client | {row['state_bytes']:,} bytes |")
+    for key, what in (("client_down_bytes", "down to a client, once"), ("request_up_bytes", "up, with every request")):
+        if row.get(key) is not None:
+            lines.append(f"| {what} | {row[key]:,} bytes |")
+    lines.append(f"| leaves the device | {row['leaves_device']} |")
+    return "\n".join(lines) + "\n"
+
+
+def _usage(run: Run, name: str, backbone: bool) -> str:
+    lines = ["## Use\n", "```python", "from iciia_exp import ClientSession, Run\n"]
+    lines.append(f'run = Run.from_pretrained("{name}")  # user/{name}, or a folder')
+    if isinstance(run.method, Personal):
+        lines += ['session = ClientSession(run, client="new")', "session.learn(features, labels)"]
+    else:
+        given = ", backbone=run.load_backbone()" if backbone else ""
+        lines.append(f'session = ClientSession(run, client="kitchen"{given})')
+    what = "a PIL image" if backbone else f"features, {run.head.in_features} numbers"
+    lines += [f"session.predict(...)  # {what}; probabilities over run.class_names", "```", ""]
+    return "\n".join(lines)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Write or push a repository; return the exit status."""
+    parser = argparse.ArgumentParser(prog="python -m iciia_exp.serving.hub", description="a run as a repository")
+    parser.add_argument("run", metavar="RUN", help="directory of a run")
+    where = parser.add_mutually_exclusive_group(required=True)
+    where.add_argument("--out", type=Path, metavar="DIR", help="write it into a folder")
+    where.add_argument("--push", metavar="USER/NAME", help="upload it to the hub")
+    parser.add_argument("--with-backbone", action="store_true", help="with the backbone's weights, for images")
+    parser.add_argument("--weights", type=Path, metavar="FILE", help="of the backbone, if it was loaded from a file")
+    parser.add_argument("--license", default="apache-2.0", help="of the weights; default: apache-2.0")
+    parser.add_argument("--private", action="store_true", help="the new repository is private")
+    return exit_status(lambda: _publish(parser.parse_args(arguments)), failed=1)
+
+
+def _publish(options: argparse.Namespace) -> int:
+    from iciia_exp.serving.run import Run
+
+    run = Run.load(options.run)
+    backbone = run.load_backbone(options.weights) if options.with_backbone or options.weights else None
+    if options.out is not None:
+        print(f"written to {save_pretrained(run, options.out, backbone, options.license)}")
+    else:
+        token = os.environ.get("HF_TOKEN")
+        print(push_to_hub(run, options.push, backbone, options.license, token=token, private=options.private))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

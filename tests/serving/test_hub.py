@@ -1,0 +1,125 @@
+"""Runs as repositories of the hub, in folders and by a stand-in for its server."""
+
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from huggingface_hub import ModelCard
+
+from iciia_exp.engine.execute import execute
+from iciia_exp.errors import UserError
+from iciia_exp.serving import hub
+from iciia_exp.serving.hub import main
+from iciia_exp.serving.run import Run
+from tests.serving.test_session import D, make_run
+
+pytestmark = pytest.mark.usefixtures("undrawn")
+
+
+@pytest.fixture
+def finished(stages):
+    made = stages("groups=4")
+    execute(made)
+    return made
+
+
+def test_a_folder_is_all_that_is_needed(finished, tmp_path, capsys):
+    run = Run.load(finished.run.folder)
+    features = torch.from_numpy(run.features.array()[:16].copy())
+    wanted, accuracy = run.predict(features), run.results["accuracy"]
+    backbone = run.load_backbone()
+    picture = np.random.default_rng(0).integers(0, 255, (8, 8), dtype=np.uint8)
+    feature = backbone.features(backbone.transform(picture)[None])
+    assert main([str(finished.run.folder), "--out", str(tmp_path / "my_model"), "--with-backbone"]) == 0
+    shutil.rmtree(finished.experiment.cache_dir)
+    shutil.rmtree(finished.run.folder)
+    loaded = Run.from_pretrained(tmp_path / "my_model")
+    assert torch.equal(loaded.predict(features), wanted)
+    other = loaded.load_backbone()
+    assert torch.equal(other.features(other.transform(picture)[None]), feature)
+    assert loaded.results["accuracy"] == accuracy
+    with pytest.raises(UserError, match=r"partition\.parquet"):
+        loaded.partition  # noqa: B018
+    text = "".join(path.read_text(errors="replace") for path in (tmp_path / "my_model").iterdir())
+    assert str(tmp_path) not in text
+    # once more, from what was loaded
+    again = Run.from_pretrained(loaded.save_pretrained(tmp_path / "again"))
+    assert torch.equal(again.predict(features), wanted)
+    with pytest.raises(UserError, match=r"repeat the run's command|is not there"):
+        again.load_backbone()
+
+
+def test_the_card_is_one_of_the_hub(finished, tmp_path):
+    run = Run.load(finished.run.folder)
+    card = ModelCard.load(run.save_pretrained(tmp_path / "digits-iciia") / "README.md")
+    assert card.data.library_name == "iciia_exp"
+    assert card.data.license == "apache-2.0"
+    found = {result.metric_type: result.metric_value for result in card.data.eval_results}
+    assert found["accuracy"] == pytest.approx(100 * run.results["accuracy"], abs=0.01)
+    assert found["gain"] == pytest.approx(100 * run.results["gain"], abs=0.01)
+    assert "| accuracy |" in card.text
+    assert 'Run.from_pretrained("digits-iciia")' in card.text
+
+
+def test_a_run_without_results(tmp_path):
+    (tmp_path / "run").mkdir()
+    run = make_run(tmp_path / "run")
+    folder = run.save_pretrained(tmp_path / "out")
+    assert "The run was not evaluated." in (folder / "README.md").read_text()
+    x = torch.randn(3, D)
+    assert torch.equal(Run.from_pretrained(folder).predict(x), run.predict(x))
+
+
+def test_pushing(tmp_path, monkeypatch):
+    (tmp_path / "run").mkdir()
+    run, calls = make_run(tmp_path / "run"), []
+
+    class Api:
+        def __init__(self, **given):
+            calls.append(given)
+
+        def create_repo(self, repo_id, **given):
+            from huggingface_hub import RepoUrl
+
+            calls.append((repo_id, given))
+            return RepoUrl(f"https://huggingface.co/{repo_id}")
+
+        def upload_folder(self, repo_id, folder_path, **given):
+            from pathlib import Path
+
+            calls.append((repo_id, sorted(path.name for path in Path(folder_path).iterdir()), given))
+
+    monkeypatch.setattr("huggingface_hub.HfApi", Api)
+    assert run.push_to_hub("me/model", token="hf_x", private=True) == "https://huggingface.co/me/model"
+    assert calls[0]["token"] == "hf_x"
+    assert calls[1] == ("me/model", {"private": True, "exist_ok": True})
+    assert calls[2][1] == ["README.md", "config.json", "model.safetensors"]
+    monkeypatch.setattr(Api, "upload_folder", lambda *_, **__: (_ for _ in ()).throw(OSError("no permission")))
+    with pytest.raises(UserError, match=r"me/model: cannot be pushed \(no permission\)"):
+        run.push_to_hub("me/model")
+
+
+def test_names_that_are_not_there(tmp_path):
+    with pytest.raises(UserError, match="no such folder, and not the name of a repository"):
+        Run.from_pretrained("a/b/c")
+    with pytest.raises(UserError, match="nobody/nothing: cannot be downloaded"):
+        Run.from_pretrained("nobody/nothing", local_files_only=True, cache_dir=tmp_path)
+    with pytest.raises(UserError, match="not a trained run"):
+        Run.from_pretrained(tmp_path)
+
+
+def test_nothing_of_others_is_replaced(tmp_path, monkeypatch):
+    (tmp_path / "run").mkdir()
+    run = make_run(tmp_path / "run")
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "file").write_text("mine")
+    with pytest.raises(UserError, match="is there, and is no repository"):
+        run.save_pretrained(tmp_path / "mine")
+    run.save_pretrained(tmp_path / "out")
+    before = sorted(path.name for path in tmp_path.iterdir())
+    monkeypatch.setattr(hub, "model_card", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        run.save_pretrained(tmp_path / "out")
+    assert sorted(path.name for path in tmp_path.iterdir()) == before
+    assert (tmp_path / "out" / "README.md").is_file()
