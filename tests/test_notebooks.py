@@ -2,6 +2,7 @@
 
 import json
 import os
+import socket
 from pathlib import Path
 
 import nbformat
@@ -16,6 +17,12 @@ from tests.making.images import write_image
 
 NOTEBOOKS = Path(__file__).parents[1] / "notebooks"
 FILES = sorted(NOTEBOOKS.glob("*.ipynb"))
+
+
+def free_port():
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]
 
 
 def own_images(root, small):
@@ -53,6 +60,7 @@ PARAMETERS = {
     },
     "attribution": lambda root, small: {"overrides": ["method=iciia", "groups=4", *small]},
     "own_images": own_images,
+    "take_home": lambda root, small: {"overrides": ["groups=4", *small], "port": free_port()},
 }  # fmt: skip
 
 #: What somebody who runs it must see.
@@ -61,6 +69,7 @@ SEEN = {
     "accuracy_vs_overhead": ("iciia N=1 H=4 G=32", "client_prior", "image/png", "of the backbone for each image"),
     "attribution": ("corrected", "influence", "image/png", "even attention: "),
     "own_images": ("9 owners", "image/png", "of the clients lose"),
+    "take_home": ("accuracy_int8", " with the past:", "library_name: iciia_exp", '\\"seen\\": 2', "204"),
 }
 
 
