@@ -21,7 +21,7 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 NOT_IMPORTED = {"tabulate"}
 
 #: Extras whose packages this package imports, where they are needed.
-OPTIONAL = ("video", "dashboard", "faiss", "flower", "route")
+OPTIONAL = ("video", "dashboard", "faiss", "flower", "route", "export", "serve")
 
 
 def names(requirements):

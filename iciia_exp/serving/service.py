@@ -276,7 +276,7 @@ def _features(body: bytes, kind: str, dim: int) -> Tensor | list[bytes]:
     if kind == _FEATURES:
         if not body or len(body) % (4 * dim):
             raise _Refused(422, f"expected float32 numbers, n x {dim}: a multiple of {4 * dim} bytes, got {len(body)}")
-        x_nD = torch.from_numpy(np.frombuffer(body, dtype="<f4").astype(np.float32).reshape(-1, dim))
+        values = np.frombuffer(body, dtype="<f4").astype(np.float32).reshape(-1, dim)
     else:
         try:
             given = json.loads(body)
@@ -291,12 +291,12 @@ def _features(body: bytes, kind: str, dim: int) -> Tensor | list[bytes]:
             values = np.asarray(given["features"], dtype=np.float32)
         except (ValueError, TypeError, OverflowError) as error:
             raise _Refused(422, f"features: expected {dim} numbers, or lists of them") from error
-        x_nD = torch.from_numpy(values if values.ndim == 2 else values[None])
-        if x_nD.ndim != 2 or x_nD.shape[1] != dim or not len(x_nD):
+        if values.ndim not in (1, 2) or values.shape[-1] != dim or not len(values):
             raise _Refused(422, f"features: expected {dim} numbers, or lists of them, got {list(values.shape)}")
-    if not x_nD.isfinite().all():
+        values = values.reshape(-1, dim)
+    if not np.isfinite(values).all():  # NumPy's calls do not wait for PyTorch's threads
         raise _Refused(422, "features: are not finite numbers")
-    return x_nD
+    return torch.from_numpy(values)
 
 
 def _from_base64(values: Any) -> list[bytes]:
@@ -325,11 +325,12 @@ def _decoded(backbone: Backbone, image: bytes) -> Tensor:
 
 def _as_json(client: str, answer: Answer, names: list[str], top: int) -> bytes:
     """Return the most probable classes of every image."""
-    p, index = answer.probabilities_nK.topk(top)
-    rows = [
-        [{"class": names[k], "probability": round(value, 6)} for k, value in zip(ks, values, strict=True)]
-        for ks, values in zip(index.tolist(), p.tolist(), strict=True)
-    ]
+    p_nK = answer.probabilities_nK.numpy()
+    some = np.argpartition(p_nK, -top, axis=1)[:, -top:]
+    rows = []
+    for p_K, some_k in zip(p_nK, some, strict=True):
+        best = sorted(some_k.tolist(), key=p_K.__getitem__, reverse=True)
+        rows.append([{"class": names[k], "probability": round(float(p_K[k]), 6)} for k in best])
     return json.dumps({"client": client, "seen": answer.seen, "kept": answer.kept, "answers": rows}).encode()
 
 
