@@ -33,8 +33,8 @@ if TYPE_CHECKING:
 
 __all__ = [
     *("allocate", "atomic_write", "finished_folder", "folder_name", "is_temporary", "load_tensors", "locked"),
-    *("make_folder", "partial_folder", "read_array", "read_json", "read_parquet", "resolve_cache_dir"),
-    *("save_tensors", "write_json"),
+    *("make_folder", "partial_folder", "read_array", "read_json", "read_parquet", "replacing_folder"),
+    *("resolve_cache_dir", "save_tensors", "write_json"),
 ]
 
 log = logging.getLogger(__name__)
@@ -224,6 +224,27 @@ def make_folder(
                 shutil.rmtree(path)
             os.replace(folder, path)
     return True
+
+
+@contextlib.contextmanager
+def replacing_folder(path: Path, sign: str, what: str) -> Iterator[Path]:
+    """Yield an empty folder that takes the place of ``path`` at the end of the block; after an error nothing is left.
+
+    Args:
+        path: of the folder, which may be new, empty, or one that was made before.
+        sign: a file that such a folder has; another folder is not replaced: a `UserError`.
+        what: the folder in words, for the error.
+    """
+    if path.exists() and not (path / sign).is_file() and (not path.is_dir() or any(path.iterdir())):
+        raise UserError(f"{path}: is there, and is no {what}; choose another folder")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as scratch:
+        made = Path(scratch) / "new"
+        made.mkdir()
+        yield made
+        if path.exists():
+            path.replace(Path(scratch) / "old")
+        made.replace(path)
 
 
 def resolve_cache_dir(cache_dir: str | None) -> Path:

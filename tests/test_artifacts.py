@@ -8,7 +8,15 @@ import time
 import numpy as np
 import pytest
 
-from iciia_exp.artifacts import allocate, atomic_write, finished_folder, make_folder, read_json, write_json
+from iciia_exp.artifacts import (
+    allocate,
+    atomic_write,
+    finished_folder,
+    make_folder,
+    read_json,
+    replacing_folder,
+    write_json,
+)
 from iciia_exp.errors import UserError
 
 
@@ -113,3 +121,25 @@ def test_what_a_kill_left_of_a_write_is_removed_by_the_next_build(tmp_path):
         write_json(folder / "manifest.json", {})
 
     make_folder(tmp_path / "a", "a", build)
+
+
+def test_a_folder_is_replaced_whole_or_not_at_all(tmp_path):
+    out = tmp_path / "deep" / "out"
+    for text in ("first", "second"):
+        with replacing_folder(out, "sign", "export") as folder:
+            (folder / "sign").write_text(text)
+        assert (out / "sign").read_text() == text
+    with pytest.raises(ZeroDivisionError), replacing_folder(out, "sign", "export") as folder:
+        (folder / "sign").write_text("third")
+        1 / 0  # noqa: B018
+    assert (out / "sign").read_text() == "second"
+    assert [path.name for path in out.parent.iterdir()] == ["out"]
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "file").write_text("mine")
+    for path in (tmp_path / "mine", tmp_path / "mine" / "file"):
+        with pytest.raises(UserError, match="is there, and is no export"), replacing_folder(path, "sign", "export"):
+            pass
+    (tmp_path / "empty").mkdir()
+    with replacing_folder(tmp_path / "empty", "sign", "export") as folder:
+        (folder / "sign").touch()
+    assert (tmp_path / "empty" / "sign").is_file()

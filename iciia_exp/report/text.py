@@ -28,6 +28,8 @@ def summary(table: pd.DataFrame) -> pd.DataFrame:
     shown = [column for column in columns_of(table["task"].iloc[0]) if column.title]
     if not table[["published", "published_backbone"]].notna().any(axis=None):
         shown = [column for column in shown if column.key != "published"]
+    if not table["latency_percent"].notna().any():  # no run was exported
+        shown = [column for column in shown if column.key != "latency_percent"]
     shown = [c for c in shown if not c.total or table[c.key].map(str).nunique() > 1]
     alone = backbone_line(table)
     base = {column.title: backbone_cell(alone, column) for column in shown}

@@ -97,6 +97,7 @@ COLUMNS = [
     Column("overhead_percent", "overhead", "cost", console="over-\nhead", wandb="cost", seeds="common"),
     Column("per_image_overhead_percent", "per image", "cost", console="per\nimage", wandb="cost", seeds="common"),
     Column("streaming_overhead_percent", "one more image", "cost", wandb="cost", seeds="common"),
+    Column("latency_percent", "time of one more image", "cost", seeds="common"),
     Column("parameters", "parameters", "number", wandb="cost", seeds="common"),
     Column("state_bytes", "kept", "bytes", seeds="common"),
     Column("client_down_bytes", "down, a client", "bytes", wandb="cost", seeds="common", total=True),

@@ -54,12 +54,23 @@ def load_runs(folders: Iterable[Path]) -> list[dict[str, Any]]:
             except UserError as error:
                 damaged.append(error)
                 continue
-            rows.setdefault(row["evaluation_digest"], row | {"run_dir": path.parent})
+            row |= {"run_dir": path.parent, "latency_percent": _latency(path.parent.parent)}
+            rows.setdefault(row["evaluation_digest"], row)
         if len(damaged) == len(paths):
             raise damaged[0]
         for problem in damaged:
             log.warning("left out: %s", printable(problem))
     return sorted(rows.values(), key=lambda row: str(row.get("finished")))  # of several evaluations the newest counts
+
+
+def _latency(run: Path) -> float | None:
+    """Return the time that a method adds to the backbone for one more image, in percent, by the run's export."""
+    path = run / "export" / "latency.json"
+    try:
+        return float(read_json(path)["added_percent"]["1"]) if path.is_file() else None
+    except (UserError, KeyError, TypeError, ValueError) as error:
+        log.warning("left out: %s: %s", path, printable(error))
+        return None
 
 
 def _check_row(path: Path, row: dict[str, Any]) -> None:

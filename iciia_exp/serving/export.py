@@ -26,9 +26,7 @@ import argparse
 import contextlib
 import json
 import logging
-import shutil
 import sys
-import tempfile
 from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
@@ -38,7 +36,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from iciia_exp.artifacts import save_tensors, write_json
+from iciia_exp.artifacts import replacing_folder, save_tensors, write_json
 from iciia_exp.errors import UserError, check_choice
 from iciia_exp.methods.tune.base import Personal
 from iciia_exp.models.backbones.base import Backbone
@@ -92,13 +90,8 @@ def export(
         raise UserError("int8: is of ONNX alone; use to=onnx")
     if to == "onnx":
         _require_onnx()
-    if out.exists() and not (out / _FILE).is_file() and (not out.is_dir() or any(out.iterdir())):
-        raise UserError(f"{out}: is there, and is no export; choose another folder")
     programs, known = programs_of(run, backbone, images), known_values(run)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    folder = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
-    try:
-        folder.chmod(0o755)
+    with replacing_folder(out, _FILE, "export") as folder:
         facts: dict[str, Any] = {
             "format": _FORMAT,
             "run": run.path.resolve().name,
@@ -124,11 +117,6 @@ def export(
         if latency and to == "onnx":
             write_json(folder / "latency.json", measure(run, folder, programs))
         write_json(folder / _FILE, facts)
-        if out.exists():
-            shutil.rmtree(out)
-        folder.replace(out)
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
     return facts
 
 

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import shutil
 import sys
 import tempfile
 from pathlib import Path
@@ -20,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from iciia_exp.artifacts import atomic_write, save_tensors, write_json
+from iciia_exp.artifacts import atomic_write, replacing_folder, save_tensors, write_json
 from iciia_exp.errors import UserError, first_line
 from iciia_exp.methods.tune.base import Personal
 from iciia_exp.output import exit_status
@@ -57,12 +56,7 @@ def save_pretrained(
     folder = Path(folder)
     if run.info["task"] not in (SINGLE_LABEL, MULTI_LABEL):
         raise UserError(f"{run.method.name}: is not published; methods that classify images are")
-    if folder.exists() and (not folder.is_dir() or (any(folder.iterdir()) and not (folder / CONFIG).is_file())):
-        raise UserError(f"{folder}: is there, and is no repository of a run; choose another folder")
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    made = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
-    try:
-        made.chmod(0o755)
+    with replacing_folder(folder, CONFIG, "repository of a run") as made:
         write_json(made / CONFIG, run.info)
         tensors = {f"method.{key}": tensor for key, tensor in run.method.state_dict().items()}
         tensors |= {f"head.{key}": tensor for key, tensor in run.head.state_dict().items()}
@@ -74,11 +68,6 @@ def save_pretrained(
             write_json(made / RESULTS, row)
         with atomic_write(made / CARD) as file:
             file.write(model_card(run, row, name or folder.name, license, backbone is not None))
-        if folder.exists():
-            shutil.rmtree(folder)
-        made.replace(folder)
-    finally:
-        shutil.rmtree(made, ignore_errors=True)
     return folder
 
 

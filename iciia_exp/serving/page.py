@@ -20,6 +20,7 @@ import tempfile
 from importlib.resources import files
 from pathlib import Path
 
+from iciia_exp.artifacts import replacing_folder
 from iciia_exp.errors import UserError, first_line
 from iciia_exp.methods.adapt.base import Adaptive
 from iciia_exp.models.backbones.base import Backbone
@@ -48,14 +49,10 @@ def make_page(run: Run, out: str | Path, backbone: Backbone, runtime: str | Path
     out = Path(out)
     if not isinstance(run.method, Adaptive) or not run.method.state_width:
         raise UserError(f"{run.method.name}: keeps no past images; choose a method that adapts, such as iciia")
-    if out.exists() and (not out.is_dir() or (any(out.iterdir()) and not (out / "page.js").is_file())):
-        raise UserError(f"{out}: is there, and is no page of a run; choose another folder")
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as scratch:
-        made = Path(scratch) / "page"
-        made.mkdir()
+    with replacing_folder(out, "page.js", "page of a run") as made, tempfile.TemporaryDirectory() as scratch:
         _write_runtime(Path(runtime) if runtime is not None else _packed(Path(scratch)), made)
-        facts = export(run, Path(scratch) / "export", "onnx", backbone, "float", latency=False)
+        exported = Path(scratch) / "export"
+        facts = export(run, exported, "onnx", backbone, "float", latency=False)
         shape = facts["programs"]["backbone"]["inputs"]["images"]["shape"]
         model = {
             "facts": {
@@ -68,14 +65,11 @@ def make_page(run: Run, out: str | Path, backbone: Backbone, runtime: str | Path
                 "state": run.method.state_width,
                 "history": max(1, run.images - 1),
             },
-            **{name: _base64(Path(scratch) / "export" / f"{name}.onnx") for name in ("backbone", "step")},
+            **{name: _base64(exported / f"{name}.onnx") for name in ("backbone", "step")},
         }
         (made / "model.js").write_text(f"const MODEL = {_as_script(model)};\n", encoding="utf-8")
         for name in _OWN:
             (made / name).write_bytes((files("iciia_exp.serving") / "demo" / name).read_bytes())
-        if out.exists():
-            shutil.rmtree(out)
-        made.replace(out)
     return out
 
 

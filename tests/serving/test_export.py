@@ -11,6 +11,8 @@ from torch import nn
 from iciia_exp.config.paths import CONF_DIR
 from iciia_exp.engine.execute import execute
 from iciia_exp.errors import UserError
+from iciia_exp.report.text import summary
+from iciia_exp.results.tables import load_runs, settings
 from iciia_exp.serving import export as exporting
 from iciia_exp.serving.export import export, main
 from iciia_exp.serving.programs import check_program, exported, onnx_session, open_program, programs_of, write_program
@@ -103,6 +105,11 @@ def test_a_run_with_its_backbone(finished, capsys, tmp_path):
     assert abs(facts["int8"]["accuracy_int8"] - facts["int8"]["accuracy"]) < 0.1
     latency = json.loads((folder / "latency.json").read_text())
     assert latency["milliseconds"]["step"]["1"]["median"] > 0
+    table = settings(load_runs([finished]))
+    assert table["latency_percent"].tolist() == [latency["added_percent"]["1"]]
+    assert "time of one more image" in summary(table)
+    (folder / "latency.json").write_text("[]")
+    assert "time of one more image" not in summary(settings(load_runs([finished])))
     row = run.results
     assert latency["added_macs_percent"] == pytest.approx(row["streaming_overhead_percent"])
 
