@@ -44,7 +44,7 @@ from iciia_exp.output import exit_status
 from iciia_exp.serving.run import Run
 from iciia_exp.serving.scheduler import Answer, Busy, Scheduler, UnknownClient, about
 from iciia_exp.serving.session import KEEP, ClientSession
-from iciia_exp.serving.states import ClientStore, RedisStore, SqliteStore
+from iciia_exp.serving.states import ClientStore, RedisStore, SqliteStore, StoreError
 
 __all__ = ["Limits", "main", "make_app", "open_store"]
 
@@ -136,7 +136,7 @@ def make_app(
         except UnknownClient as error:
             status = 404
             return JSONResponse({"error": str(error)}, status)
-        except Busy as error:
+        except (Busy, StoreError) as error:
             status = 503
             return JSONResponse({"error": str(error)}, status, {"Retry-After": "1"})
         except UserError as error:

@@ -19,7 +19,11 @@ from typing import Any, NamedTuple
 
 from iciia_exp.errors import UserError, first_line
 
-__all__ = ["Change", "ClientStore", "RedisStore", "SqliteStore", "Stored"]
+__all__ = ["Change", "ClientStore", "RedisStore", "SqliteStore", "StoreError", "Stored"]
+
+
+class StoreError(UserError):
+    """States cannot be read or written now."""
 
 
 class Stored(NamedTuple):
@@ -195,9 +199,10 @@ class SqliteStore(ClientStore):
                 [(c.client, place, row) for c in changes for place, row in c.rows.items()],
             )
             self._db.execute("COMMIT")
-        except BaseException:
-            self._db.execute("ROLLBACK")
-            raise
+        except sqlite3.Error as error:
+            with suppress(sqlite3.Error):  # where SQLite has taken it back itself
+                self._db.execute("ROLLBACK")
+            raise StoreError(f"{self.path}: cannot be written ({first_line(error)})") from error
         return versions
 
     def delete(self, client: str) -> bool:
@@ -273,14 +278,14 @@ class RedisStore(ClientStore):
         return f"{self._prefix}{client}"
 
     def _all(self, calls: Sequence[tuple[Any, ...]]) -> list[Any]:
-        """Send commands together; raises a `UserError` if the server is gone."""
+        """Send commands together; raises a `StoreError` if the server is gone."""
         pipe = self._db.pipeline(transaction=False)
         for call in calls:
             pipe.execute_command(*call)
         try:
             return pipe.execute()
         except self._error as error:
-            raise UserError(f"the Redis server does not answer ({first_line(error)})") from error
+            raise StoreError(f"the Redis server does not answer ({first_line(error)})") from error
 
     def versions(self, clients: Sequence[str]) -> list[int]:
         """Return the current version of each client."""
@@ -311,7 +316,7 @@ class RedisStore(ClientStore):
         try:
             return [version * int(done) for version, done in zip(versions, pipe.execute(), strict=True)]
         except self._error as error:
-            raise UserError(f"the Redis server does not answer ({first_line(error)})") from error
+            raise StoreError(f"the Redis server does not answer ({first_line(error)})") from error
 
     def delete(self, client: str) -> bool:
         """Forget a client."""

@@ -350,6 +350,21 @@ def test_stores(tmp_path, redis_url):
         store.close()
 
 
+def test_states_that_cannot_be_written(run, tmp_path):
+    store = open_store(str(tmp_path / "states"), run, 5, "recent")
+    x = torch.randn(2, D)
+    with TestClient(make_app(run, store, 5)) as client:
+        ask(client, "c", x[:1])
+        pages = store._db.execute("PRAGMA page_count").fetchone()[0]
+        store._db.execute(f"PRAGMA max_page_count = {pages}")  # as a full disk
+        failed = [client.post(f"/clients/{i}/predict", content=x.numpy().tobytes(), headers=BINARY) for i in range(40)]
+        assert {answer.status_code for answer in failed} == {200, 503}
+        assert "cannot be written" in failed[-1].json()["error"]
+        store._db.execute("PRAGMA max_page_count = 1000000")
+        torch.testing.assert_close(ask(client, "39", x), alone(run, "39", x), atol=1e-6, rtol=1e-5)
+        torch.testing.assert_close(ask(client, "c", x[1:]), alone(run, "c", x)[1:], atol=1e-6, rtol=1e-5)
+
+
 def test_the_oldest_clients_of_too_many_are_forgotten(tmp_path):
     store = SqliteStore(tmp_path / "s", {}, most=2)
     for name in "abc":
