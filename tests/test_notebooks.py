@@ -53,6 +53,14 @@ def own_images(root, small):
     }
 
 
+#: Two models that draw noise: they differ in it.
+SCENES = (
+    *("logger=none", "trainer=cpu", "training.recipe.epochs=1", "backbone.recipe.epochs=1"),
+    *("dataset.sizes={backbone: 32, train: 40, val: 20, test: 20}", "backbone.model.pictures=1"),
+    *("backbone.model.device_channels=[8,8,8]", "backbone.model.cloud_channels=[8,8,16]"),
+    *("backbone.model.device_steps=1", "backbone.model.cloud_steps=4"),
+)
+
 PARAMETERS = {
     "quickstart": lambda root, small: {"overrides": ["method=iciia", "groups=4", *small]},
     "accuracy_vs_overhead": lambda root, small: {
@@ -60,6 +68,7 @@ PARAMETERS = {
     },
     "attribution": lambda root, small: {"overrides": ["method=iciia", "groups=4", *small]},
     "own_images": own_images,
+    "routing": lambda root, small: {"overrides": list(SCENES), "methods": ["route_t2i", "fixed_router"]},
     "take_home": lambda root, small: {"overrides": ["groups=4", *small], "port": free_port()},
 }  # fmt: skip
 
@@ -69,6 +78,7 @@ SEEN = {
     "accuracy_vs_overhead": ("iciia N=1 H=4 G=32", "client_prior", "image/png", "of the backbone for each image"),
     "attribution": ("corrected", "influence", "image/png", "even attention: "),
     "own_images": ("9 owners", "image/png", "of the clients lose"),
+    "routing": ("standard_error", "delta_p_at_half", "decided by", "image/png"),
     "take_home": ("accuracy_int8", " with the past:", "library_name: iciia_exp", '\\"seen\\": 2', "204"),
 }
 
