@@ -84,7 +84,7 @@ COLUMNS = [
     Column("delta_p", "delta P", console="delta P", wandb="test", task=QUALITY),
     Column("win_rate_at_half", "win rate at half", console="at half:\nwins", wandb="test", task=QUALITY),
     Column("delta_p_at_half", "delta P at half", console="at half:\ndelta P", wandb="test", task=QUALITY),
-    Column("rank_correlation", "rank correlation", console="rank\ncorr.", wandb="test", task=QUALITY),
+    Column("rank_correlation", "rank correlation", console="rank\ncorr.", wandb="test", interval=True, task=QUALITY),
     Column("quality_area", "area", wandb="test", task=QUALITY),
     Column("worst_decile", "worst decile", console="worst\ndecile", wandb="test", backbone=True),
     Column("gain_where_backbone_is_worst", form="gain"),

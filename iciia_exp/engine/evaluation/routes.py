@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import torch
-from scipy.stats import spearmanr
+from scipy.stats import rankdata, spearmanr
 
 from iciia_exp.data.batches import ClientIndex, FeatureBatches, cut_chunks
 from iciia_exp.data.clients import Clients
@@ -19,10 +19,12 @@ from iciia_exp.engine.evaluation.history import Setup
 from iciia_exp.methods.route.base import PromptRouter, Routed
 from iciia_exp.results.routing import LEVELS, area, chosen, delta_p, route_curve, saved, to_cloud, win_rate, wins
 from iciia_exp.results.summary import ClientCounts, summarise
+from iciia_exp.seeding import generator
 
 __all__ = ["route_counts", "route_measures", "routes_table"]
 
 _CLIENTS = 16  # of a batch
+_RESAMPLES = 1000
 
 #: Figures with their errors and intervals over prompts.
 _BY_PROMPT = {
@@ -111,6 +113,7 @@ def route_measures(method: PromptRouter, table: pd.DataFrame) -> tuple[dict[str,
         "delta_p_at_half": float(half["delta_p"]) / 100,
         "win_rate_at_half": float(half["win_rate"]),
         "rank_correlation": _rank(score_N, prs_N),
+        **_rank_interval(score_N, prs_N),
         "quality": float(chosen(q_N2K, cloud_N).mean()),
         "quality_area": area(curve, "quality"),
         "win_rate": win_rate(prs_N, cloud_N),
@@ -171,6 +174,22 @@ def _rank(one_N: np.ndarray, other_N: np.ndarray) -> float | None:
     if np.ptp(one_N) == 0 or np.ptp(other_N) == 0:
         return None
     return float(spearmanr(one_N, other_N).statistic)
+
+
+def _rank_interval(score_N: np.ndarray, prs_N: np.ndarray) -> dict[str, float | None]:
+    """Return the 95 % interval of the rank correlation over prompts, by the percentiles of a bootstrap."""
+    rng, found, left = generator("bootstrap", 0), [], _RESAMPLES
+    while left > 0:
+        some = min(left, max(1, (1 << 21) // len(score_N)))  # resamples at a time: some 100 MiB
+        drawn_RN = rng.integers(len(score_N), size=(some, len(score_N)))
+        # their ranks, equal ones averaged, then Pearson's correlation
+        ranks = [rankdata(values[drawn_RN], axis=1) for values in (score_N, prs_N)]
+        one_RN, other_RN = (rank - rank.mean(1, keepdims=True) for rank in ranks)
+        size_R = np.sqrt((one_RN**2).sum(1) * (other_RN**2).sum(1))
+        found.append(np.divide((one_RN * other_RN).sum(1), size_R, out=np.full(some, np.nan), where=size_R > 0))
+        left -= some
+    low, high = np.percentile(np.concatenate(found), [2.5, 97.5])
+    return {"rank_correlation_low": _known(float(low)), "rank_correlation_high": _known(float(high))}
 
 
 def _known(value: float) -> float | None:

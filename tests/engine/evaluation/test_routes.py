@@ -5,6 +5,7 @@ import pandas as pd
 import pytest
 from scipy.stats import spearmanr
 
+from iciia_exp.data.scenes import TRUTHS
 from iciia_exp.engine.evaluation.routes import route_counts, route_measures, routes_table
 from iciia_exp.report.figures import by_share
 from iciia_exp.results import plots
@@ -50,6 +51,13 @@ def test_figures_of_the_results(routed):
     assert figures["cloud_share"] == table["cloud"].mean()
     assert figures["share_low"] < figures["expected_share"] <= 0.4 < figures["share_high"]
     assert figures["accuracy"] == figures["win_rate"]
+    low, high = figures["rank_correlation_low"], figures["rank_correlation_high"]
+    assert low < figures["rank_correlation"] < high
+    rng, found = np.random.default_rng(1), []
+    for _ in range(1000):
+        some = table.iloc[rng.integers(len(table), size=len(table))]
+        found.append(spearmanr(some["score"], some["superiority"]).statistic)
+    assert [low, high] == pytest.approx(np.percentile(found, [2.5, 97.5]), abs=0.04)
     by_router = curves.groupby("router")["delta_p"]
     assert (by_router.get_group("oracle").to_numpy() >= by_router.get_group("router").to_numpy() - 1e-9).all()
     assert figures["quality_area"] > 0
@@ -73,3 +81,27 @@ def test_plots(routed, tmp_path):
     labels = [text.get_text() for text in figure.legends[0].get_texts()]
     assert labels == ["by true PRS", "at random", "route_t2i"]
     assert by_share(settings.iloc[1:], "prompts") is None
+
+
+def test_what_is_right_in_the_pictures(routed):
+    method, table = routed
+    rng = np.random.default_rng(0)
+    true = {f"{side}_true_{name}": rng.random(len(table)) for side in ("device", "cloud") for name in TRUTHS}
+    table = table.assign(
+        **true,
+        device_place=0.5,
+        cloud_place=0.5,
+        device_size=0.1,
+        cloud_size=0.2,
+        **{f"{side}_digit": true[f"{side}_true_digit"] ** 2 for side in ("device", "cloud")},
+    )
+    figures, curves = route_measures(method, table)
+    assert figures["agreement_digit"] == pytest.approx(1)
+    assert figures["agreement_difference_digit"] > 0.9
+    assert figures["agreement_place"] is None
+    right = {side: table[[f"{side}_true_{name}" for name in TRUTHS]].mean(axis=1) for side in ("device", "cloud")}
+    assert figures["truth"] == pytest.approx(np.where(table["cloud"], right["cloud"], right["device"]).mean())
+    of_router = curves[curves["router"] == "router"].set_index("share")["truth"]
+    assert of_router[0.0] == pytest.approx(right["device"].mean())
+    assert of_router[1.0] == pytest.approx(right["cloud"].mean())
+    assert figures["truth_at_half"] == of_router[0.5]
