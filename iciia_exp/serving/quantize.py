@@ -5,8 +5,9 @@ Legend: C clients, S images of a client, D features, K classes.
 
 from __future__ import annotations
 
+import contextlib
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,12 +34,12 @@ def quantize(run: Run, folder: Path, programs: Sequence[Program]) -> dict[str, A
     """
     from onnxruntime.quantization import QuantType, quantize_dynamic
 
-    logging.getLogger("root").setLevel(logging.ERROR)  # it advises steps that need other packages
     sizes = {}
-    for program in programs:
-        path = folder / f"{program.name}.int8.onnx"
-        quantize_dynamic(folder / f"{program.name}.onnx", path, weight_type=QuantType.QInt8)
-        sizes[program.name] = path.stat().st_size
+    with _quiet():
+        for program in programs:
+            path = folder / f"{program.name}.int8.onnx"
+            quantize_dynamic(folder / f"{program.name}.onnx", path, weight_type=QuantType.QInt8)
+            sizes[program.name] = path.stat().st_size
     name = next(p.name for p in programs if p.name in ("together", "classify"))
     found: dict[str, Any] = {"bytes": sizes, "accuracy": None, "accuracy_int8": None}
     try:
@@ -55,6 +56,18 @@ def quantize(run: Run, folder: Path, programs: Sequence[Program]) -> dict[str, A
             total += labels.numel()
         found[key] = right / total
     return found
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Leave out what onnxruntime logs: advice to take steps that need other packages."""
+    root = logging.getLogger()
+    level = root.level
+    root.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        root.setLevel(level)
 
 
 def test_batches(run: Run) -> list[ClientBatch]:

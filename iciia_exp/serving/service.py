@@ -389,13 +389,13 @@ def _serve(options: argparse.Namespace) -> int:
             raise UserError(f"{options.token_file}: cannot be read ({first_line(error)})") from error
     if token == "":
         raise UserError("the token is empty")
-    torch.set_num_threads(options.threads or max(1, (os.cpu_count() or 1) - 1))
     run = Run.load(options.run)
     backbone = run.load_backbone(options.weights) if options.with_backbone or options.weights else None
     states = options.states or str(run.path / "states.sqlite")
     store = open_store(states, run, options.history, options.keep, options.ttl, options.max_clients)
     app = make_app(run, store, options.history, options.keep, backbone, token, Limits(options.max_body))
     print(f"http://{options.host}:{options.port}: {run.method.name}, states in {states}", flush=True)
+    torch.set_num_threads(options.threads or max(1, (os.cpu_count() or 1) - 1))
     uvicorn.run(app, host=options.host, port=options.port, log_level="warning", access_log=False)
     return 0
 

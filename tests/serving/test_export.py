@@ -1,6 +1,7 @@
 """Exported programs: every method with free numbers of clients and images, and whole exports of runs."""
 
 import json
+import logging
 from types import SimpleNamespace
 
 import numpy as np
@@ -79,8 +80,10 @@ def finished(stages, undrawn):
 
 
 def test_a_run_with_its_backbone(finished, capsys, tmp_path):
+    level = logging.getLogger().level
     assert main([str(finished), "--with-backbone", "--int8", "--images", "float"]) == 0
     printed = capsys.readouterr().out
+    assert logging.getLogger().level == level
     folder, run = finished / "export", Run.load(finished)
     assert "step: features [clients, 32]" in printed
     facts = json.loads((folder / "export.json").read_text())
