@@ -95,6 +95,11 @@ class ClientStates:
     def __len__(self) -> int:
         return len(self._client)
 
+    @property
+    def clients(self) -> np.ndarray:
+        """Numbers of the clients that have a state, ascending, int64."""
+        return self._client
+
     def has(self, client: int) -> bool:
         """Return whether a client has a state."""
         place = int(np.searchsorted(self._client, client))

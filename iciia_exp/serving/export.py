@@ -60,8 +60,7 @@ def known_values(run: Run, most: int = 2048) -> dict[str, Tensor]:
         rows = np.sort(run.partition.test.values)[:most]
         found["features"] = torch.from_numpy(np.asarray(run.features.array()[rows], dtype=np.float32))
     if isinstance(run.method, Personal) and run.method.states is not None:
-        numbers = [number for number in range(len(run.partition.ids)) if run.method.states.has(number)]
-        found |= run.method.states.of(torch.tensor(numbers[:8]))
+        found |= run.method.states.of(torch.from_numpy(run.method.states.clients[:8]))
     return found
 
 
@@ -126,10 +125,8 @@ def _write_states(run: Run, folder: Path) -> None:
     states = run.method.states
     if states is None:
         return
-    numbers = [number for number in range(len(run.partition.ids)) if states.has(number)]
-    tensors = states.of(torch.tensor(numbers, dtype=torch.int64))
-    save_tensors(folder / "states.safetensors", tensors)
-    write_json(folder / "clients.json", {"clients": [str(run.partition.ids[number]) for number in numbers]})
+    save_tensors(folder / "states.safetensors", states.of(torch.from_numpy(states.clients)))
+    write_json(folder / "clients.json", {"clients": run.partition.ids[states.clients].tolist()})
 
 
 def _require_onnx() -> None:

@@ -58,9 +58,7 @@ def save_pretrained(
         raise UserError(f"{run.method.name}: is not published; methods that classify images are")
     with replacing_folder(folder, CONFIG, "repository of a run") as made:
         write_json(made / CONFIG, run.info)
-        tensors = {f"method.{key}": tensor for key, tensor in run.method.state_dict().items()}
-        tensors |= {f"head.{key}": tensor for key, tensor in run.head.state_dict().items()}
-        save_tensors(made / WEIGHTS, tensors)
+        save_tensors(made / WEIGHTS, run.tensors)
         if backbone is not None:
             save_tensors(made / BACKBONE, backbone.state_dict())
         row = _shown_results(run)

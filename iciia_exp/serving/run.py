@@ -73,11 +73,15 @@ def save_method(folder: Path, method: Method, head: nn.Linear, config: dict[str,
         facts: further keys of ``run.json``: ``task``, ``class_names``, ``images``, ``features``, ``backbone``, and
             ``arrays``.
     """
-    tensors = {f"method.{name}": t for name, t in method.state_dict().items()}
-    tensors |= {f"head.{name}": t for name, t in head.state_dict().items()}
     sizes = {"dim": head.in_features, "num_classes": head.out_features}
     write_json(folder / "run.json", {"format": FORMAT, "method": store(config), **sizes, **facts})
-    save_tensors(folder / "weights.safetensors", tensors)
+    save_tensors(folder / "weights.safetensors", _tensors(method, head))
+
+
+def _tensors(method: Method, head: nn.Linear) -> dict[str, Tensor]:
+    """Return the weights as they are stored."""
+    tensors = {f"method.{name}": t for name, t in method.state_dict().items()}
+    return tensors | {f"head.{name}": t for name, t in head.state_dict().items()}
 
 
 @dataclass(frozen=True)
@@ -180,6 +184,11 @@ class Run:
     ) -> str:
         """Upload the run to the hub and return its address; see `iciia_exp.serving.hub.push_to_hub`."""
         return hub.push_to_hub(self, repo_id, backbone, license, **options)
+
+    @property
+    def tensors(self) -> dict[str, Tensor]:
+        """The weights of method and classifier, as they are stored."""
+        return _tensors(self.method, self.head)
 
     @property
     def class_names(self) -> list[str]:

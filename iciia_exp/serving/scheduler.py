@@ -239,9 +239,9 @@ class Scheduler:
 
     def _load(self, requests: Sequence[_Request]) -> list[ClientSession | None]:
         """Return the sessions of requests, as they are stored when a request starts."""
-        starting = [request for request in requests if not request.done]
         if self.personal:
             return [self._personal_session(request) for request in requests]
+        starting = [request for request in requests if not request.done]
         cached = {r.client: self._sessions[r.client][1:] for r in starting if r.client in self._sessions}
         current = dict(zip(cached, self.store.versions(list(cached)), strict=True)) if self.store.shared else {}
         stale = [

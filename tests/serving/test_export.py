@@ -72,14 +72,8 @@ def test_wrong_numbers_are_refused():
         check_program(program, lambda *a: 1 / 0, {})
 
 
-@pytest.fixture
-def finished(stages, undrawn):
-    made = stages("groups=4")
-    execute(made)
-    return made.run.folder
-
-
 def test_a_run_with_its_backbone(finished, capsys, tmp_path):
+    finished = finished.run.folder
     level = logging.getLogger().level
     assert main([str(finished), "--with-backbone", "--int8", "--images", "float"]) == 0
     printed = capsys.readouterr().out
@@ -137,6 +131,7 @@ def test_states_are_exported_for_methods_whose_devices_learn(stages, undrawn, tm
 
 
 def test_nothing_is_left_of_a_failed_export(finished, tmp_path, monkeypatch):
+    finished = finished.run.folder
     run, out = Run.load(finished), tmp_path / "out"
     export(run, out, "torch")
     before = (out / "export.json").read_bytes()
@@ -148,6 +143,7 @@ def test_nothing_is_left_of_a_failed_export(finished, tmp_path, monkeypatch):
 
 
 def test_wrong_arguments(finished, tmp_path):
+    finished = finished.run.folder
     run = Run.load(finished)
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "mine.txt").write_text("mine")

@@ -7,7 +7,6 @@ import pytest
 import torch
 from huggingface_hub import ModelCard
 
-from iciia_exp.engine.execute import execute
 from iciia_exp.errors import UserError
 from iciia_exp.serving import hub
 from iciia_exp.serving.hub import main
@@ -15,13 +14,6 @@ from iciia_exp.serving.run import Run
 from tests.serving.test_session import D, make_run
 
 pytestmark = pytest.mark.usefixtures("undrawn")
-
-
-@pytest.fixture
-def finished(stages):
-    made = stages("groups=4")
-    execute(made)
-    return made
 
 
 def test_a_folder_is_all_that_is_needed(finished, tmp_path, capsys):

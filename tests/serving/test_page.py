@@ -7,7 +7,6 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from iciia_exp.engine.execute import execute
 from iciia_exp.errors import UserError
 from iciia_exp.serving import page
 from iciia_exp.serving.page import main, make_page
@@ -40,10 +39,8 @@ def browser():
 
 
 @pytest.fixture
-def run(stages):
-    made = stages("groups=4")
-    execute(made)
-    return Run.load(made.run.folder)
+def run(finished):
+    return Run.load(finished.run.folder)
 
 
 def png(picture):

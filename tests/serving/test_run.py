@@ -13,13 +13,6 @@ from tests.making.damage import unchecked
 pytestmark = pytest.mark.usefixtures("undrawn")
 
 
-@pytest.fixture
-def finished(stages):
-    made = stages("groups=4")
-    execute(made)
-    return made
-
-
 def test_from_the_run_directory_alone(finished, tmp_path):
     moved = tmp_path / "elsewhere"
     shutil.move(finished.run.folder, moved)
