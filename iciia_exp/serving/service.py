@@ -175,20 +175,20 @@ def make_app(
             body = await body_of(request)
             if kind in ("application/json", _FEATURES):
                 given = _features(body, kind, dim)
-                encoded = given if isinstance(given, list) else None
-                future = None if encoded is not None else scheduler.submit(name, _limited(given, limits.images))  # type: ignore[arg-type]
             elif kind.startswith("image/"):
-                encoded, future = [body], None
+                given = [body]
             else:
                 some = f"application/json, {_FEATURES}, image/jpeg or image/png"
                 raise _Refused(415, f"Content-Type is {kind or 'missing'}; expected {some}")
-            if future is None:
-                if backbone is None:
-                    raise _Refused(415, "this service takes features; start it --with-backbone for images")
-                if len(encoded or ()) > limits.images:
-                    raise _Refused(413, f"more than {limits.images:,} images")
+            if len(given) > limits.images:
+                raise _Refused(413, f"{len(given):,} images; at most {limits.images:,} in a request")
+            if isinstance(given, Tensor):
+                future = scheduler.submit(name, given)
+            elif backbone is None:
+                raise _Refused(415, "this service takes features; start it --with-backbone for images")
+            else:
                 loop = asyncio.get_running_loop()
-                decode = [loop.run_in_executor(decoders, _decoded, backbone, image) for image in encoded or ()]
+                decode = [loop.run_in_executor(decoders, _decoded, backbone, image) for image in given]
                 future = scheduler.submit(name, images=await asyncio.gather(*decode))
             answer = await asyncio.wrap_future(future)
             images.inc(len(answer.probabilities_nK))
@@ -306,12 +306,6 @@ def _from_base64(values: Any) -> list[bytes]:
         return [base64.b64decode(value, validate=True) for value in values]
     except binascii.Error as error:
         raise _Refused(422, f"images: is not base64 ({first_line(error)})") from error
-
-
-def _limited(x_nD: Tensor, most: int) -> Tensor:
-    if len(x_nD) > most:
-        raise _Refused(413, f"{len(x_nD):,} images; at most {most:,} in a request")
-    return x_nD
 
 
 def _decoded(backbone: Backbone, image: bytes) -> Tensor:
