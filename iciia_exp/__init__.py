@@ -14,7 +14,8 @@ __all__ = ["ClientSession", "Run", "__version__", "client_data", "predict_togeth
 if TYPE_CHECKING:
     from iciia_exp.engine.jobs import client_data, run_experiment
     from iciia_exp.serving.run import Run
-    from iciia_exp.serving.session import ClientSession, predict_together
+    from iciia_exp.serving.session import ClientSession
+    from iciia_exp.serving.together import predict_together
 
 
 def __getattr__(name: str) -> Any:
@@ -27,8 +28,12 @@ def __getattr__(name: str) -> Any:
         from iciia_exp.engine import jobs
 
         return getattr(jobs, name)
-    if name in ("ClientSession", "predict_together"):
-        from iciia_exp.serving import session
+    if name == "ClientSession":
+        from iciia_exp.serving.session import ClientSession
 
-        return getattr(session, name)
+        return ClientSession
+    if name == "predict_together":
+        from iciia_exp.serving.together import predict_together
+
+        return predict_together
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

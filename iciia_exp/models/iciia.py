@@ -6,7 +6,8 @@ Two differences from the released code: layers are initialised independently (th
 attention can be causal. An image then attends to itself and the client's earlier images, whose keys and values never
 change, so that one more image costs one step.
 
-Legend: C clients, S images of a client, P images of its past, D features, K classes, N layers, H heads, G groups.
+Legend: C clients, S images of a client, P images of its past, n new images, D features, K classes, N layers, H heads,
+G groups.
 """
 
 from __future__ import annotations
@@ -115,6 +116,22 @@ class ICIIA(nn.Module):
             x_CD, state_2CD = layer.step(x_CD, past_2CPD, attended)  # type: ignore[operator]
             states.append(state_2CD)
         return F.relu(x_CD), torch.stack(states).permute(2, 0, 1, 3).flatten(1)
+
+    def encode_steps(self, x_CnD: Tensor, memory_CSE: Tensor, visible_CnS: Tensor | None) -> Tensor:
+        """Return the classifier's input for some more images of each client, [C, n, D].
+
+        The attention must be as for `encode_step`.
+
+        Args:
+            x_CnD: the images.
+            memory_CSE: states of each client's past images; those of the new ones are written into the last n places.
+            visible_CnS: True where an image, of the last n, sees a place; None where each sees all.
+        """
+        attended = None if visible_CnS is None else visible_CnS[:, None]
+        memory_N2CSD = memory_CSE.unflatten(2, (len(self.layers), 2, self.dim)).permute(2, 3, 0, 1, 4)
+        for layer, memory_2CSD in zip(self.layers, memory_N2CSD, strict=True):
+            x_CnD = layer.steps(x_CnD, memory_2CSD, attended)  # type: ignore[operator]
+        return F.relu(x_CnD)
 
     def forward(self, x_CSD: Tensor, mask_CS: Tensor | None = None) -> Tensor:
         """Return the logits, [C, S, K]."""

@@ -6,7 +6,7 @@ instead of a broadcast and a sum, with small groups joined to blocks that a CPU 
 through PyTorch's fused kernel; and it can be causal, so that the newest image of a client costs one step, with the keys
 and values of the others kept.
 
-Legend: C clients, S images of a client, P images of its past, D features, H heads, G groups, M vectors.
+Legend: C clients, S images of a client, P images of its past, n new images, D features, H heads, G groups, M vectors.
 """
 
 import math
@@ -84,6 +84,22 @@ class ImageAttention(nn.Module):
         y_CH1d = F.scaled_dot_product_attention(q_CH1d, all_2CHTd[0], all_2CHTd[1], attn_mask=visible)
         return self.out(y_CH1d.reshape(C, D)), state_2CD
 
+    def steps(self, x_CnD: Tensor, memory_2CSD: Tensor, visible: Tensor | None) -> Tensor:
+        """Return the attention's output for some more images, [C, n, D].
+
+        Args:
+            x_CnD: the images.
+            memory_2CSD: keys and values of the past images; those of the new ones are written into the last n places.
+            visible: bool [C, 1, n, S], the images themselves last; None where all are.
+        """
+        C, n, D = x_CnD.shape
+        q_CnD, k_CnD, v_CnD = self.qkv(x_CnD).view(C, n, 3, D).unbind(2)
+        memory_2CSD[0, :, -n:], memory_2CSD[1, :, -n:] = k_CnD, v_CnD
+        all_2CHSd = memory_2CSD.unflatten(3, (self.heads, -1)).transpose(2, 3)
+        q_CHnd = q_CnD.unflatten(2, (self.heads, -1)).transpose(1, 2)
+        y_CHnd = F.scaled_dot_product_attention(q_CHnd, all_2CHSd[0], all_2CHSd[1], attn_mask=visible)
+        return self.out(y_CHnd.transpose(1, 2).reshape(C, n, D))
+
 
 class EncoderLayer(nn.Module):
     """Post-norm transformer layer over images: attention, then a D -> D -> D perceptron, both with residuals.
@@ -118,6 +134,11 @@ class EncoderLayer(nn.Module):
         assert isinstance(self.attention, ImageAttention)
         y_CD, state_2CD = self.attention.step(x_CD, past_2CPD, visible)
         return self._perceptron(self.norm1(x_CD + y_CD)), state_2CD
+
+    def steps(self, x_CnD: Tensor, memory_2CSD: Tensor, visible: Tensor | None) -> Tensor:
+        """Return the output for some more images, [C, n, D]; see `ImageAttention.steps`."""
+        assert isinstance(self.attention, ImageAttention)
+        return self._perceptron(self.norm1(x_CnD + self.attention.steps(x_CnD, memory_2CSD, visible)))
 
     def _perceptron(self, x: Tensor) -> Tensor:
         hidden = self.dropout(F.relu_(self.linear1(x)))

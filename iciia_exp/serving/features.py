@@ -14,7 +14,7 @@ from torch import Tensor
 from iciia_exp.errors import UserError
 from iciia_exp.methods.base import Method
 
-__all__ = ["as_arrays", "as_features", "check_answers", "numeric"]
+__all__ = ["all_finite", "as_arrays", "as_features", "check_answers", "check_features", "numeric"]
 
 
 def numeric(value: Any) -> bool:
@@ -46,9 +46,23 @@ def as_features(value: Any, who: str, shape: str) -> Tensor:
     return value.detach().cpu().float()
 
 
+def all_finite(values: Tensor) -> bool:
+    """Return whether all numbers are finite; a sum, which reads them once, mostly says so."""
+    return bool(values.sum().isfinite()) or bool(values.isfinite().all())
+
+
+def check_features(x_CD: Tensor, clients: Sequence[str], dim: int, finite: bool = True) -> Tensor:
+    """Return the features; the error names the first client with features of a wrong shape or not finite."""
+    if x_CD.ndim != 2 or x_CD.shape[1] != dim:
+        raise UserError(f"{clients[0]}: features have shape {list(x_CD.shape[1:])}, the run wants [{dim}]")
+    if finite and not all_finite(x_CD):
+        raise UserError(f"{clients[int(x_CD.isfinite().all(1).int().argmin())]}: features are not finite numbers")
+    return x_CD
+
+
 def check_answers(who: str, *tensors: Tensor) -> None:
     """Raise a `UserError` if an answer or a new state is not finite."""
-    if not all(bool(tensor.isfinite().all()) for tensor in tensors):
+    if not all(map(all_finite, tensors)):
         problem = "the answer is not finite: the features are too large for the method; are they those of the run?"
         raise UserError(f"{who}: {problem}")
 

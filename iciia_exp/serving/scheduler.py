@@ -1,7 +1,7 @@
 """Scheduler: answers the requests of many clients together, and keeps their states.
 
-A request has some images of one client, which come one after the other. A thread takes one image of each waiting client
-at a time and serves them by `predict_together`, so that a long request does not hold up the others. When a request's
+A request has some images of one client, which come one after the other. A thread takes some images of each waiting
+client at a time and serves them by `predict_next`, so that a long request does not hold up the others. When a request's
 last image is answered, the client's state is written, and then the answer is given: after a crash, at most what was
 not answered is lost.
 
@@ -10,9 +10,11 @@ Legend: C clients, n images of a request, D features, K classes.
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import itertools
 import logging
+import os
 import queue
 import threading
 import time
@@ -29,14 +31,17 @@ from iciia_exp.errors import UserError
 from iciia_exp.methods.tune.base import Personal
 from iciia_exp.models.backbones.base import Backbone
 from iciia_exp.serving.run import Run
-from iciia_exp.serving.session import ClientSession, predict_together
+from iciia_exp.serving.session import ClientSession
 from iciia_exp.serving.states import Change, ClientStore, Stored
+from iciia_exp.serving.together import predict_next, takes_many
 
 __all__ = ["Answer", "Busy", "Scheduler", "UnknownClient"]
 
 log = logging.getLogger(__name__)
 
-_IMAGES = 32  # of a batch of the backbone
+_IMAGES = 16  # of a batch of the backbone
+_IN_ONE_PASS = 32  # images of a client, where `predict_next` takes several
+_LARGE = 256  # vectors of a pass, from which it takes all cores; a smaller one is done before they have started
 _TRIES = 50  # of a request whose client another process changes
 
 
@@ -61,9 +66,10 @@ class _Request:
     client: str
     x_nD: Tensor | None  # features
     images: Sequence[Tensor]  # transformed images, if there are no features yet
-    future: Future[Answer]
-    done: list[Tensor] = field(default_factory=list)
-    changed: set[int] = field(default_factory=set)
+    future: asyncio.Future[Answer]
+    ended: bool = False  # whether the answer is known
+    done: list[Tensor] = field(default_factory=list)  # [n, K] of every pass
+    next: int = 0  # image
     tries: int = 0
 
     @property
@@ -72,7 +78,7 @@ class _Request:
 
 
 class Scheduler:
-    """Serves a run's clients; its public methods may be called from any thread.
+    """Serves a run's clients; its public methods may be called from any thread, but for `submit`.
 
     Args:
         run: the run.
@@ -82,6 +88,7 @@ class Scheduler:
         together: clients whose images are served in one forward pass.
         waiting: images that may wait; of more, `submit` raises `Busy`.
         memory: bytes of the sessions that are kept in memory.
+        threads: of PyTorch in a large pass; a small one leaves one to the event loop. None: as many as cores.
     """
 
     def __init__(
@@ -94,16 +101,20 @@ class Scheduler:
         together: int = 64,
         waiting: int = 100_000,
         memory: int = 1 << 30,
+        threads: int | None = None,
     ) -> None:
         self.run, self.store, self.keep, self.backbone = run, store, keep, backbone
+        if backbone is not None:  # its fastest layout on a CPU
+            backbone.to(memory_format=torch.channels_last)
         self.personal = isinstance(run.method, Personal)
         self.history = 0 if self.personal else new_session(run, "", history, keep).history
-        self._together, self._most_waiting = together, waiting
+        self._together, self._most_waiting, self._threads = together, waiting, threads or os.cpu_count() or 1
         self._sessions: OrderedDict[str, tuple[ClientSession, int, float]] = OrderedDict()  # and version, and when
         width = 0 if self.personal else 4 * self.history * (2 * run.method.dim + run.method.state_width)  # type: ignore[operator]
         self._most_sessions = max(together, memory // max(4096, width))
         self._new: queue.SimpleQueue[_Request | Callable[[], None] | None] = queue.SimpleQueue()
         self._clients: OrderedDict[str, deque[_Request]] = OrderedDict()
+        self._answers: list[tuple[asyncio.Future[Answer], Answer | Exception]] = []
         self._waiting, self._lock = 0, threading.Lock()
         #: Called with the number of clients of every forward pass.
         self.on_batch: Callable[[int], None] = lambda clients: None
@@ -112,9 +123,12 @@ class Scheduler:
 
     # ---- for other threads
 
-    def submit(self, client: str, x_nD: Tensor | None = None, images: Sequence[Tensor] = ()) -> Future[Answer]:
-        """Return the future answer to some images of a client: features [n, D], or transformed images."""
-        request = _Request(client, x_nD, images, Future())
+    def submit(self, client: str, x_nD: Tensor | None = None, images: Sequence[Tensor] = ()) -> asyncio.Future[Answer]:
+        """Return the future answer to some images of a client: features [n, D], or transformed images.
+
+        The future is of the running event loop.
+        """
+        request = _Request(client, x_nD, images, asyncio.get_running_loop().create_future())
         with self._lock:
             if self._waiting + request.length > self._most_waiting:
                 raise Busy(f"{self._waiting:,} images are waiting; try again later")
@@ -183,44 +197,61 @@ class Scheduler:
         self.store.close()
 
     def _serve(self) -> None:
-        """Serve one image of some clients."""
-        first = [waiting[0] for waiting in itertools.islice(self._clients.values(), self._together)]
+        """Serve the next images of some clients."""
+        first = self._first()
         try:
             self._compute_features(first)
-            first = [request for request in first if not request.future.done()]
+            first = [request for request in first if not request.ended]
             sessions = self._load(first)
             both = [(r, s) for r, s in zip(first, sessions, strict=True) if s is not None]
-            for request, session, answer in self._step(both):
+            for request, answer in self._step(both):
                 request.done.append(answer)
-                if session.newest is not None and not self.personal:
-                    request.changed.add(session.newest)
-            self._finish([(r, s) for r, s in both if len(r.done) == r.length and not r.future.done()])
+                request.next += len(answer)
+            self._finish([(r, s) for r, s in both if r.next == r.length and not r.ended])
         except Exception as error:
             if not isinstance(error, UserError):
                 log.exception("a batch failed")
             for request in first:
                 self._sessions.pop(request.client, None)
                 self._resolve(request, error)
+        self._deliver()
         # round robin: who has been served comes after those who have not
         for request in first:
             if (waiting := self._clients.get(request.client)) is not None:
-                if request.future.done() and waiting and waiting[0] is request:
+                if request.ended and waiting and waiting[0] is request:
                     waiting.popleft()
                 if waiting:
                     self._clients.move_to_end(request.client)
                 else:
                     del self._clients[request.client]
 
+    def _first(self) -> list[_Request]:
+        """Return the first requests of some clients, with images that fill one batch of the backbone.
+
+        While it computes, those of the others are decoded.
+        """
+        first, images = [], 0
+        for waiting in itertools.islice(self._clients.values(), self._together):
+            request = waiting[0]
+            more = len(request.images) if request.x_nD is None else 0
+            if not (images and more and images + more > _IMAGES):
+                first.append(request)
+                images += more
+        return first
+
     def _resolve(self, request: _Request, answer: Answer | Exception) -> None:
-        """Answer a request."""
-        if request.future.done():
-            return
-        with self._lock:
-            self._waiting -= request.length
-        if isinstance(answer, Exception):
-            request.future.set_exception(answer)
-        else:
-            request.future.set_result(answer)
+        """Answer a request, with the others of a pass (`_deliver`)."""
+        if not request.ended:
+            request.ended = True
+            self._answers.append((request.future, answer))
+            with self._lock:
+                self._waiting -= request.length
+
+    def _deliver(self) -> None:
+        """Give the answers to the event loop, all in one call: each would wake it."""
+        if self._answers:
+            answers, self._answers = self._answers, []
+            answers[0][0].get_loop().call_soon_threadsafe(_set_all, answers)
 
     @torch.inference_mode()
     def _compute_features(self, requests: Sequence[_Request]) -> None:
@@ -230,8 +261,10 @@ class Scheduler:
             return
         assert self.backbone is not None
         images = [image for request in having for image in request.images]
+        torch.set_num_threads(self._threads)
         parts = [torch.stack(list(images[at : at + _IMAGES])) for at in range(0, len(images), _IMAGES)]
-        features = torch.cat([self.backbone.features(part).float() for part in parts])
+        laid_out = [p.contiguous(memory_format=torch.channels_last) if p.ndim == 4 else p for p in parts]
+        features = torch.cat([self.backbone.features(part).float() for part in laid_out])
         for request, x_nD in zip(having, features.split([request.length for request in having]), strict=True):
             request.x_nD = x_nD
             if not x_nD.isfinite().all():
@@ -241,7 +274,7 @@ class Scheduler:
         """Return the sessions of requests, as they are stored when a request starts."""
         if self.personal:
             return [self._personal_session(request) for request in requests]
-        starting = [request for request in requests if not request.done]
+        starting = [request for request in requests if not request.next]
         cached = {r.client: self._sessions[r.client][1:] for r in starting if r.client in self._sessions}
         current = dict(zip(cached, self.store.versions(list(cached)), strict=True)) if self.store.shared else {}
         stale = [
@@ -272,15 +305,18 @@ class Scheduler:
             self._sessions[request.client] = session, 0, 0.0
         return self._sessions[request.client][0]
 
-    def _step(self, both: Sequence[tuple[_Request, ClientSession]]) -> list[tuple[_Request, ClientSession, Tensor]]:
-        """Serve the next image of every request; those that fail are answered with their error."""
+    def _step(self, both: Sequence[tuple[_Request, ClientSession]]) -> list[tuple[_Request, Tensor]]:
+        """Serve the next images of every request; those that fail are answered with their error."""
         if not both:
             return []
-        x_CD = torch.stack([r.x_nD[len(r.done)] for r, _ in both if r.x_nD is not None])
+        some = _IN_ONE_PASS if takes_many(both[0][1]) else 1
+        given = [r.x_nD[r.next : r.next + some] for r, _ in both if r.x_nD is not None]
+        vectors = sum(map(len, given)) * (1 if takes_many(both[0][1]) else 1 + self.history)
+        torch.set_num_threads(self._threads if vectors >= _LARGE else max(1, self._threads - 1))
         try:
-            answers = predict_together([session for _, session in both], x_CD)
+            answers = predict_next([session for _, session in both], given)
             self.on_batch(len(both))
-            return [(r, s, answer) for (r, s), answer in zip(both, answers, strict=True)]
+            return [(request, answer) for (request, _), answer in zip(both, answers, strict=True)]
         except UserError as error:
             if len(both) == 1:
                 self._sessions.pop(both[0][0].client, None)  # an earlier image of the request may have changed it
@@ -292,26 +328,37 @@ class Scheduler:
         """Write the states of requests whose images are all answered, then give the answers."""
         if not self.personal and both:
             changes = [
-                Change(r.client, self._sessions[r.client][1], s.seen, s.random, {p: s.row(p) for p in r.changed})
+                Change(r.client, self._sessions[r.client][1], s.seen, s.random, {p: s.row(p) for p in s.changed})
                 for r, s in both
             ]
             for (request, session), version in zip(both, self.store.write(changes), strict=True):
                 if version:
                     self._sessions[request.client] = session, version, time.time()
+                    session.changed.clear()
                 else:
                     self._again(request)
         for request, session in both:
-            if len(request.done) == request.length:
-                self._resolve(request, Answer(torch.stack(request.done), session.seen, session.kept))
+            if request.next == request.length:
+                self._resolve(request, Answer(torch.cat(request.done), session.seen, session.kept))
 
     def _again(self, request: _Request) -> None:
         """Start a request again whose client another process has changed."""
         del self._sessions[request.client]
         request.done.clear()
-        request.changed.clear()
+        request.next = 0
         request.tries += 1
         if request.tries > _TRIES:
             self._resolve(request, Busy(f"{request.client}: other processes change it all the time; try again"))
+
+
+def _set_all(answers: Sequence[tuple[asyncio.Future[Answer], Answer | Exception]]) -> None:
+    for future, answer in answers:
+        if future.done():  # its client has gone
+            continue
+        if isinstance(answer, Exception):
+            future.set_exception(answer)
+        else:
+            future.set_result(answer)
 
 
 def new_session(run: Run, client: str, history: int | None, keep: str) -> ClientSession:

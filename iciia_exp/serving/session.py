@@ -5,7 +5,7 @@
 
 Of every past image the method's state is kept (`Adaptive.state_width` numbers: keys and values of every layer, or the
 features where those do not stay valid), so that ICIIA with causal attention or one layer serves one more image at the
-cost of one step. `predict_together` serves many sessions in one call.
+cost of one step. `iciia_exp.serving.together` serves many sessions in one call.
 
 A method whose devices learn (`iciia_exp.methods.tune.base.Personal`) keeps the state that its client's device has
 learned: that of a client of the partition is read by its name, a new client's is learned from labelled images.
@@ -13,7 +13,7 @@ learned: that of a client of the partition is read by its name, a new client's i
     session = ClientSession(Run.load("outputs/digits/finetune-0123456789ab"), client="new")
     session.learn(features, labels)   # [n, D], [n]
 
-Legend: C clients, P kept images, E numbers kept of each, D features, K classes.
+Legend: P kept images, E numbers kept of each, D features, K classes.
 """
 
 from __future__ import annotations
@@ -34,10 +34,10 @@ from iciia_exp.methods.tune.base import Personal
 from iciia_exp.models.backbones.base import Backbone
 from iciia_exp.serving import personal
 from iciia_exp.serving.compiled import compiled_step
-from iciia_exp.serving.features import as_arrays, as_features, check_answers, numeric
+from iciia_exp.serving.features import as_features, check_answers, check_features, numeric
 from iciia_exp.serving.run import Run
 
-__all__ = ["KEEP", "ClientSession", "predict_together"]
+__all__ = ["KEEP", "ClientSession"]
 
 _LEARNED = "learned."  # in the file of a session
 
@@ -46,9 +46,6 @@ KEEP = ("recent", "reservoir", "diverse")
 _FORMAT = 1
 
 _LARGEST = 4 << 30  # bytes of the kept states
-
-# Sessions of a batch; their states are copied into one tensor, 30 KiB an image for N = 3 and D = 1280.
-_TOGETHER = 64
 
 
 class ClientSession:
@@ -89,8 +86,8 @@ class ClientSession:
             raise UserError(f"{run.method.name}: cannot be served image by image; use run.predict")
         self.history = max(1, run.images - 1) if history is None else check_int("history", history, 0)
         self.keep = check_choice("keep", keep, KEEP)
-        #: place of the newest image; None if it is not kept
-        self.newest: int | None = None
+        #: places of kept images that have changed; who stores them clears it
+        self.changed: set[int] = set()
         #: number of images seen so far, and of those kept
         self.seen, self.kept = 0, 0
         self._rng = np.random.default_rng(seed)
@@ -149,20 +146,24 @@ class ClientSession:
         """
         x_1D, more = self._as_features(image)
         if isinstance(self.method, Personal):
+            from iciia_exp.serving.together import predict_together  # which imports this module
+
             given = {name: np.asarray(array)[None] for name, array in (arrays or {}).items()}
             return predict_together([self], x_1D, given | more)[0]
         assert isinstance(self.method, Adaptive)
         if self._compiled is None:
-            logits_1K, own_1E = self.method.step(_checked(x_1D, [self]), self._state[None, : self.kept])
+            logits_1K, own_1E = self.method.step(
+                check_features(x_1D, [self.client], self.method.dim), self._state[None, : self.kept]
+            )
             p_1K = self.method.task.probabilities(logits_1K)
         else:  # of one shape, so that there is one program
-            _checked(x_1D, [self], finite=False)
+            check_features(x_1D, [self.client], self.method.dim, finite=False)
             try:
                 p_1K, own_1E, finite = self._compiled(x_1D, self._past_1PE, self._real)
             except Exception as error:
                 raise UserError(f"torch.compile failed ({first_line(error)}); leave compile out") from error
             if not finite:
-                _checked(x_1D, [self])
+                check_features(x_1D, [self.client], self.method.dim)
         check_answers(self.client, p_1K, own_1E)  # before the past changes
         self._remember(own_1E[0], x_1D)
         return p_1K[0]
@@ -199,12 +200,23 @@ class ClientSession:
             place = drawn if drawn < self.history else None
         else:
             place = self._most_similar(x_D.reshape(1, -1))
-        self.newest = place
         if place is None:
             return
+        self.changed.add(place)
         self._state[place], self._age[place] = own_E, self.seen
         if self.keep == "diverse":
             self._features[place] = x_D
+
+    def _remember_all(self, own_nE: Tensor) -> None:
+        """Keep some more images, of which the last ones count."""
+        number_n = np.arange(self.seen, self.seen + len(own_nE))[-self.history :] if self.history else np.arange(0)
+        self.seen += len(own_nE)
+        self.kept = min(self.history, self.seen)
+        place_n = number_n % max(1, self.history)
+        self._state[place_n] = own_nE[len(own_nE) - len(number_n) :]
+        self._age[place_n] = number_n + 1
+        self._real[0, : self.kept] = True
+        self.changed.update(place_n.tolist())
 
     def _most_similar(self, x_1D: Tensor) -> int:
         """Return the place of the older one of the two most similar images."""
@@ -320,80 +332,3 @@ class ClientSession:
             memory[:kept] = tensors[name]
         self._age[:kept] = age
         self._real[0, :kept] = True
-
-
-def _checked(x_CD: Tensor, sessions: Sequence[ClientSession], finite: bool = True) -> Tensor:
-    """Return the features; the error names the first client with features of a wrong shape or not finite."""
-    dim = sessions[0].method.dim
-    if x_CD.ndim != 2 or x_CD.shape[1] != dim:
-        raise UserError(f"{sessions[0].client}: features have shape {list(x_CD.shape[1:])}, the run wants [{dim}]")
-    if finite and not x_CD.isfinite().all():
-        finite_C = x_CD.isfinite().all(1)
-        raise UserError(f"{sessions[int(finite_C.int().argmin())].client}: features are not finite numbers")
-    return x_CD
-
-
-@torch.inference_mode()
-def predict_together(
-    sessions: Sequence[ClientSession], features: Any, arrays: Mapping[str, Any] | None = None
-) -> Tensor:
-    """Serve one image of each of many clients, with histories of any lengths.
-
-    Args:
-        sessions: different sessions of one run.
-        features: numbers [C, D], one image for each session, as a tensor, array or list.
-        arrays: what the method reads beside the features, by name, [C, ...].
-
-    Returns:
-        Probabilities [C, K], equal to `ClientSession.predict` of each alone.
-    """
-    if not sessions:
-        raise UserError("predict_together: no sessions")
-    if len({id(s) for s in sessions}) < len(sessions):
-        raise UserError("predict_together: a session is given twice; its images come one after the other")
-    if any(s.run is not sessions[0].run for s in sessions):
-        raise UserError("predict_together: all sessions must be of the same Run object")
-    x_CD = as_features(features, "predict_together", f"[{len(sessions)}, {sessions[0].method.dim}]")
-    if x_CD.ndim == 0 or len(x_CD) != len(sessions):
-        number = len(x_CD) if x_CD.ndim else 1
-        raise UserError(f"predict_together: {len(sessions)} sessions and {number} images")
-    method, shapes = sessions[0].method, sessions[0].run.info.get("arrays", {})
-    more = as_arrays(arrays or {}, method, shapes, _checked(x_CD, sessions)[:, None])
-    return _predict(sessions, x_CD, {name: array[:, 0] for name, array in more.items()})
-
-
-def _predict(sessions: Sequence[ClientSession], x_CD: Tensor, arrays: Mapping[str, Tensor]) -> Tensor:
-    method = sessions[0].method
-    if isinstance(method, Personal):
-        if nothing := [s.client for s in sessions if s.learned is None]:
-            problem = f"{method.name} has no state of this client: it is not a test client of the run's partition"
-            raise UserError(f"{nothing[0]}: {problem}; give its session labelled images (session.learn)")
-        states = [s.learned or {} for s in sessions]
-        p_CK = method.task.probabilities(personal.classify(method, x_CD, arrays, states))
-        _check_each(sessions, p_CK)
-        for session in sessions:
-            session.seen += 1
-        return p_CK
-    assert isinstance(method, Adaptive)
-    logits_CK = x_CD.new_empty(len(sessions), method.num_classes)
-    states_CE = x_CD.new_empty(len(sessions), method.state_width)
-    lengths = np.array([s.kept for s in sessions])
-    # sessions of one length at a time: nothing is padded
-    for length in np.unique(lengths):
-        rows = np.flatnonzero(lengths == length)
-        for batch in np.array_split(rows, -(-len(rows) // _TOGETHER)):
-            past_CPE = torch.stack([sessions[i]._state[:length] for i in batch])
-            logits_CK[batch], states_CE[batch] = method.step(x_CD[batch], past_CPE)
-    p_CK = method.task.probabilities(logits_CK)
-    _check_each(sessions, p_CK, states_CE)
-    for session, own_E, x_D in zip(sessions, states_CE, x_CD, strict=True):
-        session._remember(own_E, x_D)
-    return p_CK
-
-
-def _check_each(sessions: Sequence[ClientSession], *tensors: Tensor) -> None:
-    """Raise a `UserError` that names the first client whose answer or state is not finite, before a past changes."""
-    for tensor in tensors:
-        if not tensor.isfinite().all():
-            first = int(tensor.isfinite().flatten(1).all(1).int().argmin())
-            check_answers(sessions[first].client, tensor[first])

@@ -130,9 +130,11 @@ class SqliteStore(ClientStore):
             if self.path != ":memory:":
                 Path(path).parent.mkdir(parents=True, exist_ok=True)
             self._db = sqlite3.connect(self.path, isolation_level=None, check_same_thread=False, timeout=0.5)
+            self._db.execute("PRAGMA page_size=16384")  # a row of some KiB on few pages
             self._db.execute("PRAGMA locking_mode=EXCLUSIVE")
             self._db.execute("PRAGMA journal_mode=WAL")
             self._db.execute("PRAGMA synchronous=NORMAL")
+            self._db.execute("PRAGMA wal_autocheckpoint=256")  # 4 MiB
             self._db.execute("BEGIN IMMEDIATE")
             self._db.execute("CREATE TABLE IF NOT EXISTS about (text TEXT)")
             self._db.execute(
@@ -142,7 +144,7 @@ class SqliteStore(ClientStore):
             self._db.execute("CREATE INDEX IF NOT EXISTS by_heard ON clients (heard)")
             self._db.execute(
                 "CREATE TABLE IF NOT EXISTS images (client TEXT, place INTEGER, row BLOB, "
-                "PRIMARY KEY (client, place)) WITHOUT ROWID"
+                "PRIMARY KEY (client, place))"  # with rowid: rows are too large for the nodes of an index
             )
             found = self._db.execute("SELECT text FROM about").fetchone()
             if found is None:
@@ -195,7 +197,7 @@ class SqliteStore(ClientStore):
                 [(c.client, v, c.seen, c.random, now) for c, v in zip(changes, versions, strict=True)],
             )
             self._db.executemany(
-                "INSERT OR REPLACE INTO images VALUES (?, ?, ?)",
+                "INSERT INTO images VALUES (?, ?, ?) ON CONFLICT DO UPDATE SET row = excluded.row",
                 [(c.client, place, row) for c in changes for place, row in c.rows.items()],
             )
             self._db.execute("COMMIT")

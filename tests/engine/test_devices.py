@@ -18,7 +18,8 @@ from iciia_exp.engine.execute import execute
 from iciia_exp.errors import ConfigError, UserError
 from iciia_exp.methods.tune.finetune import FineTune
 from iciia_exp.models.payloads import packed_bytes
-from iciia_exp.serving.session import ClientSession, predict_together
+from iciia_exp.serving.session import ClientSession
+from iciia_exp.serving.together import predict_together
 from tests.making.kill import Killed
 
 pytestmark = pytest.mark.usefixtures("undrawn")

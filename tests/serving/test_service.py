@@ -26,9 +26,10 @@ with warnings.catch_warnings():  # of names in its own dependencies
 
 from iciia_exp.engine.execute import execute
 from iciia_exp.errors import UserError
+from iciia_exp.serving.app import Limits, make_app
 from iciia_exp.serving.run import Run
 from iciia_exp.serving.scheduler import about, new_session
-from iciia_exp.serving.service import Limits, main, make_app, open_store
+from iciia_exp.serving.service import main, open_store
 from iciia_exp.serving.states import Change, RedisStore, SqliteStore
 from tests.serving.test_session import D, K, make_run
 

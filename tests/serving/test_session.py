@@ -16,7 +16,8 @@ from iciia_exp.data.readers.images import as_picture
 from iciia_exp.errors import UserError
 from iciia_exp.methods.base import Facts
 from iciia_exp.serving.run import Run, save_method
-from iciia_exp.serving.session import ClientSession, predict_together
+from iciia_exp.serving.session import ClientSession
+from iciia_exp.serving.together import predict_next, predict_together, takes_many
 
 D, K = 16, 4
 
@@ -78,6 +79,42 @@ def test_many_sessions_together_equal_each_alone(run):
     for one, other in zip(*twins, strict=True):
         assert (one.seen, one.kept) == (other.seen, other.kept)
         torch.testing.assert_close(one._state, other._state, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("keep", ["recent", "reservoir"])
+@pytest.mark.parametrize("history", [0, 1, 5])
+@pytest.mark.parametrize("attention", ["causal", "full"])
+def test_the_next_images_of_many_sessions_equal_one_by_one(tmp_path, attention, history, keep):
+    run = make_run(tmp_path, num_layers=2, attention=attention)
+    pasts, counts = np.random.default_rng(0).integers(0, 9, 12), np.random.default_rng(1).integers(1, 9, 12)
+    twins = [[ClientSession(run, f"c{i}", history, keep, seed=i) for i in range(12)] for _ in range(2)]
+    for sessions in twins:
+        for session, n in zip(sessions, pasts, strict=True):
+            torch.manual_seed(0)
+            for row in torch.randn(n, D):
+                session.predict(row)
+    assert all(map(takes_many, twins[0])) == (attention == "causal" and keep == "recent")
+    x = [torch.randn(n, D) for n in counts]
+    for _ in range(2):
+        together = predict_next(twins[0], x)
+        for session, x_nD, answers in zip(twins[1], x, together, strict=True):
+            alone = torch.stack([session.predict(row) for row in x_nD])
+            torch.testing.assert_close(answers, alone, atol=1e-5, rtol=1e-5)
+    for one, other in zip(*twins, strict=True):
+        assert (one.seen, one.kept, one.changed) == (other.seen, other.kept, other.changed)
+        assert (one._age == other._age).all()
+        torch.testing.assert_close(one._state, other._state, atol=1e-5, rtol=1e-5)
+
+
+def test_next_images_of_which_one_cannot_be_answered_change_nothing(run):
+    sessions = [ClientSession(run, name, history=3) for name in ("a", "b")]
+    x = torch.randn(2, 4, D)
+    predict_next(sessions, x.unbind())
+    for wrong, message in ((1e30, "b: the answer is not finite"), (float("nan"), "b: features are not finite numbers")):
+        x[1, 2] = wrong
+        with pytest.raises(UserError, match=f"^{message}"):
+            predict_next(sessions, x.unbind())
+    assert [(s.seen, s.kept) for s in sessions] == [(4, 3)] * 2
 
 
 @pytest.mark.parametrize("method", ["iciia", "iciia_stream"])

@@ -1,6 +1,7 @@
 """Adaptive methods: one module for all clients, from the features of a client's images to their logits.
 
-Legend: C clients, S images of a client, P images of its past, E numbers kept of a past image, D features, K classes.
+Legend: C clients, S images of a client, P images of its past, n new images, E numbers kept of a past image, D features,
+K classes.
 """
 
 from abc import abstractmethod
@@ -109,6 +110,20 @@ class Adaptive(Method):
         x_CSD = torch.cat([past_CPE, x_CD[:, None]], 1)
         mask_CS = None if mask_CP is None else nn.functional.pad(mask_CP, (0, 1), value=True)
         return self(x_CSD, mask_CS)[:, -1], x_CD
+
+    #: Whether `steps` is there.
+    takes_steps = False
+
+    def steps(self, x_CnD: Tensor, memory_CSE: Tensor, visible_CnS: Tensor | None) -> Tensor:
+        """Return the logits of some more images of each client, [C, n, K]: `step` for each, in one pass.
+
+        Args:
+            x_CnD: the images.
+            memory_CSE: kept of each client's past images; what is to be kept of the new ones is written into the last
+                n places.
+            visible_CnS: True where an image, of the last n, sees a place, its own always; None where each sees all.
+        """
+        raise ValueError(f"{self.name}: one image at a time; use step")
 
 
 class PerImage(Adaptive):

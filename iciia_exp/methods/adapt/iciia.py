@@ -105,9 +105,20 @@ class IciiaMethod(Adaptive):
     def step(self, x_CD: Tensor, past_CPE: Tensor, mask_CP: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Return the logits of one more image of each client, [C, K], and what to keep of it, [C, E]."""
         if not self._keeps_keys:
-            return super().step(x_CD, past_CPE, mask_CP)
+            x_CSD = torch.cat([past_CPE, x_CD[:, None]], 1)
+            mask_CS = None if mask_CP is None else torch.nn.functional.pad(mask_CP, (0, 1), value=True)
+            return self.model.classifier(self.model.encode(x_CSD, mask_CS)[:, -1]), x_CD
         encoded_CD, own_CE = self.model.encode_step(x_CD, past_CPE, mask_CP)
         return self.model.classifier(encoded_CD), own_CE
+
+    @property
+    def takes_steps(self) -> bool:  # type: ignore[override]
+        """Whether old keys and values stay valid."""
+        return self._keeps_keys
+
+    def steps(self, x_CnD: Tensor, memory_CSE: Tensor, visible_CnS: Tensor | None) -> Tensor:
+        """Return the logits of some more images of each client, [C, n, K]."""
+        return self.model.classifier(self.model.encode_steps(x_CnD, memory_CSE, visible_CnS))
 
     def macs(self, images: int) -> int:
         """(6 S D^2 / G + 2 S^2 D) N; causal attention, which needs half of the square, is counted as full."""
