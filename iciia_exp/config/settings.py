@@ -130,7 +130,7 @@ class Evaluation:
         history_longest: longest history.
         history_clients: largest number of test clients in the histories; of more, so many are drawn.
         drawn_clients: number of drawn clients of each type that the partition does not have.
-        examples: targets in ``attribution.parquet``; 0 leaves it out.
+        examples: targets in ``attribution.parquet``, or prompts in ``route_examples.parquet``; 0 leaves it out.
         neighbours: number of most influential other images of each example.
         pixels: longer side of an example's thumbnail.
     """

@@ -2,6 +2,7 @@
 
 import base64
 import io
+import json
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -56,7 +57,7 @@ def _rows(table: pd.DataFrame) -> dict[str, Any]:
     """Return the table's head, and of every row its texts, the numbers it sorts by, its clients and its examples."""
     text = summary(table)
     alone, *lines = text.to_numpy().tolist()
-    rows = [{"cells": alone, "sort": [None] * len(alone), "clients": None, "examples": None}]
+    rows = [{"cells": alone, "sort": [None] * len(alone), "clients": None, "examples": None, "routes": None}]
     real = table[table["method"] != "backbone"]
     keys = {column.title: column.key for column in columns_of(table["task"].iloc[0])}
     for number, (cells, (_, setting)) in enumerate(zip(lines, real.iterrows(), strict=True)):
@@ -69,6 +70,7 @@ def _rows(table: pd.DataFrame) -> dict[str, Any]:
                 "sort": [None if pd.isna(value) else float(value) for value in values],
                 "clients": _clients(folder) if number < _WITH_CLIENTS else None,
                 "examples": _examples(folder) if number < _WITH_EXAMPLES else None,
+                "routes": _routes(folder) if number < _WITH_EXAMPLES else None,
             }
         )
     return {"head": list(text.columns), "rows": rows}
@@ -117,6 +119,30 @@ def _examples(folder: Path) -> list[dict[str, Any]] | None:
             }
         )
     return examples
+
+
+def _routes(folder: Path) -> list[dict[str, Any]] | None:
+    """Return a router's examples: prompts with both pictures, the answer, and each metric; None without any."""
+    if (table := read_table(folder / "route_examples.parquet")) is None or not len(table):
+        return None
+    return [
+        {
+            **{key: str(row[key]) for key in ("case", "prompt", "side")},
+            **{key: int(row[key]) for key in ("cases", "drawn")},
+            **{key: _percent(row[key]) for key in ("score", "superiority")},
+            "pictures": {side: _data_url(row[f"{side}_picture"]) for side in ("device", "cloud")},
+            "metrics": [
+                {
+                    "name": name,
+                    "label": _percent(found["label"]),
+                    "predicted": None if found["predicted"] is None else _percent(found["predicted"]),
+                    "tokens": [str(token) for token in found["tokens"]],
+                }
+                for name, found in json.loads(row["metrics"]).items()
+            ],
+        }
+        for row in table.to_dict("records")
+    ]
 
 
 def _percent(share: float) -> float:

@@ -14,7 +14,8 @@
       history.parquet     one row per test client and length of history; drawn_clients.parquet for drawn clients
       attribution.parquet examples of targets with their most influential images
       rounds.parquet      accuracy by round, where cloud and devices train together
-      routes.parquet      one row per test prompt of a router, and shares.parquet: quality by share in the cloud
+      routes.parquet      one row per test prompt of a router, and shares.parquet: quality by share in the cloud;
+                          route_examples.parquet: some with both pictures and the tokens that decided
       plots/              PNG
 
 Loading runs no code of the files' choosing (`iciia_exp.config.stored`) and reads nothing outside of the directory and

@@ -1,5 +1,7 @@
 """What the tests of a trained run share."""
 
+import shutil
+
 import pytest
 
 from iciia_exp.engine.execute import execute
@@ -11,3 +13,16 @@ def finished(stages, undrawn):
     made = stages("groups=4")
     execute(made)
     return made
+
+
+@pytest.fixture
+def browser():
+    """Start Chromium, or skip."""
+    sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
+    chromium = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+    if chromium is None:
+        pytest.skip("Chromium is not installed")
+    with sync_api.sync_playwright() as playwright:
+        opened = playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox", "--disable-gpu"])
+        yield opened
+        opened.close()

@@ -1,14 +1,22 @@
 """A router from its run's directory: prompts, shares, files, and what it refuses."""
 
+import io
+import json
+import re
+
+import numpy as np
 import pandas as pd
 import pytest
+from PIL import Image
 
 from iciia_exp import Run
 from iciia_exp.config.experiment import Experiment
+from iciia_exp.engine.evaluation.route_examples import CASES
 from iciia_exp.engine.execute import execute
 from iciia_exp.engine.stages import Stages
 from iciia_exp.errors import UserError
 from iciia_exp.methods.route import labels
+from iciia_exp.report.__main__ import main as report
 from iciia_exp.serving.router import Router, main
 
 SCENES = (
@@ -88,3 +96,44 @@ def test_a_run_that_routes_nothing(stages):
     execute(made)
     with pytest.raises(UserError, match="backbone routes no prompts"):
         Router.load(made.run.folder)
+
+
+def test_examples_are_on_the_page_with_pictures_and_the_tokens_that_decided(run_dir, tmp_path, browser):
+    run = Run.load(run_dir)
+    routes = pd.read_parquet(run.evaluation / "routes.parquet").set_index("image")
+    examples = pd.read_parquet(run.evaluation / "route_examples.parquet")
+    assert 4 <= len(examples) <= 12
+    assert set(examples["case"]) <= set(CASES)
+    assert examples.groupby("case")["cases"].first().sum() <= examples["drawn"].iloc[0] == len(routes)
+    router, weights = Router.load(run_dir), run.method.weight_K.tolist()
+    for row in examples.to_dict("records"):
+        of = routes.loc[row["image"]]
+        assert (row["side"] == "cloud", row["score"]) == (of["cloud"], of["score"])
+        assert row["case"].startswith(row["side"])
+        assert (of["superiority"] < 0.5) == (row["case"] in ("cloud, better there", "device, worse"))
+        metrics = json.loads(row["metrics"])
+        assert list(metrics) == [name for name, weight in zip(run.class_names, weights, strict=True) if weight]
+        tokens = router.route(row["prompt"]).tokens
+        assert {name: found["tokens"] for name, found in metrics.items()} == {name: tokens[name] for name in metrics}
+        device, cloud = (Image.open(io.BytesIO(row[f"{side}_picture"])) for side in ("device", "cloud"))
+        stored = run.features.array("pictures")[row["image"]]
+        assert (np.asarray(device) == stored[0, 0]).all()
+        assert (np.asarray(cloud) == stored[1, 0]).all()
+    file = tmp_path / "report.html"
+    assert report([str(run_dir), "--html", str(file)]) == 0
+    (table,) = json.loads(re.search(r'<script type="application/json" id="data">(.*?)</script>', file.read_text())[1])
+    shown = table["rows"][1]["routes"]
+    assert [row["prompt"] for row in shown] == examples["prompt"].tolist()
+    assert all(row["pictures"]["device"].startswith("data:image/png;base64,") for row in shown)
+    page, problems = browser.new_page(viewport={"width": 1000, "height": 900}), []
+    page.on("pageerror", lambda error: problems.append(str(error)))
+    page.goto(f"file://{file}")
+    page.click("section tbody tr.has")
+    assert page.locator(".route").count() == len(shown)
+    first = page.locator(".route").first
+    assert first.locator(".prompt").inner_text() == shown[0]["prompt"]
+    assert first.locator("figure.answers figcaption").inner_text() == shown[0]["side"]
+    assert first.locator("tr").count() == 2 + len(shown[0]["metrics"])
+    assert " ".join(shown[0]["metrics"][0]["tokens"]) in first.inner_text()
+    assert page.evaluate("document.documentElement.scrollWidth <= window.innerWidth")
+    assert not problems

@@ -14,6 +14,7 @@ from iciia_exp.engine.evaluation.attribution import attribution_table
 from iciia_exp.engine.evaluation.drawn_clients import drawn_clients_table
 from iciia_exp.engine.evaluation.history import Setup, history_table
 from iciia_exp.engine.evaluation.rounds import rounds_table
+from iciia_exp.engine.evaluation.route_examples import route_examples
 from iciia_exp.engine.evaluation.routes import route_counts, route_measures, routed_figures, routes_table
 from iciia_exp.engine.evaluation.row import client_table, result_row
 from iciia_exp.engine.inputs import Inputs
@@ -36,6 +37,7 @@ from iciia_exp.results.plots import (
 )
 from iciia_exp.results.summary import ClientCounts
 from iciia_exp.results.tables import history_summary
+from iciia_exp.serving.run import Run
 from iciia_exp.tasks import CLICK
 
 __all__ = ["evaluate"]
@@ -49,7 +51,7 @@ def evaluate(inputs: Inputs, folder: Path) -> None:
     clients = inputs.readable_clients(store)
     batches = inputs.batches(store)
     if isinstance(run.method, PromptRouter):
-        _evaluate_routes(inputs, run.method, clients, folder, start)
+        _evaluate_routes(inputs, run, clients, folder, start)
         return
     module = MethodModule(run.method, run.head, e.training.recipe, len(clients), inputs.unseen_classes)
     data = ClientDataModule(clients, batches, e.images, loading=e.training.loading)
@@ -103,9 +105,10 @@ def evaluate(inputs: Inputs, folder: Path) -> None:
     write_json(folder / "results.json", row)
 
 
-def _evaluate_routes(inputs: Inputs, method: PromptRouter, clients: Clients, folder: Path, start: float) -> None:
+def _evaluate_routes(inputs: Inputs, run: Run, clients: Clients, folder: Path, start: float) -> None:
     """Evaluate a router of prompts."""
-    store = inputs.open_store()
+    store, method, options = inputs.open_store(), run.method, inputs.experiment.evaluation
+    assert isinstance(method, PromptRouter)
     stored = {name: store.array(name) for name in ("pictures", "truth") if name in store.manifest["arrays"]}
     routes = routes_table(method, clients, inputs.batches(store), inputs.experiment.images, stored.get("truth"))
     numbers, counts = route_counts(routes)
@@ -119,6 +122,9 @@ def _evaluate_routes(inputs: Inputs, method: PromptRouter, clients: Clients, fol
     plots = folder / "plots"
     quality_vs_share(curve, row, plots / "quality_vs_share.png")
     draw_routes(routes, stored.get("pictures"), row, plots / "routes.png")
+    if options.examples:
+        examples = route_examples(run, routes, stored.get("pictures"), options.examples, options.pixels)
+        _write(folder, "route_examples", examples)
     inputs.tracker.results(row, folder)
     write_json(folder / "results.json", row)
 
