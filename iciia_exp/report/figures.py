@@ -141,34 +141,51 @@ def by_rounds(table: pd.DataFrame, title: str, x: str = "round") -> Any | None:
     return figure
 
 
-def by_share(table: pd.DataFrame, title: str) -> Any | None:
-    """Draw delta P by the share of requests in the cloud, a line for each router; None where no run has such curves.
+#: What is drawn by the share in the cloud before the metrics, and its unit; the metrics are from 0 to 1.
+_BY_SHARE = {"delta_p": "delta P (%)", "win_rate": "win rate (%)", "quality": "mean of the metrics"}
 
+
+def by_share(table: pd.DataFrame, title: str) -> Any | None:
+    """Draw quality by the share of requests in the cloud, a line for each router; None where no run has such curves.
+
+    A panel each for delta P, win rate, the metrics' mean, every metric, and (``truth``) what is right in the pictures.
     The line of random requests is dashed, and that of the true PRS dotted.
     """
-    found, ends, best = [], None, None
+    found: list[tuple[str, Any, Any]] = []
+    best, ends = None, None
     for _, row in table.iterrows():
         parts = [part for folder in row["run_dirs"] if (part := read_table(folder / "shares.parquet")) is not None]
         if not parts:
             continue
-        of = {name: part.groupby("share")["delta_p"] for name, part in pd.concat(parts).groupby("router")}
-        best, ends = of["oracle"].mean(), of["router"].mean().iloc[[0, -1]]
+        of = dict(iter(pd.concat(parts).groupby("router")))
+        curve = of["router"].groupby("share").mean(numeric_only=True)
+        if best is None or len(best.columns) < len(curve.columns):
+            best, ends = of["oracle"].groupby("share").mean(numeric_only=True), curve.iloc[[0, -1]]
         if not row["oracle"]:
-            found.append(
-                (row["label"], pd.DataFrame({"delta_p": of["router"].mean(), "delta_p_se": of["router"].sem()}))
-            )
+            found.append((row["label"], curve, of["router"].groupby("share").sem(numeric_only=True).fillna(0)))
     if not found or best is None or ends is None:
         return None
-    figure, axes = plots.new_figure(f"{title}: quality by share", "requests in the cloud (%)", "delta P (%)", 9.2, 4.8)
-    names = [label for label, _ in found[: plots.MOST_LINES]]
-    for (label, curve), style in zip(found, plots.line_styles(names, names), strict=False):
-        line = axes.errorbar(
-            100 * curve.index, curve["delta_p"], curve["delta_p_se"].fillna(0), label=label, markersize=4, **style
-        )
-        plots.hover(line.lines[0], label)
-    axes.plot(100 * best.index, best, color=plots.GREY, linestyle=":", label="by true PRS")
-    axes.plot(100 * ends.index, ends, **plots.BASELINE, label="at random")
-    plots.legend(axes, beside=True)
+    keys = [*_BY_SHARE, *(key for key in best if key not in _BY_SHARE)]
+    labels = [label for label, _, _ in found[: plots.MOST_LINES]]
+    rows = -(-len(keys) // 3)
+    figure, panels = plots.new_panels(f"{title}: quality by share of requests in the cloud", rows, 3)
+    for key, axes in zip(keys, panels.flat, strict=False):
+        scale = 100 if key == "win_rate" else 1
+        for (label, curve, error), style in zip(found, plots.line_styles(labels, labels), strict=False):
+            if key not in curve:
+                continue
+            at = {"label": label, "markersize": 3, **style}
+            line = axes.errorbar(100 * curve.index, scale * curve[key], scale * error[key], **at)
+            plots.hover(line.lines[0], label)
+        axes.plot(100 * best.index, scale * best[key], color=plots.GREY, linestyle=":", label="by true PRS")
+        axes.plot(100 * ends.index, scale * ends[key], **plots.BASELINE, label="at random")
+        axes.set_title("what is right" if key == "truth" else _BY_SHARE.get(key, key), loc="left", fontsize=9.5)
+    for axes in list(panels.flat)[len(keys) :]:
+        axes.remove()
+    for axes in list(panels.flat)[max(0, len(keys) - 3) : len(keys)]:  # below which there is none
+        axes.set_xlabel("requests in the cloud (%)", fontsize=8.5)
+    handles, names = panels.flat[0].get_legend_handles_labels()
+    figure.legend(handles, names, frameon=False, fontsize=8.5, loc="outside lower center", ncols=4)
     return figure
 
 

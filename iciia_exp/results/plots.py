@@ -18,7 +18,16 @@ from iciia_exp.tasks import CLICK, TASKS
 __all__ = [
     *("BASELINE", "BLUE", "MOST_LINES", "ORANGE", "draw_setting", "gains", "hover", "legend", "line_styles"),
     *("accuracy_vs_history", "accuracy_vs_overhead", "accuracy_vs_rounds", "draw_accuracy_vs_overhead"),
-    *("draw_examples", "draw_routes", "gain_per_client", "measure", "new_figure", "quality_vs_share", "save"),
+    *(
+        "draw_examples",
+        "draw_routes",
+        "gain_per_client",
+        "measure",
+        "new_figure",
+        "new_panels",
+        "quality_vs_share",
+        "save",
+    ),
 ]
 
 # Colours that differ in lightness too, so that the plots read in grey.
@@ -47,6 +56,21 @@ def new_figure(
     axes.set(xlabel=xlabel, ylabel=ylabel)
     axes.set_title(title, loc="left", fontsize=11)
     return figure, axes
+
+
+def new_panels(title: str, rows: int, columns: int) -> tuple[Any, Any]:
+    """Return an empty figure and its axes, [rows, columns]."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(3.1 * columns, 2.3 * rows + 1.1), dpi=150, layout="constrained")
+    panels = figure.subplots(rows, columns, squeeze=False, sharex=True)
+    for axes in panels.flat:
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.grid(axis="y", color="#dddddd", linewidth=0.8)
+        axes.set_axisbelow(True)
+        axes.tick_params(labelsize=8, labelbottom=True)
+    figure.suptitle(title, x=0.01, ha="left", fontsize=11)
+    return figure, panels
 
 
 def legend(axes: Any, beside: bool) -> None:
