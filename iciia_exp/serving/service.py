@@ -93,6 +93,7 @@ def _serve(options: argparse.Namespace) -> int:
     limits = Limits(options.max_body)
     app = make_app(run, store, options.history, options.keep, backbone, token, limits, options.threads)
     print(f"http://{options.host}:{options.port}: {run.method.name}, states in {states}", flush=True)
+    sys.setswitchinterval(0.001)  # between the event loop and the scheduler: a tenth more requests than with 5 ms
     uvicorn.run(app, host=options.host, port=options.port, log_level="warning", access_log=False, proxy_headers=False)
     return 0
 
