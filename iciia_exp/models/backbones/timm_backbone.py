@@ -29,7 +29,8 @@ class TimmBackbone(ImageBackbone):
 
     Args:
         num_classes: K.
-        model: timm's name, with the tag of the weights (``tf_efficientnet_b4.aa_in1k``).
+        model: timm's name, with the tag of the weights (``tf_efficientnet_b4.aa_in1k``), or as timm takes it a
+            repository of the Hugging Face hub (``hf_hub:user/name``) or a folder (``local-dir:/path``).
         image_size: pixels of the square input; null is that of the weights.
         crop_pct: share of the image's shorter side that the crop keeps; null is that of the weights.
         mean, std: of the three channels, 0 to 1; null are those of the weights.
@@ -110,6 +111,8 @@ class TimmBackbone(ImageBackbone):
                 raise ConfigError("options", self.options, f"do not fit here ({first_line(error)})") from error
             raise ConfigError("model", self.model, f"{what}{f'; did you mean {near}?' if near else ''}") from error
         except Exception as error:
+            if ":" in self.model:
+                raise ConfigError("model", self.model, f"cannot be loaded ({first_line(error)})") from error
             raise ConfigError("options", self.options, f"do not fit here ({first_line(error)})") from error
 
     def crop(self, image: Any) -> Any:
@@ -130,16 +133,18 @@ class TimmBackbone(ImageBackbone):
         return {key: list(value) if isinstance(value, tuple) else value for key, value in config.items()}
 
     def pretrained_state(self) -> dict[str, Tensor]:
-        """Return timm's weights, from its cache or the Hugging Face hub."""
-        cfg = timm.get_pretrained_cfg(self.model)
-        if cfg is None or not cfg.hf_hub_id:
+        """Return timm's weights, from its cache, the Hugging Face hub or a folder."""
+        cfg: Mapping[str, Any] = self.net.pretrained_cfg  # type: ignore[assignment]
+        if self.model.startswith("local-dir:"):
+            return self._create(cfg["num_classes"], pretrained=True).state_dict()
+        if not (repository := cfg.get("hf_hub_id")):
             problem = "timm has no weights for it; choose a tag from timm.list_pretrained()"
             raise ConfigError("model", self.model, problem)
         host = urlparse(huggingface_hub.constants.ENDPOINT).hostname or ""
-        file = cfg.hf_hub_filename or "model.safetensors"
-        if huggingface_hub.try_to_load_from_cache(cfg.hf_hub_id, file):
+        file = cfg.get("hf_hub_filename") or "model.safetensors"
+        if huggingface_hub.try_to_load_from_cache(repository, file):
             host = "localhost"
-        page = f"{huggingface_hub.constants.ENDPOINT}/{cfg.hf_hub_id}/resolve/main/{file}"
+        page = f"{huggingface_hub.constants.ENDPOINT}/{repository}/resolve/main/{file}"
         bring = f"get {page} elsewhere and set backbone.weights=FILE"
-        net = fetched(lambda: self._create(cfg.num_classes, pretrained=True), f"timm's {self.model}", host, bring)
+        net = fetched(lambda: self._create(cfg["num_classes"], pretrained=True), f"timm's {self.model}", host, bring)
         return net.state_dict()

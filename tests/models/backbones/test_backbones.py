@@ -1,8 +1,10 @@
 """Every backbone against the library's own network and its own evaluation transform, with random weights."""
 
 import re
+from functools import partial
 from pathlib import Path
 
+import huggingface_hub
 import numpy as np
 import pytest
 import timm
@@ -11,11 +13,13 @@ import yaml
 from hydra.utils import instantiate
 from PIL import Image
 from timm.data import create_transform, resolve_data_config
+from timm.models import save_for_hf
 from torch import nn
 from torchvision import models
 
 from iciia_exp.config.paths import CONF_DIR
 from iciia_exp.errors import ConfigError, UserError
+from iciia_exp.models.backbones.base import BackboneSpec
 from iciia_exp.models.backbones.c3d import C3D
 from iciia_exp.models.backbones.leaf_cnn import LeafCNN
 from iciia_exp.models.backbones.timm_backbone import TimmBackbone
@@ -450,6 +454,28 @@ def test_the_cost_is_the_library_s():
     """224 px, classifier included: MobileNetV2 is published with 300 million multiply-accumulates."""
     backbone = TimmBackbone(1000, "mobilenetv2_100")
     assert backbone.macs(backbone.transform(picture())) == pytest.approx(300e6, rel=0.01)
+
+
+@torch.no_grad()
+def test_timm_models_of_the_hub_and_of_folders(tmp_path, monkeypatch):
+    constants, revision = huggingface_hub.constants, "a" * 40
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    repository = tmp_path / "models--user--net"
+    files = repository / "snapshots" / revision
+    (repository / "refs").mkdir(parents=True)
+    (repository / "refs" / "main").write_text(revision)
+    model = timm.create_model("test_efficientnet", num_classes=7).eval()
+    save_for_hf(model, str(files), safe_serialization=True)
+    images = torch.rand(2, 3, 160, 160)
+    for name in ("hf_hub:user/net", "hf-hub:user/net", f"local-dir:{files}"):
+        backbone = BackboneSpec("timm", partial(TimmBackbone, model=name), "none", True).initial(list("abcdefg"))
+        backbone.eval()
+        want = model(backbone.normalise(images))
+        torch.testing.assert_close(backbone.head(backbone.features(images)), want, atol=1e-5, rtol=1e-4)
+    for name in ("hf_hub:user/other", f"local-dir:{tmp_path}"):
+        with pytest.raises(ConfigError, match=rf"^model={name}: cannot be loaded \("):
+            TimmBackbone(7, name)
 
 
 def test_networks_without_weights_say_so():
