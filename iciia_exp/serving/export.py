@@ -42,6 +42,7 @@ from iciia_exp.methods.tune.base import Personal
 from iciia_exp.models.backbones.base import Backbone
 from iciia_exp.output import exit_status
 from iciia_exp.serving.latency import measure
+from iciia_exp.serving.options import add_backbone, chosen_backbone
 from iciia_exp.serving.programs import check_program, open_program, programs_of, write_program
 from iciia_exp.serving.quantize import quantize
 from iciia_exp.serving.run import Run
@@ -143,8 +144,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("run", metavar="RUN", help="directory of a run")
     parser.add_argument("--to", choices=tuple(_ENDINGS), default="onnx", help="default: onnx")
     parser.add_argument("--out", type=Path, metavar="DIR", help="default: the folder export of the run")
-    parser.add_argument("--with-backbone", action="store_true", help="programs on images as well")
-    parser.add_argument("--weights", type=Path, metavar="FILE", help="of the backbone, if it was loaded from a file")
+    add_backbone(parser, "programs on images as well")
     parser.add_argument("--images", choices=("uint8", "float"), default="uint8", help="type of images; default: uint8")
     parser.add_argument("--int8", action="store_true", help="with weights of 8 bits as well, and their accuracy")
     parser.add_argument("--no-latency", action="store_true", help="measure no times")
@@ -155,7 +155,7 @@ def main(arguments: list[str] | None = None) -> int:
 def _export(options: argparse.Namespace) -> int:
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)
     run = Run.load(options.run)
-    backbone = run.load_backbone(options.weights) if options.with_backbone or options.weights else None
+    backbone = chosen_backbone(run, options)
     out = options.out or run.path / "export"
     facts = export(run, out, options.to, backbone, options.images, options.int8, not options.no_latency)
     for name, entry in facts["programs"].items():

@@ -23,6 +23,7 @@ from iciia_exp.artifacts import atomic_write, replacing_folder, save_tensors, wr
 from iciia_exp.errors import UserError, first_line
 from iciia_exp.methods.tune.base import Personal
 from iciia_exp.output import exit_status
+from iciia_exp.serving.options import add_backbone, chosen_backbone
 from iciia_exp.tasks import MULTI_LABEL, SINGLE_LABEL
 
 if TYPE_CHECKING:
@@ -224,8 +225,7 @@ def main(arguments: list[str] | None = None) -> int:
     where = parser.add_mutually_exclusive_group(required=True)
     where.add_argument("--out", type=Path, metavar="DIR", help="write it into a folder")
     where.add_argument("--push", metavar="USER/NAME", help="upload it to the hub")
-    parser.add_argument("--with-backbone", action="store_true", help="with the backbone's weights, for images")
-    parser.add_argument("--weights", type=Path, metavar="FILE", help="of the backbone, if it was loaded from a file")
+    add_backbone(parser, "with the backbone's weights, for images")
     parser.add_argument("--license", default="apache-2.0", help="of the weights; default: apache-2.0")
     parser.add_argument("--private", action="store_true", help="the new repository is private")
     return exit_status(lambda: _publish(parser.parse_args(arguments)), failed=1)
@@ -235,7 +235,7 @@ def _publish(options: argparse.Namespace) -> int:
     from iciia_exp.serving.run import Run
 
     run = Run.load(options.run)
-    backbone = run.load_backbone(options.weights) if options.with_backbone or options.weights else None
+    backbone = chosen_backbone(run, options)
     if options.out is not None:
         print(f"written to {save_pretrained(run, options.out, backbone, options.license)}")
     else:

@@ -26,6 +26,7 @@ from iciia_exp.methods.adapt.base import Adaptive
 from iciia_exp.models.backbones.base import Backbone
 from iciia_exp.output import exit_status
 from iciia_exp.serving.export import export
+from iciia_exp.serving.options import WEIGHTS_HELP
 from iciia_exp.serving.run import Run
 
 __all__ = ["main", "make_page"]
@@ -112,7 +113,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m iciia_exp.serving.page", description="a run in the browser")
     parser.add_argument("run", metavar="RUN", help="directory of a run")
     parser.add_argument("--out", type=Path, metavar="DIR", help="default: the folder page of the run")
-    parser.add_argument("--weights", type=Path, metavar="FILE", help="of the backbone, if it was loaded from a file")
+    parser.add_argument("--weights", type=Path, metavar="FILE", help=WEIGHTS_HELP)
     parser.add_argument("--runtime", type=Path, metavar="DIR", help="npm package onnxruntime-web; default: npm pack")
     return exit_status(lambda: _write(parser.parse_args(arguments)), failed=1)
 

@@ -23,6 +23,7 @@ from iciia_exp.errors import UserError, first_line
 from iciia_exp.methods.tune.base import Personal
 from iciia_exp.output import exit_status
 from iciia_exp.serving.app import Limits, make_app
+from iciia_exp.serving.options import add_backbone, chosen_backbone
 from iciia_exp.serving.run import Run
 from iciia_exp.serving.scheduler import about
 from iciia_exp.serving.session import KEEP, ClientSession
@@ -65,8 +66,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--ttl", type=float, metavar="SECONDS", help="forget clients that send nothing for so long")
     parser.add_argument("--max-clients", type=int, metavar="N", help="forget the oldest of more (SQLite)")
     parser.add_argument("--max-body", type=int, default=8 << 20, metavar="BYTES", help="of a request; default: 8 MiB")
-    parser.add_argument("--with-backbone", action="store_true", help="take images, not features alone")
-    parser.add_argument("--weights", type=Path, metavar="FILE", help="of the backbone, if it was loaded from a file")
+    add_backbone(parser, "take images, not features alone")
     parser.add_argument("--token-file", type=Path, metavar="FILE", help="a token that requests must give")
     parser.add_argument("--threads", type=int, help="of PyTorch; default: as many as cores")
     options = parser.parse_args(arguments)
@@ -87,7 +87,7 @@ def _serve(options: argparse.Namespace) -> int:
     if token == "":
         raise UserError("the token is empty")
     run = Run.load(options.run)
-    backbone = run.load_backbone(options.weights) if options.with_backbone or options.weights else None
+    backbone = chosen_backbone(run, options)
     states = options.states or str(run.path / "states.sqlite")
     store = open_store(states, run, options.history, options.keep, options.ttl, options.max_clients)
     limits = Limits(options.max_body)
