@@ -18,15 +18,19 @@ import tempfile
 import time
 from pathlib import Path
 
-import litserve
 import numpy as np
 import torch
 from bench_service import D, load, make_run
 
 from iciia_exp.serving.run import Run
 
+try:
+    import litserve
+except ImportError:  # not of the package's extras
+    litserve = None
 
-class Api(litserve.LitAPI):
+
+class Api(litserve.LitAPI if litserve else object):
     def __init__(self, folder):
         super().__init__(max_batch_size=32, batch_timeout=0.002, api_path="/clients/0/predict")
         self.folder = folder
