@@ -8,7 +8,7 @@ STAMP := $(VENV)/.installed
 RUN = $(if $(wildcard $(STAMP)),$(STAMP),$(CORE))
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo sweep test lint format wheel-test clean
+.PHONY: help install demo sweep test lint format docs wheel-test clean
 
 help:  ## Show this list
 	@awk 'BEGIN {FS = ":.*## "} /^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -47,6 +47,9 @@ lint: $(STAMP)  ## Check style and types
 format: $(STAMP)  ## Rewrite the code in the project's style
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+docs: $(STAMP)  ## Build the documentation in site/; warnings are errors
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --quiet --strict
 
 wheel-test: $(STAMP)  ## Build the wheel and run it from another folder: the configuration must be inside
 	$(BIN)/python -m pip wheel --quiet --disable-pip-version-check --no-deps --wheel-dir dist .
