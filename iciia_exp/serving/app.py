@@ -11,6 +11,7 @@ import os
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -102,7 +103,7 @@ def make_app(
         await asyncio.to_thread(scheduler.close)
         decoders.shutdown()
 
-    app = FastAPI(title=f"iciia_exp: {run.method.name}", version=__version__, lifespan=lifespan)
+    app = FastAPI(title=f"iciia_exp: {run.method.name}", version=__version__, lifespan=lifespan, redirect_slashes=False)
     app.state.scheduler = scheduler
 
     async def answered(request: Request, work: Any) -> Any:
@@ -159,6 +160,8 @@ def make_app(
             body = await body_of(request)
             if kind in ("application/json", _FEATURES):
                 given = _features(body, kind, dim)
+            elif kind.startswith("image/") and not body:
+                raise _Refused(422, "the body is empty")
             elif kind.startswith("image/"):
                 given = [body]
             else:
@@ -172,8 +175,10 @@ def make_app(
                 raise _Refused(415, "this service takes features; start it --with-backbone for images")
             else:
                 loop = asyncio.get_running_loop()
-                decode = [loop.run_in_executor(decoders, _decoded, backbone, image) for image in given]
-                future = scheduler.submit(name, images=await asyncio.gather(*decode))
+                several = [f"image {number}" for number in range(1, len(given) + 1)]
+                which = several if len(given) > 1 else ["the image"]
+                call = partial(loop.run_in_executor, decoders, _decoded, backbone)
+                future = scheduler.submit(name, images=await asyncio.gather(*map(call, given, which)))
             answer = await future
             images.inc(len(answer.probabilities_nK))
             seconds.observe(time.perf_counter() - start)
@@ -222,10 +227,13 @@ def make_app(
         return await answered(request, work)
 
     @app.get("/health")
-    async def health() -> dict[str, Any]:
-        """Return that the service answers, and how many clients it knows."""
-        clients = await asyncio.wrap_future(scheduler.call(store.count))
-        return {"status": "ok", "clients": clients, "waiting": scheduler.waiting}
+    async def health() -> Response:
+        """Return that the service answers, and how many clients it knows; 503 if the states cannot be reached."""
+        try:
+            clients = await asyncio.wrap_future(scheduler.call(store.count))
+        except StoreError as error:
+            return JSONResponse({"status": "unavailable", "error": str(error)}, 503, {"Retry-After": "1"})
+        return JSONResponse({"status": "ok", "clients": clients, "waiting": scheduler.waiting})
 
     @app.get("/metrics")
     async def metrics() -> Response:
@@ -313,13 +321,13 @@ def _from_base64(values: Any) -> list[bytes]:
         raise _Refused(422, f"images: is not base64 ({first_line(error)})") from error
 
 
-def _decoded(backbone: Backbone, image: bytes) -> Tensor:
+def _decoded(backbone: Backbone, image: bytes, what: str = "the image") -> Tensor:
     """Return the network's input of an image file."""
     try:
         with open_stream(io.BytesIO(image)) as opened:
             return backbone.transform(upright_rgb(opened))
     except Exception as error:  # Pillow raises many kinds
-        raise _Refused(422, f"the image cannot be read ({first_line(error)})") from error
+        raise _Refused(422, f"{what} cannot be read ({first_line(error)})") from error
 
 
 def _as_json(client: str, answer: Answer, names: list[str], top: int) -> bytes:

@@ -24,7 +24,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import json
 import logging
 import sys
 from collections.abc import Sequence
@@ -87,7 +86,7 @@ def export(
     """
     out, ending = Path(out), _ENDINGS[check_choice("to", to, tuple(_ENDINGS))]
     if int8 and to != "onnx":
-        raise UserError("int8: is of ONNX alone; use to=onnx")
+        raise UserError("int8: is of ONNX alone; export to onnx")
     if to == "onnx":
         _require_onnx()
     programs, known = programs_of(run, backbone, images), known_values(run)
@@ -145,7 +144,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--to", choices=tuple(_ENDINGS), default="onnx", help="default: onnx")
     parser.add_argument("--out", type=Path, metavar="DIR", help="default: the folder export of the run")
     add_backbone(parser, "programs on images as well")
-    parser.add_argument("--images", choices=("uint8", "float"), default="uint8", help="type of images; default: uint8")
+    parser.add_argument("--images", choices=("uint8", "float"), help="type of images; default: uint8")
     parser.add_argument("--int8", action="store_true", help="with weights of 8 bits as well, and their accuracy")
     parser.add_argument("--no-latency", action="store_true", help="measure no times")
     options = parser.parse_args(arguments)
@@ -156,15 +155,21 @@ def _export(options: argparse.Namespace) -> int:
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)
     run = Run.load(options.run)
     backbone = chosen_backbone(run, options)
-    out = options.out or run.path / "export"
-    facts = export(run, out, options.to, backbone, options.images, options.int8, not options.no_latency)
+    if backbone is None and options.images is not None:
+        raise UserError("--images: is of programs on images; add --with-backbone")
+    out, images = options.out or run.path / "export", options.images or "uint8"
+    facts = export(run, out, options.to, backbone, images, options.int8, not options.no_latency)
     for name, entry in facts["programs"].items():
         inputs = ", ".join(f"{key} {_shape(value['shape'])}" for key, value in entry["inputs"].items())
         outputs = ", ".join(f"{key} {_shape(value['shape'])}" for key, value in entry["outputs"].items())
         size = f"{entry['bytes'] / 1e6:.1f} MB, differs by {entry['difference']:.1g}"
         print(f"{name}: {inputs} -> {outputs}; {size}")
     if "int8" in facts:
-        print(json.dumps(facts["int8"]))
+        sizes = ", ".join(f"{name} {size / 1e6:.1f} MB" for name, size in facts["int8"]["bytes"].items())
+        print(f"with weights of 8 bits: {sizes}")
+        if facts["int8"]["accuracy"] is not None:
+            before, after = (100 * facts["int8"][key] for key in ("accuracy", "accuracy_int8"))
+            print(f"accuracy on the run's test clients: {before:.2f} %, with weights of 8 bits {after:.2f} %")
     print(f"written to {out}")
     return 0
 

@@ -120,7 +120,7 @@ def download(name: str, revision: str | None = None, **options: Any) -> Path:
     except HFValidationError as error:
         raise UserError(f"{name}: no such folder, and not the name of a repository, user/name") from error
     except (OSError, ValueError) as error:
-        raise UserError(f"{name}: cannot be downloaded ({first_line(error)})") from error
+        raise UserError(f"{name}: no such folder, and cannot be downloaded ({first_line(error)})") from error
 
 
 def model_card(run: Run, row: dict[str, Any], name: str, license: str, backbone: bool) -> str:

@@ -225,6 +225,8 @@ class Run:
     @cached_property
     def clients(self) -> pd.DataFrame:
         """One row per test client: images, classes, correct decisions and log-loss sums of backbone and method."""
+        if self.evaluation == self.path:
+            raise UserError(f"{self.path}: a repository has no clients; they are in the run that it was made from")
         return read_parquet(self._evaluated("clients.parquet"))
 
     @cached_property
@@ -281,6 +283,8 @@ class Run:
             path = self.cache_dir / "backbones" / folder / "weights.safetensors"
             if not path.is_file():
                 hint = "repeat the run's command with stage=backbone, or give Run.load its cache_dir"
+                if not (self.path / "run.json").is_file():
+                    hint = "the repository was written without its backbone; write it --with-backbone"
                 raise UserError(f"{path}: is not there; {hint}")
             _load_weights(backbone, load_tensors(path), path)
         return backbone.eval().requires_grad_(False)

@@ -16,10 +16,11 @@ operators, ``/docs`` and ``/openapi.json`` describe all this.
 
 import argparse
 import os
+import socket
 import sys
 from pathlib import Path
 
-from iciia_exp.errors import UserError, first_line
+from iciia_exp.errors import UserError, check_int, first_line
 from iciia_exp.methods.tune.base import Personal
 from iciia_exp.output import exit_status
 from iciia_exp.serving.app import Limits, make_app
@@ -57,7 +58,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m iciia_exp.serving.service", description="a run behind HTTP")
     parser.add_argument("run", metavar="RUN", help="directory of a run")
     parser.add_argument(
-        "--states", metavar="FILE|URL", help="SQLite file, or redis://HOST; default: states.sqlite in RUN"
+        "--states", metavar="FILE|URL", help="SQLite file, or redis://HOST; default: states.sqlite in the run"
     )
     parser.add_argument("--host", default="127.0.0.1", help="default: 127.0.0.1, this machine alone")
     parser.add_argument("--port", type=int, default=8000, help="default: 8000")
@@ -83,19 +84,41 @@ def _serve(options: argparse.Namespace) -> int:
         try:
             token = options.token_file.read_text(encoding="utf-8").strip()
         except (OSError, ValueError) as error:
-            raise UserError(f"{options.token_file}: cannot be read ({first_line(error)})") from error
+            problem = getattr(error, "strerror", None) or first_line(error)
+            raise UserError(f"{options.token_file}: cannot be read ({problem})") from error
     if token == "":
-        raise UserError("the token is empty")
-    run = Run.load(options.run)
+        raise UserError(f"{options.token_file or 'ICIIA_EXP_TOKEN'}: the token is empty")
+    run, limits = Run.load(options.run), Limits(options.max_body)
     backbone = chosen_backbone(run, options)
-    states = options.states or str(run.path / "states.sqlite")
-    store = open_store(states, run, options.history, options.keep, options.ttl, options.max_clients)
-    limits = Limits(options.max_body)
-    app = make_app(run, store, options.history, options.keep, backbone, token, limits, options.threads)
-    print(f"http://{options.host}:{options.port}: {run.method.name}, states in {states}", flush=True)
-    sys.setswitchinterval(0.001)  # between the event loop and the scheduler: a tenth more requests than with 5 ms
-    uvicorn.run(app, host=options.host, port=options.port, log_level="warning", access_log=False, proxy_headers=False)
+    states = options.states or _states_of(run)
+    with _listen(options.host, check_int("port", options.port, 1, 65535)) as listener:
+        store = open_store(states, run, options.history, options.keep, options.ttl, options.max_clients)
+        app = make_app(run, store, options.history, options.keep, backbone, token, limits, options.threads)
+        print(f"http://{options.host}:{options.port}: {run.method.name}, states in {states}", flush=True)
+        sys.setswitchinterval(0.001)  # between the event loop and the scheduler: a tenth more requests than with 5 ms
+        config = uvicorn.Config(app, log_level="warning", access_log=False, proxy_headers=False)
+        uvicorn.Server(config).run(sockets=[listener])
     return 0
+
+
+def _states_of(run: Run) -> str:
+    """Return the default file of the states: in a run's directory, but beside a repository, which may be uploaded."""
+    repository = not (run.path / "run.json").is_file()
+    path = run.path.resolve()
+    return str(path.with_name(f"{path.name}.states.sqlite") if repository else run.path / "states.sqlite")
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    """Return a socket that listens; raises a `UserError` if the port is in use or not allowed."""
+    listener = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listener.bind((host, port))
+    except OSError as error:
+        listener.close()
+        problem = f"cannot listen on port {port} ({first_line(error.strerror or str(error))})"
+        raise UserError(f"{host}: {problem}; choose another --port or --host") from error
+    return listener
 
 
 if __name__ == "__main__":

@@ -216,8 +216,9 @@ class SqliteStore(ClientStore):
         return bool(gone)
 
     def count(self) -> int | None:
-        """Return the number of clients."""
-        return self._db.execute("SELECT count(*) FROM clients").fetchone()[0]
+        """Return the number of clients whose time is not over."""
+        since = 0.0 if self.seconds is None else time.time() - self.seconds
+        return self._db.execute("SELECT count(*) FROM clients WHERE heard >= ?", [since]).fetchone()[0]
 
     def expire(self) -> int:
         """Forget clients whose time is over, and the oldest ones of too many."""
@@ -325,7 +326,8 @@ class RedisStore(ClientStore):
         return bool(self._all([("DEL", self._key(client))])[0])
 
     def count(self) -> int | None:
-        """Return None: keys of several services share a server."""
+        """Return None, if the server answers: keys of several services share it."""
+        self._all([("PING",)])
         return None
 
     def close(self) -> None:

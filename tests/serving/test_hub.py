@@ -95,7 +95,7 @@ def test_pushing(tmp_path, monkeypatch):
 def test_names_that_are_not_there(tmp_path):
     with pytest.raises(UserError, match="no such folder, and not the name of a repository"):
         Run.from_pretrained("a/b/c")
-    with pytest.raises(UserError, match="nobody/nothing: cannot be downloaded"):
+    with pytest.raises(UserError, match="nobody/nothing: no such folder, and cannot be downloaded"):
         Run.from_pretrained("nobody/nothing", local_files_only=True, cache_dir=tmp_path)
     with pytest.raises(UserError, match="not a trained run"):
         Run.from_pretrained(tmp_path)

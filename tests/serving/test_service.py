@@ -1,6 +1,7 @@
 """The service: answers equal those of sessions, whatever happens in between; bad requests change nothing."""
 
 import base64
+import contextlib
 import io
 import os
 import shutil
@@ -29,7 +30,7 @@ from iciia_exp.errors import UserError
 from iciia_exp.serving.app import Limits, make_app
 from iciia_exp.serving.run import Run
 from iciia_exp.serving.scheduler import about, new_session
-from iciia_exp.serving.service import main, open_store
+from iciia_exp.serving.service import _states_of, main, open_store
 from iciia_exp.serving.states import Change, RedisStore, SqliteStore
 from tests.serving.test_session import D, K, make_run
 
@@ -45,8 +46,8 @@ def run(tmp_path_factory):
     return make_run(folder, num_layers=2, attention="causal")
 
 
-@pytest.fixture(scope="module")
-def redis_url():
+@contextlib.contextmanager
+def redis_server():
     """Start a Redis server of the tests' own on loopback."""
     if shutil.which("redis-server") is None:
         pytest.skip("redis-server is not installed")
@@ -56,6 +57,12 @@ def redis_url():
         wait_for(port)
         yield f"redis://127.0.0.1:{port}"
         server.terminate()
+
+
+@pytest.fixture(scope="module")
+def redis_url():
+    with redis_server() as url:
+        yield url
 
 
 @pytest.fixture(params=["sqlite", "redis"])
@@ -242,7 +249,7 @@ def test_images_are_those_of_the_backbone(finished):
         for content, message in (
             (files[0][:40], "cannot be read"),
             (b"GIF89a", "cannot be read"),
-            (b"", "cannot be read"),
+            (b"", "the body is empty"),
         ):
             answer = client.post("/clients/c/predict", content=content, headers=headers)
             assert answer.status_code == 422
@@ -386,3 +393,44 @@ def test_files_and_servers_that_do_not_fit(run, tmp_path):
     with pytest.raises(UserError, match="--max-clients: is of SQLite"):
         open_store("redis://127.0.0.1:1", run, 5, "recent", most=3)
     assert about(run, 5, "recent") == {"run": "iciia-1", "history": 5, "keep": "recent"}
+
+
+def test_a_port_in_use_is_one_line_and_leaves_no_file(run, tmp_path, capsys):
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        port = taken.getsockname()[1]
+        file = tmp_path / "states.sqlite"
+        for number, message in (
+            (port, f"error: 127.0.0.1: cannot listen on port {port} ("),
+            (99999, "error: port=99999"),
+        ):
+            assert main([str(run.path), "--port", str(number), "--states", str(file)]) == 1
+            out, err = capsys.readouterr()
+            assert out == ""
+            assert err.startswith(message)
+    assert not file.exists()
+
+
+def test_states_of_a_repository_are_beside_it(run, tmp_path):
+    folder = run.save_pretrained(tmp_path / "model")
+    assert _states_of(Run.load(folder)) == str(tmp_path / "model.states.sqlite")
+    assert _states_of(run) == str(run.path / "states.sqlite")
+
+
+def test_clients_whose_time_is_over_are_not_counted(run, tmp_path):
+    store = SqliteStore(tmp_path / "states", about(run, 5, "recent"), seconds=0.2)
+    store.write([Change("a", 0, 1, "", {0: b"x"})])
+    assert store.count() == 1
+    time.sleep(0.3)
+    assert store.count() == 0
+    store.close()
+
+
+def test_a_service_without_its_states_is_not_healthy(run):
+    with contextlib.ExitStack() as stack:
+        with redis_server() as url:
+            client = stack.enter_context(TestClient(make_app(run, open_store(url, run, 5, "recent"), 5)))
+            assert client.get("/health").json() == {"status": "ok", "clients": None, "waiting": 0}
+        answer = client.get("/health")
+        assert (answer.status_code, answer.json()["status"]) == (503, "unavailable")
+        assert client.get("/clients").status_code == 404
