@@ -171,10 +171,11 @@ def by_share(table: pd.DataFrame, title: str) -> Any | None:
     figure, panels = plots.new_panels(f"{title}: quality by share of requests in the cloud", rows, 3)
     for key, axes in zip(keys, panels.flat, strict=False):
         scale = 100 if key == "win_rate" else 1
-        for (label, curve, error), style in zip(found, plots.line_styles(labels, labels), strict=False):
+        styles = plots.line_styles(labels, labels)
+        for number, ((label, curve, error), style) in enumerate(zip(found, styles, strict=False)):
             if key not in curve:
                 continue
-            at = {"label": label, "markersize": 3, **style}
+            at = {"label": label, "markersize": 4, "linestyle": "-" if number < 5 else "-.", **style}  # of five colours
             line = axes.errorbar(100 * curve.index, scale * curve[key], scale * error[key], **at)
             plots.hover(line.lines[0], label)
         axes.plot(100 * best.index, scale * best[key], color=plots.GREY, linestyle=":", label="by true PRS")
