@@ -11,6 +11,7 @@ from iciia_exp.cost import count_macs
 from iciia_exp.data.batches import ClientBatch
 from iciia_exp.ledger import Budget, Line, Link, Sizes, payload_bytes, serve
 from iciia_exp.methods.adapt.base import Adaptive
+from iciia_exp.methods.adapt.iciia import IciiaMethod
 from iciia_exp.methods.base import Ask
 from iciia_exp.methods.tune.base import Personal
 from iciia_exp.methods.tune.device_network import DeviceNetwork
@@ -60,8 +61,8 @@ def of_request(method, together):
     if together:
         return count_macs(method, torch.randn(1, S, D)) - S * D * K, "method"
     counted = count_macs(OneMore(method), torch.randn(1, D), torch.randn(1, S - 1, method.state_width))
-    if method.streaming_macs(S) is None:  # all images again
-        return counted - S * D * K, "recomputation"
+    if method.streaming_macs(S) is None:  # all images again, which ICIIA does not classify again
+        return counted - (1 if isinstance(method, IciiaMethod) else S) * D * K, "recomputation"
     return counted - D * K, "method"
 
 
