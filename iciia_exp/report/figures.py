@@ -165,7 +165,7 @@ def by_share(table: pd.DataFrame, title: str) -> Any | None:
             found.append((row["label"], curve, of["router"].groupby("share").sem(numeric_only=True).fillna(0)))
     if not found or best is None or ends is None:
         return None
-    keys = [*_BY_SHARE, *(key for key in best if key not in _BY_SHARE)]
+    keys = [*_BY_SHARE, *(str(key) for key in best.columns if key not in _BY_SHARE)]
     labels = [label for label, _, _ in found[: plots.MOST_LINES]]
     rows = -(-len(keys) // 3)
     figure, panels = plots.new_panels(f"{title}: quality by share of requests in the cloud", rows, 3)

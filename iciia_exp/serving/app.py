@@ -177,8 +177,9 @@ def make_app(
                 loop = asyncio.get_running_loop()
                 several = [f"image {number}" for number in range(1, len(given) + 1)]
                 which = several if len(given) > 1 else ["the image"]
-                call = partial(loop.run_in_executor, decoders, _decoded, backbone)
-                future = scheduler.submit(name, images=await asyncio.gather(*map(call, given, which)))
+                decoded = partial(_decoded, backbone)
+                calls = [loop.run_in_executor(decoders, decoded, *both) for both in zip(given, which, strict=True)]
+                future = scheduler.submit(name, images=await asyncio.gather(*calls))
             answer = await future
             images.inc(len(answer.probabilities_nK))
             seconds.observe(time.perf_counter() - start)

@@ -139,7 +139,7 @@ def _predict_steps(sessions: Sequence[ClientSession], images: Sequence[Tensor]) 
             x_CnD[row, : len(images[i])] = images[i]
             memory_CSE[row, :longest] = sessions[i]._state[:longest]
         visible = None if same and most == 1 else _visible([sessions[i] for i in batch], longest, most)
-        p_CnK = method.task.probabilities(method.steps(x_CnD, memory_CSE, visible))
+        p_CnK = method.task.probabilities(method.step_all(x_CnD, memory_CSE, visible))
         finite = finite and all_finite(p_CnK) and all_finite(memory_CSE[:, longest:])
         for row, i in enumerate(batch):
             answers[i], keep[i] = p_CnK[row, : len(images[i])], memory_CSE[row, longest : longest + len(images[i])]

@@ -111,10 +111,10 @@ class Adaptive(Method):
         mask_CS = None if mask_CP is None else nn.functional.pad(mask_CP, (0, 1), value=True)
         return self(x_CSD, mask_CS)[:, -1], x_CD
 
-    #: Whether `steps` is there.
+    #: Whether `step_all` is there.
     takes_steps = False
 
-    def steps(self, x_CnD: Tensor, memory_CSE: Tensor, visible_CnS: Tensor | None) -> Tensor:
+    def step_all(self, x_CnD: Tensor, memory_CSE: Tensor, visible_CnS: Tensor | None) -> Tensor:
         """Return the logits of some more images of each client, [C, n, K]: `step` for each, in one pass.
 
         Args:

@@ -116,7 +116,7 @@ class IciiaMethod(Adaptive):
         """Whether old keys and values stay valid."""
         return self._keeps_keys
 
-    def steps(self, x_CnD: Tensor, memory_CSE: Tensor, visible_CnS: Tensor | None) -> Tensor:
+    def step_all(self, x_CnD: Tensor, memory_CSE: Tensor, visible_CnS: Tensor | None) -> Tensor:
         """Return the logits of some more images of each client, [C, n, K]."""
         return self.model.classifier(self.model.encode_steps(x_CnD, memory_CSE, visible_CnS))
 
