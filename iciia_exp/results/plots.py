@@ -50,12 +50,17 @@ def new_figure(
 
     figure = Figure(figsize=(width, height), dpi=150, layout="constrained")  # no pyplot: no global state, no window
     axes = figure.subplots()
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.grid(axis="y", color="#dddddd", linewidth=0.8)
-    axes.set_axisbelow(True)
+    _make_plain(axes)
     axes.set(xlabel=xlabel, ylabel=ylabel)
     axes.set_title(title, loc="left", fontsize=11)
     return figure, axes
+
+
+def _make_plain(axes: Any) -> None:
+    """Leave two of the frame's sides, and draw a horizontal grid below the data."""
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(axis="y", color="#dddddd", linewidth=0.8)
+    axes.set_axisbelow(True)
 
 
 def new_panels(title: str, rows: int, columns: int) -> tuple[Any, Any]:
@@ -65,9 +70,7 @@ def new_panels(title: str, rows: int, columns: int) -> tuple[Any, Any]:
     figure = Figure(figsize=(3.1 * columns, 2.3 * rows + 1.1), dpi=150, layout="constrained")
     panels = figure.subplots(rows, columns, squeeze=False, sharex=True)
     for axes in panels.flat:
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.grid(axis="y", color="#dddddd", linewidth=0.8)
-        axes.set_axisbelow(True)
+        _make_plain(axes)
         axes.tick_params(labelsize=8, labelbottom=True)
     figure.suptitle(title, x=0.01, ha="left", fontsize=11)
     return figure, panels

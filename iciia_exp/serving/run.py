@@ -202,6 +202,11 @@ class Run:
             raise UserError(f"{self.path}: trained but not evaluated; repeat its command")
         return self.evaluation / name
 
+    @property
+    def is_repository(self) -> bool:
+        """Whether it is a folder that `save_pretrained` has written, and not the run itself."""
+        return not (self.path / "run.json").is_file()
+
     @cached_property
     def results(self) -> dict[str, Any]:
         """The flat row of ``results.json``."""
@@ -225,7 +230,7 @@ class Run:
     @cached_property
     def clients(self) -> pd.DataFrame:
         """One row per test client: images, classes, correct decisions and log-loss sums of backbone and method."""
-        if self.evaluation == self.path:
+        if self.is_repository:
             raise UserError(f"{self.path}: a repository has no clients; they are in the run that it was made from")
         return read_parquet(self._evaluated("clients.parquet"))
 
@@ -283,7 +288,7 @@ class Run:
             path = self.cache_dir / "backbones" / folder / "weights.safetensors"
             if not path.is_file():
                 hint = "repeat the run's command with stage=backbone, or give Run.load its cache_dir"
-                if not (self.path / "run.json").is_file():
+                if self.is_repository:
                     hint = "the repository was written without its backbone; write it --with-backbone"
                 raise UserError(f"{path}: is not there; {hint}")
             _load_weights(backbone, load_tensors(path), path)

@@ -30,6 +30,7 @@ from torch import Tensor
 from iciia_exp.errors import UserError
 from iciia_exp.methods.tune.base import Personal
 from iciia_exp.models.backbones.base import Backbone
+from iciia_exp.serving.features import all_finite
 from iciia_exp.serving.run import Run
 from iciia_exp.serving.session import ClientSession
 from iciia_exp.serving.states import Change, ClientStore, Stored
@@ -267,7 +268,7 @@ class Scheduler:
         features = torch.cat([self.backbone.features(part).float() for part in laid_out])
         for request, x_nD in zip(having, features.split([request.length for request in having]), strict=True):
             request.x_nD = x_nD
-            if not x_nD.isfinite().all():
+            if not all_finite(x_nD):
                 self._resolve(request, UserError("the image gives features that are not finite"))
 
     def _load(self, requests: Sequence[_Request]) -> list[ClientSession | None]:
@@ -309,9 +310,10 @@ class Scheduler:
         """Serve the next images of every request; those that fail are answered with their error."""
         if not both:
             return []
-        some = _IN_ONE_PASS if takes_many(both[0][1]) else 1
+        many = takes_many(both[0][1])
+        some = _IN_ONE_PASS if many else 1
         given = [r.x_nD[r.next : r.next + some] for r, _ in both if r.x_nD is not None]
-        vectors = sum(map(len, given)) * (1 if takes_many(both[0][1]) else 1 + self.history)
+        vectors = sum(map(len, given)) * (1 if many else 1 + self.history)
         torch.set_num_threads(self._threads if vectors >= _LARGE else max(1, self._threads - 1))
         try:
             answers = predict_next([session for _, session in both], given)

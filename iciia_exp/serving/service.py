@@ -103,9 +103,8 @@ def _serve(options: argparse.Namespace) -> int:
 
 def _states_of(run: Run) -> str:
     """Return the default file of the states: in a run's directory, but beside a repository, which may be uploaded."""
-    repository = not (run.path / "run.json").is_file()
     path = run.path.resolve()
-    return str(path.with_name(f"{path.name}.states.sqlite") if repository else run.path / "states.sqlite")
+    return str(path.with_name(f"{path.name}.states.sqlite") if run.is_repository else run.path / "states.sqlite")
 
 
 def _listen(host: str, port: int) -> socket.socket:

@@ -109,10 +109,16 @@ class Adaptive(Method):
         """
         x_CSD = torch.cat([past_CPE, x_CD[:, None]], 1)
         mask_CS = None if mask_CP is None else nn.functional.pad(mask_CP, (0, 1), value=True)
-        return self(x_CSD, mask_CS)[:, -1], x_CD
+        return self.newest(x_CSD, mask_CS), x_CD
 
-    #: Whether `step_all` is there.
-    takes_steps = False
+    def newest(self, x_CSD: Tensor, mask_CS: Tensor | None) -> Tensor:
+        """Return the logits of the last image of each client, [C, K]; by default those of `forward`."""
+        return self(x_CSD, mask_CS)[:, -1]
+
+    @property
+    def takes_steps(self) -> bool:
+        """Whether `step_all` is there."""
+        return False
 
     def step_all(self, x_CnD: Tensor, memory_CSE: Tensor, visible_CnS: Tensor | None) -> Tensor:
         """Return the logits of some more images of each client, [C, n, K]: `step` for each, in one pass.

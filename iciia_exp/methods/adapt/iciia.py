@@ -93,28 +93,25 @@ class IciiaMethod(Adaptive):
         return rolled_CSS
 
     @property
-    def _keeps_keys(self) -> bool:
+    def takes_steps(self) -> bool:
         """Whether old keys and values stay valid: not with full attention in several layers."""
         return self.model.causal or self.num_layers == 1
 
     @property
     def state_width(self) -> int:
         """Keys and values of every layer, 2 N D; the features, D, where those do not stay valid."""
-        return self.model.state_width if self._keeps_keys else self.dim
+        return self.model.state_width if self.takes_steps else self.dim
 
     def step(self, x_CD: Tensor, past_CPE: Tensor, mask_CP: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Return the logits of one more image of each client, [C, K], and what to keep of it, [C, E]."""
-        if not self._keeps_keys:
-            x_CSD = torch.cat([past_CPE, x_CD[:, None]], 1)
-            mask_CS = None if mask_CP is None else torch.nn.functional.pad(mask_CP, (0, 1), value=True)
-            return self.model.classifier(self.model.encode(x_CSD, mask_CS)[:, -1]), x_CD
+        if not self.takes_steps:
+            return super().step(x_CD, past_CPE, mask_CP)
         encoded_CD, own_CE = self.model.encode_step(x_CD, past_CPE, mask_CP)
         return self.model.classifier(encoded_CD), own_CE
 
-    @property
-    def takes_steps(self) -> bool:  # type: ignore[override]
-        """Whether old keys and values stay valid."""
-        return self._keeps_keys
+    def newest(self, x_CSD: Tensor, mask_CS: Tensor | None) -> Tensor:
+        """Return the logits of the last image of each client, which alone is classified."""
+        return self.model.classifier(self.model.encode(x_CSD, mask_CS)[:, -1])
 
     def step_all(self, x_CnD: Tensor, memory_CSE: Tensor, visible_CnS: Tensor | None) -> Tensor:
         """Return the logits of some more images of each client, [C, n, K]."""
@@ -126,7 +123,7 @@ class IciiaMethod(Adaptive):
 
     def streaming_macs(self, images: int) -> int | None:
         """(6 D^2 / G + 2 S D) N; None for full attention with several layers."""
-        return streaming_attention_macs(images, self.dim, self.groups, self.num_layers) if self._keeps_keys else None
+        return streaming_attention_macs(images, self.dim, self.groups, self.num_layers) if self.takes_steps else None
 
     def num_parameters(self) -> int:
         """The encoder's; the classifier replaces the backbone's."""
