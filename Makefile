@@ -8,7 +8,7 @@ STAMP := $(VENV)/.installed
 RUN = $(if $(wildcard $(STAMP)),$(STAMP),$(CORE))
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo sweep test lint format docs wheel-test clean
+.PHONY: help install demo sweep results test lint format docs wheel-test clean
 
 help:  ## Show this list
 	@awk 'BEGIN {FS = ":.*## "} /^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -35,6 +35,9 @@ demo: $(RUN)  ## Run the main job on scikit-learn's digits and print the result 
 sweep: $(RUN)  ## Accuracy against overhead: five group counts, three times with all seeds varied
 	$(BIN)/python -m iciia_exp -m method=linear_head,iciia groups=1,4,16,64,max seed=0,1,2 \
 	  'partition.seed=$${seed}' 'backbone.seed=$${seed}'
+
+results: $(STAMP)  ## Run a table of the documents: make results TABLE=digits ARGS="--data FOLDER"
+	$(BIN)/python benchmarks/results.py $(TABLE) $(ARGS)
 
 test: $(STAMP)  ## Run the whole test suite
 	$(BIN)/python -m pytest -n 2 --dist worksteal

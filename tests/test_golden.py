@@ -45,8 +45,9 @@ RUNS = {
     **{
         name: (f"method={name}",)
         for name in (
-            *("arm_cml", "backbone", "client_prior", "client_types", "coda", "context_token", "conv_across_images"),
+            *("arm_cml", "backbone", "client_prior", "client_profile", "client_types", "coda", "context_token"),
             *(
+                "conv_across_images",
                 "dc_ccl",
                 "fedavg",
                 "feedforward",

@@ -42,7 +42,7 @@ def test_help_is_quick_and_imports_no_torch(tmp_path):
     assert done.returncode == 0, done.stderr
     for word in (
         "+experiment=NAME",
-        "method: arm_cml, backbone, client_prior, client_types,",
+        "method: arm_cml, backbone, client_prior, client_profile,",
         "groups: 1",
         "iciia_exp.cache",
         "-m groups=",

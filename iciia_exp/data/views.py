@@ -6,7 +6,10 @@ and val images with their labels. An oracle's device also reads its test images 
 Legend: C clients, S images of a client, D features, K classes.
 """
 
-from collections.abc import Callable, Iterator
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from copy import copy
 from dataclasses import replace
 from typing import Any
 
@@ -64,6 +67,17 @@ class CloudView(Dataset[ClientBatch]):
         if not self._readable[index.index_CS[index.index_CS >= 0]].all():
             raise PermissionError("the cloud reads only train and val images")
         return self._batches[index]
+
+    def beside(self, rows: np.ndarray, arrays: Mapping[str, np.ndarray]) -> CloudView:
+        """Return the view with further arrays [len(rows), ...] of some images, by name, in `ClientBatch.arrays`."""
+        view = copy(self)
+        view._batches = copy(self._batches)
+        view._batches.arrays = {}
+        for name, values in arrays.items():
+            whole = np.zeros((len(self._readable), *values.shape[1:]), dtype=values.dtype)
+            whole[rows] = values
+            view._batches.arrays[name] = whole
+        return view
 
     def class_counts(self, role: str) -> np.ndarray:
         """Return how many images of each class (or with each attribute) every client has, float32 [C, K]."""

@@ -32,7 +32,13 @@ Record = dict[str, Any]
 class Fit(Protocol):
     """Trains modules by gradients on what the cloud may read; the one door for all of them."""
 
-    def __call__(self, module: nn.Module, rows: np.ndarray | None = None, recipe: Recipe | None = None) -> Record:
+    def __call__(
+        self,
+        module: nn.Module,
+        rows: np.ndarray | None = None,
+        recipe: Recipe | None = None,
+        arrays: Mapping[str, np.ndarray] | None = None,
+    ) -> Record:
         """Train a module and leave it in evaluation mode, without gradients; return the record of the training.
 
         Args:
@@ -41,6 +47,7 @@ class Fit(Protocol):
                 names of arrays, they are further arguments of its loss.
             rows: numbers of the images, of train or val.
             recipe: how the network is trained; by default as the configuration says.
+            arrays: further arrays of these images, [len(rows), ...], by the names in the network's ``reads``.
         """
 
 

@@ -63,7 +63,7 @@ class SmallCloud:
         yield self.batches[cut_chunks(self.clients[role], self.images)]
 
 
-def no_fit(module, rows=None, recipe=None):
+def no_fit(module, rows=None, recipe=None, arrays=None):
     """Train nothing: what else a method learns is looked at alone."""
     return {}
 
@@ -71,13 +71,15 @@ def no_fit(module, rows=None, recipe=None):
 def plain_fit(view):
     """Return a loop in the place of Lightning that trains networks on single images; methods it leaves alone."""
 
-    def fit(module, rows=None, recipe=None):
+    def fit(module, rows=None, recipe=None, arrays=None):
         if rows is not None:
-            batch = view[ClientIndex(rows[:, None], np.zeros(len(rows), dtype=np.int64))]
+            own = view.beside(rows, arrays) if arrays else view
+            batch = own[ClientIndex(rows[:, None], np.zeros(len(rows), dtype=np.int64))]
+            read = {name: batch.arrays[name][:, 0] for name in getattr(module, "reads", ())}
             optimizer = recipe.make_optimizer(module.train().parameters())
             for _ in range(recipe.epochs):
                 optimizer.zero_grad()
-                module.loss(batch.x_CSD[:, 0], batch.y_CS[:, 0]).backward()
+                module.loss(batch.x_CSD[:, 0], batch.y_CS[:, 0], **read).backward()
                 optimizer.step()
             module.eval().requires_grad_(False)
         return {}

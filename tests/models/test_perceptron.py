@@ -6,7 +6,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from iciia_exp.models.perceptron import Perceptron, ensemble_weights
+from iciia_exp.models.perceptron import Perceptron, ensemble_weights, normalised
 from iciia_exp.tasks import SINGLE_LABEL
 
 D, K, W = 12, 4, 16
@@ -42,8 +42,8 @@ def test_the_loss_is_that_of_mixed_images(multi):
     assert other != list(range(5))
     losses = []
     for i, j in enumerate(other):
-        mixed = share * net._normalised(x_BD[i]) + (1 - share) * net._normalised(x_BD[j])
-        logits = net._classify(mixed)
+        mixed = share * normalised(x_BD[i]) + (1 - share) * normalised(x_BD[j])
+        logits = net.classify(mixed, None)
         if multi:
             want = share * y[i] + (1 - share) * y[j]
             losses.append(-(want * F.logsigmoid(logits) + (1 - want) * F.logsigmoid(-logits)).mean())
@@ -87,11 +87,38 @@ def test_what_counts_is_what_is_right():
     noise = torch.randn(2000, K, generator=generator)
     # of Gaussians of one width around one-hot means these are the logits of Bayes' rule
     good = 1.5**2 * (F.one_hot(y, K) + torch.randn(2000, K, generator=generator) / 1.5)
-    backbone, other = ensemble_weights(SINGLE_LABEL, 3 * good, noise, y).tolist()
+    backbone, other = ensemble_weights(SINGLE_LABEL, y, 3 * good, noise).tolist()
     assert (backbone, other) == (pytest.approx(1.0, abs=0.05), pytest.approx(0.0, abs=0.25))  # the backbone's own scale
     second = 1.5**2 * (F.one_hot(y, K) + torch.randn(2000, K, generator=generator) / 1.5)
-    backbone, other = ensemble_weights(SINGLE_LABEL, 3 * good, second, y).tolist()
+    backbone, other = ensemble_weights(SINGLE_LABEL, y, 3 * good, second).tolist()
     # as sure as each other: the scale aside they count the same
     assert other / backbone == pytest.approx(3.0, rel=0.15)
-    backbone, other = ensemble_weights(SINGLE_LABEL, noise + good / 100, good, y).tolist()
+    backbone, other = ensemble_weights(SINGLE_LABEL, y, noise + good / 100, good).tolist()
     assert other > 10 * abs(backbone)
+
+
+@pytest.mark.parametrize("multi", [False, True])
+def test_with_light_regularisation_the_loss_is_that_of_single_images(multi):
+    torch.manual_seed(0)
+    net, x_BD = Perceptron(D, K, W, light=True).eval(), torch.randn(5, D)
+    y = torch.randint(0, 2, (5, K)) if multi else torch.randint(0, K, (5,))
+    want = F.binary_cross_entropy_with_logits(net(x_BD), y.float()) if multi else F.cross_entropy(net(x_BD), y)
+    torch.testing.assert_close(net.loss(x_BD, y), want)
+
+
+@pytest.mark.parametrize("light", [False, True])
+def test_a_client_vector_is_a_second_input(light):
+    torch.manual_seed(0)
+    net, x_BD, c_BR = Perceptron(D, K, W, client=3, light=light).eval(), torch.randn(5, D), torch.randn(5, 3)
+    hidden = net.norm(net.hidden(normalised(x_BD)) + c_BR @ net.of_client.weight.T)
+    torch.testing.assert_close(net(x_BD, c_BR), net.last(F.gelu(hidden)))
+    torch.testing.assert_close(net(x_BD, torch.zeros(5, 3)), net(x_BD))
+    assert net.macs == W * (D + 3 + K)
+    y, alike = torch.randint(0, K, (5,)), c_BR[:, None].expand(5, 4, 3)
+    losses = []
+    for client in (alike, alike + torch.randn(5, 4, 3)):  # one of the pasts is drawn
+        torch.manual_seed(1)
+        losses.append(float(net.loss(x_BD, y, client).detach()))
+    assert losses[0] != losses[1]
+    if light:
+        assert losses[0] == pytest.approx(float(F.cross_entropy(net(x_BD, c_BR), y).detach()), rel=1e-5)

@@ -2,8 +2,9 @@
 
 import logging
 import shutil
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -90,10 +91,21 @@ class _Fit:
     cloud: CloudView
     head: nn.Linear
     folder: Path
+    trained: Counter[str] = field(default_factory=Counter)  # how often each name was trained: each has own checkpoints
 
-    def __call__(self, module: nn.Module, rows: np.ndarray | None = None, recipe: Recipe | None = None) -> Record:
+    def __call__(
+        self,
+        module: nn.Module,
+        rows: np.ndarray | None = None,
+        recipe: Recipe | None = None,
+        arrays: Mapping[str, np.ndarray] | None = None,
+    ) -> Record:
         recipe = recipe or self.inputs.experiment.training.recipe
-        record = self._method(module, recipe) if rows is None else self._classifier(module, rows, recipe)
+        if rows is None:
+            record = self._method(module, recipe)
+        else:
+            cloud = self.cloud.beside(rows, arrays) if arrays else self.cloud
+            record = self._classifier(module, rows, recipe, cloud)
         module.to("cpu").eval().requires_grad_(False)
         return record
 
@@ -114,18 +126,21 @@ class _Fit:
             callbacks=configured(e.config["callbacks"]),
         )
 
-    def _classifier(self, classifier: nn.Module, rows: np.ndarray, recipe: Recipe) -> Record:
+    def _classifier(self, classifier: nn.Module, rows: np.ndarray, recipe: Recipe, cloud: CloudView) -> Record:
         """Train a classifier on single images that the cloud may read."""
         from iciia_exp.engine.training.fit import fit
         from iciia_exp.engine.training.modules import ClassifierModule
 
-        name, e = type(classifier).__name__.lower(), self.inputs.experiment
+        e, name = self.inputs.experiment, type(classifier).__name__.lower()
+        self.trained[name] += 1
+        if (number := self.trained[name]) > 1:
+            name = f"{name}_{number}"
         order: dict[str, Any] = {"rank": process_rank(), "world_size": self.inputs.processes}
         images = Ragged.from_rows([rows])
         sampler = ClientBatchSampler(images, 1, recipe.batch_size, shuffle=True, seed=e.seed, **order)
         record = fit(
             ClassifierModule(classifier, recipe),
-            DataLoader(self.cloud, batch_size=None, sampler=sampler, **e.training.loading),
+            DataLoader(cloud, batch_size=None, sampler=sampler, **e.training.loading),
             seed=derive_seed(name, e.seed),
             folder=self.folder / name,
             trainer_config=e.config["trainer"],

@@ -6,6 +6,7 @@ K classes.
 
 from abc import abstractmethod
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +15,7 @@ from iciia_exp.data.batches import ClientBatch
 from iciia_exp.ledger import Budget, Sizes, payload_bytes, serve
 from iciia_exp.methods.base import Method
 
-__all__ = ["Adaptive", "PerImage", "in_parts", "real_images"]
+__all__ = ["Adaptive", "PerImage", "full_precision", "in_parts", "real_images"]
 
 
 def real_images(x_CSD: Tensor, mask_CS: Tensor | None) -> Tensor:
@@ -34,6 +35,12 @@ def in_parts(function: Callable[..., Tensor], *tensors: Tensor) -> Tensor:
     if len(tensors[0]) <= clients:
         return function(*tensors)
     return torch.cat([function(*part) for part in zip(*(t.split(clients) for t in tensors), strict=True)])
+
+
+def full_precision(x: Tensor) -> AbstractContextManager[None]:
+    """Return a context without autocast on the device of ``x``: likelihoods of many images need float32."""
+    exporting = torch.compiler.is_exporting()  # in float32 anyway
+    return nullcontext() if exporting else torch.autocast(x.device.type, enabled=False)  # type: ignore[return-value]
 
 
 class Adaptive(Method):

@@ -64,7 +64,7 @@ class ImageClassifier(nn.Module):
             x_MD, y = of_images(val, lambda batch: batch.x_CSD)
             with torch.no_grad():
                 logits = self.head(x_MD), self.perceptron(x_MD)
-            self.ensemble_weight.copy_(ensemble_weights(self.task, *logits, y))
+            self.ensemble_weight.copy_(ensemble_weights(self.task, y, *logits))
 
     @property
     def macs(self) -> int:

@@ -21,7 +21,6 @@ G groups, J knots, T images in all.
 """
 
 from collections.abc import Iterable
-from contextlib import nullcontext
 from typing import Any
 
 import numpy as np
@@ -32,7 +31,7 @@ from torch.nn import functional as F
 from iciia_exp.data.batches import ClientBatch
 from iciia_exp.data.views import CloudView
 from iciia_exp.errors import within
-from iciia_exp.methods.adapt.base import Adaptive, real_images
+from iciia_exp.methods.adapt.base import Adaptive, full_precision, real_images
 from iciia_exp.methods.adapt.calibration import VAL_IMAGES, first_images
 from iciia_exp.methods.adapt.class_prior import ClassPrior
 from iciia_exp.methods.adapt.iciia import IciiaMethod
@@ -215,9 +214,7 @@ class StreamMethod(Adaptive):
     def _inferred(self, b_CSK: Tensor, real_CS: Tensor, causal: bool) -> tuple[Tensor, Tensor] | None:
         if self.prior is None:
             return None
-        exporting = torch.compiler.is_exporting()  # in float32 anyway
-        # likelihoods of many images need float32
-        with nullcontext() if exporting else torch.autocast(b_CSK.device.type, enabled=False):
+        with full_precision(b_CSK):
             return self.prior.log_prior(self.prior.calibrator(b_CSK.float()), real_CS.float(), causal)
 
     def _parts(

@@ -1,0 +1,348 @@
+"""The tables of the documents: run what is missing, store the figures, write them into the pages.
+
+    python benchmarks/results.py --list
+    python benchmarks/results.py digits
+    python benchmarks/results.py omniglot_drawer --data FOLDER
+    python benchmarks/results.py mnist_writers --data mnist_writers.npz
+    python benchmarks/results.py tiny_imagenet --data FOLDER --weights FOLDER --parents FILE
+    python benchmarks/results.py --write
+
+A table is a list of settings, each run with three seeds by the package's own command line, which skips what is
+finished. Its figures are stored in `docs/results/TABLE.csv`, a line for each run; the text between
+`<!-- results: TABLE PART -->` and `<!-- end -->` in a page is made from them alone, and a test compares the two.
+`--write` makes it again without running anything.
+
+Data: Omniglot as images_background_small1.zip and ..._small2.zip; MNIST as arrays `images` [M, 28, 28] uint8, `labels`,
+`writers`, `is_test`, which are written in LEAF's form first; Tiny-ImageNet in ImageNet's layout with a table of parent
+categories. Weights: for ImageNet-1K under timm's names, of mobilenetv2_100, tf_efficientnet_lite0 and
+tf_efficientnet_lite2, in files that begin with these names; all trained with mean and standard deviation 0.5.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import shlex
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pandas as pd
+
+from iciia_exp.results.columns import COLUMNS, DRAWN_TYPES, cell
+from iciia_exp.results.tables import averages_by_history
+
+DOCS = Path(__file__).resolve().parents[1] / "docs"
+STORED = DOCS / "results"
+SEEDS = (0, 1, 2)
+LENGTHS = (0, 1, 3, 7, 15)
+
+#: Figures of a run that are stored.
+KEYS = (
+    *("accuracy", "gain", "worst_decile", "harmed_share", "harmed_share_by_chance", "log_loss", "ece"),
+    *("overhead_percent", "streaming_overhead_percent", "state_bytes", "seconds_train", "test_clients", "test_images"),
+    *("backbone_accuracy", "backbone_worst_decile", "backbone_log_loss", "backbone_ece", "backbone_macs"),
+)
+
+#: Methods that are compared everywhere, as overrides; the recommended one first.
+STREAMING = "training=streaming client_mix=all_types"
+METHODS = {
+    "client_profile": "method=client_profile",
+    "iciia_prior": f"method=iciia_prior {STREAMING}",
+    "iciia_stream": f"method=iciia_stream {STREAMING}",
+    "iciia": "method=iciia",
+    "arm_cml": "method=arm_cml",
+    "context_token": "method=context_token",
+    "feedforward": "method=feedforward",
+    "linear_head": "method=linear_head",
+    "client_types": "method=client_types",
+    "client_prior": "method=client_prior",
+    "prior_em": "method=prior_em",
+    "lame": "method=lame",
+    "oracle_classes": "method=oracle_classes",
+}
+OWN_LABELS = {"finetune": "method=finetune", "prompt_tuning": "method=prompt_tuning"}
+
+
+class Table(NamedTuple):
+    """A table of the documents.
+
+    Attributes:
+        page: the page whose parts it fills.
+        minutes: duration on two CPU cores, measured.
+        common: overrides of every run; ``{data}`` and ``{parents}`` are the options of those names, ``{weights:NAME}``
+            is the file of a model's weights.
+        settings: overrides of each setting, by its label.
+    """
+
+    page: str
+    minutes: int
+    common: str
+    settings: dict[str, str]
+
+
+ALL_SEEDS = "partition.seed={seed} backbone.seed={seed} seed={seed}"
+TINY = (
+    "+experiment=mobilenetv2_tiny_imagenet data_dir={data} dataset.parents={parents} backbone.train=head "
+    "backbone.model.mean=[0.5,0.5,0.5] backbone.model.std=[0.5,0.5,0.5] partition.seed={seed} seed={seed}"
+)
+MOBILENET = "backbone.weights={weights:mobilenetv2_100} backbone.model.options={{pad_type:same}}"
+LITE = (
+    "backbone.name=efficientnet_lite{n} backbone.model.model=tf_efficientnet_lite{n} "
+    "backbone.weights={{weights:tf_efficientnet_lite{n}}}"
+)
+BACKBONES = {"MobileNetV2": MOBILENET, "EfficientNet-lite0": LITE.format(n=0), "EfficientNet-lite2": LITE.format(n=2)}
+#: The paper's two sizes, ICIIA-B and ICIIA-T, and others, behind each backbone.
+SIZES = {
+    "client_profile": "method=client_profile",
+    "ICIIA-B": "method=iciia num_layers=3 groups=1",
+    "ICIIA-T": "method=iciia num_layers=3 groups=256",
+    "client_types": "method=client_types",
+    **OWN_LABELS,
+}
+OMNIGLOT = f"+experiment=omniglot data_dir={{data}} {ALL_SEEDS} dataset.seed={{seed}}"
+
+TABLES = {
+    "digits": Table("client_profile.md", 40, f"groups=16 {ALL_SEEDS}", METHODS),
+    "omniglot_drawer": Table("client_profile.md", 20, OMNIGLOT, METHODS),
+    "omniglot_alphabet": Table("client_profile.md", 20, f"{OMNIGLOT} partition=parent_category", METHODS),
+    "mnist_writers": Table(
+        "client_profile.md",
+        90,
+        "+experiment=cnn_femnist data_dir={data} dataset.num_classes=10 backbone.reserve=0.1 backbone.recipe.epochs=10 "
+        f"training=default training.recipe.epochs=10 groups=256 {ALL_SEEDS}",
+        METHODS,
+    ),
+    "tiny_imagenet": Table(
+        "client_profile.md", 120, f"{TINY} {MOBILENET} num_layers=2 groups=256", METHODS | OWN_LABELS
+    ),
+    "backbones": Table(
+        "results.md",
+        400,
+        TINY,
+        {
+            f"{name} {pixels} {label}": f"{backbone} backbone.model.image_size={pixels} {way}"
+            for name, backbone in BACKBONES.items()
+            for pixels in (128, 224)
+            for label, way in SIZES.items()
+        },
+    ),
+}
+
+
+# ---- running
+
+
+def write_leaf(arrays: Path, folder: Path) -> None:
+    """Write arrays as LEAF's JSON, split by user; ink is dark, as in FEMNIST."""
+    data = np.load(arrays)
+    for split, chosen in (("train", ~data["is_test"].astype(bool)), ("test", data["is_test"].astype(bool))):
+        users, counts, content = [], [], {}
+        images, labels, writers = (data[k][chosen] for k in ("images", "labels", "writers"))
+        for writer in np.unique(writers):
+            own = np.flatnonzero(writers == writer)
+            pixels = np.round((255 - images[own].reshape(len(own), -1)) / 255, 6)
+            users.append(f"f{writer:04d}")
+            counts.append(len(own))
+            content[users[-1]] = {"x": pixels.tolist(), "y": labels[own].tolist()}
+        (folder / split).mkdir(parents=True, exist_ok=True)
+        partial = folder / split / "all_data.partial"
+        partial.write_text(json.dumps({"users": users, "num_samples": counts, "user_data": content}))
+        partial.rename(folder / split / "all_data.json")
+
+
+class Weights:
+    """Files of weights in a folder, as ``{weights:NAME}`` in a format."""
+
+    def __init__(self, folder: Path | None) -> None:
+        self.folder = folder
+
+    def __format__(self, name: str) -> str:
+        assert self.folder is not None
+        found = sorted(path for path in self.folder.iterdir() if path.name.startswith(name))
+        if not found:
+            raise SystemExit(f"--weights {self.folder}: no file there begins with {name}")
+        return str(found[0])
+
+
+def overrides(name: str, label: str, seed: int, options: argparse.Namespace) -> list[str]:
+    """Return the overrides of a run."""
+    table = TABLES[name]
+    given = {"data": options.data, "parents": options.parents, "weights": Weights(options.weights), "seed": seed}
+    return [
+        *(text.format(**given) for text in f"{table.common} {table.settings[label]}".split()),
+        *(f"name={name}", "evaluation.drawn_clients=500", "logger=csv", f"output_dir={options.out}"),
+    ]
+
+
+def result_of(arguments: list[str]) -> dict[str, Any]:
+    """Run an experiment, if it is not finished, and return its results with their folder."""
+    print("$ python -m iciia_exp", shlex.join(arguments), flush=True)
+    command = [sys.executable, "-m", "iciia_exp", *arguments]
+    lines = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout.splitlines()
+    (last,) = (line.rsplit(" in ", 1)[1] for line in lines if "results and plots in" in line)
+    return json.loads((Path(last) / "results.json").read_text()) | {"folder": Path(last)}
+
+
+def line_of(label: str, row: dict[str, Any]) -> dict[str, Any]:
+    """Return what is stored of a run."""
+    line = {"label": label, "seed": row["seed"], "oracle": row["oracle"]} | {key: row.get(key) for key in KEYS}
+    tables = {"partition": "history.parquet"} | dict.fromkeys(DRAWN_TYPES, "drawn_clients.parquet")
+    for clients, file in tables.items():
+        data = pd.read_parquet(row["folder"] / file)
+        if clients != "partition":
+            data = data[data["client_type"] == clients]
+        found = averages_by_history(data)
+        for n in found.index:
+            for key in ("client_accuracy", "log_loss"):
+                line[f"{clients} {n} {key}"] = found.loc[n, key]
+                line[f"{clients} {n} backbone_{key}"] = found.loc[n, f"backbone_{key}"]
+    return line
+
+
+def rounded(value: Any) -> Any:
+    """Return a figure with six digits."""
+    return float(f"{value:.6g}") if isinstance(value, float) else value
+
+
+def make(name: str, options: argparse.Namespace) -> None:
+    """Run a table's settings and store their figures."""
+    lines = []
+    for label in TABLES[name].settings:
+        if options.only and label not in options.only:
+            continue
+        for seed in SEEDS:
+            lines.append(line_of(label, result_of(overrides(name, label, seed, options))))
+    new = pd.DataFrame([{k: rounded(v) for k, v in line.items()} for line in lines])
+    path = STORED / f"{name}.csv"
+    if path.is_file():  # of the settings that were left out
+        old = pd.read_csv(path)
+        new = pd.concat([new, old[~old["label"].isin(new["label"])]], ignore_index=True)
+    path.parent.mkdir(exist_ok=True)
+    new.to_csv(path, index=False)
+
+
+# ---- writing
+
+
+def stored(name: str) -> pd.DataFrame:
+    """Return a table's stored figures, a line for each run."""
+    return pd.read_csv(STORED / f"{name}.csv")
+
+
+def averaged(name: str) -> pd.DataFrame:
+    """Return means and standard errors over the runs of each setting, best accuracy first."""
+    runs = stored(name)
+    groups = runs.drop(columns="seed").groupby("label", sort=False)
+    table = groups.mean(numeric_only=True).join(groups.sem(numeric_only=True).add_suffix("_se"))
+    return table.assign(oracle=groups["oracle"].first()).sort_values("accuracy", ascending=False, kind="stable")
+
+
+def named(label: str, oracle: bool) -> str:
+    """Return a setting's label as code."""
+    return f"`{label}`" + " (oracle)" * oracle
+
+
+def row(*cells: str) -> str:
+    """Return a line of a Markdown table."""
+    return "| " + " | ".join(cells) + " |"
+
+
+def main_part(name: str) -> list[str]:
+    """Return the table of accuracy and cost; *behind* is the paired difference to the best method."""
+    table, runs = averaged(name), stored(name)
+    shown = [c for c in COLUMNS if c.key in KEYS and c.title]
+    lines = [row("method", *(c.title for c in shown), "behind the best"), row(*["---"] * (len(shown) + 2))]
+    first = table.iloc[0]
+    alone = {key: first[f"backbone_{key}"] for key in ("accuracy", "worst_decile", "log_loss", "ece")}
+    cells = [cell(pd.Series(alone), c.key, c.form, ()) if c.key in alone else "" for c in shown]
+    lines.append(row("the backbone alone", *cells, ""))
+    by_seed = runs.pivot(index="seed", columns="label", values="accuracy")
+    best = by_seed[[label for label in table.index if not table.loc[label, "oracle"]]].mean().idxmax()
+    for label, line in table.iterrows():
+        cells = [cell(line, c.key, c.form, () if c.form in ("cost", "bytes", "number") else ("se",)) for c in shown]
+        behind = by_seed[label] - by_seed[best]
+        text = "" if line["oracle"] or label == best else f"{100 * behind.mean():+.1f} ± {100 * behind.sem():.1f}"
+        lines.append(row(named(str(label), line["oracle"]), *cells, text))
+    return lines
+
+
+def history_part(name: str) -> list[str]:
+    """Return the table of accuracy by images seen before, for each type of clients."""
+    table = averaged(name)
+    titles = {"partition": "the partition's", "random_classes": "2 to 20 random classes", "homogeneous": "all classes"}
+    lengths = {c: [n for n in LENGTHS if f"{c} {n} client_accuracy" in table] for c in titles}
+    kept = {c: ns for c, ns in lengths.items() if ns}
+    lines = [row("clients", *(f"{titles[c]}: {' / '.join(map(str, ns))}" for c, ns in kept.items()))]
+    lines.append(row(*["---"] * (len(kept) + 1)))
+
+    def texts(line: pd.Series, prefix: str) -> list[str]:
+        return [
+            " / ".join(f"{100 * line[f'{c} {n} {prefix}client_accuracy']:.1f}" for n in ns) for c, ns in kept.items()
+        ]
+
+    lines.append(row("the backbone alone", *texts(table.iloc[0], "backbone_")))
+    return lines + [row(named(str(k), line["oracle"]), *texts(line, "")) for k, line in table.iterrows()]
+
+
+PARTS: dict[str, Callable[[str], list[str]]] = {"main": main_part, "history": history_part}
+BLOCK = re.compile(r"(<!-- results: (\w+) (\w+) -->\n)(.*?)(<!-- end -->)", re.S)
+
+
+def filled(text: str) -> str:
+    """Return a page's text with the stored figures in it."""
+
+    def block(found: re.Match[str]) -> str:
+        start, name, part, _, end = found.groups()
+        return start + "\n" + "\n".join(PARTS[part](name)) + "\n\n" + end
+
+    return BLOCK.sub(block, text)
+
+
+def write() -> None:
+    """Write the stored figures into all pages."""
+    for page in [*DOCS.glob("*.md"), DOCS.parent / "README.md"]:
+        if (text := filled(page.read_text())) != page.read_text():
+            page.write_text(text)
+            print(f"written: {page.relative_to(DOCS.parent)}")
+
+
+def main() -> None:
+    """Make a table, or write the pages."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("table", nargs="?", choices=TABLES)
+    parser.add_argument("--list", action="store_true", help="list the tables, their pages and durations")
+    parser.add_argument("--write", action="store_true", help="write the pages from what is stored")
+    parser.add_argument("--only", nargs="*", help="labels of the settings to run; others keep what is stored")
+    for name, text in (("data", "dataset"), ("weights", "folder of the weights"), ("parents", "parent categories")):
+        parser.add_argument(f"--{name}", type=lambda path: Path(path).resolve(), help=text)
+    parser.add_argument("--out", type=Path, default=Path(os.environ.get("ICIIA_EXP_OUTPUT", "outputs")).resolve())
+    options = parser.parse_args()
+    if options.list:
+        for name, table in TABLES.items():
+            print(f"{name:20} {table.page:12} about {table.minutes} min, {len(table.settings)} settings")
+        return
+    if options.table:
+        table = TABLES[options.table]
+        said = table.common + "".join(table.settings.values())
+        needed = [k for k in ("data", "weights", "parents") if f"{{{k}" in said]
+        if missing := [f"--{key}" for key in needed if getattr(options, key) is None]:
+            parser.error(f"{options.table} needs {' '.join(missing)}")
+        if options.data is not None and options.data.suffix == ".npz":
+            folder = options.out / "mnist_leaf"
+            if not (folder / "test" / "all_data.json").is_file():
+                write_leaf(options.data, folder)
+            options.data = folder
+        make(options.table, options)
+    elif not options.write:
+        parser.error("name a table, or --list, or --write")
+    write()
+
+
+if __name__ == "__main__":
+    main()
