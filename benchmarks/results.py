@@ -8,9 +8,9 @@
     python benchmarks/results.py --write
 
 A table is a list of settings, each run with three seeds by the package's own command line, which skips what is
-finished. Its figures are stored in `docs/results/TABLE.csv`, a line for each run; the text between
-`<!-- results: TABLE PART -->` and `<!-- end -->` in a page is made from them alone, and a test compares the two.
-`--write` makes it again without running anything.
+finished. Its figures are stored in `docs/results/TABLE.csv`, a line for each run. The text between
+`<!-- results: TABLE PART -->` and `<!-- end -->` in a page, and the pictures of `FIGURES`, are made from them, which
+a test checks. `--write` makes them again without running anything.
 
 Data: Omniglot as images_background_small1.zip and ..._small2.zip; MNIST as arrays `images` [M, 28, 28] uint8, `labels`,
 `writers`, `is_test`, which are written in LEAF's form first; Tiny-ImageNet in ImageNet's layout with a table of parent
@@ -21,6 +21,7 @@ tf_efficientnet_lite2, in files that begin with these names; all trained with me
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import os
 import re
@@ -33,6 +34,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
+from PIL import Image
 
 from iciia_exp.results.columns import COLUMNS, DRAWN_TYPES, cell
 from iciia_exp.results.tables import averages_by_history
@@ -40,7 +42,14 @@ from iciia_exp.results.tables import averages_by_history
 DOCS = Path(__file__).resolve().parents[1] / "docs"
 STORED = DOCS / "results"
 SEEDS = (0, 1, 2)
-LENGTHS = (0, 1, 3, 7, 15)
+
+#: Images seen before, by the clients that are shown. Drifting clients change their classes after eight images.
+LENGTHS = {
+    "partition": ("the partition's", (0, 1, 3, 15)),
+    "random_classes": ("2 to 20 random classes", (0, 1, 3, 15)),
+    "homogeneous": ("all classes", (0, 1, 3, 15)),
+    "drifting": ("other classes after eight", (7, 8, 9, 11, 15)),
+}
 
 #: Figures of a run that are stored.
 KEYS = (
@@ -275,10 +284,8 @@ def main_part(name: str) -> list[str]:
 def history_part(name: str) -> list[str]:
     """Return the table of accuracy by images seen before, for each type of clients."""
     table = averaged(name)
-    titles = {"partition": "the partition's", "random_classes": "2 to 20 random classes", "homogeneous": "all classes"}
-    lengths = {c: [n for n in LENGTHS if f"{c} {n} client_accuracy" in table] for c in titles}
-    kept = {c: ns for c, ns in lengths.items() if ns}
-    lines = [row("clients", *(f"{titles[c]}: {' / '.join(map(str, ns))}" for c, ns in kept.items()))]
+    kept = {c: lengths for c, (_, lengths) in LENGTHS.items()}
+    lines = [row("clients", *(f"{title}: {' / '.join(map(str, ns))}" for title, ns in LENGTHS.values()))]
     lines.append(row(*["---"] * (len(kept) + 1)))
 
     def texts(line: pd.Series, prefix: str) -> list[str]:
@@ -288,6 +295,101 @@ def history_part(name: str) -> list[str]:
 
     lines.append(row("the backbone alone", *texts(table.iloc[0], "backbone_")))
     return lines + [row(named(str(k), line["oracle"]), *texts(line, "")) for k, line in table.iterrows()]
+
+
+# ---- figures
+
+
+def history_figure(path: Path) -> None:
+    """Draw accuracy by images seen before, with the standard error over runs, a panel for each table."""
+    from iciia_exp.results.plots import line_styles, new_panels
+
+    tables = {
+        "digits": "digits, two classes a client",
+        "omniglot_drawer": "Omniglot by drawer",
+        "omniglot_alphabet": "Omniglot by alphabet",
+        "mnist_writers": "MNIST by writer",
+        "tiny_imagenet": "Tiny-ImageNet by parent category",
+    }
+    tables = {name: title for name, title in tables.items() if (STORED / f"{name}.csv").is_file()}
+    methods = ["client_profile", "client_prior", "iciia", "arm_cml"]
+    styles = dict(zip(methods, line_styles(methods, methods), strict=True))
+    lengths = (0, 1, 2, 3, 5, 10, 15)
+    figure, panels = new_panels("", 1, len(tables))
+    for axes, (name, title) in zip(np.ravel(panels), tables.items(), strict=True):
+        means = averaged(name)
+        for method in methods:
+            if method not in means.index:
+                continue
+            line = means.loc[method]
+            mean, error = (
+                np.array([100 * line[f"partition {n} client_accuracy{end}"] for n in lengths]) for end in ("", "_se")
+            )
+            axes.plot(range(len(lengths)), mean, label=method, **styles[method])
+            axes.fill_between(
+                range(len(lengths)), mean - error, mean + error, alpha=0.15, color=styles[method]["color"]
+            )
+        alone = [100 * means.iloc[0][f"partition {n} backbone_client_accuracy"] for n in lengths]
+        axes.plot(range(len(lengths)), alone, label="the backbone alone", color="grey", linestyle=":")
+        axes.set_title(title, fontsize=9)
+        axes.set_xticks(range(len(lengths)), list(map(str, lengths)))
+        axes.set_xlabel("images seen before")
+    np.ravel(panels)[0].set_ylabel("accuracy, mean over clients, %")
+    np.ravel(panels)[0].legend(fontsize=8)
+    save_figure(figure, path, list(tables))
+
+
+def backbones_figure(path: Path) -> None:
+    """Draw the gain of each method against the backbone's own accuracy."""
+    from iciia_exp.results.plots import line_styles, new_figure
+
+    means = averaged("backbones")
+    figure, axes = new_figure("Tiny-ImageNet by parent category")
+    methods = [method for method in SIZES if any(label.endswith(f" {method}") for label in means.index)]
+    for method, style in zip(methods, line_styles(methods, methods), strict=True):
+        own = means[[label.endswith(f" {method}") for label in means.index]].sort_values("backbone_accuracy")
+        x, y, error = (100 * own[key] for key in ("backbone_accuracy", "gain", "gain_se"))
+        axes.errorbar(x, y, error, label=method, capsize=2, **style)
+    own = means.sort_values("backbone_accuracy")
+    for x, part in own.groupby("backbone_accuracy"):
+        name = str(part.index[0]).rsplit(" ", 1)[0]
+        axes.annotate(
+            f"{name} px",
+            (100 * x, 100 * part["gain"].max()),
+            xytext=(0, 8),
+            textcoords="offset points",
+            ha="center",
+            fontsize=8,
+        )
+    axes.set_xlabel("accuracy of the backbone alone, %")
+    axes.set_ylabel("gain, points")
+    axes.legend(fontsize=8)
+    save_figure(figure, path, ["backbones"])
+
+
+def fingerprint(names: list[str]) -> str:
+    """Return a digest of stored tables."""
+    return hashlib.sha256(b"".join((STORED / f"{name}.csv").read_bytes() for name in names)).hexdigest()
+
+
+def drawn_from_stored(path: Path) -> bool:
+    """Whether a picture shows what is stored now."""
+    if not path.is_file():
+        return False
+    with Image.open(path) as image:
+        *names, digest = image.info.get("Description", "").split()
+    return bool(names) and fingerprint(names) == digest
+
+
+def save_figure(figure: Any, path: Path, names: list[str]) -> None:
+    """Write a picture that knows which stored figures it shows."""
+    note = {"Description": " ".join([*names, fingerprint(names)])}
+    figure.savefig(path, dpi=120, bbox_inches="tight", metadata=note)
+    print(f"written: {path.relative_to(DOCS.parent)}")
+
+
+#: What is drawn from the stored figures, into docs/images.
+FIGURES: dict[str, Callable[[Path], None]] = {"client_profile_history": history_figure, "backbones": backbones_figure}
 
 
 PARTS: dict[str, Callable[[str], list[str]]] = {"main": main_part, "history": history_part}
@@ -310,6 +412,10 @@ def write() -> None:
         if (text := filled(page.read_text())) != page.read_text():
             page.write_text(text)
             print(f"written: {page.relative_to(DOCS.parent)}")
+    for name, draw in FIGURES.items():
+        path = DOCS / "images" / f"{name}.png"
+        if not drawn_from_stored(path):
+            draw(path)
 
 
 def main() -> None:

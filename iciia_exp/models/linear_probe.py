@@ -33,6 +33,7 @@ def _fit(x_MD: np.ndarray, y_M: np.ndarray, penalty: float, num_classes: int) ->
     """Return weight [K, D] and bias [K]; a class without images is never predicted."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ConvergenceWarning)  # the penalty matters, the last digits do not
+        warnings.filterwarnings("ignore", message="The number of unique classes is greater")  # few images of a class
         model = LogisticRegression(C=1.0 / (penalty * len(x_MD)), max_iter=300, tol=1e-4).fit(x_MD, y_M)
     coefficients, intercepts = model.coef_, model.intercept_
     if len(model.classes_) == 2:  # scikit-learn keeps one row for two classes

@@ -103,6 +103,12 @@ def test_very_few_images(images):
     assert record["penalty"] in PENALTIES
 
 
+def test_many_classes_with_few_images_give_no_warning():
+    """Warnings are errors in the tests; scikit-learn's takes such labels for a regression's."""
+    x, labels = clusters(60, 8, 30, 0.5)
+    fit_linear_head(x, labels, SINGLE_LABEL, 30)
+
+
 def test_the_record_is_plain_and_complete():
     x, labels = clusters(100, 4, 3, 1.0)
     *_, record = fit_linear_head(x, labels, SINGLE_LABEL, 3)

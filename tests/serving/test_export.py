@@ -46,7 +46,7 @@ def test_every_method_with_free_sizes(name):
     assert check_program(first, call, {}) <= 1e-4
 
 
-@pytest.mark.parametrize("name", ["client_prior", "finetune"])
+@pytest.mark.parametrize("name", ["client_prior", "client_profile", "finetune"])
 def test_onnx_and_torch_files(name, tmp_path):
     for program in programs(name)[:1]:
         for to, ending in (("onnx", "onnx"), ("torch", "pt2")):
