@@ -105,7 +105,7 @@ def test_very_few_images(images):
 
 def test_many_classes_with_few_images_give_no_warning():
     """Warnings are errors in the tests; scikit-learn's takes such labels for a regression's."""
-    x, labels = clusters(60, 8, 30, 0.5)
+    x, labels = clusters(40, 8, 30, 0.5)
     fit_linear_head(x, labels, SINGLE_LABEL, 30)
 
 
