@@ -78,7 +78,7 @@ RUNS = {
     "iciia causal, 2 layers": ("method=iciia", "method.attention=causal", "num_layers=2", "groups=1"),
     "iciia, published protocol": ("method=iciia", "training=published", "training.recipe.epochs=2"),
     "iciia_prior, all client types": ("method=iciia_prior", "client_mix=all_types", "training=streaming"),
-    "client_prior with forgetting": ("method=client_prior", "method.prior.forget=0.1", "method.prior.iid_bonus=0.0"),
+    "client_prior with changes": ("method=client_prior", "method.prior.change=0.1", "method.prior.iid_bonus=0.0"),
 }
 
 

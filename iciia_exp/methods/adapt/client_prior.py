@@ -11,12 +11,15 @@ about a client's classes:
   clients are no worse off than with the backbone (`iid_bonus`, chosen on val images).
 
 The likelihood of the past under each hypothesis weighs what it predicts for the next image. After one or two images the
-hypotheses are hard to tell apart; later the evidence decides.
+hypotheses are hard to tell apart; later the evidence decides. Where clients may change, with a probability h at each
+image of a stream, a share h of the hypotheses' weight returns to what it was at first (fixed share, Herbster and
+Warmuth 1998); new clients' counts fall by the share that a hypothesis got in this way.
 
 Legend: C clients, S images of a client, P images of its past, E numbers kept of one, K classes, T types, J types of new
 clients.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -59,7 +62,7 @@ class ClientPrior(ClassPrior):
         new: probability beforehand that a client is not like a training client.
         all_classes: share of it that is for clients with all classes; the rest is for new clients with some.
         strengths: a of the new clients with some classes, in images, equally probable.
-        forget: share of what the past says that each image of a stream takes away from it: for clients that drift.
+        change: h, probability that a client changes before the next image of a stream: for clients that drift.
         iid_bonus: nats that a client with all classes is more probable beforehand; null is chosen on val clients
             for every length of the past, so that such clients are no worse off (`iciia_exp.methods.adapt.iid_bonus`).
     """
@@ -80,11 +83,11 @@ class ClientPrior(ClassPrior):
         new: float = 0.6,
         all_classes: float = 0.6,
         strengths: Sequence[float] = (1.0, 4.0, 16.0),
-        forget: float = 0.0,
+        change: float = 0.0,
         iid_bonus: float | None = None,
     ) -> None:
         super().__init__(facts, calibrator, most_types, smoothing)
-        self.new, self.forget = check_float("new", new, 0.0, 1.0), check_float("forget", forget, 0.0, 0.9)
+        self.new, self.change = check_float("new", new, 0.0, 1.0), check_float("change", change, 0.0, 0.5)
         if not 0 < new < 1:
             raise ConfigError("new", new, "must be above 0 and below 1; 0 is method=client_types, 1 method=prior_map")
         if not strengths:
@@ -116,10 +119,10 @@ class ClientPrior(ClassPrior):
             for image in zip(*images, strict=True):
                 prior_CJK = self._new_prior(past)
                 answers.append(self._mix(past, prior_CJK))
-                past, _ = self._add(past, prior_CJK, _Image(*image), 1 - self.forget)
+                past, _ = self._add(past, prior_CJK, _Image(*image), self.change)
             priors, known = zip(*answers, strict=True)
             return torch.stack(priors, 1), torch.stack(known, 1)
-        whole, own = self._together(images, keep=1.0)  # without an order nothing is older
+        whole, own = self._together(images, change=0.0)  # without an order nothing changes
         others = _Past(*((total - part).flatten(0, 1) for total, part in zip(whole, own, strict=True)))
         prior_MK, known_M = self._mix(others, self._new_prior(others))
         shape = (real_CS.shape[1], real_CS.shape[0])
@@ -128,7 +131,7 @@ class ClientPrior(ClassPrior):
     def next_log_prior(self, b_CPK: Tensor, types_CPT: Tensor, real_CP: Tensor) -> tuple[Tensor, Tensor]:
         """Return the log-prior of the image after a past, [C, K], and the probability of a training client, [C]."""
         images = self._images(self.calibrator.log_likelihood(b_CPK), types_CPT, real_CP)
-        past, _ = self._together(images, 1 - self.forget)
+        past, _ = self._together(images, self.change)
         return self._mix(past, self._new_prior(past))
 
     @staticmethod
@@ -144,13 +147,13 @@ class ClientPrior(ClassPrior):
         sizes = (new_types, self.num_classes), (new_types,), (len(self.types),), (1,)
         return _Past(*(zeros(clients, *size) for size in sizes))
 
-    def _together(self, images: _Image, keep: float) -> tuple[_Past, _Past]:
-        """Return what all images say, and what each of them adds, [S, C, ...]; of an image 1 - keep is forgotten."""
+    def _together(self, images: _Image, change: float) -> tuple[_Past, _Past]:
+        """Return what all images say, and what each of them adds, [S, C, ...]; `_add` says what the numbers are."""
         past = self._nothing(images.real_C1.squeeze(2).T)
 
         def add(past: Sequence[Tensor], image: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
             so_far = _Past(*past)
-            later, own = self._add(so_far, self._new_prior(so_far), _Image(*image), keep)
+            later, own = self._add(so_far, self._new_prior(so_far), _Image(*image), change)
             return [*later], [own.counts_CJK, own.evidence_CJ]
 
         if torch.compiler.is_exporting():  # for any number of images
@@ -164,22 +167,43 @@ class ClientPrior(ClassPrior):
         counts_SCJK, evidence_SCJ = own
         return _Past(*whole), _Past(counts_SCJK, evidence_SCJ, images.types_CT, images.real_C1)
 
-    @staticmethod
-    def _add(past: _Past, prior_CJK: Tensor, image: _Image, keep: float) -> tuple[_Past, _Past]:
-        """Return what the past says after one more image, and what the image adds; the prior is of new clients."""
+    def _add(self, past: _Past, prior_CJK: Tensor, image: _Image, change: float) -> tuple[_Past, _Past]:
+        """Return what the past says after one more image, and what the image adds.
+
+        Args:
+            past: before the image.
+            prior_CJK: what the hypotheses about new clients say of the image.
+            image: the image.
+            change: probability that the client changes afterwards.
+        """
         likely_CJ = torch.bmm(prior_CJK, image.likelihood_CK.unsqueeze(2)).squeeze(2).clamp(min=1e-30)
         share_CJK = prior_CJK * image.likelihood_CK.unsqueeze(1) * (image.real_C1 / likely_CJ).unsqueeze(2)
         own = _Past(share_CJK, (likely_CJ.log() + image.top_C1) * image.real_C1, image.types_CT, image.real_C1)
-        if keep < 1:  # padding makes nothing older
-            kept_C1 = 1 - (1 - keep) * image.real_C1
-            past = _Past(kept_C1.unsqueeze(2) * past[0], *(kept_C1 * part for part in past[1:]))
-        return _Past(*(part + added for part, added in zip(past, own, strict=True))), own
+        later = _Past(*(part + added for part, added in zip(past, own, strict=True)))
+        return (self._changed(later, image.real_C1, change) if change else later), own
+
+    def _changed(self, past: _Past, real_C1: Tensor, change: float) -> _Past:
+        """Return the past before the next image of clients that may change; padding is no image."""
+        stays, start = math.log1p(-change), self._log_start()
+        evidence_CH = torch.cat([past.types_CT, past.evidence_CJ], 1)
+        returns_C1 = (evidence_CH + start).logsumexp(1, keepdim=True) + math.log(change)
+        later_CH = torch.where(real_C1 > 0, torch.logaddexp(evidence_CH + stays, returns_C1), evidence_CH)
+        types_CT, later_CJ = later_CH.split([past.types_CT.shape[1], past.evidence_CJ.shape[1]], 1)
+        same_CJ = torch.where(real_C1 > 0, past.evidence_CJ + stays - later_CJ, 0.0).exp()
+        # the images that count are those since a change, as expected
+        return _Past(past.counts_CJK * same_CJ.unsqueeze(2), later_CJ, types_CT, past.images_C1)
+
+    def _log_start(self) -> Tensor:
+        """Return the logarithm of every hypothesis' probability beforehand, types first, [T + J]."""
+        known_T = self.log_weight + torch.log1p(-self.log_hypotheses.exp().sum())
+        return torch.cat([known_T, self.log_hypotheses])
 
     def _new_prior(self, past: _Past) -> Tensor:
         """Return what each hypothesis about new clients says of the next image, [C, J, K]."""
         strengths_J1, source_K = self.strengths_J.unsqueeze(1), self.calibrator.log_source.exp()
-        images_C11 = past.images_C1.clamp(min=0).unsqueeze(2)
-        return (past.counts_CJK.clamp(min=0) + strengths_J1 * source_K) / (images_C11 + strengths_J1)
+        counts_CJK, images_C11 = past.counts_CJK.clamp(min=0), past.images_C1.clamp(min=0).unsqueeze(2)
+        images = counts_CJK.sum(2, keepdim=True) if self.change else images_C11  # those that count differ with changes
+        return (counts_CJK + strengths_J1 * source_K) / (images + strengths_J1)
 
     def _mix(self, past: _Past, prior_CJK: Tensor) -> tuple[Tensor, Tensor]:
         """Return the next image's log-prior [C, K] and how probable a training client is [C]."""

@@ -50,7 +50,7 @@ class ClientProfile(Adaptive):
         facts: task, sizes, and the backbone's classifier.
         hidden: W, width of each perceptron.
         vector: R, size of the client vector, at most D; 0 for the class prior alone.
-        forget: as of `ClientPrior`.
+        change: as of `ClientPrior`.
     """
 
     name = "client_profile"
@@ -60,14 +60,14 @@ class ClientProfile(Adaptive):
     ensemble_weight: Tensor
     known_classes: Tensor
 
-    def __init__(self, facts: Facts, hidden: int = 512, vector: int = 16, forget: float = 0.0) -> None:
+    def __init__(self, facts: Facts, hidden: int = 512, vector: int = 16, change: float = 0.01) -> None:
         super().__init__(facts)
         self.head = copy_of(facts.head, trained=False)
         check_int("hidden", hidden, 1, 65_536)
         self.vector = ClientVector(facts, vector) if check_int("vector", vector, 0, 65_536) else None
         sizes = (facts.dim, facts.num_classes, hidden, 0 if self.vector is None else self.vector.size)
         self.perceptrons = nn.ModuleList(Perceptron(*sizes, light=light) for light in (False, True))
-        self.prior = ClientPrior(facts, forget=forget)
+        self.prior = ClientPrior(facts, change=change)
         self.register_buffer("ensemble_weight", torch.ones(1 + len(self.perceptrons)))  # of the backbone and them
         self.register_buffer("known_classes", torch.ones(facts.num_classes, dtype=torch.bool))
 

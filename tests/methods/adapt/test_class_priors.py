@@ -135,40 +135,56 @@ def test_types_are_clustered_where_there_are_many():
     assert alone.tolist() == [1.0]
 
 
-@pytest.mark.parametrize(("forget", "iid_bonus"), [(0.0, 0.0), (0.2, 0.0), (0.0, 1.5), (0.2, 1.5)])
-def test_client_prior_against_a_loop(head, x, forget, iid_bonus):
+@pytest.mark.parametrize(("change", "iid_bonus"), [(0.0, 0.0), (0.2, 0.0), (0.0, 1.5), (0.2, 1.5)])
+def test_client_prior_against_a_loop(head, x, change, iid_bonus):
+    """With changes, the forward algorithm of a hidden Markov chain over the hypotheses."""
     strengths, new = [1.0, 4.0], 0.4
-    settings = {"smoothing": 0.1, "new": new, "all_classes": 0.5, "strengths": strengths, "forget": forget}
+    settings = {"smoothing": 0.1, "new": new, "all_classes": 0.5, "strengths": strengths, "change": change}
     settings["iid_bonus"] = iid_bonus
     method, cloud = studied(ClientPriorMethod(Facts.of(head), partial(ClientPrior, **settings)))
     p, s = posteriors(method, x)
     likelihood = p / s
-    counts = cloud.view.class_counts("train")
-    types = counts / counts.sum(1, keepdims=True)
+    histograms = cloud.view.class_counts("train")
+    types = histograms / histograms.sum(1, keepdims=True)
     types = 0.9 * types + 0.1 * types.mean(0)
-    before, keep, n = np.full(len(types), (1 - new) / len(types)), 1 - forget, 0.0
-    weight = before.copy()
-    hypotheses = [(a, np.zeros(K)) for a in [*strengths, 1e9]]
-    beforehand = np.array([0.1, 0.1, 0.2])
-    shares = beforehand.copy()
+    strengths.append(1e9)
+    start = np.array([(1 - new) / len(types)] * len(types) + [0.1, 0.1, 0.2])
+    weight, counts = start.copy(), [np.zeros(K) for _ in strengths]
     got = method.stream(x[None])[0].softmax(-1)
     for i in range(S):
-        priors = [(c + a * s) / (n + a) for a, c in hypotheses]
-        trusted = [*shares[:-1], shares[-1] * math.exp(iid_bonus)]  # the past is at most 6 images
-        total = weight.sum() + sum(trusted)
-        prior = (weight @ types + sum(w * q for w, q in zip(trusted, priors, strict=True))) / total
-        want = likelihood[i] * prior
+        says = [*types, *((c + a * s) / (c.sum() + a) for a, c in zip(strengths, counts, strict=True))]
+        trusted = weight * np.append(np.ones(len(weight) - 1), math.exp(iid_bonus))  # the past is at most 6 images
+        want = likelihood[i] * (trusted @ np.stack(says)) / trusted.sum()
         np.testing.assert_allclose(got[i], want / want.sum(), atol=1e-4)
-        weight = before * (weight / before) ** keep * (types @ likelihood[i])
-        n = keep * n + 1
-        new_hypotheses = []
-        for h, ((a, c), q) in enumerate(zip(hypotheses, priors, strict=True)):
-            evidence = q @ likelihood[i]
-            shares[h] = beforehand[h] * (shares[h] / beforehand[h]) ** keep * evidence
-            new_hypotheses.append((a, keep * c + q * likelihood[i] / evidence))
-        hypotheses = new_hypotheses
-    if not forget:
+        evidence = np.array([q @ likelihood[i] for q in says])
+        weight = weight * evidence / (weight @ evidence)
+        stayed = (1 - change) * weight
+        weight = stayed + change * start
+        for j, old in enumerate(counts):
+            h = len(types) + j
+            counts[j] = (old + says[h] * likelihood[i] / evidence[h]) * stayed[h] / weight[h]
+    if not change:
         torch.testing.assert_close(method(x[None])[0, -1], method.stream(x[None])[0, -1], atol=1e-4, rtol=1e-4)
+
+
+def test_a_client_that_changes_is_followed():
+    """Twenty images of one type, then those of another: with changes, one image is enough to leave the first."""
+    head = nn.Linear(K, K)
+    nn.init.eye_(head.weight)
+    nn.init.zeros_(head.bias)
+    images = 6 * F.one_hot(torch.tensor([0, 1] * 10 + [2, 3, 2, 3]), K).float()[None]
+    right = {}
+    for change in (0.0, 0.01):
+        settings = {"calibrator": "none", "smoothing": 0.01, "iid_bonus": 0.0, "change": change}
+        method = ClientPriorMethod(Facts.of(head), partial(ClientPrior, **settings))
+        method.prior.types = torch.tensor([[0.5, 0.5, 0, 0, 0, 0], [0, 0, 0.5, 0.5, 0, 0]])
+        method.prior.log_weight = torch.full((2,), 0.5).log()
+        posterior = method.stream(images)[0].softmax(-1)
+        right[change] = posterior[torch.arange(24), images[0].argmax(-1)]
+    assert right[0.01][19] > 0.99
+    assert right[0.01][21:].min() > 0.95
+    assert right[0.01][20] > right[0.0][20]
+    assert right[0.01][21] > right[0.0][21]
 
 
 def test_client_prior_learns_a_client_with_classes_that_no_training_client_has_together():

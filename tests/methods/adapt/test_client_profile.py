@@ -219,7 +219,7 @@ def test_without_val_or_train_images_it_is_near_the_backbone():
 
 
 @pytest.mark.parametrize(
-    ("options", "key"), [({"hidden": 0}, "hidden"), ({"vector": -1}, "vector"), ({"forget": 2.0}, "forget")]
+    ("options", "key"), [({"hidden": 0}, "hidden"), ({"vector": -1}, "vector"), ({"change": 2.0}, "change")]
 )
 def test_values_that_cannot_be(options, key):
     with pytest.raises(ConfigError, match=key):

@@ -38,7 +38,7 @@ def diagonal_head():
 def test_iid_bonus_by_length():
     values = torch.tensor([5.0, 4.0, 3.0, 2.0, 1.0])
     assert iid_bonus_after(values, torch.arange(10)).tolist() == [5, 5, 4, 3, 2, 2, 1, 1, 0, 0]
-    assert iid_bonus_after(values, torch.tensor([[0.9, 6.3]])).tolist() == [[5, 1]]  # where a stream forgets
+    assert iid_bonus_after(values, torch.tensor([[0.9, 6.3]])).tolist() == [[5, 1]]
 
 
 def test_the_least_iid_bonus_that_harms_nobody():
