@@ -75,6 +75,13 @@ METHODS = {
     "lame": "method=lame",
     "oracle_classes": "method=oracle_classes",
 }
+#: Parts of the recommended method: without client vector, without changes, with more of them; and an old rival as it was.
+PARTS_OF_PROFILE = {
+    "client_profile vector=0": "method=client_profile method.vector=0",
+    "client_profile change=0": "method=client_profile method.change=0",
+    "client_profile change=0.05": "method=client_profile method.change=0.05",
+    "iciia_prior natural": "method=iciia_prior training=streaming",
+}
 OWN_LABELS = {"finetune": "method=finetune", "prompt_tuning": "method=prompt_tuning"}
 
 
@@ -117,8 +124,8 @@ SIZES = {
 OMNIGLOT = f"+experiment=omniglot data_dir={{data}} {ALL_SEEDS} dataset.seed={{seed}}"
 
 TABLES = {
-    "digits": Table("client_profile.md", 40, f"groups=16 {ALL_SEEDS}", METHODS),
-    "omniglot_drawer": Table("client_profile.md", 20, OMNIGLOT, METHODS),
+    "digits": Table("client_profile.md", 40, f"groups=16 {ALL_SEEDS}", METHODS | PARTS_OF_PROFILE),
+    "omniglot_drawer": Table("client_profile.md", 20, OMNIGLOT, METHODS | PARTS_OF_PROFILE),
     "omniglot_alphabet": Table("client_profile.md", 20, f"{OMNIGLOT} partition=parent_category", METHODS),
     "mnist_writers": Table(
         "client_profile.md",
