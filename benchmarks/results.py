@@ -75,7 +75,7 @@ METHODS = {
     "lame": "method=lame",
     "oracle_classes": "method=oracle_classes",
 }
-#: Parts of the recommended method: without client vector, without changes, with more of them; and an old rival as it was.
+#: The recommended method without client vector, without changes, and with more; and `iciia_prior` on the partition.
 PARTS_OF_PROFILE = {
     "client_profile vector=0": "method=client_profile method.vector=0",
     "client_profile change=0": "method=client_profile method.change=0",
@@ -126,7 +126,9 @@ OMNIGLOT = f"+experiment=omniglot data_dir={{data}} {ALL_SEEDS} dataset.seed={{s
 TABLES = {
     "digits": Table("client_profile.md", 40, f"groups=16 {ALL_SEEDS}", METHODS | PARTS_OF_PROFILE),
     "omniglot_drawer": Table("client_profile.md", 20, OMNIGLOT, METHODS | PARTS_OF_PROFILE),
-    "omniglot_alphabet": Table("client_profile.md", 20, f"{OMNIGLOT} partition=parent_category", METHODS),
+    "omniglot_alphabet": Table(
+        "client_profile.md", 20, f"{OMNIGLOT} partition=parent_category", METHODS | PARTS_OF_PROFILE
+    ),
     "mnist_writers": Table(
         "client_profile.md",
         90,
@@ -443,6 +445,8 @@ def main() -> None:
     if options.table:
         table = TABLES[options.table]
         said = table.common + "".join(table.settings.values())
+        if unknown := set(options.only or ()) - set(table.settings):
+            parser.error(f"--only {' '.join(sorted(unknown))}: no such settings; valid: {', '.join(table.settings)}")
         needed = [k for k in ("data", "weights", "parents") if f"{{{k}" in said]
         if missing := [f"--{key}" for key in needed if getattr(options, key) is None]:
             parser.error(f"{options.table} needs {' '.join(missing)}")
