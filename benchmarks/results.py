@@ -105,7 +105,8 @@ class Table(NamedTuple):
 ALL_SEEDS = "partition.seed={seed} backbone.seed={seed} seed={seed}"
 TINY = (
     "+experiment=mobilenetv2_tiny_imagenet data_dir={data} dataset.parents={parents} backbone.train=head "
-    "backbone.model.mean=[0.5,0.5,0.5] backbone.model.std=[0.5,0.5,0.5] partition.seed={seed} seed={seed}"
+    "backbone.model.mean=[0.5,0.5,0.5] backbone.model.std=[0.5,0.5,0.5] partition.seed={seed} seed={seed} "
+    "name=tiny_imagenet"
 )
 MOBILENET = "backbone.weights={weights:mobilenetv2_100} backbone.model.options={{pad_type:same}}"
 LITE = (
@@ -124,16 +125,19 @@ SIZES = {
 OMNIGLOT = f"+experiment=omniglot data_dir={{data}} {ALL_SEEDS} dataset.seed={{seed}}"
 
 TABLES = {
-    "digits": Table("client_profile.md", 40, f"groups=16 {ALL_SEEDS}", METHODS | PARTS_OF_PROFILE),
-    "omniglot_drawer": Table("client_profile.md", 20, OMNIGLOT, METHODS | PARTS_OF_PROFILE),
+    "digits": Table("client_profile.md", 40, f"name=digits groups=16 {ALL_SEEDS}", METHODS | PARTS_OF_PROFILE),
+    "omniglot_drawer": Table("client_profile.md", 20, f"{OMNIGLOT} name=omniglot_drawer", METHODS | PARTS_OF_PROFILE),
     "omniglot_alphabet": Table(
-        "client_profile.md", 20, f"{OMNIGLOT} partition=parent_category", METHODS | PARTS_OF_PROFILE
+        "client_profile.md",
+        20,
+        f"{OMNIGLOT} name=omniglot_alphabet partition=parent_category",
+        METHODS | PARTS_OF_PROFILE,
     ),
     "mnist_writers": Table(
         "client_profile.md",
         90,
         "+experiment=cnn_femnist data_dir={data} dataset.num_classes=10 backbone.reserve=0.1 backbone.recipe.epochs=10 "
-        f"training=default training.recipe.epochs=10 groups=256 {ALL_SEEDS}",
+        f"training=default training.recipe.epochs=10 groups=256 name=mnist_writers {ALL_SEEDS}",
         METHODS,
     ),
     "tiny_imagenet": Table(
@@ -194,7 +198,7 @@ def overrides(name: str, label: str, seed: int, options: argparse.Namespace) -> 
     given = {"data": options.data, "parents": options.parents, "weights": Weights(options.weights), "seed": seed}
     return [
         *(text.format(**given) for text in f"{table.common} {table.settings[label]}".split()),
-        *(f"name={name}", "evaluation.drawn_clients=500", "logger=csv", f"output_dir={options.out}"),
+        *("evaluation.drawn_clients=500", "logger=csv", f"output_dir={options.out}"),
     ]
 
 
@@ -202,7 +206,10 @@ def result_of(arguments: list[str]) -> dict[str, Any]:
     """Run an experiment, if it is not finished, and return its results with their folder."""
     print("$ python -m iciia_exp", shlex.join(arguments), flush=True)
     command = [sys.executable, "-m", "iciia_exp", *arguments]
-    lines = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout.splitlines()
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
+    if done.returncode:
+        raise SystemExit(f"the run failed (code {done.returncode}); the same command goes on here when it is repeated")
+    lines = done.stdout.splitlines()
     (last,) = (line.rsplit(" in ", 1)[1] for line in lines if "results and plots in" in line)
     return json.loads((Path(last) / "results.json").read_text()) | {"folder": Path(last)}
 
