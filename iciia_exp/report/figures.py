@@ -1,4 +1,4 @@
-"""Figures of a report: accuracy by overhead, bytes, groups and history, and the gain per client."""
+"""Figures of a report: accuracy by overhead, bytes, groups, history and confidence, and the gain per client."""
 
 from collections.abc import Iterator
 from itertools import islice
@@ -9,11 +9,21 @@ import pandas as pd
 
 from iciia_exp.artifacts import read_json
 from iciia_exp.results import plots
+from iciia_exp.results.calibration import pooled
 from iciia_exp.results.columns import DRAWN_TYPES
 from iciia_exp.results.summary import ALL
 from iciia_exp.results.tables import backbone_history, history_of, pareto_front, read_table
 
-__all__ = ["all_figures", "by_bytes", "by_groups", "by_history", "by_rounds", "by_share", "gain_distribution"]
+__all__ = [
+    "all_figures",
+    "by_bytes",
+    "by_confidence",
+    "by_groups",
+    "by_history",
+    "by_rounds",
+    "by_share",
+    "gain_distribution",
+]
 
 
 def by_groups(table: pd.DataFrame, title: str) -> Any | None:
@@ -214,6 +224,31 @@ def _name(axes: Any, front: pd.DataFrame) -> None:
         text.set_bbox({"facecolor": "white", "edgecolor": "none", "alpha": 0.8, "pad": 0.5})
 
 
+def by_confidence(table: pd.DataFrame, title: str) -> Any | None:
+    """Draw the accuracy of the decisions of each confidence, a line for each setting, its runs together."""
+    found = []
+    for _, row in table[table["method"] != "backbone"].iterrows():
+        parts = [t for f in row["run_dirs"] if (t := read_table(f / "calibration.parquet")) is not None]
+        if parts:
+            found.append((row, pooled(parts)))
+    if not found:
+        return None
+    drawn = found[: plots.MOST_LINES]
+    figure, axes = plots.new_figure(f"{title}: calibration", "confidence (%)", "accuracy of these decisions (%)")
+    axes.plot([0, 100], [0, 100], color="black", linewidth=0.8)
+    styles = plots.line_styles([row["method"] for row, _ in drawn], table["method"])
+    for (row, bins), style in zip(drawn, styles, strict=True):
+        own = bins[bins["who"] == "method"]
+        label = f"{row['label']}, ECE {100 * row['ece']:.1f}"
+        (line,) = axes.plot(100 * own["confidence"], 100 * own["accuracy"], markersize=4, label=label, **style)
+        plots.hover(line, label)
+    alone = found[0][1].query("who == 'backbone'")
+    label = f"{table['backbone'].iloc[0]} alone, ECE {100 * table['alone_ece'].iloc[0]:.1f}"
+    axes.plot(100 * alone["confidence"], 100 * alone["accuracy"], **plots.BASELINE, label=label)
+    plots.legend(axes, beside=len(drawn) > 4)
+    return figure
+
+
 def gain_distribution(table: pd.DataFrame, title: str) -> Any | None:
     """Draw the distribution of the gain over clients, a box for each setting, all its runs together."""
     boxes: dict[str, np.ndarray] = {}
@@ -254,5 +289,6 @@ def all_figures(table: pd.DataFrame, title: str) -> Iterator[tuple[str, Any]]:
     found["quality_vs_share"] = by_share(table, title)
     found["accuracy_vs_round_bytes"] = by_rounds(table, title, "bytes")
     found |= {f"accuracy_vs_history_{name}": by_history(table, title, name) for name in DRAWN_TYPES}
+    found["calibration"] = by_confidence(table, title)
     found["gain_per_client"] = gain_distribution(table, title)
     yield from ((name, figure) for name, figure in found.items() if figure is not None)

@@ -26,6 +26,7 @@ from iciia_exp.engine.training.modules import MethodModule
 from iciia_exp.engine.training.trainer import interruptible, make_trainer, on_one_device, quiet_lightning
 from iciia_exp.errors import UserError
 from iciia_exp.methods.route.base import PromptRouter, Routed
+from iciia_exp.results.calibration import calibration_table, reliability_diagram
 from iciia_exp.results.plots import (
     accuracy_vs_history,
     accuracy_vs_overhead,
@@ -84,12 +85,19 @@ def evaluate(inputs: Inputs, folder: Path) -> None:
     routed = routed_figures(setup, run.method, e.images) if isinstance(run.method, Routed) else {}
     seconds = time.monotonic() - start
     training = read_json(inputs.run.folder / "training.json")
-    errors = module.calibration_errors() | module.class_accuracies() | routed
+    errors, confidences = module.calibration_errors(), module.confidences()
+    errors |= module.class_accuracies() | routed
     ledger = ledger_table(inputs, run.method)
     row = result_row(inputs, run.method, store, counts, ledger, training, errors, seconds, table)
     _write(folder, "clients", table)
     _write(folder, "ledger", ledger)
     plots = folder / "plots"
+    if not ranked:
+        calibration = calibration_table(
+            {who: (c.cpu().numpy(), r.cpu().numpy()) for who, (c, r) in confidences.items()}
+        )
+        _write(folder, "calibration", calibration)
+        reliability_diagram(calibration, row, plots / "calibration.png")
     if curve is not None:
         accuracy_vs_rounds(curve, row, plots / "accuracy_vs_rounds.png")
     if histories is not None:

@@ -15,12 +15,14 @@ import torch
 from torch import Tensor, nn
 from torchmetrics import MeanMetric
 from torchmetrics.classification import BinaryCalibrationError
+from torchmetrics.utilities import dim_zero_cat
 
 from iciia_exp.data.batches import ClientBatch
 from iciia_exp.data.images import ImageBatch
 from iciia_exp.methods.base import Method
 from iciia_exp.models.backbones.base import Backbone
 from iciia_exp.recipe import Recipe
+from iciia_exp.results.calibration import BINS
 from iciia_exp.results.counts import ClientCountsMetric, batch_outcomes
 from iciia_exp.tasks import CLICK, Task
 
@@ -176,8 +178,8 @@ class MethodModule(BaseModule):
         self.unseen = unseen
         parts = () if unseen is None else ("seen", "unseen", "backbone_seen", "backbone_unseen")
         self.by_class = nn.ModuleDict({part: MeanMetric() for part in parts})
-        #: expected calibration error in 15 bins
-        self.calibration = nn.ModuleDict({who: BinaryCalibrationError(15) for who in ("method", "backbone")})
+        #: expected calibration error
+        self.calibration = nn.ModuleDict({who: BinaryCalibrationError(BINS) for who in ("method", "backbone")})
 
     def training_step(self, batch: ClientBatch, batch_idx: int) -> Tensor:
         """Return the method's loss of a client batch."""
@@ -245,6 +247,11 @@ class MethodModule(BaseModule):
         """Return ``ece`` and ``backbone_ece``, fractions."""
         names = {"ece": "method", "backbone_ece": "backbone"}
         return {name: float(self._calibration(who).compute()) for name, who in names.items()}
+
+    def confidences(self) -> dict[str, tuple[Tensor, Tensor]]:
+        """Return the confidence [T] of every decision, and whether it was right [T], of method and backbone."""
+        metrics = {who: self._calibration(who) for who in ("method", "backbone")}
+        return {who: (dim_zero_cat(m.confidences), dim_zero_cat(m.accuracies)) for who, m in metrics.items()}
 
     def class_accuracies(self) -> dict[str, float | None]:
         """Return ``seen_accuracy`` and ``unseen_accuracy`` of the method, and those of the backbone.
