@@ -28,7 +28,7 @@ import re
 import shlex
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -214,9 +214,9 @@ def result_of(arguments: list[str]) -> dict[str, Any]:
     return json.loads((Path(last) / "results.json").read_text()) | {"folder": Path(last)}
 
 
-def line_of(label: str, row: dict[str, Any]) -> dict[str, Any]:
+def line_of(label: str, seed: int, row: dict[str, Any]) -> dict[str, Any]:
     """Return what is stored of a run."""
-    line = {"label": label, "seed": row["seed"], "oracle": row["oracle"]} | {key: row.get(key) for key in KEYS}
+    line = {"label": label, "seed": seed, "oracle": row["oracle"]} | {key: row.get(key) for key in KEYS}
     tables = {"partition": "history.parquet"} | dict.fromkeys(DRAWN_TYPES, "drawn_clients.parquet")
     for clients, file in tables.items():
         if not (row["folder"] / file).is_file():  # nobody can tell the method of drawn clients
@@ -244,7 +244,7 @@ def make(name: str, options: argparse.Namespace) -> None:
         if options.only and label not in options.only:
             continue
         for seed in SEEDS:
-            lines.append(line_of(label, result_of(overrides(name, label, seed, options))))
+            lines.append(line_of(label, seed, result_of(overrides(name, label, seed, options))))
     new = pd.DataFrame([{k: rounded(v) for k, v in line.items()} for line in lines])
     path = STORED / f"{name}.csv"
     if path.is_file():  # of the settings that were left out
@@ -320,18 +320,20 @@ def history_part(name: str) -> list[str]:
 # ---- figures
 
 
-def history_figure(path: Path) -> None:
+PANELS = {
+    "digits": "digits, two classes a client",
+    "omniglot_drawer": "Omniglot by drawer",
+    "omniglot_alphabet": "Omniglot by alphabet",
+    "mnist_writers": "MNIST by writer",
+    "tiny_imagenet": "Tiny-ImageNet by parent",
+}
+
+
+def history_figure() -> Any:
     """Draw accuracy by images seen before, with the standard error over runs, a panel for each table."""
     from iciia_exp.results.plots import line_styles, new_panels
 
-    tables = {
-        "digits": "digits, two classes a client",
-        "omniglot_drawer": "Omniglot by drawer",
-        "omniglot_alphabet": "Omniglot by alphabet",
-        "mnist_writers": "MNIST by writer",
-        "tiny_imagenet": "Tiny-ImageNet by parent category",
-    }
-    tables = {name: title for name, title in tables.items() if (STORED / f"{name}.csv").is_file()}
+    tables = {name: PANELS[name] for name in stored_of(PANELS)}
     methods = ["client_profile", "client_prior", "iciia", "arm_cml"]
     styles = dict(zip(methods, line_styles(methods, methods), strict=True))
     lengths = (0, 1, 2, 3, 5, 10, 15)
@@ -356,60 +358,33 @@ def history_figure(path: Path) -> None:
         axes.set_xlabel("images seen before")
     np.ravel(panels)[0].set_ylabel("accuracy, mean over clients, %")
     np.ravel(panels)[0].legend(fontsize=8)
-    save_figure(figure, path, list(tables))
+    return figure
 
 
-def backbones_figure(path: Path) -> None:
-    """Draw the gain of each method against the backbone's own accuracy."""
-    from iciia_exp.results.plots import line_styles, new_figure
-
-    means = averaged("backbones")
-    figure, axes = new_figure("Tiny-ImageNet by parent category")
-    methods = [method for method in SIZES if any(label.endswith(f" {method}") for label in means.index)]
-    for method, style in zip(methods, line_styles(methods, methods), strict=True):
-        own = means[[label.endswith(f" {method}") for label in means.index]].sort_values("backbone_accuracy")
-        x, y, error = (100 * own[key] for key in ("backbone_accuracy", "gain", "gain_se"))
-        axes.errorbar(x, y, error, label=method, capsize=2, **style)
-    own = means.sort_values("backbone_accuracy")
-    for x, part in own.groupby("backbone_accuracy"):
-        name = str(part.index[0]).rsplit(" ", 1)[0]
-        axes.annotate(
-            f"{name} px",
-            (100 * x, 100 * part["gain"].max()),
-            xytext=(0, 8),
-            textcoords="offset points",
-            ha="center",
-            fontsize=8,
-        )
-    axes.set_xlabel("accuracy of the backbone alone, %")
-    axes.set_ylabel("gain, points")
-    axes.legend(fontsize=8)
-    save_figure(figure, path, ["backbones"])
+#: What is drawn from the stored figures, into docs/images: the function, and the tables.
+FIGURES: dict[str, tuple[Callable[[], Any], tuple[str, ...]]] = {
+    "client_profile_history": (history_figure, tuple(PANELS))
+}
 
 
-def fingerprint(names: list[str]) -> str:
-    """Return a digest of stored tables."""
-    return hashlib.sha256(b"".join((STORED / f"{name}.csv").read_bytes() for name in names)).hexdigest()
+def stored_of(names: Iterable[str]) -> list[str]:
+    """Return those of some tables that are stored."""
+    return [name for name in names if (STORED / f"{name}.csv").is_file()]
 
 
-def drawn_from_stored(path: Path) -> bool:
-    """Whether a picture shows what is stored now."""
+def fingerprint(name: str) -> str:
+    """Return a digest of the tables that a picture shows."""
+    shown = stored_of(FIGURES[name][1])
+    return hashlib.sha256(b"".join((STORED / f"{table}.csv").read_bytes() for table in shown)).hexdigest()
+
+
+def is_drawn(name: str) -> bool:
+    """Whether a picture shows what is stored now: it has the digest of the tables that it was drawn from."""
+    path = DOCS / "images" / f"{name}.png"
     if not path.is_file():
         return False
     with Image.open(path) as image:
-        *names, digest = image.info.get("Description", "").split()
-    return bool(names) and fingerprint(names) == digest
-
-
-def save_figure(figure: Any, path: Path, names: list[str]) -> None:
-    """Write a picture that knows which stored figures it shows."""
-    note = {"Description": " ".join([*names, fingerprint(names)])}
-    figure.savefig(path, dpi=120, bbox_inches="tight", metadata=note)
-    print(f"written: {path.relative_to(DOCS.parent)}")
-
-
-#: What is drawn from the stored figures, into docs/images.
-FIGURES: dict[str, Callable[[Path], None]] = {"client_profile_history": history_figure, "backbones": backbones_figure}
+        return image.info.get("Description") == fingerprint(name)
 
 
 PARTS: dict[str, Callable[[str], list[str]]] = {"main": main_part, "history": history_part}
@@ -432,10 +407,11 @@ def write() -> None:
         if (text := filled(page.read_text())) != page.read_text():
             page.write_text(text)
             print(f"written: {page.relative_to(DOCS.parent)}")
-    for name, draw in FIGURES.items():
-        path = DOCS / "images" / f"{name}.png"
-        if not drawn_from_stored(path):
-            draw(path)
+    for name, (draw, _) in FIGURES.items():
+        if not is_drawn(name):
+            path = DOCS / "images" / f"{name}.png"
+            draw().savefig(path, dpi=120, bbox_inches="tight", metadata={"Description": fingerprint(name)})
+            print(f"written: {path.relative_to(DOCS.parent)}")
 
 
 def main() -> None:

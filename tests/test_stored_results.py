@@ -41,6 +41,11 @@ def test_every_stored_table_is_shown_and_has_its_seeds(results):
         assert runs.groupby("label")["seed"].agg(sorted).map(tuple).eq(results.SEEDS).all()
 
 
+def test_pictures_show_what_is_stored(results):
+    for name in results.FIGURES:
+        assert results.is_drawn(name), "run python benchmarks/results.py --write"
+
+
 def test_a_changed_figure_is_found(results, tmp_path, monkeypatch):
     """A test of the test: the page follows the stored figures, and nothing else."""
     name = next(path.stem for path in sorted(results.STORED.glob("*.csv")))
@@ -54,6 +59,7 @@ def test_a_changed_figure_is_found(results, tmp_path, monkeypatch):
     runs.to_csv(tmp_path / f"{name}.csv", index=False)
     monkeypatch.setattr(results, "STORED", tmp_path)
     assert results.filled(text) != right
+    assert not any(results.is_drawn(figure) for figure in results.FIGURES)  # other tables are not there
 
 
 def test_every_setting_is_a_configuration(results, compose, monkeypatch):
