@@ -21,8 +21,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-import numpy as np
 import pandas as pd
+from results import write_leaf
 
 from iciia_exp.engine.terminal import console, result_table
 from iciia_exp.results.labels import base_of
@@ -165,24 +165,6 @@ def mnist(options: argparse.Namespace) -> None:
     common = ["+experiment=cnn_femnist", f"data_dir={folder}", "dataset.num_classes=10", *few]
     rows = run(options.out, "mnist_writers", *common, *seeds, "method=linear_head,iciia", "groups=256")
     show(rows, "MNIST by writer, LEAF's network")
-
-
-def write_leaf(arrays: Path, folder: Path) -> None:
-    """Write arrays as LEAF's JSON, split by user; ink is dark, as in FEMNIST."""
-    data = np.load(arrays)
-    for split, chosen in (("train", ~data["is_test"].astype(bool)), ("test", data["is_test"].astype(bool))):
-        users, counts, content = [], [], {}
-        images, labels, writers = (data[k][chosen] for k in ("images", "labels", "writers"))
-        for writer in np.unique(writers):
-            own = np.flatnonzero(writers == writer)
-            pixels = np.round((255 - images[own].reshape(len(own), -1)) / 255, 6)
-            users.append(f"f{writer:04d}")
-            counts.append(len(own))
-            content[users[-1]] = {"x": pixels.tolist(), "y": labels[own].tolist()}
-        (folder / split).mkdir(parents=True, exist_ok=True)
-        partial = folder / split / "all_data.partial"
-        partial.write_text(json.dumps({"users": users, "num_samples": counts, "user_data": content}))
-        partial.rename(folder / split / "all_data.json")
 
 
 def main() -> None:

@@ -357,7 +357,7 @@ def history_figure() -> Any:
         axes.set_xticks(range(len(lengths)), list(map(str, lengths)))
         axes.set_xlabel("images seen before")
     np.ravel(panels)[0].set_ylabel("accuracy, mean over clients, %")
-    np.ravel(panels)[0].legend(fontsize=8)
+    np.ravel(panels)[0].legend(fontsize=8, frameon=False)
     return figure
 
 
