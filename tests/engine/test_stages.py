@@ -165,6 +165,32 @@ def test_killed_while_a_per_image_classifier_is_trained(stages, tmp_path, monkey
     assert same_weights(weights(stages(*options)), weights(whole))
 
 
+@pytest.mark.parametrize("network", [1, 2])
+def test_killed_while_one_of_two_networks_is_trained(stages, tmp_path, monkeypatch, network):
+    """Each has checkpoints of its own: the second does not go on from the first."""
+    options = ("method=client_profile", "method.hidden=8", "method.vector=2")
+    whole = stages(*options, f"output_dir={tmp_path}/whole")
+    execute(whole)
+    want = weights(whole)
+    strong, light = (want[f"method.perceptrons.{i}.hidden.weight"] for i in (0, 1))
+    assert (strong != light).all()
+    original, starts = training.ClassifierModule.training_step, []
+
+    def die(self, *args):
+        if not self.trainer.global_step:
+            starts.append(self.trainer)
+        if self.trainer.current_epoch == 3 and len(starts) == network:
+            raise Killed
+        return original(self, *args)
+
+    monkeypatch.setattr(training.ClassifierModule, "training_step", die)
+    with pytest.raises(Killed):
+        execute(stages(*options))
+    monkeypatch.setattr(training.ClassifierModule, "training_step", original)
+    execute(stages(*options))
+    assert same_weights(weights(stages(*options)), want)
+
+
 @pytest.mark.parametrize(
     ("stage", "made", "needs"),
     [("features", None, "backbone"), ("evaluate", None, "backbone"), ("train", "backbone", "features")],
