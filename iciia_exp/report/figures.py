@@ -25,6 +25,8 @@ __all__ = [
     "gain_distribution",
 ]
 
+_FEWEST = 10  # decisions of a bin of confidence
+
 
 def by_groups(table: pd.DataFrame, title: str) -> Any | None:
     """Draw accuracy against the number of groups, a line for each method and number of layers; None without a sweep."""
@@ -230,11 +232,13 @@ def by_confidence(table: pd.DataFrame, title: str) -> Any | None:
     for _, row in table[table["method"] != "backbone"].iterrows():
         parts = [t for f in row["run_dirs"] if (t := read_table(f / "calibration.parquet")) is not None]
         if parts:
-            found.append((row, pooled(parts)))
+            bins = pooled(parts)
+            found.append((row, bins[bins["decisions"] >= _FEWEST]))
     if not found:
         return None
     drawn = found[: plots.MOST_LINES]
-    figure, axes = plots.new_figure(f"{title}: calibration", "confidence (%)", "accuracy of these decisions (%)")
+    xlabel = f"confidence (%), by bins of at least {_FEWEST} decisions"
+    figure, axes = plots.new_figure(f"{title}: calibration", xlabel, "accuracy of these decisions (%)")
     axes.plot([0, 100], [0, 100], color="black", linewidth=0.8)
     styles = plots.line_styles([row["method"] for row, _ in drawn], table["method"])
     for (row, bins), style in zip(drawn, styles, strict=True):
