@@ -38,7 +38,8 @@ def test_every_stored_table_is_shown_and_has_its_seeds(results):
         runs, table = pd.read_csv(results.STORED / f"{name}.csv"), results.TABLES[name]
         assert f"<!-- results: {name} " in (ROOT / "docs" / table.page).read_text()
         assert set(runs["label"]) <= set(table.settings)
-        assert runs.groupby("label")["seed"].agg(sorted).map(tuple).eq(results.SEEDS).all()
+        seeds = {label: tuple(sorted(part["seed"])) for label, part in runs.groupby("label")}
+        assert set(seeds.values()) == {results.SEEDS}, seeds
 
 
 def test_pictures_show_what_is_stored(results):
@@ -65,8 +66,12 @@ def test_a_changed_figure_is_found(results, tmp_path, monkeypatch):
 def test_every_setting_is_a_configuration(results, compose, monkeypatch):
     monkeypatch.setattr(results.Weights, "__format__", lambda _, name: f"{name}.safetensors")
     options = argparse.Namespace(data="d", parents="p", weights=None, out="o")
+    composed = set()  # the settings of several tables once
     for name, table in results.TABLES.items():
-        for label in table.settings:
+        for number, (label, way) in enumerate(table.settings.items()):
+            if number and way.split("method=")[-1] in composed:
+                continue
+            composed.add(way.split("method=")[-1])
             config = compose(*results.overrides(name, label, 1, options))
             for node in targets(OmegaConf.to_container(config, resolve=False)):
                 check_keys(node, "")

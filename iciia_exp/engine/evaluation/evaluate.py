@@ -85,8 +85,8 @@ def evaluate(inputs: Inputs, folder: Path) -> None:
     routed = routed_figures(setup, run.method, e.images) if isinstance(run.method, Routed) else {}
     seconds = time.monotonic() - start
     training = read_json(inputs.run.folder / "training.json")
-    errors, confidences = module.calibration_errors(), module.confidences()
-    errors |= module.class_accuracies() | routed
+    confidences = module.confidences()
+    errors = module.calibration_errors() | module.class_accuracies() | routed
     ledger = ledger_table(inputs, run.method)
     row = result_row(inputs, run.method, store, counts, ledger, training, errors, seconds, table)
     _write(folder, "clients", table)

@@ -40,7 +40,7 @@ def in_parts(function: Callable[..., Tensor], *tensors: Tensor) -> Tensor:
 def full_precision(x: Tensor) -> AbstractContextManager[None]:
     """Return a context without autocast on the device of ``x``: likelihoods of many images need float32."""
     exporting = torch.compiler.is_exporting()  # in float32 anyway
-    return nullcontext() if exporting else torch.autocast(x.device.type, enabled=False)  # type: ignore[return-value]
+    return nullcontext() if exporting else torch.autocast(x.device.type, enabled=False)
 
 
 class Adaptive(Method):

@@ -18,6 +18,7 @@ the client vector, T types, W hidden units.
 
 from collections.abc import Sequence
 from functools import partial
+from typing import cast
 
 import numpy as np
 import torch
@@ -44,7 +45,7 @@ _AT_ONCE = 4096  # images
 
 
 class ClientProfile(Adaptive):
-    """The class prior and the client vector of a client's past.
+    """The class prior and the client vector of a client's past, behind a better classifier.
 
     Args:
         facts: task, sizes, and the backbone's classifier.
@@ -70,6 +71,10 @@ class ClientProfile(Adaptive):
         self.prior = ClientPrior(facts, change=change)
         self.register_buffer("ensemble_weight", torch.ones(1 + len(self.perceptrons)))  # of the backbone and them
         self.register_buffer("known_classes", torch.ones(facts.num_classes, dtype=torch.bool))
+
+    @property
+    def _networks(self) -> list[Perceptron]:
+        return cast(list[Perceptron], [*self.perceptrons])
 
     # ---- learning
 
@@ -146,7 +151,7 @@ class ClientProfile(Adaptive):
             e_CSR = self.vector(z_CSD, b_CSK.softmax(-1)) * real_CS.unsqueeze(2)
             total, n = (t.cumsum(1) if causal else t.sum(1, keepdim=True) for t in (e_CSR, real_CS))
             c_CSR = self.vector.shrunk(total - e_CSR, (n - real_CS).clamp(min=0))
-        return [b_CSK, *(perceptron.classify(z_CSD, c_CSR) for perceptron in self.perceptrons)]
+        return [b_CSK, *(perceptron.classify(z_CSD, c_CSR) for perceptron in self._networks)]
 
     def _joined(self, logits: Sequence[Tensor]) -> Tensor:
         """Return the weighted sum of the logits of backbone and perceptrons, [..., K]."""
@@ -186,7 +191,7 @@ class ClientProfile(Adaptive):
         if self.vector is not None:
             c_CR = self.vector.shrunk((e_CPR * real_CP.unsqueeze(2)).sum(1), real_CP.sum(1))
             e_CR = self.vector(z_CD, b_CK.softmax(-1))
-        logits = [b_CK, *(perceptron.classify(z_CD, c_CR) for perceptron in self.perceptrons)]
+        logits = [b_CK, *(perceptron.classify(z_CD, c_CR) for perceptron in self._networks)]
         calibrated_CK = self.prior.calibrator(self._joined(logits))
         log_likelihood_CK, types_CT = self.prior.likelihoods(calibrated_CK)
         return log_likelihood_CK + log_prior_CK, torch.cat([e_CR, calibrated_CK, types_CT], 1)
@@ -195,7 +200,7 @@ class ClientProfile(Adaptive):
 
     @property
     def _image_macs(self) -> int:
-        return sum(p.macs for p in self.perceptrons) + (0 if self.vector is None else self.vector.macs)
+        return sum(perceptron.macs for perceptron in self._networks) + (0 if self.vector is None else self.vector.macs)
 
     def macs(self, images: int) -> int:
         """S (2 W (D + R + K) + R (D + K)), and the prior's."""
