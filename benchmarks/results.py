@@ -90,7 +90,7 @@ class Table(NamedTuple):
 
     Attributes:
         page: the page whose parts it fills.
-        minutes: duration on two CPU cores, measured.
+        minutes: duration on two CPU cores, roughly.
         common: overrides of every run; ``{data}`` and ``{parents}`` are the options of those names, ``{weights:NAME}``
             is the file of a model's weights.
         settings: overrides of each setting, by its label.

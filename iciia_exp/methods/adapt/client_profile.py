@@ -50,7 +50,7 @@ class ClientProfile(Adaptive):
     Args:
         facts: task, sizes, and the backbone's classifier.
         hidden: W, width of each perceptron.
-        vector: R, size of the client vector, at most D; 0 for the class prior alone.
+        vector: R, size of the client vector, at most D; 0: none.
         change: as of `ClientPrior`.
     """
 
