@@ -103,7 +103,8 @@ class ClientVector(nn.Module):
         residuals = [self(normalised(batch.x_CSD), posteriors(batch.x_CSD)) for batch in batches]
         e_TR = torch.cat([e_CSR[batch.mask_CS] for e_CSR, batch in zip(residuals, batches, strict=True)])
         # a direction without variance, such as that of the features' mean, stays so
-        mean_R, scale_R = e_TR.mean(0), e_TR.std(0).clamp(min=_LEAST_SCALE)
+        mean_R = e_TR.mean(0)
+        scale_R = e_TR.std(0, correction=min(1, len(e_TR) - 1)).clamp(min=_LEAST_SCALE)
         alike_R, pairs = torch.zeros_like(mean_R), 0.0
         for e_CSR, batch in zip(residuals, batches, strict=True):
             e_CSR = (e_CSR - mean_R) / scale_R * batch.mask_CS.unsqueeze(2)

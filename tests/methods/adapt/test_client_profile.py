@@ -218,6 +218,17 @@ def test_without_val_or_train_images_it_is_near_the_backbone():
     assert method.eval().stream(torch.randn(2, 3, D)).isfinite().all()
 
 
+def test_one_val_image_is_enough():
+    cloud = small_cloud(D, K)
+    one = Ragged.from_rows([cloud.clients.val.values[:1], *[np.empty(0, np.int64)] * (len(cloud.clients.val) - 1)])
+    cloud.clients = Clients(cloud.clients.ids, cloud.clients.types, cloud.clients.train, one, cloud.clients.test)
+    torch.manual_seed(0)
+    method = ClientProfile(Facts.of(nn.Linear(D, K)), hidden=8, vector=R)
+    method.learn(cloud.view, no_fit)
+    assert all(tensor.isfinite().all() for tensor in method.state_dict().values())
+    assert method.eval().stream(torch.randn(2, 3, D)).isfinite().all()
+
+
 @pytest.mark.parametrize(
     ("options", "key"), [({"hidden": 0}, "hidden"), ({"vector": -1}, "vector"), ({"change": 2.0}, "change")]
 )
