@@ -187,8 +187,11 @@ class ClientPrior(ClassPrior):
         stays, start = math.log1p(-change), self._log_start()
         evidence_CH = torch.cat([past.types_CT, past.evidence_CJ], 1)
         returns_C1 = (evidence_CH + start).logsumexp(1, keepdim=True) + math.log(change)
-        later_CH = torch.where(real_C1 > 0, torch.logaddexp(evidence_CH + stays, returns_C1), evidence_CH)
-        types_CT, later_CJ = later_CH.split([past.types_CT.shape[1], past.evidence_CJ.shape[1]], 1)
+
+        def later(evidence: Tensor) -> Tensor:
+            return torch.where(real_C1 > 0, torch.logaddexp(evidence + stays, returns_C1), evidence)
+
+        types_CT, later_CJ = later(past.types_CT), later(past.evidence_CJ)  # no views: a program has none in a loop
         same_CJ = torch.where(real_C1 > 0, past.evidence_CJ + stays - later_CJ, 0.0).exp()
         # the images that count are those since a change, as expected
         return _Past(past.counts_CJK * same_CJ.unsqueeze(2), later_CJ, types_CT, past.images_C1)
