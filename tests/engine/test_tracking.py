@@ -62,7 +62,7 @@ def test_an_offline_run_holds_everything(stages, monkeypatch):
     assert len(table["data"]) == len(clients)
     media = f"{made.run.folder}/wandb/offline-run-*/files/media"
     plots = {Path(p).name.split("_")[0] for p in glob(f"{media}/images/plots/*.png")}
-    assert plots == {"accuracy", "gain", "attribution"}
+    assert plots == {"accuracy", "calibration", "gain", "attribution"}
     (examples,) = [json.loads(Path(p).read_text()) for p in glob(f"{media}/table/attribution*.json")]
     kept = Run.load(made.run.folder).attribution
     assert examples["columns"][:6] == ["case", "client", "truth", "target", "before", "after"]
