@@ -59,7 +59,7 @@ def reliability_diagram(table: pd.DataFrame, row: dict[str, Any], path: Path) ->
         path: the PNG to write.
     """
     title = f"{row['method']} on {row['dataset']}: calibration"
-    figure, axes = new_figure(title, "confidence (%)", "accuracy of these decisions (%)", width=5.2)
+    figure, axes = new_figure(title, "confidence (%)", "accuracy of these decisions (%)")
     axes.plot([0, 100], [0, 100], color="black", linewidth=0.8, label="calibrated")
     for who, name, error, style in (
         ("backbone", f"{row['backbone']} alone", "backbone_ece", {"color": DARK, "marker": "s", "linestyle": "--"}),
@@ -74,4 +74,5 @@ def reliability_diagram(table: pd.DataFrame, row: dict[str, Any], path: Path) ->
         axes.plot([], [], label=label, markersize=5, **style)
     axes.set(xlim=(0, 103), ylim=(0, 103))
     legend(axes, beside=False)
+    axes.get_legend().set_in_layout(False)  # a long name of a backbone leaves the axes their size
     return save(figure, path)
