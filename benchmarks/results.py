@@ -58,8 +58,9 @@ KEYS = (
     *("backbone_accuracy", "backbone_worst_decile", "backbone_log_loss", "backbone_ece", "backbone_macs"),
 )
 
-#: Methods that are compared everywhere, as overrides; the recommended one first.
 STREAMING = "training=streaming client_mix=all_types"
+
+#: Methods that are compared everywhere, as overrides; the recommended one first.
 METHODS = {
     "client_profile": "method=client_profile",
     "iciia_prior": f"method=iciia_prior {STREAMING}",

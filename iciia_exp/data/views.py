@@ -70,13 +70,11 @@ class CloudView(Dataset[ClientBatch]):
 
     def beside(self, rows: np.ndarray, arrays: Mapping[str, np.ndarray]) -> CloudView:
         """Return the view with further arrays [len(rows), ...] of some images, by name, in `ClientBatch.arrays`."""
-        view = copy(self)
-        view._batches = copy(self._batches)
-        view._batches.arrays = {}
+        wholes = {n: np.zeros((len(self._readable), *a.shape[1:]), dtype=a.dtype) for n, a in arrays.items()}
         for name, values in arrays.items():
-            whole = np.zeros((len(self._readable), *values.shape[1:]), dtype=values.dtype)
-            whole[rows] = values
-            view._batches.arrays[name] = whole
+            wholes[name][rows] = values
+        view = copy(self)
+        view._batches = FeatureBatches(self._batches.features, self._batches.labels, arrays=wholes)
         return view
 
     def class_counts(self, role: str) -> np.ndarray:

@@ -228,15 +228,16 @@ def _name(axes: Any, front: pd.DataFrame) -> None:
 
 def by_confidence(table: pd.DataFrame, title: str) -> Any | None:
     """Draw the accuracy of the decisions of each confidence, a line for each setting, its runs together."""
-    found = []
+    drawn: list[tuple[pd.Series, pd.DataFrame]] = []
     for _, row in table[table["method"] != "backbone"].iterrows():
+        if len(drawn) == plots.MOST_LINES:
+            break
         parts = [t for f in row["run_dirs"] if (t := read_table(f / "calibration.parquet")) is not None]
         if parts:
             bins = pooled(parts)
-            found.append((row, bins[bins["decisions"] >= _FEWEST]))
-    if not found:
+            drawn.append((row, bins[bins["decisions"] >= _FEWEST]))
+    if not drawn:
         return None
-    drawn = found[: plots.MOST_LINES]
     xlabel = f"confidence (%), by bins of at least {_FEWEST} decisions"
     figure, axes = plots.new_figure(f"{title}: calibration", xlabel, "accuracy of these decisions (%)")
     axes.plot([0, 100], [0, 100], color="black", linewidth=0.8)
@@ -246,7 +247,7 @@ def by_confidence(table: pd.DataFrame, title: str) -> Any | None:
         label = f"{row['label']}, ECE {100 * row['ece']:.1f}"
         (line,) = axes.plot(100 * own["confidence"], 100 * own["accuracy"], markersize=4, label=label, **style)
         plots.hover(line, label)
-    alone = found[0][1].query("who == 'backbone'")
+    alone = drawn[0][1].query("who == 'backbone'")
     label = f"{table['backbone'].iloc[0]} alone, ECE {100 * table['alone_ece'].iloc[0]:.1f}"
     axes.plot(100 * alone["confidence"], 100 * alone["accuracy"], **plots.BASELINE, label=label)
     plots.legend(axes, beside=len(drawn) > 4)

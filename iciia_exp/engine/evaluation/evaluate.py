@@ -85,7 +85,6 @@ def evaluate(inputs: Inputs, folder: Path) -> None:
     routed = routed_figures(setup, run.method, e.images) if isinstance(run.method, Routed) else {}
     seconds = time.monotonic() - start
     training = read_json(inputs.run.folder / "training.json")
-    confidences = module.confidences()
     errors = module.calibration_errors() | module.class_accuracies() | routed
     ledger = ledger_table(inputs, run.method)
     row = result_row(inputs, run.method, store, counts, ledger, training, errors, seconds, table)
@@ -93,9 +92,7 @@ def evaluate(inputs: Inputs, folder: Path) -> None:
     _write(folder, "ledger", ledger)
     plots = folder / "plots"
     if not ranked:
-        calibration = calibration_table(
-            {who: (c.cpu().numpy(), r.cpu().numpy()) for who, (c, r) in confidences.items()}
-        )
+        calibration = calibration_table(module.confidences())
         _write(folder, "calibration", calibration)
         reliability_diagram(calibration, row, plots / "calibration.png")
     if curve is not None:

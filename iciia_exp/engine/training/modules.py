@@ -11,6 +11,7 @@ from functools import partial
 from typing import Any
 
 import lightning.pytorch as pl
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torchmetrics import MeanMetric
@@ -248,10 +249,14 @@ class MethodModule(BaseModule):
         names = {"ece": "method", "backbone_ece": "backbone"}
         return {name: float(self._calibration(who).compute()) for name, who in names.items()}
 
-    def confidences(self) -> dict[str, tuple[Tensor, Tensor]]:
+    def confidences(self) -> dict[str, tuple[np.ndarray, np.ndarray]]:
         """Return the confidence [T] of every decision, and whether it was right [T], of method and backbone."""
         metrics = {who: self._calibration(who) for who in ("method", "backbone")}
-        return {who: (dim_zero_cat(m.confidences), dim_zero_cat(m.accuracies)) for who, m in metrics.items()}
+
+        def array(state: Any) -> np.ndarray:
+            return dim_zero_cat(state).cpu().numpy()
+
+        return {who: (array(metric.confidences), array(metric.accuracies)) for who, metric in metrics.items()}
 
     def class_accuracies(self) -> dict[str, float | None]:
         """Return ``seen_accuracy`` and ``unseen_accuracy`` of the method, and those of the backbone.

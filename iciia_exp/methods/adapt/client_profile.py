@@ -32,6 +32,7 @@ from iciia_exp.methods.adapt.base import Adaptive, full_precision, real_images
 from iciia_exp.methods.adapt.calibration import VAL_IMAGES
 from iciia_exp.methods.adapt.client_prior import ClientPrior
 from iciia_exp.methods.adapt.client_vector import ClientVector
+from iciia_exp.methods.adapt.image_classifier import keep_unknown
 from iciia_exp.methods.base import Facts, Fit, Record, copy_of
 from iciia_exp.models.perceptron import Perceptron, ensemble_weights, normalised
 from iciia_exp.tasks import SINGLE_LABEL
@@ -155,11 +156,8 @@ class ClientProfile(Adaptive):
 
     def _joined(self, logits: Sequence[Tensor]) -> Tensor:
         """Return the weighted sum of the logits of backbone and perceptrons, [..., K]."""
-        b, together = logits[0], sum(w * part for w, part in zip(self.ensemble_weight, logits, strict=True))
-        # classes without train images keep the probability that the backbone gives them
-        known_b, known = (part.masked_fill(~self.known_classes, -torch.inf) for part in (b, together))
-        together = together + known_b.logsumexp(-1, keepdim=True) - known.logsumexp(-1, keepdim=True)
-        return torch.where(self.known_classes, together, b)
+        first, *others = (w * part for w, part in zip(self.ensemble_weight, logits, strict=True))
+        return keep_unknown(logits[0], sum(others, first), self.known_classes)
 
     def forward(self, x_CSD: Tensor, mask_CS: Tensor | None = None) -> Tensor:
         """Return every image's log-posteriors with all others of its chunk as its past, [C, S, K]."""

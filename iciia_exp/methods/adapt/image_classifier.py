@@ -17,7 +17,17 @@ from iciia_exp.methods.base import Facts, Fit, copy_of
 from iciia_exp.models.perceptron import Perceptron, ensemble_weights
 from iciia_exp.tasks import SINGLE_LABEL
 
-__all__ = ["ImageClassifier"]
+__all__ = ["ImageClassifier", "keep_unknown"]
+
+
+def keep_unknown(b: Tensor, both: Tensor, known_K: Tensor) -> Tensor:
+    """Return the logits ``both`` [..., K], with the backbone's ``b`` for classes without train images.
+
+    These classes keep the probability that the backbone gives them.
+    """
+    known_b, known_both = (part.masked_fill(~known_K, -torch.inf) for part in (b, both))
+    both = both + known_b.logsumexp(-1, keepdim=True) - known_both.logsumexp(-1, keepdim=True)
+    return torch.where(known_K, both, b)
 
 
 class ImageClassifier(nn.Module):
@@ -48,9 +58,8 @@ class ImageClassifier(nn.Module):
         if self.training or self.perceptron is None:
             return b
         both = self.ensemble_weight[0] * b + self.ensemble_weight[1] * self.perceptron(x)
-        if self.task == SINGLE_LABEL:  # classes without train images keep the probability that the backbone gives them
-            known_b, known_both = (part.masked_fill(~self.known_classes, -torch.inf) for part in (b, both))
-            both = both + known_b.logsumexp(-1, keepdim=True) - known_both.logsumexp(-1, keepdim=True)
+        if self.task == SINGLE_LABEL:
+            return keep_unknown(b, both, self.known_classes)
         return torch.where(self.known_classes, both, b)
 
     def learn(self, cloud: CloudView, fit: Fit) -> None:
