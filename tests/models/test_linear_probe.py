@@ -64,6 +64,7 @@ def test_noise_gets_the_largest_penalty():
     assert record["penalty"] == max(PENALTIES)
     losses = list(record["held_out_log_loss"].values())
     assert losses == sorted(losses)
+    assert len(losses) == 2  # the second was worse, and no other is tried
 
 
 def test_scale_and_offset_of_the_features_change_no_answer():
