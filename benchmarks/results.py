@@ -8,9 +8,8 @@
     python benchmarks/results.py --write
 
 A table is a list of settings, each run with three seeds by the package's own command line, which skips what is
-finished. Its figures are stored in `docs/results/TABLE.csv`, a line for each run. The text between
-`<!-- results: TABLE PART -->` and `<!-- end -->` in a page, and the pictures of `FIGURES`, are made from them, which
-a test checks. `--write` makes them again without running anything.
+finished. Its figures are stored in `docs/results/TABLE.csv`, a line for each run. The pages' tables and pictures are
+made from them (`pages.py`), which a test checks; `--write` makes them again without running anything.
 
 Data: Omniglot as images_background_small1.zip and ..._small2.zip; MNIST as arrays `images` [M, 28, 28] uint8, `labels`,
 `writers`, `is_test`, which are written in LEAF's form first; Tiny-ImageNet in ImageNet's layout with a table of parent
@@ -21,42 +20,22 @@ tf_efficientnet_lite2, in files that begin with these names; all trained with me
 from __future__ import annotations
 
 import argparse
-import hashlib
 import json
 import os
-import re
 import shlex
 import subprocess
 import sys
-from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
-from PIL import Image
+from pages import KEYS, STORED, write
 
-from iciia_exp.results.columns import COLUMNS, DRAWN_TYPES, cell
+from iciia_exp.results.columns import DRAWN_TYPES
 from iciia_exp.results.tables import averages_by_history
 
-DOCS = Path(__file__).resolve().parents[1] / "docs"
-STORED = DOCS / "results"
 SEEDS = (0, 1, 2)
-
-#: Images seen before, by the clients that are shown. Drifting clients change their classes after eight images.
-LENGTHS = {
-    "partition": ("the partition's", (0, 1, 3, 15)),
-    "random_classes": ("2 to 20 random classes", (0, 1, 3, 15)),
-    "homogeneous": ("all classes", (0, 1, 3, 15)),
-    "drifting": ("other classes after eight", (7, 8, 9, 11, 15)),
-}
-
-#: Figures of a run that are stored.
-KEYS = (
-    *("accuracy", "gain", "worst_decile", "harmed_share", "harmed_share_by_chance", "log_loss", "ece"),
-    *("overhead_percent", "streaming_overhead_percent", "state_bytes", "seconds_train", "test_clients", "test_images"),
-    *("backbone_accuracy", "backbone_worst_decile", "backbone_log_loss", "backbone_ece", "backbone_macs"),
-)
 
 STREAMING = "training=streaming client_mix=all_types"
 
@@ -70,10 +49,10 @@ METHODS = {
     "context_token": "method=context_token",
     "feedforward": "method=feedforward",
     "linear_head": "method=linear_head",
+    "conv_across_images": "method=conv_across_images",
     "client_types": "method=client_types",
     "client_prior": "method=client_prior",
-    "prior_em": "method=prior_em",
-    "lame": "method=lame",
+    **{name: f"method={name}" for name in ("prior_em", "prior_map", "smoothed_prior", "lame", "t3a", "stata")},
     "oracle_classes": "method=oracle_classes",
 }
 #: The recommended method without client vector, without changes, and with more; and `iciia_prior` on the partition.
@@ -90,7 +69,7 @@ class Table(NamedTuple):
     """A table of the documents.
 
     Attributes:
-        page: the page whose parts it fills.
+        page: the page with its main part.
         minutes: duration on two CPU cores, roughly.
         common: overrides of every run; ``{data}`` and ``{parents}`` are the options of those names, ``{weights:NAME}``
             is the file of a model's weights.
@@ -153,6 +132,16 @@ TABLES = {
             for name, backbone in BACKBONES.items()
             for pixels in (128, 224)
             for label, way in SIZES.items()
+        },
+    ),
+    "heterogeneity": Table(
+        "results.md",
+        200,
+        f"{TINY} {MOBILENET} partition=reserve_ratio num_layers=2 groups=256",
+        {
+            f"{ratio} {label}": f"partition.ratio={ratio} method={label}"
+            for ratio in (0, 0.25, 0.5, 0.75, 1)
+            for label in ("client_profile", "client_types", "iciia", *OWN_LABELS)
         },
     ),
 }
@@ -250,169 +239,11 @@ def make(name: str, options: argparse.Namespace) -> None:
     path = STORED / f"{name}.csv"
     if path.is_file():  # of the settings that were left out
         old = pd.read_csv(path)
-        new = pd.concat([new, old[~old["label"].isin(new["label"])]], ignore_index=True)
+        new = pd.concat([new, old[~old["label"].isin(new["label"])]])
+    order = {label: number for number, label in enumerate(TABLES[name].settings)}
+    new = new.sort_values(["label", "seed"], key=lambda c: c.map(order) if c.name == "label" else c)
     path.parent.mkdir(exist_ok=True)
     new.to_csv(path, index=False)
-
-
-# ---- writing
-
-
-def stored(name: str) -> pd.DataFrame:
-    """Return a table's stored figures, a line for each run."""
-    return pd.read_csv(STORED / f"{name}.csv")
-
-
-def averaged(name: str) -> pd.DataFrame:
-    """Return means and standard errors over the runs of each setting, best accuracy first."""
-    runs = stored(name)
-    groups = runs.drop(columns="seed").groupby("label", sort=False)
-    table = groups.mean(numeric_only=True).join(groups.sem(numeric_only=True).add_suffix("_se"))
-    return table.assign(oracle=groups["oracle"].first()).sort_values("accuracy", ascending=False, kind="stable")
-
-
-def named(label: str, oracle: bool) -> str:
-    """Return a setting's label as code."""
-    return f"`{label}`" + " (oracle)" * oracle
-
-
-def row(*cells: str) -> str:
-    """Return a line of a Markdown table."""
-    return "| " + " | ".join(cells) + " |"
-
-
-def main_part(name: str) -> list[str]:
-    """Return the table of accuracy and cost; *behind* is the paired difference to the best method."""
-    table, runs = averaged(name), stored(name)
-    shown = [c for c in COLUMNS if c.key in KEYS and c.title]
-    lines = [row("method", *(c.title for c in shown), "behind the best"), row(*["---"] * (len(shown) + 2))]
-    first = table.iloc[0]
-    alone = {key: first[f"backbone_{key}"] for key in ("accuracy", "worst_decile", "log_loss", "ece")}
-    cells = [cell(pd.Series(alone), c.key, c.form, ()) if c.key in alone else "" for c in shown]
-    lines.append(row("the backbone alone", *cells, ""))
-    by_seed = runs.pivot(index="seed", columns="label", values="accuracy")
-    best = by_seed[[label for label in table.index if not table.loc[label, "oracle"]]].mean().idxmax()
-    for label, line in table.iterrows():
-        cells = [cell(line, c.key, c.form, () if c.form in ("cost", "bytes", "number") else ("se",)) for c in shown]
-        behind = by_seed[label] - by_seed[best]
-        text = "" if line["oracle"] or label == best else f"{100 * behind.mean():+.1f} ± {100 * behind.sem():.1f}"
-        lines.append(row(named(str(label), line["oracle"]), *cells, text))
-    return lines
-
-
-def history_part(name: str) -> list[str]:
-    """Return the table of accuracy by images seen before, for each type of clients."""
-    table = averaged(name)
-    lines = [row("clients", *(f"{title}: {' / '.join(map(str, ns))}" for title, ns in LENGTHS.values()))]
-    lines.append(row(*["---"] * (len(LENGTHS) + 1)))
-
-    def texts(line: pd.Series, prefix: str) -> list[str]:
-        cells = []
-        for clients, (_, lengths) in LENGTHS.items():
-            values = [100 * line[f"{clients} {n} {prefix}client_accuracy"] for n in lengths]
-            cells.append("–" if np.isnan(values).any() else " / ".join(f"{value:.1f}" for value in values))
-        return cells
-
-    adapted = table[table["drifting 15 client_accuracy"].notna()].iloc[0]  # the backbone is the same for all
-    lines.append(row("the backbone alone", *texts(adapted, "backbone_")))
-    return lines + [row(named(str(k), line["oracle"]), *texts(line, "")) for k, line in table.iterrows()]
-
-
-# ---- figures
-
-
-PANELS = {
-    "digits": "digits, two classes a client",
-    "omniglot_drawer": "Omniglot by drawer",
-    "omniglot_alphabet": "Omniglot by alphabet",
-    "mnist_writers": "MNIST by writer",
-    "tiny_imagenet": "Tiny-ImageNet by parent",
-}
-
-
-def history_figure() -> Any:
-    """Draw accuracy by images seen before, with the standard error over runs, a panel for each table."""
-    from iciia_exp.results.plots import line_styles, new_panels
-
-    tables = {name: PANELS[name] for name in stored_of(PANELS)}
-    methods = ["client_profile", "client_prior", "iciia", "arm_cml"]
-    styles = dict(zip(methods, line_styles(methods, methods), strict=True))
-    lengths = (0, 1, 2, 3, 5, 10, 15)
-    figure, panels = new_panels("", 1, len(tables))
-    for axes, (name, title) in zip(np.ravel(panels), tables.items(), strict=True):
-        means = averaged(name)
-        for method in methods:
-            if method not in means.index:
-                continue
-            line = means.loc[method]
-            mean, error = (
-                np.array([100 * line[f"partition {n} client_accuracy{end}"] for n in lengths]) for end in ("", "_se")
-            )
-            axes.plot(range(len(lengths)), mean, label=method, **styles[method])
-            axes.fill_between(
-                range(len(lengths)), mean - error, mean + error, alpha=0.15, color=styles[method]["color"]
-            )
-        alone = [100 * means.iloc[0][f"partition {n} backbone_client_accuracy"] for n in lengths]
-        axes.plot(range(len(lengths)), alone, label="the backbone alone", color="grey", linestyle=":")
-        axes.set_title(title, fontsize=9)
-        axes.set_xticks(range(len(lengths)), list(map(str, lengths)))
-        axes.set_xlabel("images seen before")
-    np.ravel(panels)[0].set_ylabel("accuracy, mean over clients, %")
-    np.ravel(panels)[0].legend(fontsize=8, frameon=False)
-    return figure
-
-
-#: What is drawn from the stored figures, into docs/images: the function, and the tables.
-FIGURES: dict[str, tuple[Callable[[], Any], tuple[str, ...]]] = {
-    "client_profile_history": (history_figure, tuple(PANELS))
-}
-
-
-def stored_of(names: Iterable[str]) -> list[str]:
-    """Return those of some tables that are stored."""
-    return [name for name in names if (STORED / f"{name}.csv").is_file()]
-
-
-def fingerprint(name: str) -> str:
-    """Return a digest of the tables that a picture shows."""
-    shown = stored_of(FIGURES[name][1])
-    return hashlib.sha256(b"".join((STORED / f"{table}.csv").read_bytes() for table in shown)).hexdigest()
-
-
-def is_drawn(name: str) -> bool:
-    """Whether a picture shows what is stored now: it has the digest of the tables that it was drawn from."""
-    path = DOCS / "images" / f"{name}.png"
-    if not path.is_file():
-        return False
-    with Image.open(path) as image:
-        return image.info.get("Description") == fingerprint(name)
-
-
-PARTS: dict[str, Callable[[str], list[str]]] = {"main": main_part, "history": history_part}
-BLOCK = re.compile(r"(<!-- results: (\w+) (\w+) -->\n)(.*?)(<!-- end -->)", re.S)
-
-
-def filled(text: str) -> str:
-    """Return a page's text with the stored figures in it."""
-
-    def block(found: re.Match[str]) -> str:
-        start, name, part, _, end = found.groups()
-        return start + "\n" + "\n".join(PARTS[part](name)) + "\n\n" + end
-
-    return BLOCK.sub(block, text)
-
-
-def write() -> None:
-    """Write the stored figures into all pages."""
-    for page in [*DOCS.glob("*.md"), DOCS.parent / "README.md"]:
-        if (text := filled(page.read_text())) != page.read_text():
-            page.write_text(text)
-            print(f"written: {page.relative_to(DOCS.parent)}")
-    for name, (draw, _) in FIGURES.items():
-        if not is_drawn(name):
-            path = DOCS / "images" / f"{name}.png"
-            draw().savefig(path, dpi=120, bbox_inches="tight", metadata={"Description": fingerprint(name)})
-            print(f"written: {path.relative_to(DOCS.parent)}")
 
 
 def main() -> None:

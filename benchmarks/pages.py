@@ -1,0 +1,355 @@
+"""The pages' tables and pictures, made from the stored figures of `benchmarks/results.py`.
+
+The text between `<!-- results: TABLE PART -->` and `<!-- end -->` in a page is that part of that table (`PARTS`); the
+pictures in `docs/images` are those of `FIGURES`, each with the digest of the figures that it was drawn from. Everything
+is made again by `python benchmarks/results.py --write`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from PIL import Image
+from scipy.stats import t as student_t
+
+from iciia_exp.results.columns import COLUMNS, cell
+from iciia_exp.results.plots import BASELINE, line_styles, new_panels
+from iciia_exp.results.published import published_numbers
+
+DOCS = Path(__file__).resolve().parents[1] / "docs"
+STORED = DOCS / "results"
+
+#: Images seen before, by the clients that are shown. Drifting clients change their classes after eight images.
+LENGTHS = {
+    "partition": ("the partition's", (0, 1, 3, 15)),
+    "random_classes": ("2 to 20 random classes", (0, 1, 3, 15)),
+    "homogeneous": ("all classes", (0, 1, 3, 15)),
+    "drifting": ("other classes after eight", (7, 8, 9, 11, 15)),
+}
+
+#: Figures of a run that are stored.
+KEYS = (
+    *("accuracy", "gain", "worst_decile", "harmed_share", "harmed_share_by_chance", "log_loss", "ece"),
+    *("overhead_percent", "streaming_overhead_percent", "state_bytes", "seconds_train", "test_clients", "test_images"),
+    *("backbone_accuracy", "backbone_worst_decile", "backbone_log_loss", "backbone_ece", "backbone_macs"),
+)
+
+#: Tables of one set of clients each, in which methods are compared.
+CLIENTS = {
+    "tiny_imagenet": "Tiny-ImageNet by parent",
+    "digits": "digits, two classes a client",
+    "omniglot_drawer": "Omniglot by drawer",
+    "omniglot_alphabet": "Omniglot by alphabet",
+    "mnist_writers": "MNIST by writer",
+}
+
+#: Methods that are trained on labelled images of the test clients.
+OWN_LABELS = ("finetune", "prompt_tuning")
+
+
+# ---- stored figures
+
+
+def stored(name: str) -> pd.DataFrame:
+    """Return a table's stored figures, a line for each run."""
+    return pd.read_csv(STORED / f"{name}.csv")
+
+
+def stored_of(names: Iterable[str]) -> list[str]:
+    """Return those of some tables that are stored."""
+    return [name for name in names if (STORED / f"{name}.csv").is_file()]
+
+
+def means(name: str) -> pd.DataFrame:
+    """Return means and standard errors over the runs of each setting."""
+    runs = stored(name)
+    groups = runs.drop(columns="seed").groupby("label", sort=False)
+    table = groups.mean(numeric_only=True).join(groups.sem(numeric_only=True).add_suffix("_se"))
+    return table.assign(oracle=groups["oracle"].first())
+
+
+def best_first(name: str) -> pd.DataFrame:
+    """Return the means, best accuracy first."""
+    return means(name).sort_values("accuracy", ascending=False, kind="stable")
+
+
+def behind(name: str, labels: Iterable[str]) -> pd.DataFrame:
+    """Return the differences to the best of some settings, paired over the seeds: mean and standard error."""
+    by_seed = stored(name).pivot(index="seed", columns="label", values="accuracy")
+    best = by_seed[list(labels)].mean().idxmax()
+    differences = by_seed.sub(by_seed[best], axis=0)
+    return pd.DataFrame({"mean": differences.mean(), "se": differences.sem(), "best": differences.columns == best})
+
+
+# ---- tables
+
+
+def named(label: str, oracle: bool = False) -> str:
+    """Return a setting's label as code."""
+    return f"`{label}`" + " (oracle)" * oracle
+
+
+def row(*cells: str) -> str:
+    """Return a line of a Markdown table."""
+    return "| " + " | ".join(cells) + " |"
+
+
+def head(*cells: str) -> list[str]:
+    """Return the first two lines of a Markdown table."""
+    return [row(*cells), row(*["---"] * len(cells))]
+
+
+def main_part(name: str) -> list[str]:
+    """Return the table of accuracy and cost; *behind* is the paired difference to the best method."""
+    table = best_first(name)
+    shown = [c for c in COLUMNS if c.key in KEYS and c.title]
+    lines = head("method", *(c.title for c in shown), "behind the best")
+    first = table.iloc[0]
+    alone = {key: first[f"backbone_{key}"] for key in ("accuracy", "worst_decile", "log_loss", "ece")}
+    cells = [cell(pd.Series(alone), c.key, c.form, ()) if c.key in alone else "" for c in shown]
+    lines.append(row("the backbone alone", *cells, ""))
+    differences = behind(name, [k for k in table.index if not table.loc[k, "oracle"] and k not in OWN_LABELS])
+    for label, line in table.iterrows():
+        cells = [cell(line, c.key, c.form, () if c.form in ("cost", "bytes", "number") else ("se",)) for c in shown]
+        difference = differences.loc[label]
+        bound = line["oracle"] or label in OWN_LABELS or difference["best"]
+        text = "" if bound else f"{100 * difference['mean']:+.1f} ± {100 * difference['se']:.1f}"
+        lines.append(row(named(str(label), line["oracle"]), *cells, text))
+    return lines
+
+
+def history_part(name: str) -> list[str]:
+    """Return the table of accuracy by images seen before, for each type of clients."""
+    table = best_first(name)
+    lines = head("clients", *(f"{title}: {' / '.join(map(str, ns))}" for title, ns in LENGTHS.values()))
+
+    def texts(line: pd.Series, prefix: str) -> list[str]:
+        cells = []
+        for clients, (_, lengths) in LENGTHS.items():
+            values = [100 * line[f"{clients} {n} {prefix}client_accuracy"] for n in lengths]
+            cells.append("–" if np.isnan(values).any() else " / ".join(f"{value:.1f}" for value in values))
+        return cells
+
+    adapted = table[table["drifting 15 client_accuracy"].notna()].iloc[0]  # the backbone is the same for all
+    lines.append(row("the backbone alone", *texts(adapted, "backbone_")))
+    return lines + [row(named(str(k), line["oracle"]), *texts(line, "")) for k, line in table.iterrows()]
+
+
+def _percent(line: pd.Series, key: str, errors: tuple[str, ...] = ("se",)) -> str:
+    return cell(line, key, "gain" if key.endswith("gain") else "percent", errors)
+
+
+def across_part(_: str) -> list[str]:
+    """Return accuracy by method and clients. Bold: the best, and what is within the paired 95 % interval of it."""
+    names = stored_of(CLIENTS)
+    tables = {name: means(name) for name in names}
+    labels = [label for label in dict.fromkeys(k for t in tables.values() for k in t.index) if " " not in label]
+    labels = [label for label in labels if sum(label in t.index for t in tables.values()) > 1]
+    differences = {}
+    for name, table in tables.items():
+        ranked = [k for k in labels if k in table.index and not table.loc[k, "oracle"] and k not in OWN_LABELS]
+        found = behind(name, ranked).loc[ranked]
+        width = student_t.ppf(0.975, stored(name)["seed"].nunique() - 1) * found["se"]
+        differences[name] = found["best"] | (found["mean"] + width >= 0)
+    # by the mean distance to the best, over the tables that have the method
+    distance = pd.DataFrame({name: table["accuracy"].max() - table["accuracy"] for name, table in tables.items()})
+    lines = head("method", *(CLIENTS[name] for name in names))
+    lines.append(row("the backbone alone", *(f"{100 * t['backbone_accuracy'].mean():.1f}" for t in tables.values())))
+    for label in distance.loc[labels].mean(axis=1).sort_values(kind="stable").index:
+        cells = []
+        for name, table in tables.items():
+            text = _percent(table.loc[label], "accuracy") if label in table.index else "–"
+            cells.append(f"**{text}**" if differences[name].get(label, False) else text)
+        oracle = any(label in t.index and t.loc[label, "oracle"] for t in tables.values())
+        lines.append(row(named(label, oracle) + " (own labels)" * (label in OWN_LABELS), *cells))
+    return lines
+
+
+def grid(name: str) -> pd.DataFrame:
+    """Return the means of a table whose labels are a row and a method, with both in the index."""
+    table = means(name)
+    table.index = pd.MultiIndex.from_tuples([tuple(label.rsplit(" ", 1)) for label in table.index])
+    return table
+
+
+def grid_part(name: str) -> list[str]:
+    """Return accuracy, gain in brackets: a line for each backbone or partition, a column for each method."""
+    table = grid(name)
+    methods = list(dict.fromkeys(table.index.get_level_values(1)))
+    lines = head("", "MACs", "alone", *(f"`{method}`" for method in methods))
+    for label, part in table.groupby(level=0, sort=False):
+        cells = []
+        for method in methods:
+            line = part.loc[(label, method)] if (label, method) in part.index else None
+            cells.append("–" if line is None else f"{_percent(line, 'accuracy')} ({_percent(line, 'gain', ())})")
+        first = part.iloc[0]
+        lines.append(
+            row(str(label), cell(first, "backbone_macs", "macs"), _percent(first, "backbone_accuracy"), *cells)
+        )
+    return lines
+
+
+#: Parts of the tables, by name.
+PARTS: dict[str, Callable[[str], list[str]]] = {
+    "main": main_part,
+    "history": history_part,
+    "across": across_part,
+    "grid": grid_part,
+}
+BLOCK = re.compile(r"(<!-- results: (\w+) (\w+) -->\n)(.*?)(<!-- end -->)", re.S)
+
+
+def filled(text: str) -> str:
+    """Return a page's text with the stored figures in it."""
+
+    def block(found: re.Match[str]) -> str:
+        start, name, part, _, end = found.groups()
+        return start + "\n" + "\n".join(PARTS[part](name)) + "\n\n" + end
+
+    return BLOCK.sub(block, text)
+
+
+# ---- pictures
+
+
+def history_figure() -> Any:
+    """Draw accuracy by images seen before, with the standard error over runs, a panel for each table."""
+    names = stored_of(CLIENTS)
+    methods = ["client_profile", "client_prior", "iciia", "arm_cml"]
+    styles = dict(zip(methods, line_styles(methods, methods), strict=True))
+    lengths = (0, 1, 2, 3, 5, 10, 15)
+    figure, panels = new_panels("", 1, len(names))
+    for axes, name in zip(np.ravel(panels), names, strict=True):
+        table = means(name)
+        for method in methods:
+            if method not in table.index:
+                continue
+            line = table.loc[method]
+            mean, error = (
+                np.array([100 * line[f"partition {n} client_accuracy{end}"] for n in lengths]) for end in ("", "_se")
+            )
+            axes.plot(range(len(lengths)), mean, label=method, **styles[method])
+            axes.fill_between(
+                range(len(lengths)), mean - error, mean + error, alpha=0.15, color=styles[method]["color"]
+            )
+        alone = [100 * table.iloc[0][f"partition {n} backbone_client_accuracy"] for n in lengths]
+        axes.plot(range(len(lengths)), alone, label="the backbone alone", color="grey", linestyle=":")
+        axes.set_title(CLIENTS[name], fontsize=9)
+        axes.set_xticks(range(len(lengths)), list(map(str, lengths)))
+        axes.set_xlabel("images seen before")
+    np.ravel(panels)[0].set_ylabel("accuracy, mean over clients, %")
+    np.ravel(panels)[0].legend(fontsize=8, frameon=False)
+    return figure
+
+
+def _published(table: str, **setting: Any) -> pd.DataFrame:
+    """Return the rows of a published table with a setting."""
+    found = published_numbers().query("table == @table and dataset == 'imagenet'")
+    for key, value in setting.items():
+        found = found[found[key] == value]
+    return found
+
+
+def backbones_figure() -> Any:
+    """Draw the gain against the backbone's own accuracy, ours and the published, and accuracy against MACs."""
+    table = grid("backbones")
+    methods = [m for m in dict.fromkeys(table.index.get_level_values(1)) if m not in OWN_LABELS]
+    styles = dict(zip(methods, line_styles(methods, methods), strict=True))
+    figure, panels = new_panels("", 1, 2)
+    figure.set_size_inches(9.4, 3.9)
+    gains, costs = np.ravel(panels)
+    for axes in (gains, costs):
+        axes.sharex = None
+    for method in methods:
+        line = table.xs(method, level=1).sort_values("backbone_accuracy")
+        gains.errorbar(
+            *(100 * line["backbone_accuracy"], 100 * line["gain"], 100 * line["gain_se"]),
+            **(styles[method] | {"linestyle": ""}),
+            label=method,
+        )
+    alone = _published("results", method="backbone").set_index("backbone")["accuracy"]
+    for label, groups in (("ICIIA-B", 1), ("ICIIA-T", 256)):
+        found = _published("results", method="iciia", groups=groups).set_index("backbone")["accuracy"]
+        style = (styles.get(label) or {"marker": "o", "color": "grey"}) | {"linestyle": ""}
+        gains.plot(alone[found.index], found - alone[found.index], mfc="none", label=f"{label}, published", **style)
+    gains.set_xlabel("the backbone alone, accuracy, %")
+    gains.set_ylabel("gain, points")
+    gains.legend(fontsize=7.5, frameon=False)
+    for method in ("client_profile",):
+        line = table.xs(method, level=1).sort_values("backbone_macs")
+        macs = line["backbone_macs"] / 1e6
+        costs.plot(macs, 100 * line["accuracy"], label=method, **styles[method])
+        costs.plot(macs, 100 * line["backbone_accuracy"], **BASELINE, marker="o", label="the backbone alone")
+    costs.set_xlabel("the backbone, million MACs")
+    costs.set_ylabel("accuracy, %")
+    costs.legend(fontsize=7.5, frameon=False)
+    return figure
+
+
+def heterogeneity_figure() -> Any:
+    """Draw the gain against the share of images that keep their parent category, ours and the published."""
+    table = grid("heterogeneity")
+    methods = list(dict.fromkeys(table.index.get_level_values(1)))
+    published = _published("heterogeneity")
+    styles = dict(zip(methods, line_styles(methods, methods), strict=True))
+    figure, panels = new_panels("", 1, 2)
+    figure.set_size_inches(9.4, 3.9)
+    ours, theirs = np.ravel(panels)
+    for method in methods:
+        line = table.xs(method, level=1)
+        ours.errorbar(
+            *(line.index.astype(float), 100 * line["gain"], 100 * line["gain_se"]), label=method, **styles[method]
+        )
+    alone = published_numbers().query("table == 'results' and backbone == 'efficientnet_b4' and method == 'backbone'")
+    for method, part in published.groupby("method", sort=False):
+        style = styles.get(str(method)) or {"color": "grey", "marker": "x"}
+        theirs.plot(part["ratio"], part["accuracy"] - alone["accuracy"].item(), label=method, mfc="none", **style)
+    for axes, title in ((ours, "here: Tiny-ImageNet, MobileNetV2"), (theirs, "published: ImageNet, EfficientNet-B4")):
+        axes.axhline(0, **BASELINE)
+        axes.set_title(title, fontsize=9)
+        axes.set_xlabel("share of images that keep their parent category")
+        axes.legend(fontsize=7.5, frameon=False)
+    ours.set_ylabel("gain over the backbone, points")
+    return figure
+
+
+#: What is drawn from the stored figures, into docs/images: the function, and the tables.
+FIGURES: dict[str, tuple[Callable[[], Any], tuple[str, ...]]] = {
+    "client_profile_history": (history_figure, tuple(CLIENTS)),
+    "backbones": (backbones_figure, ("backbones",)),
+    "heterogeneity": (heterogeneity_figure, ("heterogeneity",)),
+}
+
+
+def fingerprint(name: str) -> str:
+    """Return a digest of the tables that a picture shows."""
+    shown = stored_of(FIGURES[name][1])
+    return hashlib.sha256(b"".join((STORED / f"{table}.csv").read_bytes() for table in shown)).hexdigest()
+
+
+def is_drawn(name: str) -> bool:
+    """Whether a picture shows what is stored now: it has the digest of the tables that it was drawn from."""
+    path = DOCS / "images" / f"{name}.png"
+    if not path.is_file():
+        return False
+    with Image.open(path) as image:
+        return image.info.get("Description") == fingerprint(name)
+
+
+def write() -> None:
+    """Write the stored figures into all pages."""
+    for page in [*DOCS.glob("*.md"), DOCS.parent / "README.md"]:
+        if (text := filled(page.read_text())) != page.read_text():
+            page.write_text(text)
+            print(f"written: {page.relative_to(DOCS.parent)}")
+    for name, (draw, tables) in FIGURES.items():
+        if stored_of(tables) and not is_drawn(name):
+            path = DOCS / "images" / f"{name}.png"
+            draw().savefig(path, dpi=120, bbox_inches="tight", metadata={"Description": fingerprint(name)})
+            print(f"written: {path.relative_to(DOCS.parent)}")
