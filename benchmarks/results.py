@@ -106,6 +106,19 @@ OMNIGLOT = f"+experiment=omniglot data_dir={{data}} {ALL_SEEDS} dataset.seed={{s
 
 TABLES = {
     "digits": Table("client_profile.md", 40, f"name=digits groups=16 {ALL_SEEDS}", METHODS | PARTS_OF_PROFILE),
+    "groups": Table(
+        "results.md",
+        30,
+        f"name=digits {ALL_SEEDS}",
+        {"linear_head": "method=linear_head"}
+        | {f"iciia groups={groups}": f"method=iciia groups={groups}" for groups in (512, 64, 16, 4, 1)},
+    ),
+    "own_classifier": Table(
+        "results.md",
+        40,
+        f"{TINY.replace(' backbone.train=head', '')} {MOBILENET} num_layers=1 groups=256",
+        {label: f"method={label}" for label in ("linear_head", "iciia", "client_types", "client_profile")},
+    ),
     "omniglot_drawer": Table("client_profile.md", 20, f"{OMNIGLOT} name=omniglot_drawer", METHODS | PARTS_OF_PROFILE),
     "omniglot_alphabet": Table(
         "client_profile.md",

@@ -72,6 +72,10 @@ def main() -> None:
             raise
         print("interrupted; the same command goes on from here", file=sys.stderr)
         sys.exit(130)
+    except SystemExit as ended:
+        if ended.code == 143:  # SIGTERM
+            print("terminated; the same command goes on from here", file=sys.stderr)
+        raise
     finally:
         os.environ.pop("HYDRA_FULL_ERROR")
         if asked is not None:

@@ -2,6 +2,7 @@
 
 import logging
 import signal
+import threading
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -83,19 +84,29 @@ def quiet_lightning() -> Iterator[None]:
 
 @contextmanager
 def interruptible(trainer: pl.Trainer) -> Iterator[None]:
-    """Raise KeyboardInterrupt on Ctrl-C: Lightning ends the process with ``exit(1)`` and ignores further signals.
+    """End at once on Ctrl-C and SIGTERM, with a KeyboardInterrupt or exit status 143.
 
-    See Lightning issue 13560.
+    By itself Lightning ends the process with ``exit(1)`` on Ctrl-C and ignores further signals (issue 13560). SIGTERM it
+    notes, to stop after a batch of training, with exit status 0; in ``predict`` it does not stop at all.
     """
     handler = signal.getsignal(signal.SIGINT)
+    main = threading.current_thread() is threading.main_thread()  # only there can handlers be set
+    if own := main and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:  # a launcher's own handler stays
+        signal.signal(signal.SIGTERM, _end)
     try:
         yield
-    except SystemExit:
-        if not trainer.interrupted:
+    except SystemExit as ended:
+        if not (trainer.interrupted and ended.code == 1):  # any exception interrupts a trainer
             raise
-    if trainer.interrupted:
         signal.signal(signal.SIGINT, handler)
-        raise KeyboardInterrupt
+        raise KeyboardInterrupt from None
+    finally:
+        if own:
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+def _end(number: int, _: object) -> None:
+    raise SystemExit(128 + number)
 
 
 def make_trainer(config: dict[str, Any], **arguments: Any) -> pl.Trainer:

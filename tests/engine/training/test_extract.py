@@ -1,5 +1,6 @@
 """Extraction of features by several processes, how long it will take, and how large the values are."""
 
+import signal
 import time
 
 import numpy as np
@@ -21,6 +22,24 @@ def test_probes_are_the_first_and_some_of_all():
     assert some[:8].tolist() == [0, 2, 4, 6, 8, 10, 12, 14]
     assert some[-1] == 19_998
     assert len(some) < 80
+
+
+def test_sigterm_ends_it(folder, monkeypatch):
+    """Lightning would take note and go on."""
+    original = FeatureWriter.write
+
+    def ask(self, rows, values):
+        original(self, rows, values)
+        signal.raise_signal(signal.SIGTERM)
+        pytest.fail("the extraction went on")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(FeatureWriter, "write", ask)
+        with pytest.raises(SystemExit) as ended:
+            execute(folder(*HEAD, "stage=features"))
+    assert ended.value.code == 143
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+    execute(folder(*HEAD, "stage=features"))
 
 
 # ---- several processes

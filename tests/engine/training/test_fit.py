@@ -244,3 +244,24 @@ def test_ctrl_c_is_an_interruption_and_continues(run, monkeypatch):
     monkeypatch.setattr(MethodModule, "training_step", original)
     got, _ = run("stopped")
     assert all(torch.equal(got[name], want[name]) for name in want)
+
+
+def test_sigterm_ends_training_at_once_and_it_continues(run, monkeypatch):
+    """Lightning would go on to the end of the batch and exit with status 0."""
+    want, _ = run("whole")
+    original = MethodModule.training_step
+
+    def ask(self, batch, batch_idx):
+        if self.trainer.current_epoch == 2:
+            signal.raise_signal(signal.SIGTERM)
+            pytest.fail("the training went on")
+        return original(self, batch, batch_idx)
+
+    monkeypatch.setattr(MethodModule, "training_step", ask)
+    with pytest.raises(SystemExit) as ended:
+        run("stopped")
+    assert ended.value.code == 143
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+    monkeypatch.setattr(MethodModule, "training_step", original)
+    got, _ = run("stopped")
+    assert all(torch.equal(got[name], want[name]) for name in want)
