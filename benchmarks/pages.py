@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import re
 from collections.abc import Callable, Iterable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -105,9 +106,14 @@ def head(*cells: str) -> list[str]:
     return [row(*cells), row(*["---"] * len(cells))]
 
 
+#: Labels of the recommended method with other settings begin with this; they have a table of their own.
+VARIANTS = "client_profile "
+
+
 def main_part(name: str) -> list[str]:
     """Return the table of accuracy and cost; *behind* is the paired difference to the best method."""
     table = best_first(name)
+    table = table[~table.index.str.startswith(VARIANTS)]
     shown = [c for c in COLUMNS if c.key in KEYS and c.title]
     lines = head("method", *(c.title for c in shown), "behind the best")
     first = table.iloc[0]
@@ -124,9 +130,11 @@ def main_part(name: str) -> list[str]:
     return lines
 
 
-def history_part(name: str) -> list[str]:
+def history_part(name: str, variants: bool = False) -> list[str]:
     """Return the table of accuracy by images seen before, for each type of clients."""
     table = best_first(name)
+    chosen = table.index.str.startswith(VARIANTS)
+    table = table[chosen | (table.index == VARIANTS.strip())] if variants else table[~chosen]
     lines = head("clients", *(f"{title}: {' / '.join(map(str, ns))}" for title, ns in LENGTHS.values()))
 
     def texts(line: pd.Series, prefix: str) -> list[str]:
@@ -199,6 +207,7 @@ def grid_part(name: str) -> list[str]:
 PARTS: dict[str, Callable[[str], list[str]]] = {
     "main": main_part,
     "history": history_part,
+    "variants": partial(history_part, variants=True),
     "across": across_part,
     "grid": grid_part,
 }

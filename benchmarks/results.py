@@ -105,7 +105,7 @@ SIZES = {
 OMNIGLOT = f"+experiment=omniglot data_dir={{data}} {ALL_SEEDS} dataset.seed={{seed}}"
 
 TABLES = {
-    "digits": Table("client_profile.md", 40, f"name=digits groups=16 {ALL_SEEDS}", METHODS | PARTS_OF_PROFILE),
+    "digits": Table("rivals.md", 40, f"name=digits groups=16 {ALL_SEEDS}", METHODS | PARTS_OF_PROFILE),
     "groups": Table(
         "results.md",
         30,
@@ -119,23 +119,21 @@ TABLES = {
         f"{TINY.replace(' backbone.train=head', '')} {MOBILENET} num_layers=1 groups=256",
         {label: f"method={label}" for label in ("linear_head", "iciia", "client_types", "client_profile")},
     ),
-    "omniglot_drawer": Table("client_profile.md", 20, f"{OMNIGLOT} name=omniglot_drawer", METHODS | PARTS_OF_PROFILE),
+    "omniglot_drawer": Table("rivals.md", 20, f"{OMNIGLOT} name=omniglot_drawer", METHODS | PARTS_OF_PROFILE),
     "omniglot_alphabet": Table(
-        "client_profile.md",
+        "rivals.md",
         20,
         f"{OMNIGLOT} name=omniglot_alphabet partition=parent_category",
         METHODS | PARTS_OF_PROFILE,
     ),
     "mnist_writers": Table(
-        "client_profile.md",
+        "rivals.md",
         90,
         "+experiment=cnn_femnist data_dir={data} dataset.num_classes=10 backbone.reserve=0.1 backbone.recipe.epochs=10 "
         f"training=default training.recipe.epochs=10 groups=256 name=mnist_writers {ALL_SEEDS}",
         METHODS,
     ),
-    "tiny_imagenet": Table(
-        "client_profile.md", 120, f"{TINY} {MOBILENET} num_layers=2 groups=256", METHODS | OWN_LABELS
-    ),
+    "tiny_imagenet": Table("rivals.md", 120, f"{TINY} {MOBILENET} num_layers=2 groups=256", METHODS | OWN_LABELS),
     "backbones": Table(
         "results.md",
         400,
