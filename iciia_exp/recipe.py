@@ -60,7 +60,8 @@ class Recipe:
                 raise ConfigError(
                     key, value, f"must be a node with a _target_ and _partial_: true; {key}=NAME chooses one"
                 )
-        self.make_scheduler(self.make_optimizer([torch.nn.Parameter(torch.zeros(1))]), 100, 10)  # for their errors
+        parameters = [{"params": [torch.nn.Parameter(torch.zeros(1))]}]
+        self.make_scheduler(_checked("optimizer", _light(self.optimizer), parameters, {}), 100, 10)  # for their errors
 
     @property
     def lr(self) -> float | None:
@@ -96,6 +97,17 @@ class Recipe:
                 more["max_lr"] = [group["lr"] for group in optimizer.param_groups]
         scheduler = _checked("scheduler", self.scheduler, optimizer, more)
         return {"scheduler": scheduler, "interval": "step" if by_step else "epoch"}
+
+
+def _light(constructor: Constructor) -> Constructor:
+    """Return an optimiser's constructor without PyTorch's compiler, which it imports to decorate a method: a second."""
+    from torch.optim import Optimizer
+
+    target, plain = _target(constructor), getattr(Optimizer.add_param_group, "__wrapped__", None)
+    if plain is None or not isinstance(target, type) or target.__dict__.get("add_param_group") is not None:
+        return constructor
+    light = type(target.__name__, (target,), {"add_param_group": plain})
+    return partial(light, **_given(constructor))
 
 
 def _given(constructor: Constructor) -> dict[str, Any]:

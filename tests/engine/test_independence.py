@@ -78,7 +78,7 @@ def test_a_finished_run_is_found_without_lightning(stages, small):
     execute(stages())
     code = (
         "import sys; from iciia_exp import run_experiment; run = run_experiment(*sys.argv[1:]); "
-        "print([m for m in ('lightning', 'matplotlib', 'wandb') if m in sys.modules]); run.results"
+        "print([m for m in ('lightning', 'matplotlib', 'wandb', 'scipy.stats', 'torch._dynamo') if m in sys.modules]); run.results"
     )
     command = [sys.executable, "-c", code, *small]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True, env=os.environ)

@@ -86,8 +86,8 @@ def quiet_lightning() -> Iterator[None]:
 def interruptible(trainer: pl.Trainer) -> Iterator[None]:
     """End at once on Ctrl-C and SIGTERM, with a KeyboardInterrupt or exit status 143.
 
-    By itself Lightning ends the process with ``exit(1)`` on Ctrl-C and ignores further signals (issue 13560). SIGTERM it
-    notes, to stop after a batch of training, with exit status 0; in ``predict`` it does not stop at all.
+    By itself Lightning ends the process with ``exit(1)`` on Ctrl-C and ignores further signals (issue 13560). After
+    SIGTERM it stops at the end of a batch of training, with exit status 0, and in ``predict`` not at all.
     """
     handler = signal.getsignal(signal.SIGINT)
     main = threading.current_thread() is threading.main_thread()  # only there can handlers be set

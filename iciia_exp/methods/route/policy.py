@@ -9,7 +9,6 @@ Legend: n reference requests, rho the largest share of requests in the cloud.
 from typing import NamedTuple
 
 import numpy as np
-from scipy.stats import beta, betabinom
 
 from iciia_exp.errors import ConfigError, check_float
 
@@ -61,6 +60,8 @@ def calibrated_threshold(
 
 def calibrated_number(n: int, rho: float, confidence: float | None = None) -> int:
     """Return J of `calibrated_threshold`."""
+    from scipy.stats import beta  # late: a second, and every command imports this module
+
     number = int(np.floor(rho * (n + 1) + 1e-9))
     if confidence is not None and rho < 1:
         while number and beta.ppf(confidence, number, n + 1 - number) > rho:
@@ -77,6 +78,8 @@ def share_interval(
     ``requests`` as the beta-binomial distribution. Any other threshold, as a cap, counts as one between two scores: its
     interval is that of Clopper and Pearson.
     """
+    from scipy.stats import beta, betabinom
+
     n = len(scores_n)
     if not np.isfinite(threshold):
         share = float(threshold > 0)
