@@ -149,6 +149,19 @@ def history_part(name: str, variants: bool = False) -> list[str]:
     return lines + [row(named(str(k), line["oracle"]), *texts(line, "")) for k, line in table.iterrows()]
 
 
+def lengths_part(name: str) -> list[str]:
+    """Return the table of accuracy by images seen before, with errors, for the partition's clients; -1: all others."""
+    table = means(name)
+    keys = {n: f"partition {n} client_accuracy" for n in (0, 1, 2, 3, 5, 10, 15, -1)}
+    keys = {n: key for n, key in keys.items() if key in table}
+    lines = head("images seen before", *("all" if n == -1 else str(n) for n in keys))
+    first = {f"partition {n} backbone_client_accuracy": n for n in keys}
+    lines.append(row("the backbone alone", *(f"{100 * table.iloc[0][key]:.1f}" for key in first)))
+    for label, line in table.iterrows():
+        lines.append(row(named(str(label)), *(_percent(line, key) for key in keys.values())))
+    return lines
+
+
 def _percent(line: pd.Series, key: str, errors: tuple[str, ...] = ("se",)) -> str:
     return cell(line, key, "gain" if key.endswith("gain") else "percent", errors)
 
@@ -208,6 +221,7 @@ PARTS: dict[str, Callable[[str], list[str]]] = {
     "main": main_part,
     "history": history_part,
     "variants": partial(history_part, variants=True),
+    "lengths": lengths_part,
     "across": across_part,
     "grid": grid_part,
 }

@@ -39,6 +39,8 @@ SEEDS = (0, 1, 2)
 
 STREAMING = "training=streaming client_mix=all_types"
 
+POOLED = "training=streaming client_mix.pool=client_type"
+
 #: Methods that are compared everywhere, as overrides; the recommended one first.
 METHODS = {
     "client_profile": "method=client_profile",
@@ -88,6 +90,8 @@ TINY = (
     "backbone.model.mean=[0.5,0.5,0.5] backbone.model.std=[0.5,0.5,0.5] partition.seed={seed} seed={seed} "
     "name=tiny_imagenet"
 )
+#: The same with the classifier of the weights, as in the paper.
+TINY_OWN = TINY.replace(" backbone.train=head", "")
 MOBILENET = "backbone.weights={weights:mobilenetv2_100} backbone.model.options={{pad_type:same}}"
 LITE = (
     "backbone.name=efficientnet_lite{n} backbone.model.model=tf_efficientnet_lite{n} "
@@ -116,7 +120,7 @@ TABLES = {
     "own_classifier": Table(
         "results.md",
         40,
-        f"{TINY.replace(' backbone.train=head', '')} {MOBILENET} num_layers=1 groups=256",
+        f"{TINY_OWN} {MOBILENET} num_layers=1 groups=256",
         {label: f"method={label}" for label in ("linear_head", "iciia", "client_types", "client_profile")},
     ),
     "omniglot_drawer": Table("rivals.md", 20, f"{OMNIGLOT} name=omniglot_drawer", METHODS | PARTS_OF_PROFILE),
@@ -134,6 +138,24 @@ TABLES = {
         METHODS,
     ),
     "tiny_imagenet": Table("rivals.md", 120, f"{TINY} {MOBILENET} num_layers=2 groups=256", METHODS | OWN_LABELS),
+    "streams": Table(
+        "streams.md",
+        180,
+        f"{TINY.replace('name=tiny_imagenet', 'name=tiny_streams')} {MOBILENET} num_layers=2 groups=256",
+        {
+            "iciia, training=published": "method=iciia training=published",
+            "iciia": "method=iciia",
+            "iciia, causal": f"method=iciia method.attention=causal {POOLED}",
+            "iciia_stream, perceptron=0": f"method=iciia_stream method.image.perceptron=0 {POOLED}",
+            "iciia_stream, client_mix=all_types": f"method=iciia_stream {STREAMING}",
+            "iciia_prior": f"method=iciia_prior {POOLED}",
+            "iciia_prior, client_mix=all_types": f"method=iciia_prior {STREAMING}",
+            "iciia_prior, client_mix=all_types, iid_bonus=0": "method=iciia_prior method.prior.iid_bonus=0 "
+            + STREAMING,
+            "client_prior": "method=client_prior",
+            "client_prior, iid_bonus=0": "method=client_prior method.prior.iid_bonus=0",
+        },
+    ),
     "backbones": Table(
         "results.md",
         400,
@@ -148,7 +170,7 @@ TABLES = {
     "heterogeneity": Table(
         "results.md",
         200,
-        f"{TINY} {MOBILENET} partition=reserve_ratio num_layers=2 groups=256",
+        f"{TINY_OWN} {MOBILENET} partition=reserve_ratio num_layers=2 groups=256",
         {
             f"{ratio} {label}": f"partition.ratio={ratio} method={label}"
             for ratio in (0, 0.25, 0.5, 0.75, 1)

@@ -90,7 +90,13 @@ def compose():
 
 
 @pytest.fixture
-def stages(compose):
+def few_passes(monkeypatch):
+    """Let the perceptrons of `client_profile` and `iciia_stream` pass over their images four times, not a hundred."""
+    monkeypatch.setattr("iciia_exp.models.perceptron._MOST_PASSES", 4)
+
+
+@pytest.fixture
+def stages(compose, few_passes):
     """Make the stages of an experiment on the smallest useful setting: seconds become a tenth of a second."""
     return _stages_of(compose, *SMALL)
 
@@ -103,7 +109,7 @@ def _stages_of(compose, *setting):
 
 
 @pytest.fixture
-def with_tokens(compose):
+def with_tokens(compose, few_passes):
     """Make the stages of such an experiment with a backbone that gives tokens."""
     small = [override for override in SMALL if not override.startswith("backbone.model.")]
     return _stages_of(compose, "backbone=small_vit", "backbone.model.dim=16", "backbone.model.depth=2", *small)
