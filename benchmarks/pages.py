@@ -1,6 +1,7 @@
 """The pages' tables and pictures, made from the stored figures of `benchmarks/results.py`.
 
-The text between `<!-- results: TABLE PART -->` and `<!-- end -->` in a page is that part of that table (`PARTS`); the
+The text between `<!-- results: TABLE PART -->` and `<!-- end -->` in a page is that part of that table (`PARTS`);
+between `<!-- value: TABLE SETTING COLUMN -->` and `<!-- end -->` it is one figure of a setting, in percent. The
 pictures in `docs/images` are those of `FIGURES`, each with the digest of the figures that it was drawn from. Everything
 is made again by `python benchmarks/results.py --write`.
 """
@@ -226,16 +227,22 @@ PARTS: dict[str, Callable[[str], list[str]]] = {
     "grid": grid_part,
 }
 BLOCK = re.compile(r"(<!-- results: (\w+) (\w+) -->\n)(.*?)(<!-- end -->)", re.S)
+#: A figure within a sentence: in percent the mean of a column of a setting.
+VALUE = re.compile(r"(<!-- value: (\w+) (\S+) ([\w ]+) -->)([^<]*)(<!-- end -->)")
 
 
 def filled(text: str) -> str:
     """Return a page's text with the stored figures in it."""
 
+    def value(found: re.Match[str]) -> str:
+        start, name, label, key, _, end = found.groups()
+        return f"{start}{100 * means(name).loc[label, key]:.1f}{end}"
+
     def block(found: re.Match[str]) -> str:
         start, name, part, _, end = found.groups()
         return start + "\n" + "\n".join(PARTS[part](name)) + "\n\n" + end
 
-    return BLOCK.sub(block, text)
+    return VALUE.sub(value, BLOCK.sub(block, text))
 
 
 # ---- pictures
@@ -284,11 +291,9 @@ def backbones_figure() -> Any:
     table = grid("backbones")
     methods = [m for m in dict.fromkeys(table.index.get_level_values(1)) if m not in OWN_LABELS]
     styles = dict(zip(methods, line_styles(methods, methods), strict=True))
-    figure, panels = new_panels("", 1, 2)
+    figure, panels = new_panels("", 1, 2, sharex=False)
     figure.set_size_inches(9.4, 3.9)
     gains, costs = np.ravel(panels)
-    for axes in (gains, costs):
-        axes.sharex = None
     for method in methods:
         line = table.xs(method, level=1).sort_values("backbone_accuracy")
         gains.errorbar(
@@ -304,11 +309,11 @@ def backbones_figure() -> Any:
     gains.set_xlabel("the backbone alone, accuracy, %")
     gains.set_ylabel("gain, points")
     gains.legend(fontsize=7.5, frameon=False)
-    for method in ("client_profile",):
-        line = table.xs(method, level=1).sort_values("backbone_macs")
-        macs = line["backbone_macs"] / 1e6
-        costs.plot(macs, 100 * line["accuracy"], label=method, **styles[method])
-        costs.plot(macs, 100 * line["backbone_accuracy"], **BASELINE, marker="o", label="the backbone alone")
+    profile = table.xs("client_profile", level=1)
+    for marker, (pixels, part) in zip("os", profile.groupby(profile.index.str.split().str[-1]), strict=False):
+        label, macs, style = f", {pixels} px", part["backbone_macs"] / 1e6, {"marker": marker}
+        costs.plot(macs, 100 * part["accuracy"], label="client_profile" + label, **(styles["client_profile"] | style))
+        costs.plot(macs, 100 * part["backbone_accuracy"], **(BASELINE | style), label="the backbone alone" + label)
     costs.set_xlabel("the backbone, million MACs")
     costs.set_ylabel("accuracy, %")
     costs.legend(fontsize=7.5, frameon=False)

@@ -32,7 +32,14 @@ def pages(results):
 def test_figures_in_a_page_are_the_stored_ones(pages, page):
     text = page.read_text()
     assert text.count("<!-- results:") == len(pages.BLOCK.findall(text))
+    assert text.count("<!-- value:") == len(pages.VALUE.findall(text))
     assert pages.filled(text) == text, "run python benchmarks/results.py --write"
+
+
+def test_a_figure_in_a_sentence(pages):
+    accuracy = 100 * pd.read_csv(pages.STORED / "digits.csv").query("label == 'iciia'")["accuracy"].mean()
+    text = "it has <!-- value: digits iciia accuracy -->0<!-- end --> %."
+    assert pages.filled(text) == f"it has <!-- value: digits iciia accuracy -->{accuracy:.1f}<!-- end --> %."
 
 
 def test_every_stored_table_is_shown_and_has_its_seeds(pages, results):

@@ -63,12 +63,12 @@ def _make_plain(axes: Any) -> None:
     axes.set_axisbelow(True)
 
 
-def new_panels(title: str, rows: int, columns: int) -> tuple[Any, Any]:
+def new_panels(title: str, rows: int, columns: int, sharex: bool = True) -> tuple[Any, Any]:
     """Return an empty figure and its axes, [rows, columns]."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(3.1 * columns, 2.3 * rows + 1.1), dpi=150, layout="constrained")
-    panels = figure.subplots(rows, columns, squeeze=False, sharex=True)
+    panels = figure.subplots(rows, columns, squeeze=False, sharex=sharex)
     for axes in panels.flat:
         _make_plain(axes)
         axes.tick_params(labelsize=8, labelbottom=True)
