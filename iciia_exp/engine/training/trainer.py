@@ -96,6 +96,8 @@ def interruptible(trainer: pl.Trainer) -> Iterator[None]:
     try:
         yield
     except SystemExit as ended:
+        if (launcher := trainer.strategy.launcher) is not None:  # this process would wait for those that it started
+            launcher.kill(signal.SIGKILL)
         if not (trainer.interrupted and ended.code == 1):  # any exception interrupts a trainer
             raise
         signal.signal(signal.SIGINT, handler)

@@ -3,6 +3,7 @@
 import re
 import signal
 from functools import partial
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -16,7 +17,7 @@ from iciia_exp.data.clients import Ragged
 from iciia_exp.engine.training.data_module import ClientDataModule
 from iciia_exp.engine.training.fit import fit
 from iciia_exp.engine.training.modules import MethodModule
-from iciia_exp.engine.training.trainer import make_trainer
+from iciia_exp.engine.training.trainer import interruptible, make_trainer
 from iciia_exp.errors import ConfigError, UserError
 from iciia_exp.methods.adapt.iciia import IciiaMethod
 from iciia_exp.methods.base import Facts
@@ -265,3 +266,19 @@ def test_sigterm_ends_training_at_once_and_it_continues(run, monkeypatch):
     monkeypatch.setattr(MethodModule, "training_step", original)
     got, _ = run("stopped")
     assert all(torch.equal(got[name], want[name]) for name in want)
+
+
+@pytest.mark.usefixtures("interruptible_process")
+@pytest.mark.parametrize(
+    ("number", "raised"), [(signal.SIGTERM, SystemExit), (signal.SIGINT, KeyboardInterrupt)], ids=["SIGTERM", "Ctrl-C"]
+)
+def test_processes_that_a_trainer_started_are_ended(number, raised):
+    """Else this process waits at its end for them, and they go on."""
+    killed = []
+    strategy = SimpleNamespace(launcher=SimpleNamespace(kill=killed.append))
+    with pytest.raises(raised), interruptible(SimpleNamespace(strategy=strategy, interrupted=True)):
+        try:
+            signal.raise_signal(number)
+        except KeyboardInterrupt:
+            raise SystemExit(1) from None  # as Lightning does
+    assert killed == [signal.SIGKILL]
