@@ -153,13 +153,12 @@ def history_part(name: str, variants: bool = False) -> list[str]:
 def lengths_part(name: str) -> list[str]:
     """Return the table of accuracy by images seen before, with errors, for the partition's clients; -1: all others."""
     table = means(name)
-    keys = {n: f"partition {n} client_accuracy" for n in (0, 1, 2, 3, 5, 10, 15, -1)}
-    keys = {n: key for n, key in keys.items() if key in table}
-    lines = head("images seen before", *("all" if n == -1 else str(n) for n in keys))
-    first = {f"partition {n} backbone_client_accuracy": n for n in keys}
-    lines.append(row("the backbone alone", *(f"{100 * table.iloc[0][key]:.1f}" for key in first)))
+    lengths = [n for n in (0, 1, 2, 3, 5, 10, 15, -1) if f"partition {n} client_accuracy" in table]
+    lines = head("images seen before", *("all" if n == -1 else str(n) for n in lengths))
+    alone = [_percent(table.iloc[0], f"partition {n} backbone_client_accuracy", ()) for n in lengths]
+    lines.append(row("the backbone alone", *alone))
     for label, line in table.iterrows():
-        lines.append(row(named(str(label)), *(_percent(line, key) for key in keys.values())))
+        lines.append(row(named(str(label)), *(_percent(line, f"partition {n} client_accuracy") for n in lengths)))
     return lines
 
 

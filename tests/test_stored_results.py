@@ -81,6 +81,15 @@ def test_the_picture_of_every_table_can_be_drawn(pages, tmp_path, monkeypatch):
     assert "–" in pages.grid_part("heterogeneity")[2]
 
 
+def test_accuracy_by_length(pages):
+    head, _, alone, *lines = pages.lengths_part("digits")
+    assert head.split(" | ")[1:] == ["0", "1", "2", "3", "5", "10", "15", "all |"]
+    mean = pd.read_csv(pages.STORED / "digits.csv").query("label == 'iciia'")["partition 3 client_accuracy"].mean()
+    (iciia,) = (line for line in lines if line.startswith("| `iciia` |"))
+    assert iciia.split(" | ")[4].startswith(f"{100 * mean:.1f} ± ")
+    assert "±" not in alone
+
+
 def test_a_changed_figure_is_found(pages, tmp_path, monkeypatch):
     """A test of the test: the page follows the stored figures, and nothing else."""
     name = next(name for name in pages.stored_of(pages.CLIENTS))
