@@ -273,7 +273,8 @@ def history_figure() -> Any:
         axes.set_xticks(range(len(lengths)), list(map(str, lengths)))
         axes.set_xlabel("images seen before")
     np.ravel(panels)[0].set_ylabel("accuracy, mean over clients, %")
-    np.ravel(panels)[0].legend(fontsize=8, frameon=False)
+    lines = {line.get_label(): line for axes in np.ravel(panels) for line in axes.lines}  # not every panel has all
+    figure.legend(lines.values(), lines, loc="outside lower center", ncols=len(lines), fontsize=9, frameon=False)
     return figure
 
 
@@ -301,9 +302,9 @@ def backbones_figure() -> Any:
             label=method,
         )
     alone = _published("results", method="backbone").set_index("backbone")["accuracy"]
-    for label, groups in (("ICIIA-B", 1), ("ICIIA-T", 256)):
+    for label, groups, marker in (("ICIIA-B", 1, "D"), ("ICIIA-T", 256, "v")):
         found = _published("results", method="iciia", groups=groups).set_index("backbone")["accuracy"]
-        style = (styles.get(label) or {"marker": "o", "color": "grey"}) | {"linestyle": ""}
+        style = (styles.get(label) or {"color": "grey"}) | {"marker": marker, "linestyle": ""}
         gains.plot(alone[found.index], found - alone[found.index], mfc="none", label=f"{label}, published", **style)
     gains.set_xlabel("the backbone alone, accuracy, %")
     gains.set_ylabel("gain, points")
