@@ -8,7 +8,7 @@ STAMP := $(VENV)/.installed
 RUN = $(if $(wildcard $(STAMP)),$(STAMP),$(CORE))
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo sweep results test lint format docs wheel-test clean
+.PHONY: help install demo sweep results test test-slow lint format docs wheel-test clean
 
 help:  ## Show this list
 	@awk 'BEGIN {FS = ":.*## "} /^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -39,8 +39,11 @@ sweep: $(RUN)  ## Accuracy against overhead: five group counts, three times with
 results: $(STAMP)  ## Run a table of the documents: make results TABLE=digits ARGS="--data FOLDER"
 	$(BIN)/python benchmarks/results.py $(TABLE) $(ARGS)
 
-test: $(STAMP)  ## Run the whole test suite
-	$(BIN)/python -m pytest -n 2 --dist worksteal
+test: $(STAMP)  ## Run the tests, without the slow ones
+	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not slow"
+
+test-slow: $(STAMP)  ## Run the slow tests: whole commands, processes, every method the whole way
+	$(BIN)/python -m pytest -n 2 --dist worksteal -m slow
 
 lint: $(STAMP)  ## Check style and types
 	$(BIN)/ruff check .

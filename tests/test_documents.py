@@ -79,6 +79,7 @@ def test_there_are_commands():
     assert {"README.md", "reports.md", "rivals.md", "streams.md"} <= set(TEXTS)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("undrawn")
 @pytest.mark.filterwarnings("ignore")  # Optuna's own
 @pytest.mark.parametrize(
@@ -134,6 +135,7 @@ def test_a_command_of_the_package_works(command, compose, small, cache, tmp_path
         assert list(tmp_path.glob("outputs/*/*/*/results.json"))
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("undrawn")
 def test_what_a_reader_brings_works_as_the_page_shows(tmp_path, monkeypatch, capsys):
     """The files of docs/extend.md, written as they stand, and its commands."""
@@ -185,6 +187,7 @@ def finished(tmp_path_factory):
     return folder
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("command", commands("python -m iciia_exp.report"))
 def test_a_command_of_the_report_works(command, finished, monkeypatch, capsys):
     monkeypatch.chdir(finished)

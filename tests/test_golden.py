@@ -152,7 +152,11 @@ def test_every_method_has_an_entry(golden):
     assert set(golden["runs"]) == set(RUNS)
 
 
-@pytest.mark.parametrize("name", RUNS)
+#: Those that a short run of the tests has.
+FAST = ("backbone", "client_profile", "coda", "dc_ccl", "iciia", "iciia_prior", "prior_em")
+
+
+@pytest.mark.parametrize("name", [pytest.param(name, marks=() if name in FAST else pytest.mark.slow) for name in RUNS])
 def test_numbers_are_as_they_were(name, golden, shared, monkeypatch):
     monkeypatch.setenv("ICIIA_EXP_CACHE", str(shared / "cache"))  # one backbone for all of them
     got, want = json.loads(json.dumps(measure(RUNS[name]))), golden["runs"][name]

@@ -35,6 +35,7 @@ def pages(**environment):
     return int(done.stdout)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="settings of glibc's allocator")
 def test_the_same_pages_are_used_again():
     got_again = pages(MALLOC_MMAP_THRESHOLD_="1000000")  # a user's setting stays: everything large goes back at once

@@ -51,6 +51,7 @@ def test_help_is_quick_and_imports_no_torch(tmp_path):
     assert not os.listdir(tmp_path)
 
 
+@pytest.mark.slow
 def test_two_identical_commands_at_once_then_a_third(tmp_path, small, monkeypatch, capsys):
     both = [command(*small) for _ in range(2)]
     results = [finished(p) for p in both]
@@ -70,6 +71,7 @@ def test_two_identical_commands_at_once_then_a_third(tmp_path, small, monkeypatc
     assert sorted(os.listdir(tmp_path)) == ["cache", "outputs"]
 
 
+@pytest.mark.slow
 def test_killed_for_real_and_repeated(tmp_path, stages, small):
     """SIGKILL in the middle of the method's training; the repeated command ends as if nothing had happened."""
     from iciia_exp.engine.execute import execute
@@ -105,6 +107,7 @@ def running(process):
         return False
 
 
+@pytest.mark.slow
 def test_the_jobs_of_a_killed_sweep_end(small):
     longer = ("training.recipe.epochs=3000", "training.patience=5000", "groups=1,2")
     process = command("-m", "+launcher=joblib", "hydra.launcher.n_jobs=2", *small, *longer)
@@ -142,6 +145,7 @@ def call(monkeypatch, *arguments):
     return stop.value.code
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -232,6 +236,7 @@ def test_a_sweep_goes_on_when_a_job_fails_and_says_so(monkeypatch, capsys, tmp_p
     assert len(list(tmp_path.glob("cache/features/*/manifest.json"))) == 1
 
 
+@pytest.mark.slow
 def test_a_sweep_leaves_out_methods_that_cannot_run_on_its_clients(monkeypatch, capsys, tmp_path, small):
     assert call(monkeypatch, "-m", *small, "method=backbone,finetune") == 0
     assert [j["status"] for j in jobs(tmp_path)] == ["done", "left out"]
@@ -243,6 +248,7 @@ def test_a_sweep_leaves_out_methods_that_cannot_run_on_its_clients(monkeypatch, 
     assert call(monkeypatch, *small, "method=finetune") == 2
 
 
+@pytest.mark.slow
 def test_a_repeated_sweep_runs_only_what_is_missing(monkeypatch, capsys, small):
     assert call(monkeypatch, "-m", *small, "seed=0") == 0
     monkeypatch.setenv("ICIIA_EXP_PID", "1")
@@ -253,6 +259,7 @@ def test_a_repeated_sweep_runs_only_what_is_missing(monkeypatch, capsys, small):
     assert "gain\n" in out or "± s.e." in out
 
 
+@pytest.mark.slow
 def test_a_sweep_over_clients_has_a_table_for_each(monkeypatch, capsys, tmp_path, small):
     assert call(monkeypatch, "-m", *small, "method=backbone,linear_head", "partition.classes_per_client=2,3") == 0
     out = capsys.readouterr().out
@@ -262,6 +269,7 @@ def test_a_sweep_over_clients_has_a_table_for_each(monkeypatch, capsys, tmp_path
     assert len(list(tmp_path.glob("outputs/sweeps/*/accuracy_vs_overhead-*.png"))) == 2
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")  # Optuna 2's own
 def test_a_search_asks_val_clients_and_survives_failures(monkeypatch, capsys, tmp_path, small):
     arguments = ("-m", "+search=optuna", *small, "hydra.sweeper.n_trials=4", "groups=choice(1,3)", "heads=1")
@@ -293,6 +301,7 @@ def test_a_search_over_a_key_that_the_method_lacks(monkeypatch, capsys, small):
     )
 
 
+@pytest.mark.slow
 def test_jobs_in_parallel_on_this_machine(monkeypatch, capsys, tmp_path, small):
     """Two processes; what they share is made once, and a failing job is named by the one that started them."""
     status = call(

@@ -111,6 +111,7 @@ def kernel():
     run_sync(manager.shutdown_kernel)(now=True)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")  # of Jupyter's own client
 @pytest.mark.parametrize("file", FILES, ids=[f.stem for f in FILES])
 def test_it_runs(file, tmp_path, small, kernel):

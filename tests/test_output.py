@@ -93,6 +93,7 @@ def test_a_run_ends_well_on_any_terminal(small, encoding, monkeypatch):
     assert b"[/a]" in raw.getvalue()
 
 
+@pytest.mark.slow
 def test_a_reader_that_goes_away_ends_no_run(small, tmp_path):
     command = [sys.executable, "-u", "-m", "iciia_exp", *small, "method=backbone"]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)

@@ -122,6 +122,7 @@ def test_the_best_are_bold(pages, tmp_path, monkeypatch):
     assert list(lines)[3:] == ["`finetune` (own labels)", "`a`", "`b`", "`c`"]
 
 
+@pytest.mark.slow
 def test_every_setting_is_a_configuration(results, compose, monkeypatch):
     monkeypatch.setattr(results.Weights, "__format__", lambda _, name: f"{name}.safetensors")
     options = argparse.Namespace(data="d", parents="p", weights=None, out="o")

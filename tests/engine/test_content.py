@@ -32,6 +32,7 @@ def flip(path):
     path.write_bytes(data)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", MADE)
 def test_another_byte_is_another_dataset_and_another_place_is_not(name, compose, tmp_path, monkeypatch):
     make, overrides = MADE[name]
@@ -64,6 +65,7 @@ def test_another_byte_is_another_dataset_and_another_place_is_not(name, compose,
     assert digests("moved") == before
 
 
+@pytest.mark.slow
 def test_replaced_images_are_trained_on(compose, tmp_path, offline_weights):  # noqa: F811
     """Other images under the same names: the finished run is not that of the new ones."""
     given = ("+experiment=folder", f"data_dir={tmp_path}/data", *CHEAP, TINY, "partition.images_per_client=4")

@@ -158,6 +158,7 @@ def test_every_experiment_is_here():
     assert sorted(EXPERIMENTS) == sorted(path.stem for path in (CONF_DIR / "experiment").glob("*.yaml"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", EXPERIMENTS)
 def test_every_experiment_runs(name, compose, tmp_path, monkeypatch, offline_weights, capsys):
     make, overrides = EXPERIMENTS[name]

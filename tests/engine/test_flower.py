@@ -210,6 +210,7 @@ def free_port():
         return found.getsockname()[1]
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(os.name != "posix", reason="stops groups of processes")
 def test_a_superlink_and_two_supernodes(small, stages, tmp_path, monkeypatch):
     """The whole way on loopback, without TLS: an app from the command line, two devices, one round."""

@@ -6,6 +6,7 @@
 import os
 import warnings
 
+import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from omegaconf import OmegaConf
@@ -145,6 +146,7 @@ def names(overrides):
         yield from {key, key.split(".")[0], key.rpartition(".")[2]} - {""}
 
 
+@pytest.mark.slow
 def test_every_command_ends_in_an_experiment_or_one_line(compose, tmp_path, capsys):
     keys = keys_of(compose)
 

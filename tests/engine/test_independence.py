@@ -25,6 +25,7 @@ def numbers(row):
     return {k: v for k, v in row.items() if not k.startswith("seconds") and k != "finished"}
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("undrawn")
 @pytest.mark.parametrize("train", [(), HEAD], ids=["all", "head"])
 def test_training_and_evaluation_need_no_files_of_the_dataset(folder, root, train, capsys, tmp_path):
@@ -74,6 +75,7 @@ def test_the_stores_table_is_the_datasets(folder):
     assert (again.clients.test.values == stages.clients.test.values).all()
 
 
+@pytest.mark.slow
 def test_a_finished_run_is_found_without_lightning(stages, small):
     execute(stages())
     code = (
@@ -92,6 +94,7 @@ CHANGES = (
 )
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("undrawn")
 def test_an_evaluation_setting_evaluates_again_and_trains_nothing(stages, capsys):
     def files(made):
@@ -133,6 +136,7 @@ def test_other_arguments_of_the_trainer_are_another_row_and_of_the_backbone_anot
     assert text.count("backbone.trainer.max_epochs=1") == 1
 
 
+@pytest.mark.slow
 def test_a_runs_files_do_not_depend_on_its_neighbours(stages, tmp_path):
     execute(stages("groups=4"))
     beside = stages()

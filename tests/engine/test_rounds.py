@@ -92,6 +92,7 @@ def test_the_whole_way(made, monkeypatch):
     assert served.predict(x, arrays={"images": images}).shape == (4, 10)
 
 
+@pytest.mark.slow
 def test_a_kill_at_any_point_gives_the_same_bytes(prepared, tmp_path, monkeypatch):
     whole = prepared(f"output_dir={tmp_path}/whole")
     execute(whole)

@@ -121,6 +121,7 @@ KILLS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("where", KILLS)
 def test_killed_in_any_stage_and_repeated(stages, tmp_path, monkeypatch, where):
     whole = stages(f"cache_dir={tmp_path}/whole", f"output_dir={tmp_path}/whole")

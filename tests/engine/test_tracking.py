@@ -33,6 +33,7 @@ def inspect(run_dir):
     return done.stdout
 
 
+@pytest.mark.slow
 def test_an_offline_run_holds_everything(stages, monkeypatch):
     monkeypatch.setattr(columns, "COLUMNS", [*columns.COLUMNS, columns.Column("se_clients", wandb="test")])
     made = stages("logger=wandb", "logger.wandb.tags=[mine]", "logger.wandb.log_model=true")
@@ -100,6 +101,7 @@ def test_an_agent_of_a_sweep_chooses_the_id_and_hears_of_finished_runs(stages, m
     assert f"results-{row['digest']}" in text
 
 
+@pytest.mark.slow
 def test_the_logger_changes_no_number(stages, tmp_path):
     one = execute(stages("logger=wandb"))
     other = execute(stages(f"output_dir={tmp_path}/other"))
@@ -107,6 +109,7 @@ def test_the_logger_changes_no_number(stages, tmp_path):
     assert one["digest"] == other["digest"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("where", ["init", "log", "summary", "finish"])
 def test_a_failing_wandb_costs_nothing_but_itself(stages, monkeypatch, capsys, where):
     import wandb

@@ -117,6 +117,7 @@ def test_a_request_costs_what_the_budget_states(method, site, together):
     assert ledger(play(method, site, together, budget)) == ledger(stated)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", METHODS, indirect=True)
 def test_a_client_costs_what_the_budget_states(method):
     cloud = small_cloud(D, K, clients=3, images=20)

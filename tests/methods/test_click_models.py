@@ -124,6 +124,7 @@ def by_items(cloud, user):
     return [others[i] for i in np.argsort(-np.array(near), kind="stable")]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("measure", ["loss", "auc"])
 @pytest.mark.parametrize("arm", ["mpda", "selected", "match", "local"])
 def test_mpda_against_a_loop(cloud, arm, measure):
@@ -162,6 +163,7 @@ def test_coda_trains_on_the_users_with_the_same_items(model):
     assert found.counts["received"].tolist() == [2 * n for n in LENGTHS]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "method",
     [

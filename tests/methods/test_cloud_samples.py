@@ -198,6 +198,7 @@ def test_faiss_that_is_not_installed(head, monkeypatch):
     assert caught.value.key == "search"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", [MPDA, CoDA])
 @pytest.mark.parametrize(
     "options", [{}, {"keep": 0.5, "filter_epochs": 2}, {"retrieval": "sample"}, {"matching": "random"}]
@@ -220,6 +221,7 @@ def test_a_device_learns_the_same_alone(head, cloud, kind, options, monkeypatch)
     }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "method",
     [

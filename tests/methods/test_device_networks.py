@@ -26,6 +26,7 @@ FACTS = Facts.of(nn.Linear(D, K), arrays=ARRAYS, network=Network)
 FEW = {"epochs": 15, "linear_epochs": 15, "batch_size": 8, "lr": 0.01}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("method", "settings"),
     [

@@ -23,6 +23,7 @@ def learned(folder):
     return {f"{file} {name}": tensor for file, path in files.items() for name, tensor in load_file(path).items()}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", methods("adapt", "tune", "cotrain"))
 def test_labels_of_test_images_change_no_weight(stages, with_tokens, method, cache, monkeypatch, tmp_path):
     monkeypatch.setenv("ICIIA_EXP_CACHE", str(cache))  # one backbone for all of them

@@ -97,6 +97,7 @@ def test_cost_of_one_more_image_agrees_with_the_counter(method, monkeypatch):
     assert method.streaming_macs(16) in (None, counted)
 
 
+@pytest.mark.slow
 def test_one_more_image_is_a_program_without_breaks(method):
     past, mask = torch.empty(1, 0, method.state_width), torch.tensor([[True, True, False]])
     torch._dynamo.reset()

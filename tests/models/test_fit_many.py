@@ -149,6 +149,7 @@ def test_frozen_parameters_stay_and_are_no_state():
     assert set(fitted.states) == {"0.weight", "0.bias", "3.weight", "3.bias"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("optimizer", [SGD, partial(torch.optim.AdamW, lr=0.1)], ids=["SGD", "AdamW"])
 @pytest.mark.parametrize("schedule", [None, torch.optim.lr_scheduler.OneCycleLR], ids=["constant", "one cycle"])
 def test_what_training_holds_is_freed_at_its_end(optimizer, schedule, freed):

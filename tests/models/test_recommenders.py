@@ -104,6 +104,7 @@ def test_tables_start_small():
     assert 0.9 * bound < max(table.weight.abs().max() for table in net.tables.values()) <= bound
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", RECOMMENDERS)
 def test_many_users_train_together_as_alone(name, freed):
     torch.manual_seed(0)

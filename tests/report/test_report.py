@@ -55,6 +55,7 @@ def outputs(tmp_path_factory):
     return folder / "outputs"
 
 
+@pytest.mark.slow
 def test_seeds_are_averaged(outputs):
     rows = load_runs([outputs])
     assert len(rows) == 5

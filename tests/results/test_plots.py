@@ -63,6 +63,7 @@ def test_accuracy_vs_history(tmp_path, last):
     assert drawn(accuracy_vs_history(summary, row(), tmp_path / "a.png"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "rows",
     [

@@ -122,6 +122,7 @@ def test_without_published_rows_there_is_no_column(rows):
     assert "published" not in text_tables.summary(settings(ours)).columns
 
 
+@pytest.mark.slow
 def test_a_sweep_over_the_partition(rows, tmp_path, capsys):
     made = []
     for ratio in (0, 0.5, 1):

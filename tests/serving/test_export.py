@@ -34,6 +34,7 @@ def programs(name):
     return programs_of(SimpleNamespace(method=method, head=head, info={"arrays": ARRAYS}))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", methods("adapt", "tune"))
 def test_every_method_with_free_sizes(name):
     first = programs(name)[0]
@@ -46,6 +47,7 @@ def test_every_method_with_free_sizes(name):
     assert check_program(first, call, {}) <= 1e-4
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["client_prior", "client_profile", "finetune"])
 def test_onnx_and_torch_files(name, tmp_path):
     for program in programs(name)[:1]:
@@ -72,6 +74,7 @@ def test_wrong_numbers_are_refused():
         check_program(program, lambda *a: 1 / 0, {})
 
 
+@pytest.mark.slow
 def test_a_run_with_its_backbone(finished, capsys, tmp_path):
     finished = finished.run.folder
     level = logging.getLogger().level
@@ -111,6 +114,7 @@ def test_a_run_with_its_backbone(finished, capsys, tmp_path):
     assert latency["added_macs_percent"] == pytest.approx(row["streaming_overhead_percent"])
 
 
+@pytest.mark.slow
 def test_states_are_exported_for_methods_whose_devices_learn(stages, undrawn, tmp_path):
     made = stages("method=finetune", "partition.split=within", "evaluation.history_lengths=[]", "method.epochs=1")
     execute(made)
@@ -130,6 +134,7 @@ def test_states_are_exported_for_methods_whose_devices_learn(stages, undrawn, tm
     assert int8["accuracy"] == pytest.approx(run.clients["method_correct"].sum() / run.clients["images"].sum())
 
 
+@pytest.mark.slow
 def test_nothing_is_left_of_a_failed_export(finished, tmp_path, monkeypatch):
     finished = finished.run.folder
     run, out = Run.load(finished), tmp_path / "out"

@@ -47,6 +47,7 @@ def opened(browser, folder, **size):
     return tab, asked
 
 
+@pytest.mark.slow
 def test_numbers_in_the_browser_are_those_of_python(run, runtime, browser, tmp_path, capsys):
     assert main([str(run.path), "--out", str(tmp_path / "demo"), "--runtime", str(runtime)]) == 0
     assert "index.html" in capsys.readouterr().out
@@ -80,6 +81,7 @@ def test_numbers_in_the_browser_are_those_of_python(run, runtime, browser, tmp_p
     np.testing.assert_allclose(tab.evaluate("demo.clients[0].answer.adapted"), first, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_by_keyboard_on_a_small_screen(run, runtime, browser, tmp_path):
     folder = make_page(run, tmp_path / "demo", run.load_backbone(), runtime)
     tab, asked = opened(browser, folder, viewport={"width": 400, "height": 800})

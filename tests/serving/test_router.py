@@ -42,6 +42,7 @@ def run_dir(compose, cache, monkeypatch):
     return made.run.folder
 
 
+@pytest.mark.slow
 def test_prompts_are_routed_as_in_the_evaluation(run_dir, tmp_path, capsys):
     run = Run.load(run_dir)
     routes = pd.read_parquet(run.evaluation / "routes.parquet")
@@ -66,6 +67,7 @@ def test_prompts_are_routed_as_in_the_evaluation(run_dir, tmp_path, capsys):
     assert "prompts go to the cloud" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

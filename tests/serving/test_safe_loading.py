@@ -140,6 +140,7 @@ def files(stages):
     }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["run", "config", "training", "results", "store", "backbone"])
 def test_every_leaf_of_every_file(made, name, tmp_path, monkeypatch):
     global watching
@@ -205,6 +206,7 @@ class MyNetwork(SmallCNN):
     pass
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("plugin", [Mine, sys.modules[__name__], __name__], ids=["class", "module", "name"])
 def test_plug_ins_are_loaded_where_the_caller_names_them(stages, plugin, monkeypatch):
     monkeypatch.setitem(sys.modules, "mine", sys.modules[__name__])

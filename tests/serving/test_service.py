@@ -289,6 +289,7 @@ def start(run, states, port, *more):
     return process
 
 
+@pytest.mark.slow
 def test_nothing_that_was_answered_is_lost_by_a_kill(run, tmp_path):
     port, states = free_port(), str(tmp_path / "states.sqlite")
     x, answered = torch.randn(4, 200, D), [0] * 4
@@ -323,6 +324,7 @@ def test_nothing_that_was_answered_is_lost_by_a_kill(run, tmp_path):
         assert process.wait(30) in (0, -signal.SIGTERM)  # uvicorn ends by the signal after it has closed
 
 
+@pytest.mark.slow
 def test_two_processes_share_clients_in_redis(run, redis_url):
     stores = [RedisStore(redis_url, {"test": "shared"}) for _ in range(2)]
     apps = [make_app(run, store, 400) for store in stores]

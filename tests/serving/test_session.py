@@ -131,6 +131,7 @@ def test_a_compiled_session_is_the_same(tmp_path, method):
         ClientSession(run, compile="nonsense")
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(shutil.which("c++") is None and shutil.which("g++") is None, reason="no C++ compiler")
 @pytest.mark.filterwarnings("ignore")  # of the compiler
 def test_a_session_compiled_ahead_of_time_is_the_same_and_goes_on_after_loading(tmp_path):

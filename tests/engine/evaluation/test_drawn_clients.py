@@ -69,6 +69,7 @@ def test_kept_back_kinds_are_no_training_clients():
     assert ClientMix().known(cloud.clients) is cloud.clients
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", [m for m in METHODS if m not in OWN_LABELS])
 def test_every_method_the_whole_way(stages, method):
     epochs, no_plots = "training.recipe.epochs=1", "evaluation.history_lengths=[0,2]"
@@ -91,6 +92,7 @@ def test_every_method_the_whole_way(stages, method):
     assert run.predict(torch.from_numpy(x), arrays=arrays).shape == (len(rows), len(run.class_names))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", OWN_LABELS)
 def test_methods_that_need_own_labels(stages, with_tokens, method):
     stages = with_tokens if method in ON_TOKENS else stages

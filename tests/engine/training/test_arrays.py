@@ -153,6 +153,7 @@ def test_logits_of_a_classifier_that_is_fitted_later_are_refused_before_any_work
 # ---- interrupted, and several processes
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("workers", [0, 2])
 def test_a_killed_extraction_ends_with_the_same_arrays(vit, root, monkeypatch, tmp_path, workers):
     damage(root)
@@ -167,6 +168,7 @@ def test_a_killed_extraction_ends_with_the_same_arrays(vit, root, monkeypatch, t
     assert not any(got.array(name)[got.bad].any() for name in NAMES)
 
 
+@pytest.mark.slow
 def test_two_devices_give_the_arrays_of_one(vit, root, tmp_path, monkeypatch, capfd):
     damage(root)
     monkeypatch.setenv("OMP_NUM_THREADS", "1")  # of the processes; sums over more threads have another order

@@ -77,6 +77,7 @@ def test_a_batch_without_any_image_trains_nothing_and_harms_nothing(root, folder
     assert sum(steps) == 2 * 3  # every readable image in each of two epochs
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("workers", [0, 2])
 @pytest.mark.parametrize("stage", ["backbone", "features"])
 def test_on_request_a_bad_image_is_an_error(root, folder, workers, stage):

@@ -45,6 +45,7 @@ def test_sigterm_ends_it(folder, monkeypatch):
 # ---- several processes
 
 
+@pytest.mark.slow
 def test_an_error_in_one_of_several_processes_is_one_line(root, folder, capfd):
     damage(root)
     with pytest.raises(UserError, match=r"^\S.* cannot be read \(") as error:

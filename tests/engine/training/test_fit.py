@@ -61,6 +61,7 @@ def run(tmp_path):
     return make
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("schedule", ["constant", "cosine", "onecycle"])
 @pytest.mark.parametrize("epoch", [0, 1, 5])
 def test_resumed_equals_uninterrupted(run, monkeypatch, schedule, epoch):
@@ -90,6 +91,7 @@ def test_resumed_equals_uninterrupted(run, monkeypatch, schedule, epoch):
         assert resumed[key] == record[key]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["flip", "cut", "empty"])
 @pytest.mark.parametrize("name", ["last.ckpt", "epoch=*.ckpt"])
 def test_a_damaged_checkpoint_is_dropped_with_a_line(run, monkeypatch, tmp_path, caplog, kind, name):

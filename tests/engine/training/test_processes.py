@@ -27,6 +27,7 @@ PLAIN = ("backbone.model._target_=tests.making.processes.Plain", *GONE, "backbon
 SGD = ("optimizer@backbone.recipe.optimizer=sgd", "backbone.recipe.optimizer.lr=0.1")
 
 
+@pytest.mark.slow
 def test_two_processes_give_the_weights_of_one_and_resume(compose, small, tmp_path):
     def config(*overrides, devices=2):
         overrides = (*small, "backbone.train=head", *overrides, f"trainer.devices={devices}")
@@ -70,6 +71,7 @@ def test_two_processes_give_the_weights_of_one_and_resume(compose, small, tmp_pa
     assert not list((tmp_path / "again").rglob("*.ckpt"))
 
 
+@pytest.mark.slow
 def test_the_command_starts_the_processes(stages, undrawn):
     setup_logging()
     two = ("trainer.devices=2", "backbone.train=head", "backbone.model.dropout=0")

@@ -106,6 +106,7 @@ def mixed_clients(x_MD, y_M, seed, clients=3000):
     return x_MD[rows], y_M[rows]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", [ClientPriorMethod, IciiaPrior])
 def test_clients_with_all_classes_are_no_worse_off(kind):
     head = diagonal_head()
@@ -135,6 +136,7 @@ def test_clients_with_all_classes_are_no_worse_off(kind):
         torch.testing.assert_close(logits, method.stream(x)[:, -1], atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.slow
 def test_two_samples_of_images_ask_for_the_same_iid_bonus():
     head, chosen = diagonal_head(), []
     for seed in range(2):

@@ -125,6 +125,7 @@ def test_all_files_are_seen():
     }
 
 
+@pytest.mark.slow
 @named(LIBRARY_FILES)
 def test_configured_backbone_is_the_library_s_network(path):
     torch.manual_seed(0)

@@ -36,6 +36,7 @@ def pair(request, folder):
     return DiffusersPair(3, *names, pairs=PAIRS, alignment=True, **options).eval()
 
 
+@pytest.mark.slow
 def test_a_picture_depends_on_its_prompt_alone(pair):
     batch = torch.stack([pair.transform(caption) for caption in CAPTIONS])
     together, alone = pair.outputs(batch, ALL), pair.outputs(batch[1:2], ALL)
