@@ -103,10 +103,10 @@ def _light(constructor: Constructor) -> Constructor:
     """Return an optimiser's constructor without PyTorch's compiler, which it imports to decorate a method: a second."""
     from torch.optim import Optimizer
 
-    target, plain = _target(constructor), getattr(Optimizer.add_param_group, "__wrapped__", None)
-    if plain is None or not isinstance(target, type) or target.__dict__.get("add_param_group") is not None:
+    target, own = _target(constructor), Optimizer.add_param_group
+    if not isinstance(target, type) or getattr(target, "add_param_group", None) is not own:  # a function, or its own
         return constructor
-    light = type(target.__name__, (target,), {"add_param_group": plain})
+    light = type(target.__name__, (target,), {"add_param_group": getattr(own, "__wrapped__", own)})
     return partial(light, **_given(constructor))
 
 
