@@ -219,6 +219,7 @@ def jobs(folder):
     return [json.loads(path.read_text()) for path in sorted(sweep.glob("jobs/*.json"))]
 
 
+@pytest.mark.slow
 def test_a_sweep_goes_on_when_a_job_fails_and_says_so(monkeypatch, capsys, tmp_path, small):
     status = call(monkeypatch, "-m", *small, "method=linear_head,iciia", "groups=3,max", "heads=1")
     out, err = capsys.readouterr()

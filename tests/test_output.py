@@ -79,6 +79,7 @@ def test_errors_of_commands_are_one_line(capsys):
     assert capsys.readouterr().err == "error: a\n"
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("undrawn")
 @pytest.mark.parametrize("encoding", ["ascii", "latin-1", "utf-8"])
 def test_a_run_ends_well_on_any_terminal(small, encoding, monkeypatch):

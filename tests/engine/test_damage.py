@@ -99,6 +99,7 @@ def test_damage_is_said_or_repaired(made, name):
     np.testing.assert_array_equal(consumed(made), whole)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "label"), [(n, "lost") for n in FILES if "checksums" not in n] + [(FILES[1], "cut")])
 def test_what_is_lost_or_cut_off_is_made_again_by_the_same_command(made, name, label):
     kind, file = name.split("/")

@@ -244,6 +244,7 @@ def test_learning_refuses_what_does_not_fit(stages):
         ClientSession(iciia.load_run(iciia.run.folder)).learn(x, y)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("damage", ["cut", "shapes", "missing", "manifest"])
 def test_damaged_states_are_named(stages, damage):
     from safetensors.torch import save_file

@@ -153,6 +153,7 @@ def test_two_wandb_loggers_are_one_too_many(stages):
         execute(stages("logger=wandb", again))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "overrides",
     [

@@ -122,6 +122,7 @@ def test_an_evaluation_setting_evaluates_again_and_trains_nothing(stages, capsys
     assert len(lines) == len(set(lines)) == shown  # settings are rows that show what differs
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("undrawn")
 def test_other_arguments_of_the_trainer_are_another_row_and_of_the_backbone_another_table(stages, capsys):
     for override in ("seed=1", "seed=2", "training.recipe.epochs=2", "trainer=smoke"):

@@ -166,6 +166,7 @@ def test_killed_while_a_per_image_classifier_is_trained(stages, tmp_path, monkey
     assert same_weights(weights(stages(*options)), weights(whole))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("network", [1, 2])
 def test_killed_while_one_of_two_networks_is_trained(stages, tmp_path, monkeypatch, network):
     """Each has checkpoints of its own: the second does not go on from the first."""

@@ -79,6 +79,7 @@ def test_an_offline_run_holds_everything(stages, monkeypatch):
     assert set(held[f"results-{row['digest']}"]) == kept_files
 
 
+@pytest.mark.slow
 def test_an_agent_of_a_sweep_chooses_the_id_and_hears_of_finished_runs(stages, monkeypatch):
     """A sweep's server waits for the run whose id the agent has; what is finished is sent to it again."""
     import wandb

@@ -152,6 +152,7 @@ def test_mpda_against_a_loop(cloud, arm, measure):
         assert measure == "loss" or taken[5] == 0, "a user with one label accepts nobody"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("model", RECOMMENDERS)
 def test_coda_trains_on_the_users_with_the_same_items(model):
     cloud = Cloud(model)
@@ -198,6 +199,7 @@ def test_a_sample_is_a_row_of_ids_and_a_label(cloud):
     assert sorted(size for size in link.counted.values() if size) == [8, 8 * samples, 4 * (2 + 2 * SLOTS) * samples]
 
 
+@pytest.mark.slow
 def test_a_user_learns_the_same_alone(cloud, monkeypatch):
     for method in (
         MPDA(cloud.facts, candidates=3, **RECIPE),

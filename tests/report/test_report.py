@@ -116,6 +116,7 @@ def test_folders_without_runs(tmp_path, capsys):
     assert "results.json: is not the results of a run" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_the_whole_report(outputs, tmp_path, capsys):
     assert main([str(outputs), "--history", "--out", str(tmp_path)]) == 0
     out = capsys.readouterr().out
@@ -243,6 +244,7 @@ def test_names_on_the_page_are_text(outputs, tmp_path):
     assert "<" not in title
 
 
+@pytest.mark.slow
 def test_the_page_in_a_browser(outputs, tmp_path):
     """It opens without errors; sorting, filtering, a run's clients and its examples with their pictures work."""
     browser = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")

@@ -34,6 +34,7 @@ def test_a_method_has_one_colour_in_all_figures():
     assert len({style["color"] for style in line_styles(["iciia"] * 3, methods)}) == 3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("clients", [1, 29, 3000])
 def test_gain_per_client(tmp_path, clients):
     rng = np.random.default_rng(0)

@@ -100,6 +100,7 @@ def test_a_run_that_routes_nothing(stages):
         Router.load(made.run.folder)
 
 
+@pytest.mark.slow
 def test_examples_are_on_the_page_with_pictures_and_the_tokens_that_decided(run_dir, tmp_path, browser):
     run = Run.load(run_dir)
     routes = pd.read_parquet(run.evaluation / "routes.parquet").set_index("image")

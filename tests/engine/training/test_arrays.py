@@ -72,6 +72,7 @@ def test_one_pass_gives_what_each_would_alone(vit, capsys):
         features.array("tokens")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("train", [TRAINED, HEAD], ids=["all", "head"])
 def test_a_method_that_reads_tokens_runs_from_images_to_results(vit, root, train, tmp_path):
     stages = vit(*train, TOKENS, "training.recipe.epochs=20", "optimizer.lr=0.05")

@@ -22,6 +22,7 @@ from tests.making.kill import killed_while_writing
 pytestmark = pytest.mark.usefixtures("undrawn")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("train", ["all", "head"])
 def test_bad_images_are_left_out_and_said(root, folder, train, capsys):
     whole = folder().clients

@@ -55,6 +55,7 @@ def test_partitions_share_features_and_not_classifiers(folder, monkeypatch):
         assert not set(stages.backbone_rows) & {*stages.clients.test.values, *stages.clients.val.values}
 
 
+@pytest.mark.slow
 def test_the_stages_of_a_fitted_classifier(folder, monkeypatch):
     with pytest.raises(UserError, match="stage=evaluate: needs the features stage first"):
         execute(folder(*HEAD, "stage=evaluate"))
@@ -94,6 +95,7 @@ def test_reserved_images_are_the_backbones_alone(root, folder, train):
     assert row["test_images"] > 0
 
 
+@pytest.mark.slow
 def test_methods_are_trained_on_logits_as_of_new_images(folder, monkeypatch):
     made, original = [], fit.fit
     monkeypatch.setattr(

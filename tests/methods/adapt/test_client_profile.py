@@ -186,6 +186,7 @@ def test_without_a_style_the_vector_is_nothing():
     assert learned(styled, no_fit).vector.correlation.max() > 0.4
 
 
+@pytest.mark.slow
 def test_clients_with_few_classes_gain_by_their_classes():
     cloud = small_cloud(D, K, noise=6.0, clients=200)
     method = learned(cloud)
