@@ -82,11 +82,21 @@ def best_first(name: str) -> pd.DataFrame:
 
 
 def behind(name: str, labels: Iterable[str]) -> pd.DataFrame:
-    """Return the differences to the best of some settings, paired over the seeds: mean and standard error."""
-    by_seed = stored(name).pivot(index="seed", columns="label", values="accuracy")
-    best = by_seed[list(labels)].mean().idxmax()
-    differences = by_seed.sub(by_seed[best], axis=0)
-    return pd.DataFrame({"mean": differences.mean(), "se": differences.sem(), "best": differences.columns == best})
+    """Return the differences of some settings to the best of them, paired over the seeds.
+
+    Columns: mean and standard error, whether it is the best, and whether it is that or its 95 % interval has 0.
+    """
+    by_seed = stored(name).pivot(index="seed", columns="label", values="accuracy")[list(labels)]
+    first = by_seed.mean().idxmax()
+    differences = by_seed.sub(by_seed[first], axis=0)
+    mean, se, best = differences.mean(), differences.sem(), differences.columns == first
+    near = best | (mean + student_t.ppf(0.975, len(by_seed) - 1) * se >= 0)
+    return pd.DataFrame({"mean": mean, "se": se, "best": best, "near": near})
+
+
+def ranked(table: pd.DataFrame) -> list[str]:
+    """Return the settings that need no label of the clients: neither oracles nor methods that learn on them."""
+    return [label for label in table.index if not table.loc[label, "oracle"] and label not in OWN_LABELS]
 
 
 # ---- tables
@@ -121,12 +131,12 @@ def main_part(name: str) -> list[str]:
     alone = {key: first[f"backbone_{key}"] for key in ("accuracy", "worst_decile", "log_loss", "ece")}
     cells = [cell(pd.Series(alone), c.key, c.form, ()) if c.key in alone else "" for c in shown]
     lines.append(row("the backbone alone", *cells, ""))
-    differences = behind(name, [k for k in table.index if not table.loc[k, "oracle"] and k not in OWN_LABELS])
+    differences = behind(name, ranked(table))
     for label, line in table.iterrows():
         cells = [cell(line, c.key, c.form, () if c.form in ("cost", "bytes", "number") else ("se",)) for c in shown]
-        difference = differences.loc[label]
-        bound = line["oracle"] or label in OWN_LABELS or difference["best"]
-        text = "" if bound else f"{100 * difference['mean']:+.1f} ± {100 * difference['se']:.1f}"
+        text = ""
+        if label in differences.index and not (difference := differences.loc[label])["best"]:
+            text = f"{100 * difference['mean']:+.1f} ± {100 * difference['se']:.1f}"
         lines.append(row(named(str(label), line["oracle"]), *cells, text))
     return lines
 
@@ -172,12 +182,7 @@ def across_part(_: str) -> list[str]:
     tables = {name: means(name) for name in names}
     labels = [label for label in dict.fromkeys(k for t in tables.values() for k in t.index) if " " not in label]
     labels = [label for label in labels if sum(label in t.index for t in tables.values()) > 1]
-    differences = {}
-    for name, table in tables.items():
-        ranked = [k for k in labels if k in table.index and not table.loc[k, "oracle"] and k not in OWN_LABELS]
-        found = behind(name, ranked).loc[ranked]
-        width = student_t.ppf(0.975, stored(name)["seed"].nunique() - 1) * found["se"]
-        differences[name] = found["best"] | (found["mean"] + width >= 0)
+    near = {name: behind(name, ranked(table[table.index.isin(labels)]))["near"] for name, table in tables.items()}
     # by the mean distance to the best, over the tables that have the method
     distance = pd.DataFrame({name: table["accuracy"].max() - table["accuracy"] for name, table in tables.items()})
     lines = head("method", *(CLIENTS[name] for name in names))
@@ -186,7 +191,7 @@ def across_part(_: str) -> list[str]:
         cells = []
         for name, table in tables.items():
             text = _percent(table.loc[label], "accuracy") if label in table.index else "–"
-            cells.append(f"**{text}**" if differences[name].get(label, False) else text)
+            cells.append(f"**{text}**" if near[name].get(label, False) else text)
         oracle = any(label in t.index and t.loc[label, "oracle"] for t in tables.values())
         lines.append(row(named(label, oracle) + " (own labels)" * (label in OWN_LABELS), *cells))
     return lines
@@ -202,7 +207,7 @@ def grid(name: str) -> pd.DataFrame:
 def grid_part(name: str) -> list[str]:
     """Return accuracy, gain in brackets: a line for each backbone or partition, a column for each method."""
     table = grid(name)
-    methods = list(dict.fromkeys(table.index.get_level_values(1)))
+    methods = table.index.unique(level=1)
     lines = head("", "MACs", "alone", *(f"`{method}`" for method in methods))
     for label, part in table.groupby(level=0, sort=False):
         cells = []
@@ -247,11 +252,17 @@ def filled(text: str) -> str:
 # ---- pictures
 
 
+def styles_of(methods: Iterable[str]) -> dict[str, dict[str, str]]:
+    """Return colour and marker of each method."""
+    names = list(methods)
+    return dict(zip(names, line_styles(names, names), strict=True))
+
+
 def history_figure() -> Any:
     """Draw accuracy by images seen before, with the standard error over runs, a panel for each table."""
     names = stored_of(CLIENTS)
     methods = ["client_profile", "client_prior", "iciia", "arm_cml"]
-    styles = dict(zip(methods, line_styles(methods, methods), strict=True))
+    styles = styles_of(methods)
     lengths = (0, 1, 2, 3, 5, 10, 15)
     figure, panels = new_panels("", 1, len(names))
     for axes, name in zip(np.ravel(panels), names, strict=True):
@@ -289,8 +300,8 @@ def _published(table: str, **setting: Any) -> pd.DataFrame:
 def backbones_figure() -> Any:
     """Draw the gain against the backbone's own accuracy, ours and the published, and accuracy against MACs."""
     table = grid("backbones")
-    methods = [m for m in dict.fromkeys(table.index.get_level_values(1)) if m not in OWN_LABELS]
-    styles = dict(zip(methods, line_styles(methods, methods), strict=True))
+    methods = [m for m in table.index.unique(level=1) if m not in OWN_LABELS]
+    styles = styles_of(methods)
     figure, panels = new_panels("", 1, 2, sharex=False)
     figure.set_size_inches(9.4, 3.9)
     gains, costs = np.ravel(panels)
@@ -323,9 +334,9 @@ def backbones_figure() -> Any:
 def heterogeneity_figure() -> Any:
     """Draw the gain against the share of images that keep their parent category, ours and the published."""
     table = grid("heterogeneity")
-    methods = list(dict.fromkeys(table.index.get_level_values(1)))
+    methods = table.index.unique(level=1)
     published = _published("heterogeneity")
-    styles = dict(zip(methods, line_styles(methods, methods), strict=True))
+    styles = styles_of(methods)
     figure, panels = new_panels("", 1, 2)
     figure.set_size_inches(9.4, 3.9)
     ours, theirs = np.ravel(panels)
@@ -334,7 +345,7 @@ def heterogeneity_figure() -> Any:
         ours.errorbar(
             *(line.index.astype(float), 100 * line["gain"], 100 * line["gain_se"]), label=method, **styles[method]
         )
-    alone = published_numbers().query("table == 'results' and backbone == 'efficientnet_b4' and method == 'backbone'")
+    alone = _published("results", method="backbone", backbone="efficientnet_b4")
     for method, part in published.groupby("method", sort=False):
         style = styles.get(str(method)) or {"color": "grey", "marker": "x"}
         theirs.plot(part["ratio"], part["accuracy"] - alone["accuracy"].item(), label=method, mfc="none", **style)

@@ -30,7 +30,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
-from pages import KEYS, STORED, write
+from pages import KEYS, OWN_LABELS, STORED, write
 
 from iciia_exp.results.columns import DRAWN_TYPES
 from iciia_exp.results.tables import averages_by_history
@@ -43,20 +43,14 @@ POOLED = "training=streaming client_mix.pool=client_type"
 
 #: Methods that are compared everywhere, as overrides; the recommended one first.
 METHODS = {
-    "client_profile": "method=client_profile",
-    "iciia_prior": f"method=iciia_prior {STREAMING}",
-    "iciia_stream": f"method=iciia_stream {STREAMING}",
-    "iciia": "method=iciia",
-    "arm_cml": "method=arm_cml",
-    "context_token": "method=context_token",
-    "feedforward": "method=feedforward",
-    "linear_head": "method=linear_head",
-    "conv_across_images": "method=conv_across_images",
-    "client_types": "method=client_types",
-    "client_prior": "method=client_prior",
-    **{name: f"method={name}" for name in ("prior_em", "prior_map", "smoothed_prior", "lame", "t3a", "stata")},
-    "oracle_classes": "method=oracle_classes",
+    name: f"method={name}"
+    for name in (
+        *("client_profile", "iciia_prior", "iciia_stream", "iciia", "arm_cml", "context_token", "feedforward"),
+        *("linear_head", "conv_across_images", "client_types", "client_prior", "prior_em", "prior_map"),
+        *("smoothed_prior", "lame", "t3a", "stata", "oracle_classes"),
+    )
 }
+METHODS |= {name: f"{METHODS[name]} {STREAMING}" for name in ("iciia_prior", "iciia_stream")}
 #: The recommended method without client vector, without changes, and with more; and `iciia_prior` on the partition.
 PARTS_OF_PROFILE = {
     "client_profile vector=0": "method=client_profile method.vector=0",
@@ -64,7 +58,7 @@ PARTS_OF_PROFILE = {
     "client_profile change=0.05": "method=client_profile method.change=0.05",
     "iciia_prior natural": "method=iciia_prior training=streaming",
 }
-OWN_LABELS = {"finetune": "method=finetune", "prompt_tuning": "method=prompt_tuning"}
+TUNED = {name: f"method={name}" for name in OWN_LABELS}
 
 
 class Table(NamedTuple):
@@ -104,7 +98,7 @@ SIZES = {
     "ICIIA-B": "method=iciia num_layers=3 groups=1",
     "ICIIA-T": "method=iciia num_layers=3 groups=256",
     "client_types": "method=client_types",
-    **OWN_LABELS,
+    **TUNED,
 }
 OMNIGLOT = f"+experiment=omniglot data_dir={{data}} {ALL_SEEDS} dataset.seed={{seed}}"
 
@@ -137,7 +131,7 @@ TABLES = {
         f"training=default training.recipe.epochs=10 groups=256 name=mnist_writers {ALL_SEEDS}",
         METHODS,
     ),
-    "tiny_imagenet": Table("rivals.md", 120, f"{TINY} {MOBILENET} num_layers=2 groups=256", METHODS | OWN_LABELS),
+    "tiny_imagenet": Table("rivals.md", 120, f"{TINY} {MOBILENET} num_layers=2 groups=256", METHODS | TUNED),
     "streams": Table(
         "streams.md",
         180,

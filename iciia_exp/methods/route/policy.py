@@ -60,10 +60,10 @@ def calibrated_threshold(
 
 def calibrated_number(n: int, rho: float, confidence: float | None = None) -> int:
     """Return J of `calibrated_threshold`."""
-    from scipy.stats import beta  # late: a second, and every command imports this module
-
     number = int(np.floor(rho * (n + 1) + 1e-9))
     if confidence is not None and rho < 1:
+        from scipy.stats import beta  # late: a second, and every command imports this module
+
         while number and beta.ppf(confidence, number, n + 1 - number) > rho:
             number -= 1
     return number

@@ -228,52 +228,39 @@ def interruptible_process():
     signal.signal(signal.SIGINT, before)
 
 
+SIGNALS = pytest.mark.parametrize(
+    ("number", "raised"), [(signal.SIGTERM, SystemExit), (signal.SIGINT, KeyboardInterrupt)], ids=["SIGTERM", "Ctrl-C"]
+)
+
+
 @pytest.mark.usefixtures("interruptible_process")
-def test_ctrl_c_is_an_interruption_and_continues(run, monkeypatch):
-    """Lightning would end the process; a sweep and the command line have their own way to stop."""
-    want, _ = run("whole")
-    original = MethodModule.training_step
-
-    def press(self, batch, batch_idx):
-        if self.trainer.current_epoch == 2:
-            signal.raise_signal(signal.SIGINT)
-        return original(self, batch, batch_idx)
-
-    before = signal.getsignal(signal.SIGINT)
-    monkeypatch.setattr(MethodModule, "training_step", press)
-    with pytest.raises(KeyboardInterrupt):
-        run("stopped")
-    assert signal.getsignal(signal.SIGINT) == before
-    monkeypatch.setattr(MethodModule, "training_step", original)
-    got, _ = run("stopped")
-    assert all(torch.equal(got[name], want[name]) for name in want)
-
-
-def test_sigterm_ends_training_at_once_and_it_continues(run, monkeypatch):
-    """Lightning would go on to the end of the batch and exit with status 0."""
+@SIGNALS
+def test_a_signal_ends_training_at_once_and_it_continues(run, monkeypatch, number, raised):
+    """Lightning would end the process on Ctrl-C; after SIGTERM, at the end of the batch and with status 0."""
     want, _ = run("whole")
     original = MethodModule.training_step
 
     def ask(self, batch, batch_idx):
         if self.trainer.current_epoch == 2:
-            signal.raise_signal(signal.SIGTERM)
+            signal.raise_signal(number)
             pytest.fail("the training went on")
         return original(self, batch, batch_idx)
 
+    before = signal.getsignal(number)
+    assert number != signal.SIGTERM or before is signal.SIG_DFL
     monkeypatch.setattr(MethodModule, "training_step", ask)
-    with pytest.raises(SystemExit) as ended:
+    with pytest.raises(raised) as ended:
         run("stopped")
-    assert ended.value.code == 143
-    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+    if raised is SystemExit:
+        assert ended.value.code == 143
+    assert signal.getsignal(number) == before
     monkeypatch.setattr(MethodModule, "training_step", original)
     got, _ = run("stopped")
     assert all(torch.equal(got[name], want[name]) for name in want)
 
 
 @pytest.mark.usefixtures("interruptible_process")
-@pytest.mark.parametrize(
-    ("number", "raised"), [(signal.SIGTERM, SystemExit), (signal.SIGINT, KeyboardInterrupt)], ids=["SIGTERM", "Ctrl-C"]
-)
+@SIGNALS
 def test_processes_that_a_trainer_started_are_ended(number, raised):
     """Else this process waits at its end for them, and they go on."""
     killed = []
