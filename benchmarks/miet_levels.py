@@ -1,26 +1,27 @@
 """MIET's ablations from one store of levels: k, grid, payload, blocks, what a block is, and shots; mean of three seeds.
 
-    python benchmarks/miet_levels.py OUT --part bytes|sums|blocks|shots [overrides of the experiment ...]
-    python benchmarks/miet_levels.py out --part bytes +experiment=miet_tiny_imagenet data_dir=FOLDER backbone.weights=F
+    python benchmarks/miet_levels.py --part bytes|sums|blocks|shots [overrides of the experiment ...]
+    python benchmarks/miet_levels.py --part bytes +experiment=miet_tiny_imagenet data_dir=FOLDER backbone.weights=F
 
-Every level of the backbone is stored once (`method=last`); sums and grids are taken from the stored levels, rounded to
-float16 as a store of tokens is. Devices learn with `iciia_exp.methods.tune.miet.Miet`, on the clients of the
-experiment's partition with `partition.seed` and `method.seed` 0, 1 and 2, and classify all test images of their
-classes.
+The figures are stored in `docs/results/miet_PART.csv`, a line for each run; what is there is not repeated. Every level
+of the backbone is stored once (`method=last`); sums and grids are taken from the stored levels, rounded to float16 as a
+store of tokens is. Devices learn with `iciia_exp.methods.tune.miet.Miet`, on the clients of the experiment's partition
+with `partition.seed` and `method.seed` 0, 1 and 2, and classify all test images of their classes.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import time
 from functools import cache, partial
-from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import torch
 from hydra import compose, initialize_config_dir
+from pages import STORED, write
+from settings import SEEDS
 
 from iciia_exp.config.experiment import Experiment
 from iciia_exp.config.paths import CONF_DIR
@@ -124,9 +125,7 @@ def accuracy(method: Personal, clients: Clients, batches: FeatureBatches) -> flo
 def main() -> None:
     """Run one part and print its table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("out", type=Path, help="a file of results for each part; what is there is not repeated")
     parser.add_argument("--part", choices=PARTS, required=True)
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("overrides", nargs="+")
     given = parser.parse_args()
     made = stages_of(*given.overrides, "method=last")
@@ -135,16 +134,16 @@ def main() -> None:
     store = made.open_store()
     sums, labels = cache(partial(tokens_of, store.array("levels"))), made.labels
     settings, all_shots = PARTS[given.part]
-    given.out.mkdir(parents=True, exist_ok=True)
-    file = given.out / f"{given.part}.json"
-    done = json.loads(file.read_text()) if file.is_file() else {}
+    file = STORED / f"miet_{given.part}.csv"
+    done = pd.read_csv(file).to_dict("records") if file.is_file() else []
+    known = {(row["label"], row["seed"]) for row in done}
     for shots in all_shots:
-        for seed in given.seeds:
+        for seed in SEEDS:
             more = (f"partition.shots={shots}", f"partition.seed={seed}")
             clients = stages_of(*given.overrides, "method=last", *more).readable_clients(store)
             for label, which, grid, arguments in settings:
-                key = f"{label} | {shots} | {seed}"
-                if key in done:
+                key = f"{label} {shots}" if len(all_shots) > 1 else label
+                if (key, seed) in known:
                     continue
                 head = torch.nn.Linear(store.dim, made.num_classes)
                 if which == "features":
@@ -158,16 +157,23 @@ def main() -> None:
                 start = time.monotonic()
                 method.learn(CloudView(clients, batches, made.num_classes, 16), lambda *_: {})
                 found = accuracy(method, clients, batches)
-                done[key] = [found, packed_bytes(method.shape, method.sent), round(time.monotonic() - start, 1)]
-                file.write_text(json.dumps(done, indent=1))
-                print(f"{key}: {100 * found:.1f} % in {done[key][2]} s", flush=True)
-    for shots in all_shots:
-        print(f"\n{shots} images of a class")
-        for label, *_ in settings:
-            runs = [done[f"{label} | {shots} | {seed}"] for seed in given.seeds]
-            values = 100 * np.array([run[0] for run in runs])
-            error = values.std(ddof=1) / len(values) ** 0.5 if len(values) > 1 else float("nan")
-            print(f"{label:32} {values.mean():5.1f} ± {error:.1f} {runs[0][1]:>8,} bytes")
+                done.append(
+                    {
+                        "label": key,
+                        "seed": seed,
+                        "oracle": False,
+                        "accuracy": round(found, 6),
+                        "request_down_bytes": packed_bytes(method.shape, method.sent),
+                        "seconds": round(time.monotonic() - start, 1),
+                    }
+                )
+                pd.DataFrame(done).to_csv(file, index=False)
+                print(f"{key}, seed {seed}: {100 * found:.1f} % in {done[-1]['seconds']} s", flush=True)
+    order = [f"{label} {shots}" if len(all_shots) > 1 else label for label, *_ in settings for shots in all_shots]
+    table = pd.DataFrame(done)
+    table = table.sort_values(["label", "seed"], key=lambda c: c.map(order.index) if c.name == "label" else c)
+    table.to_csv(file, index=False)
+    write()
 
 
 if __name__ == "__main__":

@@ -19,8 +19,9 @@ import numpy as np
 import pandas as pd
 from PIL import Image
 from scipy.stats import t as student_t
+from settings import OWN_LABELS, TABLES
 
-from iciia_exp.results.columns import COLUMNS, cell
+from iciia_exp.results.columns import COLUMNS, Column, backbone_cell, cell, columns_of
 from iciia_exp.results.plots import BASELINE, line_styles, new_panels
 from iciia_exp.results.published import published_numbers
 
@@ -42,6 +43,16 @@ KEYS = (
     *("backbone_accuracy", "backbone_worst_decile", "backbone_log_loss", "backbone_ece", "backbone_macs"),
 )
 
+#: Figures that the report's tables do not have.
+FURTHER = {
+    column.key: column
+    for column in (
+        Column("client_gain", "gain in mean AUC", "gain"),
+        Column("improved_share", "users better", "percent"),
+        Column("truth_at_half", "right at half", "percent"),
+    )
+}
+
 #: Tables of one set of clients each, in which methods are compared.
 CLIENTS = {
     "tiny_imagenet": "Tiny-ImageNet by parent",
@@ -50,9 +61,6 @@ CLIENTS = {
     "omniglot_alphabet": "Omniglot by alphabet",
     "mnist_writers": "MNIST by writer",
 }
-
-#: Methods that are trained on labelled images of the test clients.
-OWN_LABELS = ("finetune", "prompt_tuning")
 
 
 # ---- stored figures
@@ -198,7 +206,7 @@ def across_part(_: str) -> list[str]:
 
 
 def grid(name: str) -> pd.DataFrame:
-    """Return the means of a table whose labels are a row and a method, with both in the index."""
+    """Return the means of a table whose labels have two parts, with both in the index: the last word, and the rest."""
     table = means(name)
     table.index = pd.MultiIndex.from_tuples([tuple(label.rsplit(" ", 1)) for label in table.index])
     return table
@@ -208,17 +216,87 @@ def grid_part(name: str) -> list[str]:
     """Return accuracy, gain in brackets: a line for each backbone or partition, a column for each method."""
     table = grid(name)
     methods = table.index.unique(level=1)
-    lines = head("", "MACs", "alone", *(f"`{method}`" for method in methods))
+    costs = table["backbone_macs"].nunique() > 1
+    lines = head("", *["MACs"] * costs, "alone", *(f"`{method}`" for method in methods))
     for label, part in table.groupby(level=0, sort=False):
         cells = []
         for method in methods:
             line = part.loc[(label, method)] if (label, method) in part.index else None
             cells.append("–" if line is None else f"{_percent(line, 'accuracy')} ({_percent(line, 'gain', ())})")
         first = part.iloc[0]
-        lines.append(
-            row(str(label), cell(first, "backbone_macs", "macs"), _percent(first, "backbone_accuracy"), *cells)
-        )
+        macs = [cell(first, "backbone_macs", "macs")] * costs
+        lines.append(row(str(label), *macs, _percent(first, "backbone_accuracy"), *cells))
     return lines
+
+
+def differences_to(name: str, reference: str) -> pd.DataFrame:
+    """Return mean and standard error of each setting's accuracy less that of another, paired over the seeds."""
+    by_seed = stored(name).pivot(index="seed", columns="label", values="accuracy")
+    difference = by_seed.sub(by_seed[reference], axis=0)
+    return pd.DataFrame({"less": difference.mean(), "less_se": difference.sem()})
+
+
+def sweep_part(name: str) -> list[str]:
+    """Return accuracy: a line for each setting, a column for each value; in brackets less the table's reference."""
+    table, reference = grid(name), TABLES[name].reference
+    values = table.index.unique(level=1)
+    lines = head("", *values)
+    if "backbone_accuracy" in table:
+        first = [_percent(table.xs(value, level=1).iloc[0], "backbone_accuracy") for value in values]
+        lines.append(row("the backbone alone", *first))
+    for label in table.index.unique(level=0):
+        cells = []
+        for value in values:
+            if (label, value) not in table.index:
+                cells.append("–")
+                continue
+            cells.append(_percent(table.loc[(label, value)], "accuracy"))
+            if reference and label != reference:
+                less = differences_to(name, f"{reference} {value}").loc[f"{label} {value}"]
+                cells[-1] += f" ({cell(less, 'less', 'gain')})"
+        lines.append(row(setting(name, label), *cells))
+    return lines
+
+
+def columns_part(name: str) -> list[str]:
+    """Return accuracy and the table's columns for each setting, with the difference to the reference where one is."""
+    table, made = TABLES[name], means(name)
+    by_key = {column.key: column for column in columns_of(table.task)} | FURTHER
+    shown = [by_key["accuracy"], *(by_key[key] for key in table.columns)]
+    lines = head("", *(column.title for column in shown), *[f"less `{table.reference}`"] * bool(table.reference))
+    if "backbone_accuracy" in made:
+        alone = [backbone_cell(made.iloc[0], column, _errors(column)) for column in shown]
+        lines.append(row("the backbone alone", *alone, *[""] * bool(table.reference)))
+    for label, line in made.iterrows():
+        cells = [cell(line, column.key, column.form, _errors(column)) for column in shown]
+        if table.reference:
+            less = differences_to(name, table.reference).loc[label]
+            cells.append("" if label == table.reference else cell(less, "less", "gain"))
+        lines.append(row(setting(name, str(label)), *cells))
+    return lines
+
+
+def setting(name: str, label: str) -> str:
+    """Return a setting's label as code; a bound is named one."""
+    return "bound: " * (label in TABLES[name].bounds) + named(label)
+
+
+def _errors(column: Column) -> tuple[str, ...]:
+    return ("se",) if column.form in ("percent", "gain", "nats") else ()
+
+
+def held_out_part(name: str) -> list[str]:
+    """Return accuracy by images seen before, for clients of the training clients' types and of others."""
+    table = best_first(name)
+    sets = {"training_types": "of the types of training clients", "held_out_types": "of held-out types"}
+    lengths = LENGTHS["partition"][1]
+
+    def texts(line: pd.Series, prefix: str) -> list[str]:
+        return [" / ".join(f"{100 * line[f'{s} {n} {prefix}client_accuracy']:.1f}" for n in lengths) for s in sets]
+
+    lines = head("", *(f"{title}: {' / '.join(map(str, lengths))}" for title in sets.values()))
+    lines.append(row("the backbone alone", *texts(table.iloc[0], "backbone_")))
+    return lines + [row(named(str(label)), *texts(line, "")) for label, line in table.iterrows()]
 
 
 #: Parts of the tables, by name.
@@ -229,6 +307,9 @@ PARTS: dict[str, Callable[[str], list[str]]] = {
     "lengths": lengths_part,
     "across": across_part,
     "grid": grid_part,
+    "sweep": sweep_part,
+    "columns": columns_part,
+    "held_out": held_out_part,
 }
 BLOCK = re.compile(r"(<!-- results: (\w+) (\w+) -->\n)(.*?)(<!-- end -->)", re.S)
 #: A figure within a sentence: in percent the mean of a column of a setting.

@@ -13,8 +13,9 @@ made from them (`pages.py`), which a test checks; `--write` makes them again wit
 
 Data: Omniglot as images_background_small1.zip and ..._small2.zip; MNIST as arrays `images` [M, 28, 28] uint8, `labels`,
 `writers`, `is_test`, which are written in LEAF's form first; Tiny-ImageNet in ImageNet's layout with a table of parent
-categories. Weights: for ImageNet-1K under timm's names, of mobilenetv2_100, tf_efficientnet_lite0 and
-tf_efficientnet_lite2, in files that begin with these names; all trained with mean and standard deviation 0.5.
+categories; MovieLens unpacked. Weights: under timm's names in files that begin with the model's name;
+mobilenetv2_100, tf_efficientnet_lite0 and tf_efficientnet_lite2 for ImageNet-1K, all trained with mean and standard
+deviation 0.5, and vit_small_patch14_dinov2. What each table runs is in `settings.py`.
 """
 
 from __future__ import annotations
@@ -23,158 +24,24 @@ import argparse
 import json
 import os
 import shlex
+import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import pandas as pd
-from pages import KEYS, OWN_LABELS, STORED, write
+from omegaconf import OmegaConf
+from pages import KEYS, STORED, write
+from safetensors.torch import load_file, save_file
+from settings import SEEDS, TABLES
 
+from iciia_exp.data.client_mix import unseen
+from iciia_exp.data.clients import Clients
 from iciia_exp.results.columns import DRAWN_TYPES
 from iciia_exp.results.tables import averages_by_history
-
-SEEDS = (0, 1, 2)
-
-STREAMING = "training=streaming client_mix=all_types"
-
-POOLED = "training=streaming client_mix.pool=client_type"
-
-#: Methods that are compared everywhere, as overrides; the recommended one first.
-METHODS = {
-    name: f"method={name}"
-    for name in (
-        *("client_profile", "iciia_prior", "iciia_stream", "iciia", "arm_cml", "context_token", "feedforward"),
-        *("linear_head", "conv_across_images", "client_types", "client_prior", "prior_em", "prior_map"),
-        *("smoothed_prior", "lame", "t3a", "stata", "oracle_classes"),
-    )
-}
-METHODS |= {name: f"{METHODS[name]} {STREAMING}" for name in ("iciia_prior", "iciia_stream")}
-#: The recommended method without client vector, without changes, and with more; and `iciia_prior` on the partition.
-PARTS_OF_PROFILE = {
-    "client_profile vector=0": "method=client_profile method.vector=0",
-    "client_profile change=0": "method=client_profile method.change=0",
-    "client_profile change=0.05": "method=client_profile method.change=0.05",
-    "iciia_prior natural": "method=iciia_prior training=streaming",
-}
-TUNED = {name: f"method={name}" for name in OWN_LABELS}
-
-
-class Table(NamedTuple):
-    """A table of the documents.
-
-    Attributes:
-        page: the page with its main part.
-        minutes: duration on two CPU cores, roughly.
-        common: overrides of every run; ``{data}`` and ``{parents}`` are the options of those names, ``{weights:NAME}``
-            is the file of a model's weights.
-        settings: overrides of each setting, by its label.
-    """
-
-    page: str
-    minutes: int
-    common: str
-    settings: dict[str, str]
-
-
-ALL_SEEDS = "partition.seed={seed} backbone.seed={seed} seed={seed}"
-TINY = (
-    "+experiment=mobilenetv2_tiny_imagenet data_dir={data} dataset.parents={parents} backbone.train=head "
-    "backbone.model.mean=[0.5,0.5,0.5] backbone.model.std=[0.5,0.5,0.5] partition.seed={seed} seed={seed} "
-    "name=tiny_imagenet"
-)
-#: The same with the classifier of the weights, as in the paper.
-TINY_OWN = TINY.replace(" backbone.train=head", "")
-MOBILENET = "backbone.weights={weights:mobilenetv2_100} backbone.model.options={{pad_type:same}}"
-LITE = (
-    "backbone.name=efficientnet_lite{n} backbone.model.model=tf_efficientnet_lite{n} "
-    "backbone.weights={{weights:tf_efficientnet_lite{n}}}"
-)
-BACKBONES = {"MobileNetV2": MOBILENET, "EfficientNet-lite0": LITE.format(n=0), "EfficientNet-lite2": LITE.format(n=2)}
-#: The paper's two sizes, ICIIA-B and ICIIA-T, and others, behind each backbone.
-SIZES = {
-    "client_profile": "method=client_profile",
-    "ICIIA-B": "method=iciia num_layers=3 groups=1",
-    "ICIIA-T": "method=iciia num_layers=3 groups=256",
-    "client_types": "method=client_types",
-    **TUNED,
-}
-OMNIGLOT = f"+experiment=omniglot data_dir={{data}} {ALL_SEEDS} dataset.seed={{seed}}"
-
-TABLES = {
-    "digits": Table("rivals.md", 40, f"name=digits groups=16 {ALL_SEEDS}", METHODS | PARTS_OF_PROFILE),
-    "groups": Table(
-        "results.md",
-        30,
-        f"name=digits {ALL_SEEDS}",
-        {"linear_head": "method=linear_head"}
-        | {f"iciia groups={groups}": f"method=iciia groups={groups}" for groups in (512, 64, 16, 4, 1)},
-    ),
-    "own_classifier": Table(
-        "results.md",
-        40,
-        f"{TINY_OWN} {MOBILENET} num_layers=1 groups=256",
-        {label: f"method={label}" for label in ("linear_head", "iciia", "client_types", "client_profile")},
-    ),
-    "omniglot_drawer": Table("rivals.md", 20, f"{OMNIGLOT} name=omniglot_drawer", METHODS | PARTS_OF_PROFILE),
-    "omniglot_alphabet": Table(
-        "rivals.md",
-        20,
-        f"{OMNIGLOT} name=omniglot_alphabet partition=parent_category",
-        METHODS | PARTS_OF_PROFILE,
-    ),
-    "mnist_writers": Table(
-        "rivals.md",
-        90,
-        "+experiment=cnn_femnist data_dir={data} dataset.num_classes=10 backbone.reserve=0.1 backbone.recipe.epochs=10 "
-        f"training=default training.recipe.epochs=10 groups=256 name=mnist_writers {ALL_SEEDS}",
-        METHODS,
-    ),
-    "tiny_imagenet": Table("rivals.md", 120, f"{TINY} {MOBILENET} num_layers=2 groups=256", METHODS | TUNED),
-    "streams": Table(
-        "streams.md",
-        180,
-        f"{TINY.replace('name=tiny_imagenet', 'name=tiny_streams')} {MOBILENET} num_layers=2 groups=256",
-        {
-            "iciia, training=published": "method=iciia training=published",
-            "iciia": "method=iciia",
-            "iciia, causal": f"method=iciia method.attention=causal {POOLED}",
-            "iciia_stream, perceptron=0": f"method=iciia_stream method.image.perceptron=0 {POOLED}",
-            "iciia_stream, client_mix=all_types": f"method=iciia_stream {STREAMING}",
-            "iciia_prior": f"method=iciia_prior {POOLED}",
-            "iciia_prior, client_mix=all_types": f"method=iciia_prior {STREAMING}",
-            "iciia_prior, client_mix=all_types, iid_bonus=0": "method=iciia_prior method.prior.iid_bonus=0 "
-            + STREAMING,
-            "client_prior": "method=client_prior",
-            "client_prior, iid_bonus=0": "method=client_prior method.prior.iid_bonus=0",
-        },
-    ),
-    "backbones": Table(
-        "results.md",
-        400,
-        TINY,
-        {
-            f"{name} {pixels} {label}": f"{backbone} backbone.model.image_size={pixels} {way}"
-            for name, backbone in BACKBONES.items()
-            for pixels in (128, 224)
-            for label, way in SIZES.items()
-        },
-    ),
-    "heterogeneity": Table(
-        "results.md",
-        200,
-        f"{TINY_OWN} {MOBILENET} partition=reserve_ratio num_layers=2 groups=256",
-        {
-            f"{ratio} {label}": f"partition.ratio={ratio} method={label}"
-            for ratio in (0, 0.25, 0.5, 0.75, 1)
-            for label in ("client_profile", "client_types", "iciia", *OWN_LABELS)
-        },
-    ),
-}
-
-
-# ---- running
 
 
 def write_leaf(arrays: Path, folder: Path) -> None:
@@ -196,26 +63,67 @@ def write_leaf(arrays: Path, folder: Path) -> None:
 
 
 class Weights:
-    """Files of weights in a folder, as ``{weights:NAME}`` in a format."""
+    """Files of weights in a folder, as ``{weights:NAME}`` or ``{weights:NAME+NAME}`` in a format."""
 
-    def __init__(self, folder: Path | None) -> None:
-        self.folder = folder
+    def __init__(self, folder: Path | None, out: Path) -> None:
+        self.folder, self.out = folder, out
 
-    def __format__(self, name: str) -> str:
+    def __format__(self, names: str) -> str:
+        first, *more = names.split("+")
+        path = self.file(first)
+        if not more:
+            return str(path)
+        both = self.out / f"{first}+{more[0]}.safetensors"
+        if not both.is_file():
+            partial = both.with_suffix(".partial")
+            second = {f"second.{name}": tensor for name, tensor in load_file(self.file(more[0])).items()}
+            save_file(load_file(path) | second, partial)
+            partial.rename(both)
+        return str(both)
+
+    def file(self, name: str) -> Path:
+        """Return the file of a model."""
         assert self.folder is not None
         found = sorted(path for path in self.folder.iterdir() if path.name.startswith(name))
         if not found:
             raise SystemExit(f"--weights {self.folder}: no file there begins with {name}")
-        return str(found[0])
+        return found[0]
+
+
+class First:
+    """A dataset in ImageNet's layout with the first images of each class, as ``{first:TRAIN+VAL}`` in a format."""
+
+    def __init__(self, folder: Path, out: Path) -> None:
+        self.folder, self.out = folder, out
+
+    def __format__(self, numbers: str) -> str:
+        made = self.out / f"{self.folder.name}_{numbers.replace('+', '_')}"
+        if not made.is_dir():
+            partial = made.with_suffix(".partial")
+            shutil.rmtree(partial, ignore_errors=True)
+            for split, number in zip(("train", "val"), map(int, numbers.split("+")), strict=True):
+                for category in sorted((self.folder / split).iterdir()):
+                    own = partial / split / category.name
+                    own.mkdir(parents=True)
+                    for image in sorted(category.iterdir())[:number]:
+                        (own / image.name).symlink_to(image)
+            partial.rename(made)
+        return str(made)
 
 
 def overrides(name: str, label: str, seed: int, options: argparse.Namespace) -> list[str]:
     """Return the overrides of a run."""
     table = TABLES[name]
-    given = {"data": options.data, "parents": options.parents, "weights": Weights(options.weights), "seed": seed}
+    given = {
+        "data": options.data,
+        "parents": options.parents,
+        "weights": Weights(options.weights, options.out),
+        "first": First(options.data, options.out),
+        "seed": seed,
+    }
     return [
         *(text.format(**given) for text in f"{table.common} {table.settings[label]}".split()),
-        *("evaluation.drawn_clients=500", "logger=csv", f"output_dir={options.out}"),
+        *("logger=csv", f"output_dir={options.out}"),
     ]
 
 
@@ -231,16 +139,29 @@ def result_of(arguments: list[str]) -> dict[str, Any]:
     return json.loads((Path(last) / "results.json").read_text()) | {"folder": Path(last)}
 
 
-def line_of(label: str, seed: int, row: dict[str, Any]) -> dict[str, Any]:
-    """Return what is stored of a run."""
-    line = {"label": label, "seed": seed, "oracle": row["oracle"]} | {key: row.get(key) for key in KEYS}
-    tables = {"partition": "history.parquet"} | dict.fromkeys(DRAWN_TYPES, "drawn_clients.parquet")
-    for clients, file in tables.items():
+def answers(row: dict[str, Any]) -> Iterator[tuple[str, pd.DataFrame]]:
+    """Yield the answers by images seen before of the partition's clients, and of those of other types."""
+    for file in ("history.parquet", "drawn_clients.parquet"):
         if not (row["folder"] / file).is_file():  # nobody can tell the method of drawn clients
             continue
         data = pd.read_parquet(row["folder"] / file)
-        if clients != "partition":
-            data = data[data["client_type"] == clients]
+        if file == "history.parquet":
+            yield "partition", data
+            run = row["folder"].parent
+            held_out = OmegaConf.load(run / "config.yaml").client_mix.unseen_types
+            if held_out:
+                types = unseen(Clients.load(run / "partition.parquet").types, held_out)
+                new = data["client_type"].isin(types)
+                yield from (("training_types", data[~new]), ("held_out_types", data[new]))
+        else:
+            yield from ((clients, data[data["client_type"] == clients]) for clients in DRAWN_TYPES)
+
+
+def line_of(name: str, label: str, seed: int, row: dict[str, Any]) -> dict[str, Any]:
+    """Return what is stored of a run."""
+    line = {"label": label, "seed": seed, "oracle": row["oracle"]}
+    line |= {key: row[key] for key in (*KEYS, *TABLES[name].columns) if key in row}
+    for clients, data in answers(row):
         found = averages_by_history(data)
         for n in found.index:
             for key in ("client_accuracy", "log_loss"):
@@ -261,7 +182,7 @@ def make(name: str, options: argparse.Namespace) -> None:
         if options.only and label not in options.only:
             continue
         for seed in SEEDS:
-            lines.append(line_of(label, seed, result_of(overrides(name, label, seed, options))))
+            lines.append(line_of(name, label, seed, result_of(overrides(name, label, seed, options))))
     new = pd.DataFrame([{k: rounded(v) for k, v in line.items()} for line in lines])
     path = STORED / f"{name}.csv"
     if path.is_file():  # of the settings that were left out
@@ -276,7 +197,7 @@ def make(name: str, options: argparse.Namespace) -> None:
 def main() -> None:
     """Make a table, or write the pages."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("table", nargs="?", choices=TABLES)
+    parser.add_argument("table", nargs="?", choices=[name for name, table in TABLES.items() if not table.script])
     parser.add_argument("--list", action="store_true", help="list the tables, their pages and durations")
     parser.add_argument("--write", action="store_true", help="write the pages from what is stored")
     parser.add_argument("--only", nargs="*", help="labels of the settings to run; others keep what is stored")
@@ -286,14 +207,15 @@ def main() -> None:
     options = parser.parse_args()
     if options.list:
         for name, table in TABLES.items():
-            print(f"{name:20} {table.page:12} about {table.minutes} min, {len(table.settings)} settings")
+            made = f"python benchmarks/{table.script}" if table.script else f"{len(table.settings)} settings"
+            print(f"{name:20} {table.page:12} about {table.minutes} min, {made}")
         return
     if options.table:
         table = TABLES[options.table]
         said = table.common + "".join(table.settings.values())
         if unknown := set(options.only or ()) - set(table.settings):
             parser.error(f"--only {' '.join(sorted(unknown))}: no such settings; valid: {', '.join(table.settings)}")
-        needed = [k for k in ("data", "weights", "parents") if f"{{{k}" in said]
+        needed = [k for k in ("data", "weights", "parents") if f"{{{k}" in said.replace("{first", "{data")]
         if missing := [f"--{key}" for key in needed if getattr(options, key) is None]:
             parser.error(f"{options.table} needs {' '.join(missing)}")
         if options.data is not None and options.data.suffix == ".npz":

@@ -1,0 +1,477 @@
+"""The tables of the documents: what is run for each, as overrides of the package's command line.
+
+In overrides, ``{seed}`` is the run's seed, ``{data}`` and ``{parents}`` are the options of those names,
+``{weights:NAME}`` is the file of a model's weights, ``{weights:NAME+NAME}`` a file with those of two networks,
+and ``{first:T+V}`` the dataset with the first T train and V val images of each class.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from iciia_exp.tasks import CLICK, QUALITY, SINGLE_LABEL, Task
+
+SEEDS = (0, 1, 2)
+
+#: Methods that are trained on labelled images of the test clients.
+OWN_LABELS = ("finetune", "prompt_tuning")
+
+
+class Table(NamedTuple):
+    """A table of the documents.
+
+    Attributes:
+        page: the page with its main part.
+        minutes: duration on two CPU cores, roughly.
+        common: overrides of every run.
+        settings: overrides of each setting, by its label.
+        columns: figures that are stored beside the usual ones, by their keys in ``results.json``.
+        reference: the setting that others are compared with, paired over the seeds; empty: the backbone alone.
+        bounds: settings that break the premise; they are not compared with others.
+        task: names the figures.
+        script: what makes the table, instead of `results.py`.
+    """
+
+    page: str
+    minutes: int
+    common: str
+    settings: dict[str, str]
+    columns: tuple[str, ...] = ()
+    reference: str = ""
+    bounds: tuple[str, ...] = ()
+    task: Task = SINGLE_LABEL
+    script: str = ""
+
+
+def crossed(key: str, values: tuple[object, ...], ways: dict[str, str]) -> dict[str, str]:
+    """Return settings of every value of a key and every way, value first in the label."""
+    return {f"{value} {label}": f"{key}={value} {way}" for value in values for label, way in ways.items()}
+
+
+def swept(key: str, values: tuple[object, ...], ways: dict[str, str]) -> dict[str, str]:
+    """Return settings of every way and every value of a key, way first in the label."""
+    return {f"{label} {value}": f"{key}={value} {way}" for label, way in ways.items() for value in values}
+
+
+def named(method: str, *settings: str, more: str = "") -> dict[str, str]:
+    """Return settings of a method, labelled by its keys; ``""`` is the method as it is."""
+    return {
+        " ".join(filter(None, (method, keys))): " ".join(
+            [f"method={method}", *(f"method.{key}" for key in keys.split()), more]
+        )
+        for keys in settings
+    }
+
+
+# ---- clients whose images adapt a method
+
+STREAMING = "training=streaming client_mix=all_types"
+
+POOLED = "training=streaming client_mix.pool=client_type"
+
+#: Methods that are compared everywhere; the recommended one first.
+METHODS = {
+    name: f"method={name}"
+    for name in (
+        *("client_profile", "iciia_prior", "iciia_stream", "iciia", "arm_cml", "context_token", "feedforward"),
+        *("linear_head", "conv_across_images", "client_types", "client_prior", "prior_em", "prior_map"),
+        *("smoothed_prior", "lame", "t3a", "stata", "oracle_classes"),
+    )
+}
+METHODS |= {name: f"{METHODS[name]} {STREAMING}" for name in ("iciia_prior", "iciia_stream")}
+TUNED = {name: f"method={name}" for name in OWN_LABELS}
+
+
+def of(*names: str) -> dict[str, str]:
+    """Return some of the methods."""
+    return {name: METHODS[name] for name in names}
+
+
+#: The recommended method without client vector, without changes, and with more; and `iciia_prior` on the partition.
+PARTS_OF_PROFILE = {
+    **named("client_profile", "vector=0", "change=0", "change=0.05"),
+    "iciia_prior natural": "method=iciia_prior training=streaming",
+}
+#: Ways to serve a client's images one after the other.
+STREAMS = {
+    "iciia, training=published": "method=iciia training=published",
+    "iciia": "method=iciia",
+    "iciia, causal": f"method=iciia method.attention=causal {POOLED}",
+    "iciia_stream, perceptron=0": f"method=iciia_stream method.image.perceptron=0 {POOLED}",
+    "iciia_stream, client_mix=all_types": f"method=iciia_stream {STREAMING}",
+    "iciia_prior": f"method=iciia_prior {POOLED}",
+    "iciia_prior, client_mix=all_types": f"method=iciia_prior {STREAMING}",
+    "iciia_prior, client_mix=all_types, iid_bonus=0": f"method=iciia_prior method.prior.iid_bonus=0 {STREAMING}",
+    "client_prior": "method=client_prior",
+    "client_prior, iid_bonus=0": "method=client_prior method.prior.iid_bonus=0",
+}
+#: By the severity of the shift.
+SHIFTS = of(
+    "client_profile", "iciia_prior", "client_prior", "client_types", "iciia_stream", "iciia", "prior_em", "lame"
+)
+
+#: Clients of other types, drawn from the test images; and accuracy over all images of a client alone.
+DRAWN = "evaluation.drawn_clients=500"
+ALONE = "evaluation.history_lengths=[]"
+ALL_SEEDS = "partition.seed={seed} backbone.seed={seed} seed={seed}"
+DIGITS = f"groups=16 {ALL_SEEDS}"
+TINY = (
+    "+experiment=mobilenetv2_tiny_imagenet data_dir={data} dataset.parents={parents} backbone.train=head "
+    "backbone.model.mean=[0.5,0.5,0.5] backbone.model.std=[0.5,0.5,0.5] partition.seed={seed} seed={seed} "
+    "name=tiny_imagenet"
+)
+#: The same with the classifier of the weights, as in the paper.
+TINY_OWN = TINY.replace(" backbone.train=head", "")
+MOBILENET = "backbone.weights={weights:mobilenetv2_100} backbone.model.options={{pad_type:same}}"
+LITE = (
+    "backbone.name=efficientnet_lite{n} backbone.model.model=tf_efficientnet_lite{n} "
+    "backbone.weights={{weights:tf_efficientnet_lite{n}}}"
+)
+BACKBONES = {"MobileNetV2": MOBILENET, "EfficientNet-lite0": LITE.format(n=0), "EfficientNet-lite2": LITE.format(n=2)}
+#: The paper's two sizes, ICIIA-B and ICIIA-T, and others, behind each backbone.
+SIZES = {
+    "client_profile": "method=client_profile",
+    "ICIIA-B": "method=iciia num_layers=3 groups=1",
+    "ICIIA-T": "method=iciia num_layers=3 groups=256",
+    "client_types": "method=client_types",
+    **TUNED,
+}
+OMNIGLOT = f"+experiment=omniglot data_dir={{data}} {ALL_SEEDS} dataset.seed={{seed}}"
+MNIST = "data_dir={data} dataset.num_classes=10"
+
+TABLES = {
+    "digits": Table("rivals.md", 40, f"name=digits {DIGITS} {DRAWN}", METHODS | PARTS_OF_PROFILE),
+    "groups": Table(
+        "results.md",
+        30,
+        f"name=digits {ALL_SEEDS} {DRAWN}",
+        of("linear_head")
+        | {f"iciia groups={groups}": f"method=iciia groups={groups}" for groups in (512, 64, 16, 4, 1)},
+    ),
+    "severity": Table(
+        "rivals.md",
+        60,
+        f"name=digits_severity {DIGITS} {ALONE}",
+        crossed("partition.classes_per_client", (2, 3, 5, 10), SHIFTS),
+    ),
+    "dirichlet": Table(
+        "rivals.md",
+        60,
+        f"name=digits_dirichlet partition=dirichlet {DIGITS} {ALONE}",
+        crossed("partition.alpha", (0.1, 0.3, 1, 10), SHIFTS),
+    ),
+    "own_classifier": Table(
+        "results.md",
+        40,
+        f"{TINY_OWN} {MOBILENET} num_layers=1 groups=256 {DRAWN}",
+        of("linear_head", "iciia", "client_types", "client_profile"),
+    ),
+    "omniglot_drawer": Table("rivals.md", 20, f"{OMNIGLOT} name=omniglot_drawer {DRAWN}", METHODS | PARTS_OF_PROFILE),
+    "omniglot_alphabet": Table(
+        "rivals.md",
+        20,
+        f"{OMNIGLOT} name=omniglot_alphabet partition=parent_category {DRAWN}",
+        METHODS | PARTS_OF_PROFILE,
+    ),
+    "mnist_writers": Table(
+        "rivals.md",
+        90,
+        f"+experiment=cnn_femnist {MNIST} backbone.reserve=0.1 backbone.recipe.epochs=10 "
+        f"training=default training.recipe.epochs=10 groups=256 name=mnist_writers {ALL_SEEDS} {DRAWN}",
+        METHODS,
+    ),
+    "tiny_imagenet": Table("rivals.md", 120, f"{TINY} {MOBILENET} num_layers=2 groups=256 {DRAWN}", METHODS | TUNED),
+    "streams": Table(
+        "streams.md", 180, f"{TINY} {MOBILENET} num_layers=2 groups=256 name=tiny_streams {DRAWN}", STREAMS
+    ),
+    "streams_digits": Table(
+        "streams.md",
+        10,
+        f"name=digits {DIGITS} {DRAWN}",
+        {
+            "iciia": "method=iciia",
+            "iciia_stream": "method=iciia_stream training=streaming",
+            "iciia_stream, perceptron=0": "method=iciia_stream method.image.perceptron=0 training=streaming",
+            "iciia_prior": "method=iciia_prior training=streaming",
+            "iciia_prior, iid_bonus=0": "method=iciia_prior method.prior.iid_bonus=0 training=streaming",
+        },
+    ),
+    "held_out": Table(
+        "rivals.md",
+        120,
+        f"{TINY} {MOBILENET} num_layers=2 groups=256 client_mix.unseen_types=0.33 name=tiny_held_out",
+        of("client_profile", "iciia_prior", "client_prior", "prior_em", "lame", "client_types", "iciia"),
+    ),
+    "backbones": Table(
+        "results.md",
+        400,
+        f"{TINY} {DRAWN}",
+        {
+            f"{name} {pixels} {label}": f"{backbone} backbone.model.image_size={pixels} {way}"
+            for name, backbone in BACKBONES.items()
+            for pixels in (128, 224)
+            for label, way in SIZES.items()
+        },
+    ),
+    "heterogeneity": Table(
+        "results.md",
+        200,
+        f"{TINY_OWN} {MOBILENET} partition=reserve_ratio num_layers=2 groups=256 {ALONE}",
+        crossed("partition.ratio", (0, 0.25, 0.5, 0.75, 1), of("client_profile", "client_types", "iciia") | TUNED),
+    ),
+}
+
+# ---- devices that learn on tokens of the cloud's backbone
+
+TUNING = ("request_down_bytes", "request_device_macs", "parameters", "training_bytes")
+MIET_TINY = "+experiment=miet_tiny_imagenet data_dir={first:30+20} partition.seed={seed} seed={seed}"
+VIT = "backbone.weights={weights:vit_small_patch14_dinov2}"
+LITE0_TOKENS = (
+    "backbone.model.model=tf_efficientnet_lite0 backbone.model.image_size=128 name=miet_lite0 "
+    "backbone.weights={weights:tf_efficientnet_lite0}"
+)
+LONG, SHORT = "method.epochs=40 method.patience=10", "method.epochs=20 method.patience=5"
+
+TABLES |= {
+    "miet_tiny_imagenet": Table(
+        "miet.md",
+        180,
+        f"{MIET_TINY} {VIT}",
+        {
+            "linear_probe": f"method=linear_probe {LONG}",
+            **named("miet", "blocks=0", "blocks=1", more=LONG),
+            **named("last", "blocks=4", "blocks=12", more=SHORT),
+            **named("side_network", "blocks=4", more=SHORT),
+            "last_block": "method=last_block method.epochs=10 method.patience=4",
+        },
+        TUNING,
+        "linear_probe",
+    ),
+    "miet_omniglot": Table(
+        "miet.md",
+        30,
+        f"+experiment=miet_omniglot data_dir={{data}} {VIT} dataset.seed={{seed}} seed={{seed}}",
+        {
+            "linear_probe": "method=linear_probe method.epochs=100",
+            **named("miet", "blocks=0", "blocks=1", more="method.epochs=60"),
+        },
+        TUNING,
+        "linear_probe",
+    ),
+    "miet_lite0": Table(
+        "miet.md",
+        30,
+        f"{MIET_TINY} {LITE0_TOKENS}",
+        {"linear_probe": f"method=linear_probe {LONG}", **named("miet", "blocks=0", "blocks=1", more=LONG)},
+        TUNING,
+        "linear_probe",
+    ),
+}
+
+#: Parts of MIET, from one store of levels.
+MIET = "+experiment=miet_tiny_imagenet data_dir=FOLDER backbone.weights=FILE"
+TABLES |= {
+    f"miet_{part}": Table("miet.md", minutes, "", {}, columns, reference, script=f"miet_levels.py --part {part} {MIET}")
+    for part, minutes, columns, reference in (
+        ("sums", 60, ("request_down_bytes",), "linear, last level"),
+        ("bytes", 60, ("request_down_bytes",), "linear"),
+        ("blocks", 60, (), "linear"),
+        ("shots", 60, (), "linear, last feature"),
+    )
+}
+
+# ---- devices that learn on samples of the cloud
+
+SAMPLES = ("client_down_bytes", "client_up_bytes", "client_device_macs")
+OWN_ALONE = named("mpda", "arm=local")
+CODA_TINY = (
+    "+experiment=coda_tiny_imagenet data_dir={data} dataset.parents={parents} "
+    "backbone.weights={weights:tf_efficientnet_lite0} partition.seed={seed} seed={seed} " + ALONE
+)
+BOUND = "retrieval=client_type"
+CLICKS = ("client_accuracy", "client_gain", "improved_share")
+
+TABLES |= {
+    "coda_tiny_imagenet": Table(
+        "coda_mpda.md",
+        180,
+        CODA_TINY,
+        swept(
+            "partition.train_images",
+            (5, 10, 20, 50),
+            OWN_ALONE
+            | named("mpda", "")
+            | named("coda", "", BOUND)
+            | of("client_prior")
+            | {"finetune": "method=finetune"},
+        ),
+        SAMPLES,
+        "mpda arm=local",
+        (f"coda {BOUND}",),
+    ),
+    "coda_parts": Table(
+        "coda_mpda.md",
+        180,
+        CODA_TINY,
+        swept(
+            "partition.train_images",
+            (5, 20),
+            OWN_ALONE
+            | named("mpda", "matching=random", "", "arm=match")
+            | named("coda", "retrieval=random", "retrieval=sample keep=0.5", "retrieval=sample", "keep=0.5", ""),
+        ),
+        SAMPLES,
+        "mpda arm=local",
+    ),
+    "coda_omniglot": Table(
+        "coda_mpda.md",
+        20,
+        f"{OMNIGLOT} name=coda_omniglot partition.split=within {ALONE}",
+        OWN_ALONE | named("mpda", "") | named("coda", "") | of("client_prior", "client_profile") | TUNED,
+        reference="mpda arm=local",
+    ),
+    "coda_mnist": Table(
+        "coda_mpda.md",
+        60,
+        f"+experiment=cnn_femnist {MNIST} backbone.reserve=0.1 backbone.recipe.epochs=5 partition.split=within "
+        f"partition.train_images=20 training=default training.recipe.epochs=10 name=coda_mnist {ALL_SEEDS} {ALONE}",
+        OWN_ALONE
+        | named("mpda", "")
+        | named("coda", "")
+        | TUNED
+        | of("client_prior", "client_profile")
+        | {"iciia groups=256": "method=iciia method.groups=256"},
+    ),
+    "movielens": Table(
+        "coda_mpda.md",
+        120,
+        "data_dir={data} name=movielens seed={seed} backbone.seed={seed}",
+        {
+            label: f"+experiment={label.split()[0]}_movielens {way}"
+            for label, way in (
+                named("mpda", "arm=local", "arm=local own_epochs=5")
+                | named("mpda", *(f"matching={matching}" for matching in ("random", "overlap", "nearest")))
+                | named("mpda", "matching=overlap judge=val", "matching=overlap measure=loss")
+                | named("mpda", *(f"matching={m} arm=selected" for m in ("overlap", "random")))
+                | named("mpda", "matching=overlap arm=match")
+                | named("coda", *(f"ratio={ratio}" for ratio in (2, 5, 10)), "ratio=2 keep=0.5")
+                | named("coda", "ratio=2 retrieval=sample", "ratio=2 retrieval=sample keep=0.5")
+                | named("coda", "ratio=2 retrieval=random")
+            ).items()
+        },
+        CLICKS,
+        task=CLICK,
+    ),
+    "movielens_models": Table(
+        "coda_mpda.md",
+        60,
+        "+experiment=mpda_movielens data_dir={data} name=movielens seed={seed} backbone.seed={seed} method.arm=local",
+        {model: f"backbone.model.model={model}" for model in ("lr", "wide_deep", "pnn", "deepfm", "din")},
+        CLICKS,
+        task=CLICK,
+    ),
+}
+
+# ---- cloud and devices that train together
+
+ROUNDS = ("seen_accuracy", "unseen_accuracy", "rounds_down_bytes", "rounds_up_bytes")
+BOUNDS = ("dc_ccl arm=large_on_device", "dc_ccl arm=centralised")
+ARMS = ("arm=no_control", "arm=wrong_control")
+DC_TINY = (
+    "+experiment=dc_ccl_tiny_imagenet data_dir={first:60+20} "
+    "backbone.weights={weights:tf_efficientnet_lite2+tf_efficientnet_lite0} seed={seed}"
+)
+#: `fedavg` has no such keys.
+WITHOUT = "~method.unseen_logits ~method.control_epochs ~method.control_lr"
+
+
+def arms_of(*settings: str, more: str = "") -> dict[str, str]:
+    """Return settings of `dc_ccl`, which is the experiment's method."""
+    return {k: v.replace("method=dc_ccl ", "") for k, v in named("dc_ccl", *settings, more=more).items()}
+
+
+TABLES |= {
+    "dc_ccl_digits": Table(
+        "dc_ccl.md",
+        60,
+        f"+experiment=dc_ccl_digits {ALL_SEEDS}",
+        {"fedavg, devices alone": "method=fedavg method.devices=1 method.cloud_weight=0 method.share_down=0"}
+        | named("fedavg", "", "proximal=0.01", "proximal=0.1")
+        | arms_of(*ARMS, "", "devices=1", "participation=0.5 unavailable=0.2")
+        | arms_of("retune=device", "retune=mixed", "retune=none", "payload=float16", "payload=int8")
+        | arms_of("arm=large_on_device", "arm=centralised"),
+        ROUNDS,
+        "dc_ccl",
+        BOUNDS,
+    ),
+    "dc_ccl_mnist": Table(
+        "dc_ccl.md",
+        120,
+        "+experiment=dc_ccl_mnist data_dir={data} seed={seed} backbone.seed={seed}",
+        {"fedavg": "method=fedavg network@method.network=vgg method.devices=1"}
+        | arms_of(*ARMS, "temperature=1", "", "arm=large_on_device"),
+        ROUNDS,
+        "dc_ccl",
+        BOUNDS,
+    ),
+    "dc_ccl_tiny_imagenet": Table(
+        "dc_ccl.md",
+        120,
+        DC_TINY,
+        {
+            label: f"{way} network@method.network=feature_perceptron {WITHOUT}"
+            for label, way in {
+                "fedavg, the device alone": "method=fedavg method.cloud_weight=0 method.share_down=0",
+                **named("fedavg", "", "proximal=0.01"),
+            }.items()
+        }
+        | arms_of("temperature=1", "temperature=1.25", "temperature=1.25 share_down=0")
+        | arms_of(
+            *ARMS,
+            "",
+            "payload=float16",
+            "payload=int8",
+            "arm=large_on_device",
+            "arm=centralised",
+            more="method.temperature=1.5",
+        ),
+        ROUNDS,
+        "dc_ccl",
+        BOUNDS,
+    ),
+}
+
+# ---- routing
+
+ROUTERS = (
+    {f"{rule}": f"method=fixed_router method.rule={rule}" for rule in ("random", "length")}
+    | named("linear_router", "inputs=words", "inputs=tokens")
+    | named("routellm", "")
+    | named("hybrid_llm", "")
+    | named("zooter", "")
+    | named("route_t2i", "", "select=false", "gates=1", "metrics=[color]")
+    | {"oracle_router": "method=oracle_router"}
+)
+ROUTED = ("rank_correlation", "win_rate_at_half", "delta_p_at_half", "truth_at_half", "cloud_share")
+SECOND_PAIR = "backbone.seed=1 dataset.seed=1 backbone.model.seed=1 name=route_second_pair"
+
+TABLES |= {
+    "route_scenes": Table(
+        "route_t2i.md", 60, "+experiment=route_t2i_scenes seed={seed}", ROUTERS, ROUTED, task=QUALITY
+    ),
+    "route_second_pair": Table(
+        "route_t2i.md", 60, f"+experiment=route_t2i_scenes {SECOND_PAIR} seed={{seed}}", ROUTERS, ROUTED, task=QUALITY
+    ),
+    "route_tiny_imagenet": Table(
+        "route_t2i.md",
+        30,
+        "+experiment=route_tiny_imagenet data_dir={first:60+20} partition.seed={seed} "
+        "backbone.weights={weights:tf_efficientnet_lite2+tf_efficientnet_lite0}",
+        {
+            f"{score} {share}": f"method.score={score} method.share={share}"
+            for score in ("confidence", "margin", "random")
+            for share in (0, 0.1, 0.2, 0.3, 0.5)
+        },
+        ("cloud_share", "request_cloud_macs"),
+    ),
+}
