@@ -20,7 +20,7 @@ import numpy as np
 import pandas as pd
 import torch
 from hydra import compose, initialize_config_dir
-from pages import STORED, write
+from pages import file, fill
 from settings import SEEDS
 
 from iciia_exp.config.experiment import Experiment
@@ -134,8 +134,8 @@ def main() -> None:
     store = made.open_store()
     sums, labels = cache(partial(tokens_of, store.array("levels"))), made.labels
     settings, all_shots = PARTS[given.part]
-    file = STORED / f"miet_{given.part}.csv"
-    done = pd.read_csv(file).to_dict("records") if file.is_file() else []
+    path = file(f"miet_{given.part}")
+    done = pd.read_csv(path).to_dict("records") if path.is_file() else []
     known = {(row["label"], row["seed"]) for row in done}
     for shots in all_shots:
         for seed in SEEDS:
@@ -167,13 +167,13 @@ def main() -> None:
                         "seconds": round(time.monotonic() - start, 1),
                     }
                 )
-                pd.DataFrame(done).to_csv(file, index=False)
+                pd.DataFrame(done).to_csv(path, index=False)
                 print(f"{key}, seed {seed}: {100 * found:.1f} % in {done[-1]['seconds']} s", flush=True)
     order = [f"{label} {shots}" if len(all_shots) > 1 else label for label, *_ in settings for shots in all_shots]
     table = pd.DataFrame(done)
     table = table.sort_values(["label", "seed"], key=lambda c: c.map(order.index) if c.name == "label" else c)
-    table.to_csv(file, index=False)
-    write()
+    table.to_csv(path, index=False)
+    fill()
 
 
 if __name__ == "__main__":

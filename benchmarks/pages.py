@@ -1,29 +1,23 @@
-"""The pages' tables and pictures, made from the stored figures of `benchmarks/results.py`.
+"""The pages' tables, made from the stored figures of `benchmarks/results.py`.
 
 The text between `<!-- results: TABLE PART -->` and `<!-- end -->` in a page is that part of that table (`PARTS`);
-between `<!-- value: TABLE SETTING COLUMN -->` and `<!-- end -->` it is one figure of a setting, in percent. The
-pictures in `docs/images` are those of `FIGURES`, each with the digest of the figures that it was drawn from. Everything
-is made again by `python benchmarks/results.py --write`.
+between `<!-- value: TABLE SETTING COLUMN -->` and `<!-- end -->` it is one figure of a setting, in percent.
+`python benchmarks/results.py --write` makes them again.
 """
 
 from __future__ import annotations
 
-import hashlib
 import re
 from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pandas as pd
-from PIL import Image
 from scipy.stats import t as student_t
 from settings import OWN_LABELS, TABLES
 
 from iciia_exp.results.columns import COLUMNS, Column, backbone_cell, cell, columns_of
-from iciia_exp.results.plots import BASELINE, line_styles, new_panels
-from iciia_exp.results.published import published_numbers
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
 STORED = DOCS / "results"
@@ -53,6 +47,9 @@ FURTHER = {
     )
 }
 
+#: How a device answers that trains together with the cloud: by the two networks that it has.
+SMALL = "control + small"
+
 #: Tables of one set of clients each, in which methods are compared.
 CLIENTS = {
     "tiny_imagenet": "Tiny-ImageNet by parent",
@@ -66,14 +63,19 @@ CLIENTS = {
 # ---- stored figures
 
 
+def file(name: str) -> Path:
+    """Return the file of a table's stored figures."""
+    return STORED / f"{name}.csv"
+
+
 def stored(name: str) -> pd.DataFrame:
     """Return a table's stored figures, a line for each run."""
-    return pd.read_csv(STORED / f"{name}.csv")
+    return pd.read_csv(file(name))
 
 
 def stored_of(names: Iterable[str]) -> list[str]:
     """Return those of some tables that are stored."""
-    return [name for name in names if (STORED / f"{name}.csv").is_file()]
+    return [name for name in names if file(name).is_file()]
 
 
 def means(name: str) -> pd.DataFrame:
@@ -273,6 +275,10 @@ def columns_part(name: str) -> list[str]:
             less = differences_to(name, table.reference).loc[label]
             cells.append("" if label == table.reference else cell(less, "less", "gain"))
         lines.append(row(setting(name, str(label)), *cells))
+        if label == table.reference and f"{SMALL} accuracy" in line:
+            keys = [f"{SMALL} {column.key}" for column in shown]
+            cells = [cell(line, key, "percent") if key in line else "" for key in keys]
+            lines.append(row("the same, answered on the device", *cells, ""))
     return lines
 
 
@@ -330,146 +336,9 @@ def filled(text: str) -> str:
     return VALUE.sub(value, BLOCK.sub(block, text))
 
 
-# ---- pictures
-
-
-def styles_of(methods: Iterable[str]) -> dict[str, dict[str, str]]:
-    """Return colour and marker of each method."""
-    names = list(methods)
-    return dict(zip(names, line_styles(names, names), strict=True))
-
-
-def history_figure() -> Any:
-    """Draw accuracy by images seen before, with the standard error over runs, a panel for each table."""
-    names = stored_of(CLIENTS)
-    methods = ["client_profile", "client_prior", "iciia", "arm_cml"]
-    styles = styles_of(methods)
-    lengths = (0, 1, 2, 3, 5, 10, 15)
-    figure, panels = new_panels("", 1, len(names))
-    for axes, name in zip(np.ravel(panels), names, strict=True):
-        table = means(name)
-        for method in methods:
-            if method not in table.index:
-                continue
-            line = table.loc[method]
-            mean, error = (
-                np.array([100 * line[f"partition {n} client_accuracy{end}"] for n in lengths]) for end in ("", "_se")
-            )
-            axes.plot(range(len(lengths)), mean, label=method, **styles[method])
-            axes.fill_between(
-                range(len(lengths)), mean - error, mean + error, alpha=0.15, color=styles[method]["color"]
-            )
-        alone = [100 * table.iloc[0][f"partition {n} backbone_client_accuracy"] for n in lengths]
-        axes.plot(range(len(lengths)), alone, label="the backbone alone", color="grey", linestyle=":")
-        axes.set_title(CLIENTS[name], fontsize=9)
-        axes.set_xticks(range(len(lengths)), list(map(str, lengths)))
-        axes.set_xlabel("images seen before")
-    np.ravel(panels)[0].set_ylabel("accuracy, mean over clients, %")
-    lines = {line.get_label(): line for axes in np.ravel(panels) for line in axes.lines}  # not every panel has all
-    figure.legend(lines.values(), lines, loc="outside lower center", ncols=len(lines), fontsize=9, frameon=False)
-    return figure
-
-
-def _published(table: str, **setting: Any) -> pd.DataFrame:
-    """Return the rows of a published table with a setting."""
-    found = published_numbers().query("table == @table and dataset == 'imagenet'")
-    for key, value in setting.items():
-        found = found[found[key] == value]
-    return found
-
-
-def backbones_figure() -> Any:
-    """Draw the gain against the backbone's own accuracy, ours and the published, and accuracy against MACs."""
-    table = grid("backbones")
-    methods = [m for m in table.index.unique(level=1) if m not in OWN_LABELS]
-    styles = styles_of(methods)
-    figure, panels = new_panels("", 1, 2, sharex=False)
-    figure.set_size_inches(9.4, 3.9)
-    gains, costs = np.ravel(panels)
-    for method in methods:
-        line = table.xs(method, level=1).sort_values("backbone_accuracy")
-        gains.errorbar(
-            *(100 * line["backbone_accuracy"], 100 * line["gain"], 100 * line["gain_se"]),
-            **(styles[method] | {"linestyle": ""}),
-            label=method,
-        )
-    alone = _published("results", method="backbone").set_index("backbone")["accuracy"]
-    for label, groups, marker in (("ICIIA-B", 1, "D"), ("ICIIA-T", 256, "v")):
-        found = _published("results", method="iciia", groups=groups).set_index("backbone")["accuracy"]
-        style = (styles.get(label) or {"color": "grey"}) | {"marker": marker, "linestyle": ""}
-        gains.plot(alone[found.index], found - alone[found.index], mfc="none", label=f"{label}, published", **style)
-    gains.set_xlabel("the backbone alone, accuracy, %")
-    gains.set_ylabel("gain, points")
-    gains.legend(fontsize=7.5, frameon=False)
-    profile = table.xs("client_profile", level=1)
-    for marker, (pixels, part) in zip("os", profile.groupby(profile.index.str.split().str[-1]), strict=False):
-        label, macs, style = f", {pixels} px", part["backbone_macs"] / 1e6, {"marker": marker}
-        costs.plot(macs, 100 * part["accuracy"], label="client_profile" + label, **(styles["client_profile"] | style))
-        costs.plot(macs, 100 * part["backbone_accuracy"], **(BASELINE | style), label="the backbone alone" + label)
-    costs.set_xlabel("the backbone, million MACs")
-    costs.set_ylabel("accuracy, %")
-    costs.legend(fontsize=7.5, frameon=False)
-    return figure
-
-
-def heterogeneity_figure() -> Any:
-    """Draw the gain against the share of images that keep their parent category, ours and the published."""
-    table = grid("heterogeneity")
-    methods = table.index.unique(level=1)
-    published = _published("heterogeneity")
-    styles = styles_of(methods)
-    figure, panels = new_panels("", 1, 2)
-    figure.set_size_inches(9.4, 3.9)
-    ours, theirs = np.ravel(panels)
-    for method in methods:
-        line = table.xs(method, level=1)
-        ours.errorbar(
-            *(line.index.astype(float), 100 * line["gain"], 100 * line["gain_se"]), label=method, **styles[method]
-        )
-    alone = _published("results", method="backbone", backbone="efficientnet_b4")
-    for method, part in published.groupby("method", sort=False):
-        style = styles.get(str(method)) or {"color": "grey", "marker": "x"}
-        theirs.plot(part["ratio"], part["accuracy"] - alone["accuracy"].item(), label=method, mfc="none", **style)
-    for axes, title in ((ours, "here: Tiny-ImageNet, MobileNetV2"), (theirs, "published: ImageNet, EfficientNet-B4")):
-        axes.axhline(0, **BASELINE)
-        axes.set_title(title, fontsize=9)
-        axes.set_xlabel("share of images that keep their parent category")
-        axes.legend(fontsize=7.5, frameon=False)
-    ours.set_ylabel("gain over the backbone, points")
-    return figure
-
-
-#: What is drawn from the stored figures, into docs/images: the function, and the tables.
-FIGURES: dict[str, tuple[Callable[[], Any], tuple[str, ...]]] = {
-    "client_profile_history": (history_figure, tuple(CLIENTS)),
-    "backbones": (backbones_figure, ("backbones",)),
-    "heterogeneity": (heterogeneity_figure, ("heterogeneity",)),
-}
-
-
-def fingerprint(name: str) -> str:
-    """Return a digest of the tables that a picture shows."""
-    shown = stored_of(FIGURES[name][1])
-    return hashlib.sha256(b"".join((STORED / f"{table}.csv").read_bytes() for table in shown)).hexdigest()
-
-
-def is_drawn(name: str) -> bool:
-    """Whether a picture shows what is stored now: it has the digest of the tables that it was drawn from."""
-    path = DOCS / "images" / f"{name}.png"
-    if not path.is_file():
-        return False
-    with Image.open(path) as image:
-        return image.info.get("Description") == fingerprint(name)
-
-
-def write() -> None:
+def fill() -> None:
     """Write the stored figures into all pages."""
     for page in [*DOCS.glob("*.md"), DOCS.parent / "README.md"]:
         if (text := filled(page.read_text())) != page.read_text():
             page.write_text(text)
             print(f"written: {page.relative_to(DOCS.parent)}")
-    for name, (draw, tables) in FIGURES.items():
-        if stored_of(tables) and not is_drawn(name):
-            path = DOCS / "images" / f"{name}.png"
-            draw().savefig(path, dpi=120, bbox_inches="tight", metadata={"Description": fingerprint(name)})
-            print(f"written: {path.relative_to(DOCS.parent)}")

@@ -9,7 +9,7 @@
 
 A table is a list of settings, each run with three seeds by the package's own command line, which skips what is
 finished. Its figures are stored in `docs/results/TABLE.csv`, a line for each run. The pages' tables and pictures are
-made from them (`pages.py`), which a test checks; `--write` makes them again without running anything.
+made from them (`pages.py`, `figures.py`), which a test checks; `--write` makes them again without running anything.
 
 Data: Omniglot as images_background_small1.zip and ..._small2.zip; MNIST as arrays `images` [M, 28, 28] uint8, `labels`,
 `writers`, `is_test`, which are written in LEAF's form first; Tiny-ImageNet in ImageNet's layout with a table of parent
@@ -33,8 +33,9 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+from figures import draw
 from omegaconf import OmegaConf
-from pages import KEYS, STORED, write
+from pages import KEYS, file, fill
 from safetensors.torch import load_file, save_file
 from settings import SEEDS, TABLES
 
@@ -141,11 +142,11 @@ def result_of(arguments: list[str]) -> dict[str, Any]:
 
 def answers(row: dict[str, Any]) -> Iterator[tuple[str, pd.DataFrame]]:
     """Yield the answers by images seen before of the partition's clients, and of those of other types."""
-    for file in ("history.parquet", "drawn_clients.parquet"):
-        if not (row["folder"] / file).is_file():  # nobody can tell the method of drawn clients
+    for kind in ("history.parquet", "drawn_clients.parquet"):
+        if not (row["folder"] / kind).is_file():  # nobody can tell the method of drawn clients
             continue
-        data = pd.read_parquet(row["folder"] / file)
-        if file == "history.parquet":
+        data = pd.read_parquet(row["folder"] / kind)
+        if kind == "history.parquet":
             yield "partition", data
             run = row["folder"].parent
             held_out = OmegaConf.load(run / "config.yaml").client_mix.unseen_types
@@ -167,6 +168,21 @@ def line_of(name: str, label: str, seed: int, row: dict[str, Any]) -> dict[str, 
             for key in ("client_accuracy", "log_loss"):
                 line[f"{clients} {n} {key}"] = found.loc[n, key]
                 line[f"{clients} {n} backbone_{key}"] = found.loc[n, f"backbone_{key}"]
+    if (row["folder"] / "rounds.parquet").is_file():
+        line |= by_rounds(pd.read_parquet(row["folder"] / "rounds.parquet"))
+    return line
+
+
+def by_rounds(rounds: pd.DataFrame) -> dict[str, Any]:
+    """Return accuracy and bytes of a device by round, and the last accuracies of other ways to answer."""
+    line: dict[str, Any] = {}
+    ways = [answer for answer in rounds["answer"].unique() if answer != "backbone"]
+    for found in rounds[rounds["answer"] == ways[0]].itertuples():
+        line[f"round {found.round} bytes"] = found.down_bytes + found.up_bytes
+        line[f"round {found.round} accuracy"] = found.accuracy
+    for way in ways[1:]:
+        last = rounds[rounds["answer"] == way].iloc[-1]
+        line |= {f"{way} {key}": last[key] for key in ("accuracy", "seen_accuracy", "unseen_accuracy")}
     return line
 
 
@@ -184,7 +200,7 @@ def make(name: str, options: argparse.Namespace) -> None:
         for seed in SEEDS:
             lines.append(line_of(name, label, seed, result_of(overrides(name, label, seed, options))))
     new = pd.DataFrame([{k: rounded(v) for k, v in line.items()} for line in lines])
-    path = STORED / f"{name}.csv"
+    path = file(name)
     if path.is_file():  # of the settings that were left out
         old = pd.read_csv(path)
         new = pd.concat([new, old[~old["label"].isin(new["label"])]])
@@ -226,7 +242,8 @@ def main() -> None:
         make(options.table, options)
     elif not options.write:
         parser.error("name a table, or --list, or --write")
-    write()
+    fill()
+    draw()
 
 
 if __name__ == "__main__":

@@ -148,6 +148,29 @@ TABLES = {
         of("linear_head")
         | {f"iciia groups={groups}": f"method=iciia groups={groups}" for groups in (512, 64, 16, 4, 1)},
     ),
+    "layers": Table(
+        "benchmarks.md",
+        60,
+        f"name=digits {ALL_SEEDS} {ALONE}",
+        swept(
+            "groups",
+            tuple(2**power for power in range(10)),
+            {f"N={layers}": f"method=iciia num_layers={layers}" for layers in (1, 2, 3)},
+        ),
+    ),
+    "training": Table(
+        "benchmarks.md",
+        60,
+        f"{TINY} {MOBILENET} method=iciia num_layers=2 groups=256 {ALONE}",
+        {
+            "published": "training=published",
+            "default": "",
+            "default training.shuffle_images=false": "training.shuffle_images=false",
+            "default training.recipe.batch_size=1": "training.recipe.batch_size=1",
+        },
+        ("seconds_train",),
+        "default",
+    ),
     "severity": Table(
         "rivals.md",
         60,

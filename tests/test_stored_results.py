@@ -29,6 +29,11 @@ def pages(results):
     return importlib.import_module("pages")
 
 
+@pytest.fixture(scope="module")
+def figures(results):
+    return importlib.import_module("figures")
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_figures_in_a_page_are_the_stored_ones(pages, page):
     text = page.read_text()
@@ -56,13 +61,13 @@ def test_every_stored_table_is_shown_and_has_its_seeds(pages, results):
         assert set(seeds.values()) == {results.SEEDS}, seeds
 
 
-def test_pictures_show_what_is_stored(pages):
-    for name, (_, tables) in pages.FIGURES.items():
+def test_pictures_show_what_is_stored(pages, figures):
+    for name, (_, tables) in figures.FIGURES.items():
         if pages.stored_of(tables):
-            assert pages.is_drawn(name), "run python benchmarks/results.py --write"
+            assert figures.is_drawn(name), "run python benchmarks/results.py --write"
 
 
-def test_the_picture_of_every_table_can_be_drawn(pages, tmp_path, monkeypatch):
+def test_the_picture_of_every_table_can_be_drawn(pages, figures, tmp_path, monkeypatch):
     """Of made-up figures, also where some settings are missing."""
     rng = np.random.default_rng(0)
     tables = {
@@ -78,7 +83,7 @@ def test_the_picture_of_every_table_can_be_drawn(pages, tmp_path, monkeypatch):
     for name in tables:
         lines = pages.grid_part(name)
         assert len({line.count("|") for line in lines}) == 1
-        pages.FIGURES[name][0]().savefig(tmp_path / f"{name}.png")
+        figures.FIGURES[name][0]().savefig(tmp_path / f"{name}.png")
     assert "–" in pages.grid_part("heterogeneity")[2]
 
 
@@ -91,7 +96,7 @@ def test_accuracy_by_length(pages):
     assert "±" not in alone
 
 
-def test_a_changed_figure_is_found(pages, tmp_path, monkeypatch):
+def test_a_changed_figure_is_found(pages, figures, tmp_path, monkeypatch):
     """A test of the test: the page follows the stored figures, and nothing else."""
     name = next(name for name in pages.stored_of(pages.CLIENTS))
     text = f"before\n<!-- results: {name} main -->\nold\n<!-- end -->\nafter\n"
@@ -104,7 +109,7 @@ def test_a_changed_figure_is_found(pages, tmp_path, monkeypatch):
     runs.to_csv(tmp_path / f"{name}.csv", index=False)
     monkeypatch.setattr(pages, "STORED", tmp_path)
     assert pages.filled(text) != right
-    assert not any(pages.is_drawn(figure) for figure in pages.FIGURES)  # other tables are not there
+    assert not any(figures.is_drawn(figure) for figure in figures.FIGURES)  # other tables are not there
 
 
 def test_the_best_are_bold(pages, tmp_path, monkeypatch):
