@@ -15,8 +15,9 @@ import numpy as np
 import pandas as pd
 from pages import CLIENTS, DOCS, file, grid, means, stored_of
 from PIL import Image
-from settings import OWN_LABELS
+from settings import OWN_LABELS, QUANTILES
 
+from iciia_exp.results.calibration import BINS
 from iciia_exp.results.plots import BASELINE, GREY, line_styles, new_figure, new_panels
 from iciia_exp.results.published import published_numbers
 
@@ -155,6 +156,41 @@ def overhead_figure(name: str) -> Any:
     return figure
 
 
+def clients_figure() -> Any:
+    """Draw the gain of the clients in order, and accuracy against confidence, means over runs."""
+    table = means("clients")
+    styles = styles_of(table.index)
+    figure, panels = new_panels("", 1, 2, sharex=False)
+    figure.set_size_inches(9.4, 3.9)
+    gains, calibration = np.ravel(panels)
+    alone = table.iloc[0].to_dict()
+    for label, line in table.iterrows():
+        mean, error = (np.array([100 * line[f"gain {q}{end}"] for q in QUANTILES]) for end in ("", "_se"))
+        style = {"color": styles[str(label)]["color"]}
+        gains.plot(QUANTILES, mean, label=label, **style)
+        gains.fill_between(QUANTILES, mean - error, mean + error, alpha=0.15, **style)
+        _reliability(calibration, line.to_dict(), "method", str(label), styles[str(label)])
+    _reliability(calibration, alone, "backbone", "the backbone alone", {"color": GREY, "marker": "x"})
+    gains.axhline(0, **BASELINE)
+    gains.set_xlabel("clients, sorted by gain, %")
+    gains.set_ylabel("gain over the backbone, points")
+    calibration.plot([0, 100], [0, 100], **BASELINE)
+    calibration.set_xlabel("confidence, %")
+    calibration.set_ylabel("accuracy, %")
+    for axes in (gains, calibration):
+        axes.legend(fontsize=8, frameon=False)
+    return figure
+
+
+def _reliability(axes: Any, line: dict[str, float], who: str, label: str, style: dict[str, str]) -> None:
+    bins = [b for b in range(BINS) if line.get(f"{who} bin {b} share", 0) >= 0.002]
+    x, y, shares = (
+        np.array([line[f"{who} bin {b} {key}"] for b in bins]) for key in ("confidence", "accuracy", "share")
+    )
+    axes.plot(100 * x, 100 * y, color=style["color"], linewidth=1)
+    axes.scatter(100 * x, 100 * y, 8 + 300 * shares, color=style["color"], marker=style["marker"], label=label)
+
+
 def layers_figure() -> Any:
     """Draw accuracy by number of groups, a line for each number of layers."""
     table = grid("layers")
@@ -162,7 +198,7 @@ def layers_figure() -> Any:
     layers = list(table.index.unique(level=0))
     figure, axes = new_figure("digits, two classes a client", "groups", "accuracy, %")
     for number, style in zip(layers, line_styles(layers, layers), strict=True):
-        line = table.loc[number].loc[groups]
+        line = table.loc[number].reindex(groups)
         axes.errorbar(range(len(groups)), 100 * line["accuracy"], 100 * line["accuracy_se"], **style, label=number)
     axes.axhline(100 * table["backbone_accuracy"].mean(), **BASELINE, label="the backbone alone")
     axes.set_xticks(range(len(groups)), groups)
@@ -192,6 +228,7 @@ FIGURES: dict[str, tuple[Callable[[], Any], tuple[str, ...]]] = {
     "client_profile_history": (history_figure, tuple(CLIENTS)),
     "backbones": (backbones_figure, ("backbones",)),
     "heterogeneity": (heterogeneity_figure, ("heterogeneity",)),
+    "clients": (clients_figure, ("clients",)),
     "groups_layers": (layers_figure, ("layers",)),
     "rivals_digits": (partial(overhead_figure, "digits"), ("digits",)),
     "rivals_tiny_imagenet": (partial(overhead_figure, "tiny_imagenet"), ("tiny_imagenet",)),

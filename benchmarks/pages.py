@@ -305,6 +305,16 @@ def held_out_part(name: str) -> list[str]:
     return lines + [row(named(str(label)), *texts(line, "")) for label, line in table.iterrows()]
 
 
+def clients_part(name: str) -> list[str]:
+    """Return quantiles over clients of each method's gain."""
+    shown = {0: "worst client", 10: "10 %", 25: "25 %", 50: "median", 75: "75 %", 90: "90 %", 100: "best client"}
+    lines = head("gain, points", *shown.values(), "harmed (chance)")
+    for label, line in means(name).iterrows():
+        cells = [cell(line, f"gain {q}", "gain", ("se",)) for q in shown]
+        lines.append(row(named(str(label)), *cells, cell(line, "harmed_share", "harm")))
+    return lines
+
+
 #: Parts of the tables, by name.
 PARTS: dict[str, Callable[[str], list[str]]] = {
     "main": main_part,
@@ -316,6 +326,7 @@ PARTS: dict[str, Callable[[str], list[str]]] = {
     "sweep": sweep_part,
     "columns": columns_part,
     "held_out": held_out_part,
+    "clients": clients_part,
 }
 BLOCK = re.compile(r"(<!-- results: (\w+) (\w+) -->\n)(.*?)(<!-- end -->)", re.S)
 #: A figure within a sentence: in percent the mean of a column of a setting.

@@ -37,11 +37,12 @@ from figures import draw
 from omegaconf import OmegaConf
 from pages import KEYS, file, fill
 from safetensors.torch import load_file, save_file
-from settings import SEEDS, TABLES
+from settings import QUANTILES, SEEDS, TABLES
 
 from iciia_exp.data.client_mix import unseen
 from iciia_exp.data.clients import Clients
 from iciia_exp.results.columns import DRAWN_TYPES
+from iciia_exp.results.plots import gains
 from iciia_exp.results.tables import averages_by_history
 
 
@@ -162,6 +163,8 @@ def line_of(name: str, label: str, seed: int, row: dict[str, Any]) -> dict[str, 
     """Return what is stored of a run."""
     line = {"label": label, "seed": seed, "oracle": row["oracle"]}
     line |= {key: row[key] for key in (*KEYS, *TABLES[name].columns) if key in row}
+    if TABLES[name].clients:
+        return line | by_client(row["folder"])
     for clients, data in answers(row):
         found = averages_by_history(data)
         for n in found.index:
@@ -170,6 +173,19 @@ def line_of(name: str, label: str, seed: int, row: dict[str, Any]) -> dict[str, 
                 line[f"{clients} {n} backbone_{key}"] = found.loc[n, f"backbone_{key}"]
     if (row["folder"] / "rounds.parquet").is_file():
         line |= by_rounds(pd.read_parquet(row["folder"] / "rounds.parquet"))
+    return line
+
+
+def by_client(folder: Path) -> dict[str, Any]:
+    """Return quantiles of the gain over clients, and confidence, accuracy and share of decisions by bin."""
+    gain_C = gains(pd.read_parquet(folder / "clients.parquet"))
+    line = {f"gain {q}": np.quantile(gain_C, q / 100) for q in QUANTILES}
+    bins = pd.read_parquet(folder / "calibration.parquet")
+    for who, part in bins.groupby("who"):
+        for found in part.itertuples():
+            line[f"{who} bin {found.bin} confidence"] = found.confidence
+            line[f"{who} bin {found.bin} accuracy"] = found.accuracy
+            line[f"{who} bin {found.bin} share"] = found.decisions / part["decisions"].sum()
     return line
 
 

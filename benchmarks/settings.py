@@ -13,6 +13,9 @@ from iciia_exp.tasks import CLICK, QUALITY, SINGLE_LABEL, Task
 
 SEEDS = (0, 1, 2)
 
+#: Of the gain over clients, in percent.
+QUANTILES = tuple(range(0, 101, 5))
+
 #: Methods that are trained on labelled images of the test clients.
 OWN_LABELS = ("finetune", "prompt_tuning")
 
@@ -30,6 +33,7 @@ class Table(NamedTuple):
         bounds: settings that break the premise; they are not compared with others.
         task: names the figures.
         script: what makes the table, instead of `results.py`.
+        clients: whether quantiles of the gain over clients and calibration are stored.
     """
 
     page: str
@@ -41,6 +45,7 @@ class Table(NamedTuple):
     bounds: tuple[str, ...] = ()
     task: Task = SINGLE_LABEL
     script: str = ""
+    clients: bool = False
 
 
 def crossed(key: str, values: tuple[object, ...], ways: dict[str, str]) -> dict[str, str]:
@@ -204,6 +209,13 @@ TABLES = {
         METHODS,
     ),
     "tiny_imagenet": Table("rivals.md", 120, f"{TINY} {MOBILENET} num_layers=2 groups=256 {DRAWN}", METHODS | TUNED),
+    "clients": Table(
+        "client_profile.md",
+        60,
+        f"{TINY} {MOBILENET} num_layers=2 groups=256 {DRAWN}",
+        of("client_profile", "iciia"),
+        clients=True,
+    ),
     "streams": Table(
         "streams.md", 180, f"{TINY} {MOBILENET} num_layers=2 groups=256 name=tiny_streams {DRAWN}", STREAMS
     ),
