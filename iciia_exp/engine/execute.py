@@ -3,6 +3,7 @@
 import logging
 from contextlib import nullcontext
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import Any
 
 import torch
@@ -65,8 +66,9 @@ def execute(stages: Stages, brief: bool = False) -> dict[str, Any] | None:
     if stage == "check":
         _check_data(stages)
         return None
-    _check(stages)
     in_run = stage in ("train", "evaluate", "all")
+    _check_folders(stages, in_run)
+    _check(stages)
     with log_file(run.folder / "run.log") if in_run else nullcontext():
         log.info("%s", _shown(run.folder))
         if not brief:
@@ -75,6 +77,21 @@ def execute(stages: Stages, brief: bool = False) -> dict[str, Any] | None:
             log.warning("data: %s", found)
         _make(stages)
     return _results(stages, brief) if "evaluation" in KINDS[stage] else None
+
+
+def _check_folders(stages: Stages, in_run: bool) -> None:
+    """Raise a `ConfigError` before any work if a folder that will be written to cannot be."""
+    experiment = stages.experiment
+    folders = {"output_dir": experiment.output_dir} if in_run else {}
+    if not stages.features.finished:  # finished features may lie in a cache that is read-only
+        folders["cache_dir"] = experiment.cache_dir
+    for key, folder in folders.items():
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            with TemporaryFile(dir=folder):
+                pass
+        except OSError as error:
+            raise ConfigError(key, folder, f"{error.strerror}; give a folder that can be written to") from error
 
 
 def _check_data(stages: Stages) -> None:
