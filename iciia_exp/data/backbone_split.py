@@ -30,16 +30,14 @@ def class_numbers(classes: int | str | Sequence[int | str], class_names: Sequenc
         if len(parts) == 3 and parts[2] == 0:
             raise ConfigError(key, classes, "must have a step other than 0")
         return sorted(range(count)[slice(*parts)])
-    if isinstance(classes, int):
-        classes = [classes]
     numbers, places = set(), {name: number for number, name in enumerate(class_names)}
-    for given in classes:
-        number = places.get(str(given)) if isinstance(given, str) else given
-        if number is None or not 0 <= number < count:
+    for given in classes if isinstance(classes, list | tuple) else [classes]:
+        number = places.get(given) if isinstance(given, str) else given
+        if not isinstance(number, int) or isinstance(number, bool) or not 0 <= number < count:
             near = nearest(str(given), class_names)
             hint = f"; did you mean {near}?" if near else ""
             raise ConfigError(key, given, f"is no class: names, or numbers from 0 to {count - 1}{hint}")
-        numbers.add(int(number))
+        numbers.add(number)
     return sorted(numbers)
 
 
