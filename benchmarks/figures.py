@@ -18,7 +18,7 @@ from PIL import Image
 from settings import OWN_LABELS, QUANTILES
 
 from iciia_exp.results.calibration import BINS
-from iciia_exp.results.plots import BASELINE, GREY, line_styles, new_figure, new_panels
+from iciia_exp.results.plots import BASELINE, BLUE, GREY, ORANGE, line_styles, new_figure, new_panels
 from iciia_exp.results.published import published_numbers
 
 
@@ -156,6 +156,30 @@ def overhead_figure(name: str) -> Any:
     return figure
 
 
+def groups_figure() -> Any:
+    """Draw accuracy against added MACs by number of groups, with the standard error over runs."""
+    table = means("groups")
+    heads, table = table.loc["linear_head"], table.drop(index="linear_head")
+    title = "added MACs for 16 images, % of the backbone's for one"
+    figure, axes = new_figure("", title, "accuracy, %", height=3.6)
+    axes.errorbar(
+        table["overhead_percent"], 100 * table["accuracy"], 100 * table["accuracy_se"],
+        color=BLUE, marker="o", markersize=6, linewidth=1, capsize=3, label="ICIIA, by number of groups G",
+    )  # fmt: skip
+    for label, line in table.iterrows():
+        text = f"G={str(label).split('=')[1]}"
+        at = line["overhead_percent"], 100 * line["accuracy"]
+        axes.annotate(text, at, xytext=(8, -11), textcoords="offset points", fontsize=8, color=BLUE)
+    plain = {"color": ORANGE, "linestyle": ":", "label": "a new linear head, no overhead"}
+    axes.axhline(100 * heads["accuracy"], **plain)
+    axes.axhline(100 * table["backbone_accuracy"].mean(), **BASELINE, label="the backbone alone")
+    axes.set_xscale("log")
+    axes.set_xlim(table["overhead_percent"].min() / 1.5, table["overhead_percent"].max() * 2)
+    axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
+    axes.legend(loc="center right", fontsize=8, frameon=False)
+    return figure
+
+
 def clients_figure() -> Any:
     """Draw the gain of the clients in order, and accuracy against confidence, means over runs."""
     table = means("clients")
@@ -228,6 +252,7 @@ FIGURES: dict[str, tuple[Callable[[], Any], tuple[str, ...]]] = {
     "client_profile_history": (history_figure, tuple(CLIENTS)),
     "backbones": (backbones_figure, ("backbones",)),
     "heterogeneity": (heterogeneity_figure, ("heterogeneity",)),
+    "accuracy_vs_overhead": (groups_figure, ("groups",)),
     "clients": (clients_figure, ("clients",)),
     "groups_layers": (layers_figure, ("layers",)),
     "rivals_digits": (partial(overhead_figure, "digits"), ("digits",)),
