@@ -211,8 +211,8 @@ def _reliability(axes: Any, line: dict[str, float], who: str, label: str, style:
     x, y, shares = (
         np.array([line[f"{who} bin {b} {key}"] for b in bins]) for key in ("confidence", "accuracy", "share")
     )
-    axes.plot(100 * x, 100 * y, color=style["color"], linewidth=1)
-    axes.scatter(100 * x, 100 * y, 8 + 300 * shares, color=style["color"], marker=style["marker"], label=label)
+    axes.plot(100 * x, 100 * y, color=style["color"], linewidth=1, marker=style["marker"], markersize=3, label=label)
+    axes.scatter(100 * x, 100 * y, 8 + 300 * shares, color=style["color"], marker=style["marker"])
 
 
 def layers_figure() -> Any:

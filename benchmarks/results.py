@@ -178,7 +178,7 @@ def line_of(name: str, label: str, seed: int, row: dict[str, Any]) -> dict[str, 
 
 def by_client(folder: Path) -> dict[str, Any]:
     """Return quantiles of the gain over clients, and confidence, accuracy and share of decisions by bin."""
-    gain_C = gains(pd.read_parquet(folder / "clients.parquet"))
+    gain_C = gains(pd.read_parquet(folder / "clients.parquet")) / 100
     line = {f"gain {q}": np.quantile(gain_C, q / 100) for q in QUANTILES}
     bins = pd.read_parquet(folder / "calibration.parquet")
     for who, part in bins.groupby("who"):
