@@ -162,7 +162,8 @@ def answers(row: dict[str, Any]) -> Iterator[tuple[str, pd.DataFrame]]:
 def line_of(name: str, label: str, seed: int, row: dict[str, Any]) -> dict[str, Any]:
     """Return what is stored of a run."""
     line = {"label": label, "seed": seed, "oracle": row["oracle"]}
-    line |= {key: row[key] for key in (*KEYS, *TABLES[name].columns) if key in row}
+    further = (key for column in TABLES[name].columns for key in (column, f"backbone_{column}"))
+    line |= {key: row[key] for key in (*KEYS, *further) if key in row}
     if TABLES[name].clients:
         return line | by_client(row["folder"])
     for clients, data in answers(row):

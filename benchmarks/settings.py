@@ -409,7 +409,7 @@ TABLES |= {
 
 # ---- cloud and devices that train together
 
-ROUNDS = ("seen_accuracy", "unseen_accuracy", "rounds_down_bytes", "rounds_up_bytes")
+ROUNDS = ("seen_accuracy", "unseen_accuracy", "client_down_bytes", "rounds_down_bytes", "rounds_up_bytes")
 BOUNDS = ("dc_ccl arm=large_on_device", "dc_ccl arm=centralised")
 ARMS = ("arm=no_control", "arm=wrong_control")
 DC_TINY = (
