@@ -66,9 +66,9 @@ def execute(stages: Stages, brief: bool = False) -> dict[str, Any] | None:
     if stage == "check":
         _check_data(stages)
         return None
+    _check(stages)
     in_run = stage in ("train", "evaluate", "all")
     _check_folders(stages, in_run)
-    _check(stages)
     with log_file(run.folder / "run.log") if in_run else nullcontext():
         log.info("%s", _shown(run.folder))
         if not brief:
