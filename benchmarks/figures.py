@@ -17,9 +17,21 @@ from pages import CLIENTS, DOCS, file, grid, means, stored_of
 from PIL import Image
 from settings import OWN_LABELS, QUANTILES
 
-from iciia_exp.results.calibration import BINS
-from iciia_exp.results.plots import BASELINE, BLUE, GREY, ORANGE, line_styles, new_figure, new_panels
+from iciia_exp.results.calibration import BINS, draw_reliability
+from iciia_exp.results.plots import (
+    BASELINE,
+    BLUE,
+    GREY,
+    ORANGE,
+    cost_axis,
+    legend,
+    line_styles,
+    new_figure,
+    new_panels,
+)
 from iciia_exp.results.published import published_numbers
+
+ADDED_MACS = "added MACs for 16 images, % of the backbone's for one"
 
 
 def styles_of(methods: Iterable[str]) -> dict[str, dict[str, str]]:
@@ -132,10 +144,8 @@ def overhead_figure(name: str) -> Any:
     """Draw accuracy against added MACs of all methods, with the standard error over runs."""
     table = means(name)
     table = table[[" " not in label for label in table.index]].sort_values("accuracy", ascending=False)
-    methods = [label for label in table.index if not table.loc[label, "oracle"]]
-    styles = dict(zip(methods, line_styles(methods, methods), strict=True))
-    title = "added MACs for 16 images, % of the backbone's for one"
-    figure, axes = new_figure(CLIENTS[name], title, "accuracy, %")
+    styles = styles_of(label for label in table.index if not table.loc[label, "oracle"])
+    figure, axes = new_figure(CLIENTS[name], ADDED_MACS, "accuracy, %")
     base = 100 * table["backbone_accuracy"].mean()
     axes.axhline(base, **BASELINE, label=f"the backbone alone: {base:.1f}")
     for label, line in table.iterrows():
@@ -147,12 +157,8 @@ def overhead_figure(name: str) -> Any:
         style = styles[str(label)] | {"linestyle": "none", "capsize": 3, "markersize": 7}
         at = [line["overhead_percent"]], [accuracy], [100 * line["accuracy_se"]]
         axes.errorbar(*at, **style, label=f"{label}{own}: {accuracy:.1f}")
-    costs = table["overhead_percent"]
-    edge = 10 ** np.floor(np.log10(costs[costs > 0].min()))
-    axes.set_xscale("symlog", linthresh=edge, linscale=0.4)
-    axes.set_xlim(-0.15 * edge, 3 * costs.max())
-    axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
-    axes.legend(loc="center left", bbox_to_anchor=(1, 0.5), fontsize=8, frameon=False)
+    cost_axis(axes, table["overhead_percent"])
+    legend(axes, beside=True)
     return figure
 
 
@@ -160,8 +166,7 @@ def groups_figure() -> Any:
     """Draw accuracy against added MACs by number of groups, with the standard error over runs."""
     table = means("groups")
     heads, table = table.loc["linear_head"], table.drop(index="linear_head")
-    title = "added MACs for 16 images, % of the backbone's for one"
-    figure, axes = new_figure("", title, "accuracy, %", height=3.6)
+    figure, axes = new_figure("", ADDED_MACS, "accuracy, %", height=3.6)
     axes.errorbar(
         table["overhead_percent"], 100 * table["accuracy"], 100 * table["accuracy_se"],
         color=BLUE, marker="o", markersize=6, linewidth=1, capsize=3, label="ICIIA, by number of groups G",
@@ -194,7 +199,9 @@ def clients_figure() -> Any:
         gains.plot(QUANTILES, mean, label=label, **style)
         gains.fill_between(QUANTILES, mean - error, mean + error, alpha=0.15, **style)
         _reliability(calibration, line.to_dict(), "method", str(label), styles[str(label)])
-    _reliability(calibration, alone, "backbone", "the backbone alone", {"color": GREY, "marker": "x"})
+    _reliability(
+        calibration, alone, "backbone", "the backbone alone", {"color": GREY, "marker": "s", "linestyle": "--"}
+    )
     gains.axhline(0, **BASELINE)
     gains.set_xlabel("clients, sorted by gain, %")
     gains.set_ylabel("gain over the backbone, points")
@@ -211,17 +218,15 @@ def _reliability(axes: Any, line: dict[str, float], who: str, label: str, style:
     x, y, shares = (
         np.array([line[f"{who} bin {b} {key}"] for b in bins]) for key in ("confidence", "accuracy", "share")
     )
-    axes.plot(100 * x, 100 * y, color=style["color"], linewidth=1, marker=style["marker"], markersize=3, label=label)
-    axes.scatter(100 * x, 100 * y, 8 + 300 * shares, color=style["color"], marker=style["marker"])
+    draw_reliability(axes, x, y, shares, label, style)
 
 
 def layers_figure() -> Any:
     """Draw accuracy by number of groups, a line for each number of layers."""
     table = grid("layers")
     groups = sorted(table.index.unique(level=1), key=int)
-    layers = list(table.index.unique(level=0))
     figure, axes = new_figure("digits, two classes a client", "groups", "accuracy, %")
-    for number, style in zip(layers, line_styles(layers, layers), strict=True):
+    for number, style in styles_of(table.index.unique(level=0)).items():
         line = table.loc[number].reindex(groups)
         axes.errorbar(range(len(groups)), 100 * line["accuracy"], 100 * line["accuracy_se"], **style, label=number)
     axes.axhline(100 * table["backbone_accuracy"].mean(), **BASELINE, label="the backbone alone")
@@ -235,7 +240,7 @@ def rounds_figure(name: str) -> Any:
     table = means(name)
     labels = ["fedavg", *(label for label in table.index if label.startswith("dc_ccl"))]
     figure, axes = new_figure("", "sent to and by a device until then, MiB", "accuracy on all classes, %")
-    for label, style in zip(labels, line_styles(labels, labels), strict=True):
+    for label, style in styles_of(labels).items():
         line = table.loc[label]
         numbers = [n for n in range(100) if f"round {n} bytes" in line and pd.notna(line[f"round {n} bytes"])]
         sent, right, error = (
@@ -243,7 +248,7 @@ def rounds_figure(name: str) -> Any:
         )
         axes.errorbar(sent / 2**20, 100 * right, 100 * error, **style, markersize=4, label=label)
     axes.axhline(100 * table["backbone_accuracy"].mean(), **BASELINE, label="the large network alone")
-    axes.legend(loc="center left", bbox_to_anchor=(1, 0.5), fontsize=8, frameon=False)
+    legend(axes, beside=True)
     return figure
 
 

@@ -20,7 +20,7 @@ import numpy as np
 import pandas as pd
 import torch
 from hydra import compose, initialize_config_dir
-from pages import file, fill
+from pages import fill, stored, stored_of
 from settings import SEEDS
 
 from iciia_exp.config.experiment import Experiment
@@ -123,7 +123,7 @@ def accuracy(method: Personal, clients: Clients, batches: FeatureBatches) -> flo
 
 
 def main() -> None:
-    """Run one part and print its table."""
+    """Run one part and store its figures."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--part", choices=PARTS, required=True)
     parser.add_argument("overrides", nargs="+")
@@ -134,15 +134,20 @@ def main() -> None:
     store = made.open_store()
     sums, labels = cache(partial(tokens_of, store.array("levels"))), made.labels
     settings, all_shots = PARTS[given.part]
-    path = file(f"miet_{given.part}")
-    done = pd.read_csv(path).to_dict("records") if path.is_file() else []
+    table = f"miet_{given.part}"
+    done = stored(table).to_dict("records") if stored_of([table]) else []
     known = {(row["label"], row["seed"]) for row in done}
+
+    def name(label: str, shots: int) -> str:
+        return f"{label} {shots}" if len(all_shots) > 1 else label
+
+    order = [name(label, shots) for label, *_ in settings for shots in all_shots]
     for shots in all_shots:
         for seed in SEEDS:
             more = (f"partition.shots={shots}", f"partition.seed={seed}")
             clients = stages_of(*given.overrides, "method=last", *more).readable_clients(store)
             for label, which, grid, arguments in settings:
-                key = f"{label} {shots}" if len(all_shots) > 1 else label
+                key = name(label, shots)
                 if (key, seed) in known:
                     continue
                 head = torch.nn.Linear(store.dim, made.num_classes)
@@ -167,12 +172,8 @@ def main() -> None:
                         "seconds": round(time.monotonic() - start, 1),
                     }
                 )
-                pd.DataFrame(done).to_csv(path, index=False)
+                store(table, pd.DataFrame(done), order)
                 print(f"{key}, seed {seed}: {100 * found:.1f} % in {done[-1]['seconds']} s", flush=True)
-    order = [f"{label} {shots}" if len(all_shots) > 1 else label for label, *_ in settings for shots in all_shots]
-    table = pd.DataFrame(done)
-    table = table.sort_values(["label", "seed"], key=lambda c: c.map(order.index) if c.name == "label" else c)
-    table.to_csv(path, index=False)
     fill()
 
 

@@ -73,6 +73,14 @@ def stored(name: str) -> pd.DataFrame:
     return pd.read_csv(file(name))
 
 
+def store(name: str, runs: pd.DataFrame, labels: Iterable[str]) -> None:
+    """Write a table's figures, settings in the order of ``labels``."""
+    order = {label: number for number, label in enumerate(labels)}
+    runs = runs.sort_values(["label", "seed"], key=lambda c: c.map(order) if c.name == "label" else c)
+    file(name).parent.mkdir(exist_ok=True)
+    runs.to_csv(file(name), index=False)
+
+
 def stored_of(names: Iterable[str]) -> list[str]:
     """Return those of some tables that are stored."""
     return [name for name in names if file(name).is_file()]
@@ -91,17 +99,27 @@ def best_first(name: str) -> pd.DataFrame:
     return means(name).sort_values("accuracy", ascending=False, kind="stable")
 
 
-def behind(name: str, labels: Iterable[str]) -> pd.DataFrame:
-    """Return the differences of some settings to the best of them, paired over the seeds.
+def by_seed(name: str) -> pd.DataFrame:
+    """Return accuracies, a line for each seed and a column for each setting."""
+    return stored(name).pivot(index="seed", columns="label", values="accuracy")
 
-    Columns: mean and standard error, whether it is the best, and whether it is that or its 95 % interval has 0.
+
+def differences(runs: pd.DataFrame, reference: str) -> pd.DataFrame:
+    """Return each setting's accuracy less that of another, paired over the seeds: ``less`` and its error."""
+    found = runs.sub(runs[reference], axis=0)
+    return pd.DataFrame({"less": found.mean(), "less_se": found.sem()})
+
+
+def behind(name: str, labels: Iterable[str]) -> pd.DataFrame:
+    """Return `differences` to the best of some settings.
+
+    Further columns: whether it is the best, and whether it is that or its 95 % interval has 0.
     """
-    by_seed = stored(name).pivot(index="seed", columns="label", values="accuracy")[list(labels)]
-    first = by_seed.mean().idxmax()
-    differences = by_seed.sub(by_seed[first], axis=0)
-    mean, se, best = differences.mean(), differences.sem(), differences.columns == first
-    near = best | (mean + student_t.ppf(0.975, len(by_seed) - 1) * se >= 0)
-    return pd.DataFrame({"mean": mean, "se": se, "best": best, "near": near})
+    runs = by_seed(name)[list(labels)]
+    first = runs.mean().idxmax()
+    found = differences(runs, first)
+    near = found["less"] + student_t.ppf(0.975, len(runs) - 1) * found["less_se"] >= 0
+    return found.assign(best=found.index == first, near=near | (found.index == first))
 
 
 def ranked(table: pd.DataFrame) -> list[str]:
@@ -141,12 +159,12 @@ def main_part(name: str) -> list[str]:
     alone = {key: first[f"backbone_{key}"] for key in ("accuracy", "worst_decile", "log_loss", "ece")}
     cells = [cell(pd.Series(alone), c.key, c.form, ()) if c.key in alone else "" for c in shown]
     lines.append(row("the backbone alone", *cells, ""))
-    differences = behind(name, ranked(table))
+    to_best = behind(name, ranked(table))
     for label, line in table.iterrows():
         cells = [cell(line, c.key, c.form, () if c.form in ("cost", "bytes", "number") else ("se",)) for c in shown]
         text = ""
-        if label in differences.index and not (difference := differences.loc[label])["best"]:
-            text = f"{100 * difference['mean']:+.1f} ± {100 * difference['se']:.1f}"
+        if label in to_best.index and not to_best.loc[label, "best"]:
+            text = cell(to_best.loc[label], "less", "gain")
         lines.append(row(named(str(label), line["oracle"]), *cells, text))
     return lines
 
@@ -231,17 +249,11 @@ def grid_part(name: str) -> list[str]:
     return lines
 
 
-def differences_to(name: str, reference: str) -> pd.DataFrame:
-    """Return mean and standard error of each setting's accuracy less that of another, paired over the seeds."""
-    by_seed = stored(name).pivot(index="seed", columns="label", values="accuracy")
-    difference = by_seed.sub(by_seed[reference], axis=0)
-    return pd.DataFrame({"less": difference.mean(), "less_se": difference.sem()})
-
-
 def sweep_part(name: str) -> list[str]:
     """Return accuracy: a line for each setting, a column for each value; in brackets less the table's reference."""
     table, reference = grid(name), TABLES[name].reference
     values = table.index.unique(level=1)
+    less = {value: differences(by_seed(name), f"{reference} {value}") for value in values if reference}
     lines = head("", *values)
     if "backbone_accuracy" in table:
         first = [_percent(table.xs(value, level=1).iloc[0], "backbone_accuracy") for value in values]
@@ -254,8 +266,7 @@ def sweep_part(name: str) -> list[str]:
                 continue
             cells.append(_percent(table.loc[(label, value)], "accuracy"))
             if reference and label != reference:
-                less = differences_to(name, f"{reference} {value}").loc[f"{label} {value}"]
-                cells[-1] += f" ({cell(less, 'less', 'gain')})"
+                cells[-1] += f" ({cell(less[value].loc[f'{label} {value}'], 'less', 'gain')})"
         lines.append(row(setting(name, label), *cells))
     return lines
 
@@ -269,11 +280,11 @@ def columns_part(name: str) -> list[str]:
     if "backbone_accuracy" in made:
         alone = [backbone_cell(made.iloc[0], column, _errors(column)) for column in shown]
         lines.append(row("the backbone alone", *alone, *[""] * bool(table.reference)))
+    less = differences(by_seed(name), table.reference) if table.reference else None
     for label, line in made.iterrows():
         cells = [cell(line, column.key, column.form, _errors(column)) for column in shown]
-        if table.reference:
-            less = differences_to(name, table.reference).loc[label]
-            cells.append("" if label == table.reference else cell(less, "less", "gain"))
+        if less is not None:
+            cells.append("" if label == table.reference else cell(less.loc[label], "less", "gain"))
         lines.append(row(setting(name, str(label)), *cells))
         if label == table.reference and f"{SMALL} accuracy" in line:
             keys = [f"{SMALL} {column.key}" for column in shown]

@@ -24,7 +24,6 @@ import argparse
 import json
 import os
 import shlex
-import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -35,10 +34,10 @@ import numpy as np
 import pandas as pd
 from figures import draw
 from omegaconf import OmegaConf
-from pages import KEYS, file, fill
-from safetensors.torch import load_file, save_file
+from pages import KEYS, fill, store, stored, stored_of
 from settings import QUANTILES, SEEDS, TABLES
 
+from iciia_exp.artifacts import atomic_write, load_tensors, replacing_folder, save_tensors
 from iciia_exp.data.client_mix import unseen
 from iciia_exp.data.clients import Clients
 from iciia_exp.results.columns import DRAWN_TYPES
@@ -58,10 +57,8 @@ def write_leaf(arrays: Path, folder: Path) -> None:
             users.append(f"f{writer:04d}")
             counts.append(len(own))
             content[users[-1]] = {"x": pixels.tolist(), "y": labels[own].tolist()}
-        (folder / split).mkdir(parents=True, exist_ok=True)
-        partial = folder / split / "all_data.partial"
-        partial.write_text(json.dumps({"users": users, "num_samples": counts, "user_data": content}))
-        partial.rename(folder / split / "all_data.json")
+        with atomic_write(folder / split / "all_data.json") as file:
+            file.write(json.dumps({"users": users, "num_samples": counts, "user_data": content}))
 
 
 class Weights:
@@ -77,10 +74,8 @@ class Weights:
             return str(path)
         both = self.out / f"{first}+{more[0]}.safetensors"
         if not both.is_file():
-            partial = both.with_suffix(".partial")
-            second = {f"second.{name}": tensor for name, tensor in load_file(self.file(more[0])).items()}
-            save_file(load_file(path) | second, partial)
-            partial.rename(both)
+            second = {f"second.{name}": tensor for name, tensor in load_tensors(self.file(more[0])).items()}
+            save_tensors(both, load_tensors(path) | second)
         return str(both)
 
     def file(self, name: str) -> Path:
@@ -101,15 +96,13 @@ class First:
     def __format__(self, numbers: str) -> str:
         made = self.out / f"{self.folder.name}_{numbers.replace('+', '_')}"
         if not made.is_dir():
-            partial = made.with_suffix(".partial")
-            shutil.rmtree(partial, ignore_errors=True)
-            for split, number in zip(("train", "val"), map(int, numbers.split("+")), strict=True):
-                for category in sorted((self.folder / split).iterdir()):
-                    own = partial / split / category.name
-                    own.mkdir(parents=True)
-                    for image in sorted(category.iterdir())[:number]:
-                        (own / image.name).symlink_to(image)
-            partial.rename(made)
+            with replacing_folder(made, "train", "dataset") as folder:
+                for split, number in zip(("train", "val"), map(int, numbers.split("+")), strict=True):
+                    for category in sorted((self.folder / split).iterdir()):
+                        own = folder / split / category.name
+                        own.mkdir(parents=True)
+                        for image in sorted(category.iterdir())[:number]:
+                            (own / image.name).symlink_to(image)
         return str(made)
 
 
@@ -143,20 +136,17 @@ def result_of(arguments: list[str]) -> dict[str, Any]:
 
 def answers(row: dict[str, Any]) -> Iterator[tuple[str, pd.DataFrame]]:
     """Yield the answers by images seen before of the partition's clients, and of those of other types."""
-    for kind in ("history.parquet", "drawn_clients.parquet"):
-        if not (row["folder"] / kind).is_file():  # nobody can tell the method of drawn clients
-            continue
-        data = pd.read_parquet(row["folder"] / kind)
-        if kind == "history.parquet":
-            yield "partition", data
-            run = row["folder"].parent
-            held_out = OmegaConf.load(run / "config.yaml").client_mix.unseen_types
-            if held_out:
-                types = unseen(Clients.load(run / "partition.parquet").types, held_out)
-                new = data["client_type"].isin(types)
-                yield from (("training_types", data[~new]), ("held_out_types", data[new]))
-        else:
-            yield from ((clients, data[data["client_type"] == clients]) for clients in DRAWN_TYPES)
+    folder = row["folder"]
+    if (folder / "history.parquet").is_file():
+        data = pd.read_parquet(folder / "history.parquet")
+        yield "partition", data
+        if held_out := OmegaConf.load(folder.parent / "config.yaml").client_mix.unseen_types:
+            types = unseen(Clients.load(folder.parent / "partition.parquet").types, held_out)
+            new = data["client_type"].isin(types)
+            yield from (("training_types", data[~new]), ("held_out_types", data[new]))
+    if (folder / "drawn_clients.parquet").is_file():  # not where nobody can tell the method of drawn clients
+        data = pd.read_parquet(folder / "drawn_clients.parquet")
+        yield from ((clients, data[data["client_type"] == clients]) for clients in DRAWN_TYPES)
 
 
 def line_of(name: str, label: str, seed: int, row: dict[str, Any]) -> dict[str, Any]:
@@ -217,14 +207,10 @@ def make(name: str, options: argparse.Namespace) -> None:
         for seed in SEEDS:
             lines.append(line_of(name, label, seed, result_of(overrides(name, label, seed, options))))
     new = pd.DataFrame([{k: rounded(v) for k, v in line.items()} for line in lines])
-    path = file(name)
-    if path.is_file():  # of the settings that were left out
-        old = pd.read_csv(path)
+    if stored_of([name]):  # of the settings that were left out
+        old = stored(name)
         new = pd.concat([new, old[~old["label"].isin(new["label"])]])
-    order = {label: number for number, label in enumerate(TABLES[name].settings)}
-    new = new.sort_values(["label", "seed"], key=lambda c: c.map(order) if c.name == "label" else c)
-    path.parent.mkdir(exist_ok=True)
-    new.to_csv(path, index=False)
+    store(name, new, TABLES[name].settings)
 
 
 def main() -> None:

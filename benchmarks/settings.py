@@ -133,6 +133,8 @@ LITE = (
     "backbone.weights={{weights:tf_efficientnet_lite{n}}}"
 )
 BACKBONES = {"MobileNetV2": MOBILENET, "EfficientNet-lite0": LITE.format(n=0), "EfficientNet-lite2": LITE.format(n=2)}
+#: Behind MobileNetV2, with two layers in small groups.
+TINY_SMALL = f"{TINY} {MOBILENET} num_layers=2 groups=256"
 #: The paper's two sizes, ICIIA-B and ICIIA-T, and others, behind each backbone.
 SIZES = {
     "client_profile": "method=client_profile",
@@ -166,7 +168,7 @@ TABLES = {
     "training": Table(
         "benchmarks.md",
         60,
-        f"{TINY} {MOBILENET} method=iciia num_layers=2 groups=256 {ALONE}",
+        f"{TINY_SMALL} method=iciia {ALONE}",
         {
             "published": "training=published",
             "default": "",
@@ -208,17 +210,15 @@ TABLES = {
         f"training=default training.recipe.epochs=10 groups=256 name=mnist_writers {ALL_SEEDS} {DRAWN}",
         METHODS,
     ),
-    "tiny_imagenet": Table("rivals.md", 120, f"{TINY} {MOBILENET} num_layers=2 groups=256 {DRAWN}", METHODS | TUNED),
+    "tiny_imagenet": Table("rivals.md", 120, f"{TINY_SMALL} {DRAWN}", METHODS | TUNED),
     "clients": Table(
         "client_profile.md",
         60,
-        f"{TINY} {MOBILENET} num_layers=2 groups=256 {DRAWN}",
+        f"{TINY_SMALL} {DRAWN}",
         of("client_profile", "iciia"),
         clients=True,
     ),
-    "streams": Table(
-        "streams.md", 180, f"{TINY} {MOBILENET} num_layers=2 groups=256 name=tiny_streams {DRAWN}", STREAMS
-    ),
+    "streams": Table("streams.md", 180, f"{TINY_SMALL} name=tiny_streams {DRAWN}", STREAMS),
     "streams_digits": Table(
         "streams.md",
         10,
@@ -234,7 +234,7 @@ TABLES = {
     "held_out": Table(
         "rivals.md",
         120,
-        f"{TINY} {MOBILENET} num_layers=2 groups=256 client_mix.unseen_types=0.33 name=tiny_held_out",
+        f"{TINY_SMALL} client_mix.unseen_types=0.33 name=tiny_held_out",
         of("client_profile", "iciia_prior", "client_prior", "prior_em", "lame", "client_types", "iciia"),
     ),
     "backbones": Table(
@@ -306,12 +306,12 @@ TABLES |= {
 #: Parts of MIET, from one store of levels.
 MIET = "+experiment=miet_tiny_imagenet data_dir=FOLDER backbone.weights=FILE"
 TABLES |= {
-    f"miet_{part}": Table("miet.md", minutes, "", {}, columns, reference, script=f"miet_levels.py --part {part} {MIET}")
-    for part, minutes, columns, reference in (
-        ("sums", 60, ("request_down_bytes",), "linear, last level"),
-        ("bytes", 60, ("request_down_bytes",), "linear"),
-        ("blocks", 60, (), "linear"),
-        ("shots", 60, (), "linear, last feature"),
+    f"miet_{part}": Table("miet.md", 60, "", {}, columns, reference, script=f"miet_levels.py --part {part} {MIET}")
+    for part, columns, reference in (
+        ("sums", ("request_down_bytes",), "linear, last level"),
+        ("bytes", ("request_down_bytes",), "linear"),
+        ("blocks", (), "linear"),
+        ("shots", (), "linear, last feature"),
     )
 }
 
@@ -420,11 +420,6 @@ DC_TINY = (
 WITHOUT = "~method.unseen_logits ~method.control_epochs ~method.control_lr"
 
 
-def arms_of(*settings: str, more: str = "") -> dict[str, str]:
-    """Return settings of `dc_ccl`, which is the experiment's method."""
-    return {k: v.replace("method=dc_ccl ", "") for k, v in named("dc_ccl", *settings, more=more).items()}
-
-
 TABLES |= {
     "dc_ccl_digits": Table(
         "dc_ccl.md",
@@ -432,9 +427,9 @@ TABLES |= {
         f"+experiment=dc_ccl_digits {ALL_SEEDS}",
         {"fedavg, devices alone": "method=fedavg method.devices=1 method.cloud_weight=0 method.share_down=0"}
         | named("fedavg", "", "proximal=0.01", "proximal=0.1")
-        | arms_of(*ARMS, "", "devices=1", "participation=0.5 unavailable=0.2")
-        | arms_of("retune=device", "retune=mixed", "retune=none", "payload=float16", "payload=int8")
-        | arms_of("arm=large_on_device", "arm=centralised"),
+        | named("dc_ccl", *ARMS, "", "devices=1", "participation=0.5 unavailable=0.2")
+        | named("dc_ccl", "retune=device", "retune=mixed", "retune=none", "payload=float16", "payload=int8")
+        | named("dc_ccl", "arm=large_on_device", "arm=centralised"),
         ROUNDS,
         "dc_ccl",
         BOUNDS,
@@ -444,7 +439,7 @@ TABLES |= {
         120,
         "+experiment=dc_ccl_mnist data_dir={data} seed={seed} backbone.seed={seed}",
         {"fedavg": "method=fedavg network@method.network=vgg method.devices=1"}
-        | arms_of(*ARMS, "temperature=1", "", "arm=large_on_device"),
+        | named("dc_ccl", *ARMS, "temperature=1", "", "arm=large_on_device"),
         ROUNDS,
         "dc_ccl",
         BOUNDS,
@@ -460,8 +455,9 @@ TABLES |= {
                 **named("fedavg", "", "proximal=0.01"),
             }.items()
         }
-        | arms_of("temperature=1", "temperature=1.25", "temperature=1.25 share_down=0")
-        | arms_of(
+        | named("dc_ccl", "temperature=1", "temperature=1.25", "temperature=1.25 share_down=0")
+        | named(
+            "dc_ccl",
             *ARMS,
             "",
             "payload=float16",
@@ -479,7 +475,7 @@ TABLES |= {
 # ---- routing
 
 ROUTERS = (
-    {f"{rule}": f"method=fixed_router method.rule={rule}" for rule in ("random", "length")}
+    {rule: f"method=fixed_router method.rule={rule}" for rule in ("random", "length")}
     | named("linear_router", "inputs=words", "inputs=tokens")
     | named("routellm", "")
     | named("hybrid_llm", "")

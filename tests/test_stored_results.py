@@ -100,20 +100,19 @@ def test_parts(pages, made_up, part, table):
     lines = pages.PARTS[part](table)
     assert len({line.count("|") for line in lines}) == 1
     labels = pd.read_csv(made_up / f"{table}.csv")["label"]
-    assert all(any(word in line for line in lines) for label in labels for word in label.split(" ")[-1:])
+    assert all(any(label.split(" ")[-1] in line for line in lines) for label in labels)
 
 
-def test_differences_to_the_reference(pages, results, made_up):
+def test_differences_to_the_reference(pages, made_up):
     """Paired: the difference of the means, with the error of the differences."""
     runs = pd.read_csv(made_up / "dc_ccl_digits.csv").pivot(index="seed", columns="label", values="accuracy")
     less = 100 * (runs["fedavg"] - runs["dc_ccl"])
-    (line,) = (line for line in pages.columns_part("dc_ccl_digits") if line.startswith("| `fedavg` |"))
+    lines = pages.columns_part("dc_ccl_digits")
+    (line,) = (line for line in lines if line.startswith("| `fedavg` |"))
     assert line.endswith(f"| {less.mean():+.1f} ± {less.sem():.1f} |")
-    (line,) = (line for line in pages.columns_part("dc_ccl_digits") if line.startswith("| `dc_ccl` |"))
+    (line,) = (line for line in lines if line.startswith("| `dc_ccl` |"))
     assert line.endswith("|  |")
-    assert any(
-        line.startswith("| bound: `dc_ccl arm=large_on_device` |") for line in pages.columns_part("dc_ccl_digits")
-    )
+    assert any(line.startswith("| bound: `dc_ccl arm=large_on_device` |") for line in lines)
 
 
 @pytest.mark.slow

@@ -13,7 +13,7 @@ import pandas as pd
 
 from iciia_exp.results.plots import BLUE, DARK, legend, new_figure, save
 
-__all__ = ["BINS", "calibration_table", "pooled", "reliability_diagram"]
+__all__ = ["BINS", "calibration_table", "draw_reliability", "pooled", "reliability_diagram"]
 
 #: Bins of confidence, all of one width.
 BINS = 15
@@ -50,6 +50,14 @@ def pooled(tables: Sequence[pd.DataFrame]) -> pd.DataFrame:
     return sums
 
 
+def draw_reliability(axes: Any, confidence: Any, accuracy: Any, share: Any, label: str, style: dict[str, str]) -> None:
+    """Draw a curve of bins, in percent: points as large as their share; ``style`` has color and marker."""
+    x, y = 100 * confidence, 100 * accuracy
+    axes.plot(x, y, linewidth=1, color=style["color"], linestyle=style.get("linestyle", "-"))
+    axes.scatter(x, y, 10 + 250 * share, color=style["color"], marker=style["marker"], alpha=0.8, linewidth=0)
+    axes.plot([], [], label=label, markersize=5, **style)
+
+
 def reliability_diagram(table: pd.DataFrame, row: dict[str, Any], path: Path) -> Path:
     """Draw accuracy against confidence, the points as large as the share of the decisions.
 
@@ -66,12 +74,9 @@ def reliability_diagram(table: pd.DataFrame, row: dict[str, Any], path: Path) ->
         ("method", row["method"], "ece", {"color": BLUE, "marker": "o", "linestyle": "-"}),
     ):
         part = table[table["who"] == who]
-        x, y = 100 * part["confidence"], 100 * part["accuracy"]
         share = part["decisions"] / part["decisions"].sum()
-        axes.plot(x, y, linewidth=1, color=style["color"], linestyle=style["linestyle"])
-        axes.scatter(x, y, 10 + 250 * share, color=style["color"], marker=style["marker"], alpha=0.8, linewidth=0)
         label = f"{name}, mean distance {100 * row[error]:.1f} points"
-        axes.plot([], [], label=label, markersize=5, **style)
+        draw_reliability(axes, part["confidence"], part["accuracy"], share, label, style)
     axes.set(xlim=(0, 103), ylim=(0, 103))
     legend(axes, beside=False)
     axes.get_legend().set_in_layout(False)  # a long name of a backbone leaves the axes their size

@@ -85,6 +85,17 @@ def legend(axes: Any, beside: bool) -> None:
         axes.legend(frameon=False, fontsize=8.5, loc="best")
 
 
+def cost_axis(axes: Any, cost: pd.Series, percent: bool = True) -> None:
+    """Scale the x axis for costs: logarithmic, with a place for 0."""
+    from matplotlib.ticker import FuncFormatter, NullLocator
+
+    edge = 10 ** np.floor(np.log10(cost[cost > 0].min())) if (cost > 0).any() else 1.0
+    axes.set_xscale("symlog", linthresh=edge, linscale=0.4)
+    axes.set_xlim(-0.15 * edge, max([*cost, edge]) * 3)
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g} %" if percent else f"{value:.0e}"))
+    axes.xaxis.set_minor_locator(NullLocator())
+
+
 def hover(artist: Any, text: str) -> None:
     """Give a line or a point a tooltip: in SVG its id is ``hover:<text>``, which the page makes a tooltip."""
     artist.set_gid(f"hover:{text}")
@@ -325,8 +336,6 @@ def draw_accuracy_vs_overhead(rows: Sequence[dict[str, Any]], highlight: str | N
     Returns:
         A matplotlib figure.
     """
-    from matplotlib.ticker import FuncFormatter, NullLocator
-
     table = settings(list(rows))
     oracles = table[table["oracle"]]
     points = table[~table["oracle"] & (table["method"] != "backbone")]
@@ -377,11 +386,7 @@ def draw_accuracy_vs_overhead(rows: Sequence[dict[str, Any]], highlight: str | N
     if len(front) > 1 and highlight is None:
         style = {"where": "post", "color": GREY, "linewidth": 1, "zorder": 0, "label": "best at its cost"}
         axes.step(front["cost"], 100 * front["accuracy"], **style)
-    edge = 10 ** np.floor(np.log10(cost[cost > 0].min())) if (cost > 0).any() else 1.0
-    axes.set_xscale("symlog", linthresh=edge, linscale=0.4)
-    axes.set_xlim(-0.15 * edge, max([*cost, edge]) * 3)
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g} %" if in_percent else f"{value:.0e}"))
-    axes.xaxis.set_minor_locator(NullLocator())
+    cost_axis(axes, cost, bool(in_percent))
     legend(axes, beside=crowded)
     return figure
 
