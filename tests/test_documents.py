@@ -6,6 +6,7 @@ import os
 import re
 import runpy
 import shlex
+import shutil
 import sys
 from pathlib import Path
 
@@ -171,7 +172,7 @@ def test_what_a_reader_brings_works_as_the_page_shows(tmp_path, monkeypatch, cap
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
-    """A folder with finished runs at outputs/digits and outputs/rivals."""
+    """A folder with finished runs at every place that a command of the report names, as outputs/digits."""
     import os
 
     from iciia_exp import run_experiment
@@ -184,6 +185,9 @@ def finished(tmp_path_factory):
             run_experiment(f"method={method}", f"name={name}", f"cache_dir={folder}/cache", "groups=4", *SMALL)
     finally:
         os.chdir(keep)
+    for named in re.findall(r"outputs/\w+", " ".join(commands("python -m iciia_exp.report"))):
+        if not (folder / named).is_dir():
+            shutil.copytree(folder / "outputs" / "rivals", folder / named)
     return folder
 
 
