@@ -24,6 +24,13 @@ def numeric(value: Any) -> bool:
     return isinstance(value, np.ndarray) and value.dtype.kind in "fiub"
 
 
+def _of_numbers(value: Any) -> bool:
+    """Return whether nested lists hold numbers or arrays; NumPy would also turn pictures into numbers."""
+    while isinstance(value, list | tuple) and value:
+        value = value[0]
+    return isinstance(value, int | float | np.generic) or numeric(value)
+
+
 def as_features(value: Any, who: str, shape: str) -> Tensor:
     """Return features as a float32 tensor on the CPU, which shares no memory with an array of another layout.
 
@@ -34,12 +41,16 @@ def as_features(value: Any, who: str, shape: str) -> Tensor:
     """
     if isinstance(value, list | tuple) and value and all(isinstance(part, Tensor) for part in value):
         value = torch.stack(list(value)) if len({part.shape for part in value}) == 1 else value
-    elif isinstance(value, list | tuple):
+    elif isinstance(value, list | tuple) and _of_numbers(value):
         with contextlib.suppress(ValueError):  # of different lengths
             value = np.asarray(value)
     if not numeric(value):
-        got = f"{type(value).__name__} of {value.dtype}" if isinstance(value, np.ndarray) else type(value).__name__
-        hint = "for images use the features of run.load_backbone(), or a session with backbone="
+        got = type(value).__name__
+        if isinstance(value, np.ndarray):
+            got = f"{got} of {value.dtype}"
+        elif isinstance(value, list | tuple) and value:
+            got = f"{got} of {type(value[0]).__name__}"
+        hint = "for images use the features of run.load_backbone(), or a session with backbone=, image by image"
         raise UserError(f"{who}: expected features, numbers {shape}, got {got}; {hint}")
     if isinstance(value, np.ndarray):  # also big-endian or with negative strides, which torch refuses
         value = torch.from_numpy(np.ascontiguousarray(value, dtype=np.float32))

@@ -139,8 +139,9 @@ class ClientSession:
         """Return probabilities over ``run.class_names``, float32 [K], and remember the image.
 
         Args:
-            image: features, numbers [D] as a tensor, array or list. With a backbone also an image: a PIL image, a path,
-                uint8 [H, W], [H, W, 3] or [3, H, W], floats from 0 to 1 of these shapes, or what the dataset gives.
+            image: features, numbers [D] or [1, D] as a tensor, array or list. With a backbone also an image: a PIL
+                image, a path, uint8 [H, W], [H, W, 3] or [3, H, W], floats from 0 to 1 of these shapes, or what the
+                dataset gives.
             arrays: what the method reads beside the features, of one image: ``{"tokens": [n, d]}``. With an image, the
                 backbone gives them.
         """
@@ -170,9 +171,16 @@ class ClientSession:
 
     def _as_features(self, image: Any) -> tuple[Tensor, dict[str, Tensor]]:
         """Return an image's features, [1, D], and of an image the arrays that the method reads, [1, ...]."""
-        flat = isinstance(image, list | tuple) or (numeric(image) and image.ndim == 1)
-        if flat or self.backbone is None:
-            return as_features(image, self.client, f"[{self.method.dim}]")[None], {}
+        dim = self.method.dim
+        if isinstance(image, list | tuple) or (numeric(image) and image.ndim == 1) or self.backbone is None:
+            x = as_features(image, self.client, f"[{dim}]")
+            return x if x.shape == (1, dim) else x[None], {}
+        if numeric(image) and image.ndim == 2 and image.shape[1] == dim and "float" in str(image.dtype):
+            if len(image) == 1:  # of one image, with a batch axis
+                return as_features(image, self.client, f"[{dim}]"), {}
+            if len(image) != dim:
+                found = f"floats {list(image.shape)} may be features of {len(image)} images or a grey picture"
+                raise UserError(f"{self.client}: {found}; give features one by one, [{dim}], a picture as uint8")
         try:
             x = self.backbone.transform(image)
         except (ValueError, TypeError, OSError, AttributeError, RuntimeError) as error:

@@ -66,8 +66,8 @@ def test_wrong_features_are_refused(finished):
     for wrong, message in (
         (torch.full((2, 32), float("inf")), "features are not finite"),
         (torch.full((2, 32), 1e30), "the answer is not finite"),
-        (["a.jpg"], "expected features, numbers .* got ndarray of <U5; for images"),
-        ([object()], "got ndarray of object"),
+        (["a.jpg"], "expected features, numbers .* got list of str; for images"),
+        ([object()], "got list of object"),
         (None, "got NoneType"),
     ):
         with pytest.raises(UserError, match=f"^predict: .*{message}"):

@@ -256,9 +256,26 @@ def test_images_as_applications_have_them(run, tmp_path):
             session.predict(wrong)
     with pytest.raises(UserError, match=r"^kitchen: features have shape \[2\], the run wants \[16\]"):
         session.predict([1.0, 2.0])
-    with pytest.raises(UserError, match="^kitchen: features have shape"):
+    with pytest.raises(UserError, match="^kitchen: expected features, .* got list of Image; .* image by image"):
         session.predict([picture])
     assert session.seen == 0
+    for several in ([picture, picture], [[picture], [picture]]):
+        with pytest.raises(UserError, match="^predict: expected features, .* got list of (Image|list); for images use"):
+            run.predict(several)
+        with pytest.raises(UserError, match="^predict_together: expected features, .*; for images use"):
+            predict_together([ClientSession(run), ClientSession(run)], several)
+
+
+@pytest.mark.parametrize("kind", [torch.tensor, np.float64, np.ndarray.tolist])
+def test_features_with_a_batch_axis_are_no_grey_picture(run, kind):
+    rows = np.random.default_rng(0).random((3, D)).astype(np.float32)  # from 0 to 1, as a picture's
+    want = ClientSession(run).predict(rows[0])
+    for backbone in (None, Pictures()):
+        torch.testing.assert_close(ClientSession(run, backbone=backbone).predict(kind(rows[:1])), want)
+        with pytest.raises(UserError, match=r"^client: (features have shape|floats \[3, 16\] may be features of 3)"):
+            ClientSession(run, backbone=backbone).predict(kind(rows))
+    square = np.random.default_rng(0).random((D, D))
+    assert ClientSession(run, backbone=Pictures()).predict(square).shape == (K,)
 
 
 def test_together_takes_arrays_and_lists(run):
