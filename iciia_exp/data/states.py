@@ -64,7 +64,7 @@ def read_facts(folder: Path, number: int) -> dict[str, Any]:
     path = shard_path(folder, number)
     try:
         facts = json.loads((_open(path).metadata() or {})["facts"])
-    except (KeyError, ValueError) as error:
+    except (KeyError, ValueError, RecursionError) as error:
         raise _damaged(path, error) from error
     return facts
 

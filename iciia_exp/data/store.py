@@ -193,7 +193,7 @@ class FeatureWriter:
         problems = {}
         for path in folder.glob("bad.*.jsonl"):
             for line in path.read_text(encoding="utf-8").splitlines():
-                with contextlib.suppress(json.JSONDecodeError):  # cut off by a kill; not marked as done either
+                with contextlib.suppress(ValueError, TypeError, RecursionError):  # cut off by a kill; not done either
                     row, problem = json.loads(line)
                     problems[int(row)] = problem
         return dict(sorted(problems.items()))

@@ -221,7 +221,7 @@ class Run:
         verify(path)
         try:
             config = yaml.safe_load(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError, yaml.YAMLError) as error:
+        except (OSError, ValueError, yaml.YAMLError, RecursionError) as error:
             raise UserError(f"{path}: cannot be read ({first_line(error)})") from error
         if not isinstance(config, dict):
             raise UserError(f"{path}: is not the configuration of a run")

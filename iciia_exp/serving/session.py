@@ -259,7 +259,7 @@ class ClientSession:
         try:
             state: Any = json.loads(random) if random else self._rng.bit_generator.state
             self._restore({"state": numbers[:, :width], "features": numbers[:, width:], "age": age}, seen, state)
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise UserError(f"{self.client}: what is kept of it is damaged ({first_line(error)})") from error
 
     def save(self, path: str | Path) -> None:

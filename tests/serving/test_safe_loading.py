@@ -1,5 +1,6 @@
 """Loading what others made runs no code of theirs and reads nothing outside: every leaf of every file in turn."""
 
+import contextlib
 import copy
 import json
 import os
@@ -181,6 +182,30 @@ def test_every_leaf_of_every_file(made, name, tmp_path, monkeypatch):
                 ]
                 assert not outside, (where, label, outside[:3])
                 assert not (root / "MARK").exists(), (where, label)
+    finally:
+        path.write_text(whole, encoding="utf-8")
+
+
+@pytest.mark.parametrize("name", ["run", "config", "results", "store", "backbone"])
+def test_a_key_that_is_missing_and_deep_nesting(made, name, tmp_path):
+    _, stages = made
+    path = files(stages)[name]
+    whole = path.read_text(encoding="utf-8")
+    good = yaml.safe_load(whole)  # JSON is YAML
+    session = tmp_path / "session"
+    ClientSession(Run.load(stages.run.folder)).save(session)
+    try:
+        for key in good:
+            path.write_text(json.dumps({k: v for k, v in good.items() if k != key}), encoding="utf-8")
+            if name == "run" and key not in ("arrays", "parameters"):
+                with pytest.raises(UserError, match=rf"run\.json: ({key}: expected|format None)"):
+                    Run.load(stages.run.folder)
+            with contextlib.suppress(UserError):  # anything else fails the test
+                loaded(stages, session, store_alone=name == "store")
+        for text in ("[" * 100_000, '{"a":' * 100_000, '{"a": ' + "[" * 100_000):
+            path.write_text(text, encoding="utf-8")
+            with contextlib.suppress(UserError):
+                loaded(stages, session, store_alone=name == "store")
     finally:
         path.write_text(whole, encoding="utf-8")
 
