@@ -17,7 +17,7 @@ from omegaconf.errors import OmegaConfBaseException
 from iciia_exp import __version__
 from iciia_exp.config.paths import CONF_DIR
 from iciia_exp.errors import UserError
-from iciia_exp.output import print_error, robust_streams
+from iciia_exp.output import discard_output, os_error, print_error, robust_streams
 
 
 @hydra.main(version_base="1.3", config_path=str(CONF_DIR), config_name="config")
@@ -45,10 +45,11 @@ def main() -> None:
     except FileNotFoundError:
         print_error("the working folder has been deleted; change to one that exists")
         sys.exit(2)
-    if "--version" in sys.argv[1:]:
-        print(f"iciia_exp {__version__}")
-        return
     try:
+        if "--version" in sys.argv[1:]:
+            print(f"iciia_exp {__version__}")
+            sys.stdout.flush()
+            return
         from iciia_exp.config.hydra_errors import check_choices
 
         check_choices(sys.argv[1:])
@@ -58,6 +59,7 @@ def main() -> None:
 
             if (failure := take_failure()) is not None:
                 raise failure
+        sys.stdout.flush()
     except (UserError, HydraException, OmegaConfBaseException, ValueError) as error:
         known = ("No trials are completed", "The --resolve flag")
         ours = any(text in str(error) for text in known)
@@ -66,6 +68,13 @@ def main() -> None:
         from iciia_exp.config.hydra_errors import explain
 
         print_error(explain(error, sys.argv[1:]))
+        sys.exit(2)
+    except BrokenPipeError:  # `| head` has read enough
+        discard_output()
+    except OSError as error:
+        if tracebacks:
+            raise
+        print_error(os_error(error))
         sys.exit(2)
     except KeyboardInterrupt:
         if tracebacks:

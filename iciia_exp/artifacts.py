@@ -58,8 +58,9 @@ def locked(path: Path, what: str) -> Iterator[None]:
 def atomic_write(path: Path, mode: str = "w") -> Iterator[IO[Any]]:
     """Open a temporary file that replaces ``path`` when the block ends without an error."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    name, prefix = None, f".{path.name}."
     try:
+        handle, name = tempfile.mkstemp(dir=path.parent, prefix=prefix)
         with os.fdopen(handle, mode, encoding=None if "b" in mode else "utf-8") as file:
             yield file
             file.flush()
@@ -69,9 +70,12 @@ def atomic_write(path: Path, mode: str = "w") -> Iterator[IO[Any]]:
         os.chmod(name, 0o666 & ~umask)  # mkstemp makes files that only their owner can read
         os.replace(name, path)
     except BaseException as error:
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(name)
-        if isinstance(error, OSError) and error.filename is None and error.errno is not None:  # a full disk
+        if name is not None:
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(name)
+        if not isinstance(error, OSError) or error.errno is None:
+            raise
+        if error.filename is None or Path(error.filename).name.startswith(prefix):  # a full disk; a folder is there
             raise OSError(error.errno, error.strerror, str(path)) from error
         raise
 

@@ -1,13 +1,14 @@
 """Output of commands: no character, closed pipe or terminal ends a run, and errors are one line."""
 
 import codecs
+import contextlib
 import os
 import sys
 from collections.abc import Callable
 
 from iciia_exp.errors import UserError, printable
 
-__all__ = ["exit_status", "print_error", "robust_streams"]
+__all__ = ["discard_output", "exit_status", "os_error", "print_error", "robust_streams"]
 
 #: What a terminal shows that does not know the character.
 _PLAIN = {"±": "+-", "–": "-", "—": "-", "…": "...", "×": "x", "→": "->", "µ": "u", "“": '"', "”": '"', "’": "'"}
@@ -36,8 +37,26 @@ def robust_streams() -> None:
 
 
 def print_error(error: object) -> None:
-    """Print an error for a user, without control characters."""
-    print(f"error: {printable(error)}", file=sys.stderr)
+    """Print an error for a user in one line, without control characters."""
+    print(f"error: {printable(error, lines=False)}", file=sys.stderr)
+
+
+def os_error(error: OSError) -> str:
+    """Return the file and the problem of an error of the system; without a file it is of the output, on a full disk.
+
+    An error of neither is raised again.
+    """
+    if error.strerror is None:
+        raise error
+    if error.filename is None:
+        discard_output()
+    return f"{error.filename or 'output'}: {error.strerror}"
+
+
+def discard_output() -> None:
+    """Write what is still to be written to standard output nowhere, so that Python does not fail at its end."""
+    with contextlib.suppress(OSError, ValueError):  # a stream without a file
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def exit_status(work: Callable[[], int], failed: int) -> int:
@@ -53,12 +72,10 @@ def exit_status(work: Callable[[], int], failed: int) -> int:
         sys.stdout.flush()
         return status
     except BrokenPipeError:  # `| head` has read enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what is still to be written
+        discard_output()
         return 0
     except OSError as error:
-        if error.filename is None or error.strerror is None:
-            raise
-        print_error(f"{error.filename}: {error.strerror}")
+        print_error(os_error(error))
         return failed
     except UserError as error:
         print_error(error)

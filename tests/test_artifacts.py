@@ -30,6 +30,17 @@ def test_atomic_write_leaves_the_old_file_when_the_block_fails(tmp_path):
     assert os.listdir(tmp_path) == ["a.txt"]
 
 
+@pytest.mark.parametrize("place", ["folder", "file/a.txt", "/proc/a.txt"])
+def test_atomic_write_names_the_path_and_no_temporary_file(tmp_path, place):
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "file").touch()
+    path = tmp_path / place
+    with pytest.raises(OSError) as found, atomic_write(path) as file:  # noqa: PT011  # of several kinds
+        file.write("a")
+    assert str(found.value.filename) in (str(path), str(path.parent))
+    assert sorted(os.listdir(tmp_path)) == ["file", "folder"]
+
+
 def test_atomic_write_makes_ordinary_files(tmp_path):
     with atomic_write(tmp_path / "new" / "a.bin", "wb") as file:
         file.write(b"x")

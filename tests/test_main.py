@@ -184,6 +184,23 @@ def call(monkeypatch, *arguments):
         (["partition.images_per_client=700"], "partition.images_per_client=700: the 600 train images do not fill one"),
         (["trainer.accelerator=tpus"], "trainer.accelerator=tpus: "),
         (["-m", "grups=1,2"], "grups: no such key; did you mean groups?"),
+        (["method=[iciia,prior_em]"], "method=[iciia,prior_em]: takes one option; for a run of each, -m method=iciia,"),
+        (["training.images=1000000000000"], "training.images=1000000000000: must be a whole number of 1 to 100000"),
+        (
+            ["evaluation.drawn_clients=1000000000"],
+            "evaluation.drawn_clients=1000000000: must be a whole number of 0 to",
+        ),
+        (["evaluation.neighbours=1000000"], "evaluation.neighbours=1000000: must be a whole number of 1 to 100"),
+        (
+            ["seed=99999999999999999999"],
+            "seed=99999999999999999999: must be a whole number of 0 to 9223372036854775807",
+        ),
+        (["features.precision=foo"], "features.precision=foo: must be one of 32-true, 32, 16-mixed,"),
+        (["dataset.sizes=null"], "dataset.sizes=None: must be a dictionary, {key: value, ...}"),
+        (["evaluation.history_lengths=5"], "evaluation.history_lengths=5: must be a list, [value, ...]"),
+        (["~features.num_workers"], "~features.num_workers: is null already; leave it out"),
+        (["~features.num_werkers"], "~features.num_werkers: no such key; did you mean features.num_workers?"),
+        (["~dataset.sizes"], "dataset.sizes: is missing; give it a value"),
         (["--config-name", "nothing"], "--config-name=nothing: no such configuration"),
     ],
     ids=lambda v: " ".join(v) if isinstance(v, list) else "",
@@ -206,6 +223,31 @@ def test_a_folder_that_cannot_be_made_is_named(monkeypatch, capsys, tmp_path, sm
         assert f"{key}={tmp_path / 'file'}" in err
         assert len(err.splitlines()) == 1
         assert not out  # before any work
+
+
+def test_an_argument_of_the_trainer_is_refused_on_a_finished_run(monkeypatch, capsys, small):
+    assert call(monkeypatch, *small, "method=backbone") == 0
+    for given in ("+trainer.barebones=true", "+trainer.enable_checkpointing=false", "trainer.precision=64-true"):
+        assert call(monkeypatch, *small, "method=backbone", given) == 2
+        assert capsys.readouterr().err.startswith(f"error: {given.lstrip('+').replace('true', 'True', 1)[:20]}")
+
+
+def test_a_run_for_which_memory_is_too_small_says_so(monkeypatch, capsys, small):
+    from iciia_exp.engine import execute
+
+    for error in (MemoryError("Unable to allocate 7 TiB"), RuntimeError("[enforce] can't allocate memory: you tried")):
+        monkeypatch.setattr(execute, "execute", lambda *_, error=error: raise_(error))
+        assert call(monkeypatch, *small) == 2
+        err = capsys.readouterr().err
+        assert err.startswith("error: memory is full (")
+        assert "training.images" in err
+    monkeypatch.setattr(execute, "execute", lambda *_: raise_(RuntimeError("other")))
+    with pytest.raises(RuntimeError, match="other"):
+        call(monkeypatch, *small)
+
+
+def raise_(error):
+    raise error
 
 
 def test_tracebacks_on_request(monkeypatch):
@@ -304,6 +346,13 @@ def test_a_search_over_a_key_that_the_method_lacks(monkeypatch, capsys, small):
 
 
 @pytest.mark.slow
+def test_a_sweep_over_what_changes_nothing_says_so(monkeypatch, capsys, small):
+    assert call(monkeypatch, "-m", *small, "method=prior_em,iciia", "groups=1,2", "heads=1") == 0
+    out = capsys.readouterr().out
+    assert "warning: 4 jobs are 3 different runs: groups changes nothing here" in out
+
+
+@pytest.mark.slow
 def test_jobs_in_parallel_on_this_machine(monkeypatch, capsys, tmp_path, small):
     """Two processes; what they share is made once, and a failing job is named by the one that started them."""
     status = call(
@@ -318,7 +367,9 @@ def test_jobs_in_parallel_on_this_machine(monkeypatch, capsys, tmp_path, small):
 @pytest.mark.parametrize("wanted", ["+launcher=joblib", "+launcher=slurm", "+search=optuna"])
 def test_what_is_not_installed_is_named_with_its_command(monkeypatch, capsys, wanted):
     from hydra.core.config_store import ConfigStore
+    from hydra.core.plugins import Plugins
 
+    Plugins.instance()  # which registers them
     repo = ConfigStore.instance().repo["hydra"]
     for group in ("launcher", "sweeper"):
         monkeypatch.setitem(repo, group, {name: node for name, node in repo[group].items() if name == "basic.yaml"})
@@ -389,6 +440,8 @@ def test_a_folder_of_options_of_ones_own(small, tmp_path):
     (tmp_path / "my conf" / "method").mkdir(parents=True)
     (tmp_path / "my conf" / "method" / "mine.yaml").write_text("_target_: iciia_exp.methods.adapt.heads.BackboneOnly\n")
     assert run_experiment("method=mine", *small, config_dir="my conf").results["method"] == "backbone"
+    with pytest.raises(UserError, match="^--config-dir=x: is an option of the command line; .* config_dir=FOLDER"):
+        run_experiment("method=mine", *small, "--config-dir=x")
     with pytest.raises(UserError, match="config_dir=nowhere: no such folder"):
         run_experiment(*small, config_dir="nowhere")
 

@@ -69,8 +69,8 @@ def test_errors_of_commands_are_one_line(capsys):
     def fail(error):
         raise error
 
-    assert exit_status(lambda: fail(UserError("x: wrong\x1b")), failed=2) == 2
-    assert capsys.readouterr().err == "error: x: wrong\\x1b\n"
+    assert exit_status(lambda: fail(UserError("x: a\nb wrong\x1b")), failed=2) == 2
+    assert capsys.readouterr().err == "error: x: a\\nb wrong\\x1b\n"
     assert exit_status(lambda: fail(PermissionError(13, "Permission denied", "/a/b")), failed=1) == 1
     assert capsys.readouterr().err == "error: /a/b: Permission denied\n"
     with pytest.raises(ZeroDivisionError):
@@ -105,6 +105,14 @@ def test_a_reader_that_goes_away_ends_no_run(small, tmp_path):
     assert list((tmp_path / "outputs").rglob("results.json"))
 
 
+@pytest.mark.parametrize("command", ["iciia_exp --help", "iciia_exp --version", "iciia_exp.cache list"])
+def test_a_full_disk_behind_the_output_is_one_line(command, tmp_path):
+    line = f"{sys.executable} -m {command} > /dev/full"
+    done = subprocess.run(line, shell=True, capture_output=True, text=True, timeout=60)
+    assert done.stderr == "error: output: No space left on device\n"
+    assert done.returncode in (1, 2)
+
+
 def test_a_list_of_the_cache_may_be_cut(tmp_path):
     for number in range(3000):
         (tmp_path / "cache/features" / f"a-{number:012x}.partial").mkdir(parents=True)
@@ -120,6 +128,11 @@ def test_log_lines_have_no_control_characters(capsys):
     setup_logging()
     logging.getLogger("iciia_exp.x").info("images of %s", NASTY)
     assert "\x1b" not in capsys.readouterr().out
+    logging.getLogger("iciia_exp.x").warning("images of %s", NASTY)
+    out = capsys.readouterr().out
+    assert "\x1b" not in out
+    assert out.startswith("warning: images of a")
+    assert out.count("\n") == 1
 
 
 def test_closed_output_ends_no_run(monkeypatch):

@@ -10,7 +10,7 @@ from hydra.utils import instantiate
 from iciia_exp.config.check import check_keys
 from iciia_exp.errors import ConfigError, UserError, first_line, within
 
-__all__ = ["build", "with_path"]
+__all__ = ["build", "no_memory", "with_path"]
 
 _Made = TypeVar("_Made")
 
@@ -22,7 +22,7 @@ def with_path(path: str, function: Callable[[], _Made]) -> _Made:
     try:
         return within(path, function)
     except (RuntimeError, MemoryError) as error:
-        if not _no_memory(error):
+        if not no_memory(error):
             raise
         raise UserError(f"{path}: {_TOO_LARGE}") from error
     except InstantiationException as error:
@@ -33,11 +33,14 @@ def with_path(path: str, function: Callable[[], _Made]) -> _Made:
             raise cause.at(f"{where}.{cause.key}") from error
         if isinstance(cause, UserError):
             raise cause from error
-        raise UserError(f"{where}: {_TOO_LARGE if _no_memory(cause) else first_line(cause or error)}") from error
+        if missing := re.search(r"missing \d+ required [\w -]*argument[^']*'(\w+)'", str(cause)):
+            raise UserError(f"{where}.{missing[1]}: is missing; give it a value") from error
+        raise UserError(f"{where}: {_TOO_LARGE if no_memory(cause) else first_line(cause or error)}") from error
 
 
-def _no_memory(error: BaseException | None) -> bool:
-    return isinstance(error, MemoryError) or "allocate memory" in str(error)
+def no_memory(error: BaseException | None) -> bool:
+    """Return whether an error says that memory is full: NumPy's, or PyTorch's of CPU or GPU."""
+    return isinstance(error, MemoryError) or re.search("allocate memory|out of memory", str(error)) is not None
 
 
 def build(node: dict[str, Any], path: str, **runtime: Any) -> Any:

@@ -1,8 +1,10 @@
 """Check: keys against signatures, stable names of targets, and the part of a configuration that counts in digests."""
 
 import inspect
-from collections.abc import Callable, Iterator
-from typing import Any, TypeVar
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from types import NoneType, UnionType
+from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from hydra.utils import get_object
 
@@ -82,7 +84,11 @@ def _signature(target: Callable[..., Any]) -> list[inspect.Parameter]:
 
 
 def check_keys(node: dict[str, Any], path: str) -> None:
-    """Raise for keys that are not in the target's signature, here and in nested targets."""
+    """Raise for keys that are not in the target's signature, here and in nested targets.
+
+    A value must be a list, a dictionary or a text where the package's signature says so; numbers have limits of their
+    own, which constructors check.
+    """
     target = target_of(node, path)
     parameters, any_key = parameters_of(target), _takes_any_key(target)
     for key, value in node.items():
@@ -92,6 +98,39 @@ def check_keys(node: dict[str, Any], path: str) -> None:
             raise UserError(f"{path}.{key}: no such key; {hint}")
         if isinstance(value, dict) and "_target_" in value:
             check_keys(value, f"{path}.{key}")
+    if of_library(node["_target_"]):
+        return
+    for key, kinds in _kinds_of(target).items():
+        if key in node and not isinstance(node[key], tuple(kinds)):
+            raise ConfigError(f"{path}.{key}", node[key], f"must be {' or '.join(kinds.values())}")
+
+
+#: What YAML makes of a type, and its description.
+_KINDS: dict[Any, tuple[type, str]] = {
+    **dict.fromkeys((str, Path), (str, "a text")),
+    **dict.fromkeys((dict, Mapping), (dict, "a dictionary, {key: value, ...}")),
+    **dict.fromkeys((list, tuple, Sequence), (list, "a list, [value, ...]")),
+    NoneType: (NoneType, "null"),
+}
+
+
+def _kinds_of(target: Callable[..., Any]) -> dict[str, dict[type, str]]:
+    """Return for the parameters that take texts, lists or dictionaries alone what they take, with its description."""
+    found = {}
+    owners = reversed(target.__mro__) if isinstance(target, type) else ()
+    for function in [vars(owner).get("__init__") for owner in owners] or [target]:
+        try:
+            hints = get_type_hints(function)
+        except (NameError, TypeError, AttributeError):  # names that only a type checker imports; built-in functions
+            continue
+        for name, hint in hints.items():
+            parts = [get_origin(part) or part for part in (get_args(hint) if _is_union(hint) else (hint,))]
+            found[name] = dict(_KINDS[part] for part in parts) if all(part in _KINDS for part in parts) else {}
+    return {name: kinds for name, kinds in found.items() if name != "return" and set(kinds) - {NoneType}}
+
+
+def _is_union(hint: Any) -> bool:
+    return get_origin(hint) in (Union, UnionType)
 
 
 def check_nodes(node: Any, path: str = "") -> None:

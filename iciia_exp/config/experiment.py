@@ -16,6 +16,7 @@ from iciia_exp.config.build import build, with_path
 from iciia_exp.config.check import check_keys, check_nodes, class_of, flatten, of_library, target_of
 from iciia_exp.config.hydra_errors import dotted_keys
 from iciia_exp.config.settings import Evaluation, Extraction, Training
+from iciia_exp.config.trainer import check_trainer
 from iciia_exp.data.client_mix import ClientMix
 from iciia_exp.data.dataset import ImageDataset, MissingFiles
 from iciia_exp.data.partitions import Partition
@@ -128,6 +129,8 @@ class Experiment:
                 raise ConfigError(key, given, "must be the path of a folder")
         for group in ("callbacks", "logger"):
             _check_nodes(plain[group], group)
+        if isinstance(plain["trainer"], dict):
+            check_trainer(plain["trainer"])  # of a finished run as well, which builds none
         return cls(
             config=plain,
             overrides=tuple(overrides),

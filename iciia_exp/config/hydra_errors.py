@@ -29,6 +29,10 @@ _RENAMED = {
 }
 
 
+#: Groups that take several options at once.
+_SEVERAL = ("callbacks", "logger", "experiment")
+
+
 def option_names(group: str) -> list[str]:
     """Return the options of a configuration group."""
     return sorted(path.stem for path in (CONF_DIR / group).glob("*.yaml"))
@@ -96,8 +100,14 @@ def check_choices(overrides: Sequence[str]) -> None:
             continue  # Hydra says what is wrong
         value = parsed.value()
         chosen = value if isinstance(value, list) else [value]
-        if not parsed.is_sweep_override() and not all(isinstance(option, str) for option in chosen):
+        if parsed.is_sweep_override():
+            continue
+        if not all(isinstance(option, str) for option in chosen):
             raise UserError(f"{group}={written}: no such option; valid: {', '.join(option_names(group))}")
+        if isinstance(value, list) and group not in _SEVERAL:
+            raise UserError(
+                f"{group}={written}: takes one option; for a run of each, -m {group}={','.join(map(str, chosen))}"
+            )
 
 
 def explain(error: Exception, overrides: Sequence[str]) -> str:
@@ -140,6 +150,11 @@ def _explained(error: Exception, overrides: Sequence[str]) -> str:
             own = "copy conf/search/optuna.yaml into a folder of yours (--config-dir) and change its params"
             return f"{key}: no such key; the search varies it, but this method has none: {own}"
         return f"{key}: no such key; {did_you_mean(key, _keys(overrides), 'see python -m iciia_exp --help')}"
+    if match := re.search(r"Could not delete from config. '([^']+)' does not exist", text):
+        key, keys = match.group(1), _keys(overrides)
+        if key in keys:  # Hydra takes null for nothing
+            return f"~{key}: is null already; leave it out"
+        return f"~{key}: no such key; {did_you_mean(key, keys, 'see python -m iciia_exp --help')}"
     if match := re.search(r"Ambiguous value for argument '([^']+)'", text):
         return f"{match.group(1)}: several values are a sweep; add -m (or write key=[a,b] for a list)"
     if isinstance(error, OverrideParseException):

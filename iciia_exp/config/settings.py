@@ -10,9 +10,14 @@ from iciia_exp.errors import ConfigError, check_bool, check_choice, check_int
 from iciia_exp.ledger import SITES, Site
 from iciia_exp.recipe import Recipe
 
-__all__ = ["HISTORY_LENGTHS", "Evaluation", "Extraction", "Training"]
+__all__ = ["HISTORY_LENGTHS", "PRECISIONS", "Evaluation", "Extraction", "Training"]
 
 HISTORY_LENGTHS = (0, 1, 2, 3, 5, 10, 15, 30)
+
+#: Lightning's precisions for weights of float32.
+PRECISIONS = ("32-true", "32", "16-mixed", "16", "bf16-mixed", "bf16")
+
+_MOST_IMAGES = 100_000  # of a chunk or a history, which see each other
 
 
 class Extraction:
@@ -41,7 +46,7 @@ class Extraction:
     def __init__(
         self,
         dtype: str = "float32",
-        precision: str | None = None,
+        precision: str | int | None = None,
         batch_size: int | None = None,
         num_workers: int | None = None,
         on_bad_image: str = "skip",
@@ -51,6 +56,8 @@ class Extraction:
     ) -> None:
         self.jpeg = None if jpeg is None else check_int("jpeg", jpeg, 1, 95)
         self.dtype = check_choice("dtype", dtype, ("float32", "float16"))
+        if precision is not None:
+            check_choice("precision", str(precision), PRECISIONS)
         self.precision = precision
         self.batch_size = None if batch_size is None else check_int("batch_size", batch_size, 1)
         self.num_workers = None if num_workers is None else check_int("num_workers", num_workers, 0, 256)
@@ -95,8 +102,10 @@ class Training:
         if not isinstance(recipe, Recipe):
             raise ConfigError("recipe", recipe, "must be a node with a _target_, as in conf/training/default.yaml")
         self.recipe = recipe
-        self.images = check_int("images", images, 1)
-        self.train_images = self.images if train_images is None else check_int("train_images", train_images, 1)
+        self.images = check_int("images", images, 1, _MOST_IMAGES)
+        self.train_images = (
+            self.images if train_images is None else check_int("train_images", train_images, 1, _MOST_IMAGES)
+        )
         self.shuffle_images = check_bool("shuffle_images", shuffle_images)
         self.patience = check_int("patience", patience, 0)
         self.num_workers = check_int("num_workers", num_workers, 0, 256)
@@ -149,15 +158,15 @@ class Evaluation:
         neighbours: int = 5,
         pixels: int = 96,
     ) -> None:
-        self.images = None if images is None else check_int("images", images, 1)
-        self.cost_images = None if cost_images is None else check_int("cost_images", cost_images, 1)
+        self.images = None if images is None else check_int("images", images, 1, _MOST_IMAGES)
+        self.cost_images = None if cost_images is None else check_int("cost_images", cost_images, 1, _MOST_IMAGES)
         self.site: Site = check_choice("site", site, SITES)
-        self.history_lengths = sorted({check_int("history_lengths", n, 0) for n in history_lengths})
+        self.history_lengths = sorted({check_int("history_lengths", n, 0, _MOST_IMAGES) for n in history_lengths})
         self.history_orders = check_int("history_orders", history_orders, 1, 1000)
         self.history_clients = check_int("history_clients", history_clients, 1)
-        self.drawn_clients = check_int("drawn_clients", drawn_clients, 0)
+        self.drawn_clients = check_int("drawn_clients", drawn_clients, 0, 100_000)
         least = max([1, *self.history_lengths])
-        self.history_longest = check_int("history_longest", history_longest, least, why="of history_lengths")
+        self.history_longest = check_int("history_longest", history_longest, least, _MOST_IMAGES, "of history_lengths")
         self.examples = check_int("examples", examples, 0, 10_000)
-        self.neighbours = check_int("neighbours", neighbours, 1)
+        self.neighbours = check_int("neighbours", neighbours, 1, 100)
         self.pixels = check_int("pixels", pixels, 8, 1024)

@@ -18,6 +18,7 @@ from omegaconf import DictConfig, OmegaConf
 from iciia_exp.engine.terminal import setup_logging
 from iciia_exp.errors import ConfigError, NotApplicable, UserError, first_line
 from iciia_exp.machine import end_with_parent
+from iciia_exp.output import os_error
 
 if TYPE_CHECKING:
     from iciia_exp.engine.stages import Stages
@@ -136,6 +137,9 @@ def composed(overrides: Sequence[str], config_dir: str | Path | None = None) -> 
     if wrong := [override for override in overrides if not isinstance(override, str)]:
         problem = "overrides are texts, one by one, as on the command line"
         raise UserError(f"{wrong[0]!r}: {problem}: run_experiment('groups=16'), or run_experiment(*overrides)")
+    if options := [override for override in overrides if override.startswith("-")]:
+        hint = "config_dir=FOLDER" if options[0].startswith("--config-dir") else "overrides alone, as 'groups=16'"
+        raise UserError(f"{options[0]}: is an option of the command line; give run_experiment {hint}")
     own = []
     if config_dir is not None:
         if not Path(config_dir).is_dir():
@@ -155,6 +159,7 @@ def composed(overrides: Sequence[str], config_dir: str | Path | None = None) -> 
 
 
 def _execute(config: DictConfig, overrides: Sequence[str], brief: bool = False) -> tuple[Stages, dict[str, Any] | None]:
+    from iciia_exp.config.build import no_memory
     from iciia_exp.config.experiment import Experiment
     from iciia_exp.engine.execute import execute
     from iciia_exp.engine.stages import Stages
@@ -164,6 +169,9 @@ def _execute(config: DictConfig, overrides: Sequence[str], brief: bool = False) 
         stages = Stages(experiment)
         return stages, execute(stages, brief)
     except OSError as error:  # a folder that cannot be written, a full disk
-        if error.filename is None and error.strerror is None:
+        raise UserError(os_error(error)) from error
+    except (MemoryError, RuntimeError) as error:
+        if not no_memory(error):
             raise
-        raise UserError(f"{error.filename or 'disk'}: {error.strerror}") from error
+        hint = "choose smaller sizes (training.images, training.recipe.batch_size, evaluation.history_longest)"
+        raise UserError(f"memory is full ({first_line(error)}); {hint}") from error

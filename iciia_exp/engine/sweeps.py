@@ -61,6 +61,16 @@ def _best_of_search(folder: Path) -> str | None:
     return f"best on val clients, {100 * found['best_value']:.1f} %: {settings}"
 
 
+def _without_effect(jobs: list[dict[str, Any]]) -> str:
+    """Return the keys whose values differ between jobs that are one and the same run."""
+    by_run: dict[str, list[set[str]]] = {}
+    for job in jobs:
+        if job["evaluation_dir"]:
+            by_run.setdefault(job["evaluation_dir"], []).append(set(job["overrides"]))
+    differ = {o for given in by_run.values() for o in set.union(*given) - set.intersection(*given)}
+    return " and ".join(sorted({override.partition("=")[0].lstrip("+") for override in differ}))
+
+
 class SweepReport(Callback):
     """Prints a table over a sweep's runs at its end, draws accuracy against overhead, and lists jobs without a run."""
 
@@ -94,6 +104,8 @@ class SweepReport(Callback):
         done = len(jobs) - len(without)
         summary = f"{done} of {len(jobs)} jobs done; plot and records in {folder}"
         out.print(printable(summary), style="dim", soft_wrap=True)
+        if idle := _without_effect(jobs):
+            log.warning("%s jobs are %s different runs: %s", len(jobs), len(rows), f"{idle} changes nothing here")
         if (best := _best_of_search(folder)) is not None:
             out.print(printable(best), soft_wrap=True)
         common = set.intersection(*(set(job["overrides"]) for job in jobs)) if len(jobs) > 1 else set()

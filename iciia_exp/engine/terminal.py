@@ -48,8 +48,9 @@ class _Stdout(logging.StreamHandler):
             super().handleError(record)
 
     def format(self, record: logging.LogRecord) -> str:
-        text = printable(super().format(record))
-        return f"{record.levelname.lower()}: {text}" if record.levelno >= logging.WARNING else text
+        warns = record.levelno >= logging.WARNING
+        text = printable(super().format(record), lines=not warns)
+        return f"{record.levelname.lower()}: {text}" if warns else text
 
 
 class _RunLog(logging.FileHandler):

@@ -16,6 +16,7 @@ from iciia_exp.report.figures import all_figures
 from iciia_exp.report.heterogeneity import PartitionSweep, draw_heterogeneity
 from iciia_exp.report.text import note, summary
 from iciia_exp.results.columns import columns_of
+from iciia_exp.results.plots import write_figure
 from iciia_exp.results.tables import read_table
 
 __all__ = ["page"]
@@ -162,6 +163,6 @@ def _svg(figure: Any) -> str:
 
     out = io.StringIO()
     with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "report"}):
-        figure.savefig(out, format="svg", metadata={"Date": None})
+        write_figure(figure, out, format="svg", metadata={"Date": None})
     text = out.getvalue()
     return re.sub(r'<g id="hover:([^"]*)">', r"<g><title>\1</title>", text[text.index("<svg") :])

@@ -1,16 +1,20 @@
 """Plots: gain per client, accuracy by history, accuracy against overhead, examples, and the parts of a figure."""
 
 import io
+import logging
+import re
 import textwrap
+import warnings
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 import pandas as pd
 
 from iciia_exp.artifacts import atomic_write
+from iciia_exp.errors import printable
 from iciia_exp.results.summary import ALL
 from iciia_exp.results.tables import backbone_line, settings
 from iciia_exp.tasks import CLICK, TASKS
@@ -27,13 +31,19 @@ __all__ = [
         "new_panels",
         "quality_vs_share",
         "save",
+        "write_figure",
     ),
 ]
+
+log = logging.getLogger(__name__)
 
 # Colours that differ in lightness too, so that the plots read in grey.
 BLUE, ORANGE, GREY, DARK = "#1f5fa8", "#e8912d", "#9a9a9a", "#333333"
 _COLOURS = [BLUE, ORANGE, "#4c9f70", "#7b4ea3", "#b03a48"]  # five, and eight markers: forty pairs
 _MARKERS = ["o", "s", "^", "D", "v", "P", "X", "*"]
+
+#: Characters that the font lacks, of which a line has been logged.
+_lacking: set[str] = set()
 
 #: Line of the backbone's accuracy.
 BASELINE = {"color": DARK, "linestyle": "--", "linewidth": 1.2}
@@ -104,8 +114,40 @@ def hover(artist: Any, text: str) -> None:
 def save(figure: Any, path: Path) -> Path:
     """Write a figure in the format of the file's ending."""
     with atomic_write(path, "wb") as file:
-        figure.savefig(file, format=path.suffix[1:])
+        write_figure(figure, file, format=path.suffix[1:])
     return path
+
+
+def write_figure(figure: Any, file: IO[Any], **options: Any) -> None:
+    """Write a figure, whose texts are shown as they are: ``$`` begins no formula, and control characters are escaped.
+
+    Characters that the font lacks are named in one line, once a process.
+
+    Args:
+        figure: of matplotlib.
+        file: open for writing.
+        options: of ``Figure.savefig``.
+    """
+    from matplotlib.axis import Tick
+    from matplotlib.text import Text
+
+    numbers = {id(text) for tick in figure.findobj(Tick) for text in (tick.label1, tick.label2)}
+    for text in figure.findobj(Text):
+        if id(text) not in numbers:
+            text.set_parse_math(False)
+            text.set_text(printable(text.get_text()))
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        figure.savefig(file, **options)
+    lacking = set()
+    for warning in caught:
+        if (found := re.match(r"Glyph (\d+) .*missing from", str(warning.message), re.DOTALL)) is not None:
+            lacking.add(chr(int(found[1])))
+        else:
+            warnings.warn_explicit(warning.message, warning.category, warning.filename, warning.lineno)
+    if new := sorted(lacking - _lacking):
+        _lacking.update(new)
+        log.warning("plots: the font lacks %s; a box takes their place", " ".join(new[:20]))
 
 
 def line_styles(lines: Sequence[str], methods: Iterable[str]) -> list[dict[str, str]]:

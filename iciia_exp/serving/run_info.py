@@ -36,8 +36,7 @@ def checked_info(info: dict[str, Any], path: Path) -> dict[str, Any]:
     require("features", _folder_name(info.get("features")), "the name of a folder")
     right = isinstance(shapes := info.get("arrays", {}), dict) and all(map(_sizes, shapes.values()))
     require("arrays", right, f"lists of whole numbers of 1 to {_LARGEST:,}")
-    method = info.get("method")
-    require("method", isinstance(method, dict) and {"name", "arguments"} <= set(method), "an object, name and arguments")
+    require("method", isinstance(info.get("method"), dict), "an object with name and arguments")
     require("backbone", "backbone" in info, "an object, or null")
     if (backbone := info["backbone"]) is not None:
         keys = {"name", "train", "model", "pretrained", "classes", "folder", "weights"}

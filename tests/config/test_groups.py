@@ -5,11 +5,12 @@ import inspect
 import pytest
 import yaml
 from hydra.utils import get_object
-from omegaconf import OmegaConf
+from omegaconf import Container, OmegaConf
 
 from iciia_exp.config.check import check_keys, parameters_of
-from iciia_exp.config.experiment import GROUPS, TOP_LEVEL
+from iciia_exp.config.experiment import GROUPS, TOP_LEVEL, Experiment
 from iciia_exp.config.paths import CONF_DIR
+from iciia_exp.errors import UserError
 from tests.making.config import methods, targets
 
 FILES = sorted(CONF_DIR.rglob("*.yaml"))
@@ -42,6 +43,19 @@ def test_group_file_binds_to_its_target(path, compose):
         given = {k for k in part if not k.startswith("_")}
         required = {n for n, p in parameters.items() if p.default is inspect.Parameter.empty}
         assert required - given <= RUNTIME, f"{part['_target_']} needs {required - given - RUNTIME}"
+
+
+@named([f for f in GROUP_FILES if f.parent.name not in ("callbacks", "logger", "optimizer", "scheduler", "trainer")])
+def test_a_list_or_dictionary_is_no_number_or_text(path, compose):
+    config = compose(f"{path.parent.name}={path.stem}", "data_dir=nowhere")
+    for name, value in config[path.parent.name].items():
+        if not isinstance(value, Container) or "_target_" in value:
+            continue
+        for wrong in (5, True):
+            plain = OmegaConf.to_container(config)
+            plain[path.parent.name][name] = wrong
+            with pytest.raises(UserError, match=rf"^{path.parent.name}\.{name}={wrong}: must be a "):
+                Experiment.from_config(OmegaConf.create(plain))
 
 
 #: Groups whose options are presets: values of one setting, where the constructor's default is no method of the tables.

@@ -1,9 +1,21 @@
+import io
+import logging
+
+import matplotlib
 import numpy as np
 import pandas as pd
 import pytest
 from matplotlib.image import imread
 
-from iciia_exp.results.plots import accuracy_vs_history, accuracy_vs_overhead, gain_per_client, line_styles
+from iciia_exp.results.plots import (
+    accuracy_vs_history,
+    accuracy_vs_overhead,
+    gain_per_client,
+    line_styles,
+    new_figure,
+    save,
+    write_figure,
+)
 from iciia_exp.results.tables import history_summary
 
 
@@ -22,6 +34,28 @@ def drawn(path):
     """Whether the picture has something on it, in more than one colour."""
     pixels = imread(path)[..., :3].reshape(-1, 3)
     return len(np.unique((pixels * 32).astype(int), axis=0)) > 10
+
+
+def test_names_of_others_are_text(tmp_path, caplog, recwarn, monkeypatch):
+    from iciia_exp.results import plots
+
+    monkeypatch.setattr(plots, "_lacking", set())
+    monkeypatch.setattr(logging.getLogger("iciia_exp"), "propagate", True)
+    figure, axes = new_figure("$\\frac{$ a\x1b[2J 漢字")
+    axes.plot([1, 1000], [1, 2], label="costs $5 or $6")
+    axes.set_xscale("log")
+    axes.legend()
+    for ending in ("png", "svg"):
+        save(figure, tmp_path / f"a.{ending}")
+    assert not [w for w in recwarn if "Glyph" in str(w.message)]
+    assert [r.getMessage() for r in caplog.records] == ["plots: the font lacks 字 漢; a box takes their place"]
+    out = io.StringIO()
+    with matplotlib.rc_context({"svg.fonttype": "none"}):
+        write_figure(figure, out, format="svg")
+    assert "costs $5 or $6" in out.getvalue()
+    assert "\\x1b[2J" in out.getvalue()
+    assert "$</tspan>" not in out.getvalue()  # ticks of powers are formulas
+    assert "$</text>" not in out.getvalue()
 
 
 def test_a_method_has_one_colour_in_all_figures():

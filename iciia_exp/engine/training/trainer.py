@@ -4,7 +4,7 @@ import logging
 import signal
 import threading
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -12,45 +12,11 @@ import lightning.pytorch as pl
 from lightning.pytorch.plugins.io import CheckpointIO
 
 from iciia_exp.config.check import check_keys, class_of
+from iciia_exp.config.trainer import check_trainer
 from iciia_exp.engine.training.checkpoints import AtomicCheckpoints
 from iciia_exp.errors import ConfigError, UserError, first_line
 
 __all__ = ["interruptible", "make_trainer", "on_one_device", "quiet_lightning"]
-
-#: Arguments of the Trainer that a configuration cannot give, and why.
-_REFUSED = {
-    "callbacks": "callbacks are objects of the group callbacks: +callbacks.NAME._target_=...",
-    "logger": "loggers are objects of the group logger: logger=csv, +logger.NAME._target_=...",
-    "default_root_dir": "everything is written into the run directory (output_dir, name)",
-    "gradient_clip_val": "training.recipe.clip_norm and backbone.recipe.clip_norm set it",
-    "gradient_clip_algorithm": "gradients are clipped by norm",
-    "enable_checkpointing": "an interrupted training resumes from its checkpoint",
-    "use_distributed_sampler": "the samplers share the clients out between processes",
-    "inference_mode": "evaluation and extraction choose it",
-    "limit_test_batches": "every test client is evaluated",
-    "limit_predict_batches": "the features of all images are extracted",
-    "fast_dev_run": "it leaves out checkpoints and test clients; use trainer=smoke",
-    "barebones": "it leaves out checkpoints and loggers",
-    "overfit_batches": "the samplers share out the clients; use trainer.limit_train_batches",
-    "max_steps": "training ends after an epoch, with val images and a checkpoint; use training.recipe.epochs",
-}
-
-_PRECISIONS = ("None", "32", "32-true", "16", "16-mixed", "bf16", "bf16-mixed")
-
-#: What other arguments must be: a check of the value, and its description.
-_LIMITS: dict[str, tuple[Callable[[Any], bool], str]] = {
-    "max_epochs": (lambda v: v is None or v == -1 or v >= 1, "must be 1 or more, or -1 for those of the recipe"),
-    "limit_train_batches": (lambda v: v is None or v > 0, "must be above 0: nothing would be trained"),
-    "limit_val_batches": (lambda v: v is None or v > 0, "must be above 0: val images choose the epoch"),
-    "accumulate_grad_batches": (lambda v: v >= 1, "must be 1 or more"),
-    "precision": (
-        lambda v: str(v) in _PRECISIONS,
-        "cannot be used: weights are float32; one of 32-true, 16-mixed, bf16-mixed",
-    ),
-}
-
-#: Strategies by the first part of their name.
-_STRATEGIES = ("auto", "ddp")
 
 
 @contextmanager
@@ -118,15 +84,8 @@ def make_trainer(config: dict[str, Any], **arguments: Any) -> pl.Trainer:
     """
     target = class_of(config, "trainer", pl.Trainer, "Lightning's Trainer or a subclass of it")
     check_keys(config, "trainer")
+    check_trainer(config)
     own = {k: v for k, v in config.items() if not k.startswith("_")}
-    for key in own:
-        if key in _REFUSED:
-            raise ConfigError(f"trainer.{key}", own[key], f"cannot be used: {_REFUSED[key]}")
-    for key, (allowed, problem) in _LIMITS.items():
-        if key in own and not _holds(allowed, own[key]):
-            raise ConfigError(f"trainer.{key}", own[key], problem)
-    if isinstance(strategy := own.get("strategy", "auto"), str) and strategy.split("_")[0] not in _STRATEGIES:
-        raise ConfigError("trainer.strategy", strategy, f"cannot be used; one of {', '.join(_STRATEGIES)}")
     arguments = {
         "enable_progress_bar": False,
         "enable_model_summary": False,
@@ -147,13 +106,6 @@ def make_trainer(config: dict[str, Any], **arguments: Any) -> pl.Trainer:
             if key in text or (isinstance(value, str) and value in text):
                 raise ConfigError(f"trainer.{key}", value, text) from error
         raise UserError(f"trainer: {text}") from error
-
-
-def _holds(allowed: Callable[[Any], bool], value: Any) -> bool:
-    try:
-        return allowed(value)
-    except TypeError:  # a text where a number is due
-        return False
 
 
 def _plugins(given: Any) -> list[Any]:
