@@ -102,10 +102,10 @@ class SweepReport(Callback):
             out.print()
             accuracy_vs_overhead(group, folder / plot)
         done = len(jobs) - len(without)
+        if idle := _without_effect(jobs):
+            log.warning("%s jobs are %s different runs: %s changes nothing here", done, len(rows), idle)
         summary = f"{done} of {len(jobs)} jobs done; plot and records in {folder}"
         out.print(printable(summary), style="dim", soft_wrap=True)
-        if idle := _without_effect(jobs):
-            log.warning("%s jobs are %s different runs: %s", len(jobs), len(rows), f"{idle} changes nothing here")
         if (best := _best_of_search(folder)) is not None:
             out.print(printable(best), soft_wrap=True)
         common = set.intersection(*(set(job["overrides"]) for job in jobs)) if len(jobs) > 1 else set()
