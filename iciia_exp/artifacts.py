@@ -22,6 +22,7 @@ from typing import IO, TYPE_CHECKING, Any
 
 import platformdirs
 from filelock import FileLock, Timeout
+from rich.filesize import decimal
 
 from iciia_exp.checksums import CHECKSUMS, changed, checksums_of, verify
 from iciia_exp.errors import UserError, first_line
@@ -95,7 +96,7 @@ def allocate(path: Path) -> None:
             if error.errno != errno.ENOSPC:  # a file system that does not know it
                 return
             free = shutil.disk_usage(path.parent).free
-            problem = f"needs {size / 1e9:.1f} GB, the disk is full ({free / 1e9:.1f} GB free)"
+            problem = f"needs {decimal(size)}, the disk is full ({decimal(free)} free)"
             raise UserError(f"{path}: {problem}; free some space and repeat the command") from error
 
 

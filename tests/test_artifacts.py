@@ -118,7 +118,7 @@ def test_a_full_disk_is_said_before_memory_is_mapped(tmp_path, monkeypatch):
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(os, "posix_fallocate", full)
-    with pytest.raises(UserError, match=rf"^{path}: needs 0\.0 GB, the disk is full .*; free some space and repeat"):
+    with pytest.raises(UserError, match=rf"^{path}: needs 1\.0 MB, the disk is full .*; free some space and repeat"):
         allocate(path)
 
 

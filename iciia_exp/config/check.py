@@ -108,8 +108,8 @@ def check_keys(node: dict[str, Any], path: str) -> None:
 #: What YAML makes of a type, and its description.
 _KINDS: dict[Any, tuple[type, str]] = {
     **dict.fromkeys((str, Path), (str, "a text")),
-    **dict.fromkeys((dict, Mapping), (dict, "a dictionary, {key: value, ...}")),
-    **dict.fromkeys((list, tuple, Sequence), (list, "a list, [value, ...]")),
+    **dict.fromkeys((dict, Mapping), (dict, "a dictionary {key: value, ...}")),
+    **dict.fromkeys((list, tuple, Sequence), (list, "a list [value, ...]")),
     NoneType: (NoneType, "null"),
 }
 

@@ -14,7 +14,7 @@ import numpy as np
 import pandas as pd
 
 from iciia_exp.data.content import Content, bytes_digest
-from iciia_exp.data.readers.images import decode
+from iciia_exp.data.readers.images import decode, open_image
 from iciia_exp.digest import digest
 from iciia_exp.errors import ConfigError, UserError
 from iciia_exp.tasks import MULTI_LABEL, SINGLE_LABEL, Task
@@ -118,6 +118,9 @@ class ImageDataset(ABC):
         """Return a digest of every image, int64 [M], 0 for an unreadable one; None where images are not compared."""
         return None
 
+    def probe(self, index: int) -> None:  # noqa: B027  # of most datasets there is nothing to see
+        """Raise what reading an image would raise, as far as that is seen without decoding it."""
+
     def backbone_arguments(self) -> dict[str, Any]:
         """Return constructor arguments of the backbone that depend on the dataset."""
         return {}
@@ -158,6 +161,11 @@ class ImageFiles(ImageDataset):
         paths = self.table["path"].tolist()
         self._digests = kept.each(self.root, paths, bytes_digest, "bytes")
         return kept.joined(paths, self._digests)
+
+    def probe(self, index: int) -> None:
+        """Open an image's file, and read its size."""
+        with open_image(self.root / self.path(index)):
+            pass
 
     def image_digests(self) -> np.ndarray | None:
         """Return digests of the images' bytes; None before `content`."""

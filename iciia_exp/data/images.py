@@ -5,7 +5,8 @@ Legend: B images of a batch, K classes.
 
 import io
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
@@ -15,9 +16,10 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from iciia_exp.data.dataset import ImageDataset
+from iciia_exp.data.readers.files import few
 from iciia_exp.errors import ConfigError, UserError, first_line
 
-__all__ = ["ImageBatch", "ImageBlocks", "Jpeg", "TransformedImages", "collate", "readable"]
+__all__ = ["ImageBatch", "ImageBlocks", "Jpeg", "TransformedImages", "collate", "problems_of", "readable", "tell_bad"]
 
 
 _Made = TypeVar("_Made")
@@ -146,9 +148,26 @@ def readable(dataset: ImageDataset, transform: Callable[[Any], Tensor], rows: It
 
 
 def _read(dataset: ImageDataset, transform: Callable[[Any], _Made], row: int) -> tuple[_Made | None, str | None]:
-    """Return a transformed image, or the problem in words, without the folders above the image, which may move."""
+    """Return a transformed image, or the problem in words."""
+    return _attempt(dataset, row, lambda: transform(dataset[row]))
+
+
+def problems_of(dataset: ImageDataset, rows: Iterable[int], read: Callable[[int], Any]) -> dict[int, str]:
+    """Return the problems of the images that ``read`` cannot read, by number; several threads read."""
+    with ThreadPoolExecutor() as pool:
+        texts = pool.map(lambda row: (row, _attempt(dataset, row, lambda: read(row))[1]), rows)
+        return {row: text for row, text in texts if text is not None}
+
+
+def tell_bad(dataset: ImageDataset, bad: Mapping[int, str]) -> str:
+    """Return the first images that cannot be read, with their problems, in words."""
+    return few(f"{dataset.describe(row)}: {problem}" for row, problem in sorted(bad.items()))
+
+
+def _attempt(dataset: ImageDataset, row: int, read: Callable[[], _Made]) -> tuple[_Made | None, str | None]:
+    """Return what ``read`` makes of an image, or the problem in words, without the folders above it, which may move."""
     try:
-        return transform(dataset[row]), None
+        return read(), None
     except UserError:
         raise
     except Exception as error:  # decoders raise many kinds

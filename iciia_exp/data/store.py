@@ -28,6 +28,7 @@ from typing import Any, Literal
 
 import numpy as np
 import pandas as pd
+from rich.filesize import decimal
 
 from iciia_exp.artifacts import (
     allocate,
@@ -162,7 +163,7 @@ class FeatureWriter:
         need = sum(math.prod(shape) * dtype.itemsize for shape, dtype in wanted.values())
         if need > (free := shutil.disk_usage(folder).free):
             names = " and ".join(wanted)
-            raise UserError(f"{folder}: {names} need {need / 1e9:.1f} GB, the disk has {free / 1e9:.1f} GB free")
+            raise UserError(f"{folder}: {names} need {decimal(need)}, the disk has {decimal(free)} free")
         _delete_marks(folder)
         for path in _array_files(folder).values():
             path.unlink()

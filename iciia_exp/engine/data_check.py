@@ -1,5 +1,6 @@
 """Data check: what is in a dataset, and what may be wrong with it, before any work (``stage=check``)."""
 
+import time
 import unicodedata
 from collections.abc import Iterator
 from typing import Any
@@ -11,14 +12,18 @@ from rich.table import Table
 
 from iciia_exp.data.clients import ROLES
 from iciia_exp.data.dataset import MissingFiles
+from iciia_exp.data.images import problems_of, tell_bad
 from iciia_exp.data.readers.files import few
 from iciia_exp.engine.inputs import Inputs
 from iciia_exp.errors import UserError, printable
 from iciia_exp.tasks import SINGLE_LABEL
 
-__all__ = ["findings", "split_table", "weights_problem"]
+__all__ = ["findings", "split_table", "unreadable", "weights_problem"]
 
 _PROBED = 9  # images whose size is compared with the backbone's input
+_PROBED_AT_ONCE, _DECODED_AT_ONCE = 16384, 64  # images
+_PATIENCE = 30.0  # seconds of decoding
+_FAR_LARGER = 8  # times the input's side
 _COARSE = 64  # sides of an input, in pixels, that lose much of a larger picture
 
 
@@ -34,6 +39,30 @@ def findings(inputs: Inputs, whole: bool) -> Iterator[str]:
     if whole and not isinstance(inputs.experiment.dataset_or_missing, MissingFiles):
         yield from _duplicates(inputs)
         yield from _sizes(inputs)
+
+
+def unreadable(inputs: Inputs) -> tuple[list[str], int]:
+    """Return what cannot be read, at most one line, and the number of images that were decoded for it.
+
+    All files are opened. Of many images some are decoded, as many as take half a minute.
+    """
+    if isinstance(inputs.experiment.dataset_or_missing, MissingFiles):
+        return [], 0
+    dataset, problems = inputs.experiment.dataset, dict[int, str]()
+    rows = np.random.default_rng(0).permutation(len(dataset))
+    for block in np.array_split(np.arange(len(rows)), 1 + len(rows) // _PROBED_AT_ONCE):
+        problems |= problems_of(dataset, block.tolist(), dataset.probe)
+    decoded, start = 0, time.monotonic()
+    while decoded < len(rows) and time.monotonic() - start < _PATIENCE:
+        some = rows[decoded : decoded + _DECODED_AT_ONCE].tolist()
+        problems |= problems_of(dataset, some, dataset.__getitem__)
+        decoded += len(some)
+    if not problems:
+        return [], decoded
+    left = "a run leaves them out" if inputs.experiment.extraction.on_bad_image == "skip" else "a run stops there"
+    return [
+        f"{len(problems):,} of {len(rows):,} images cannot be read, {left} ({tell_bad(dataset, problems)})"
+    ], decoded
 
 
 def split_table(inputs: Inputs) -> Table:
@@ -102,8 +131,8 @@ def _duplicates(inputs: Inputs) -> Iterator[str]:
         same = own[np.isin(digests[own], digests[rows["train"]]) & (digests[own] != 0)]
         if len(same):
             train = rows["train"][digests[rows["train"]] == digests[same[0]]][0]
-            pair = f"{dataset.describe(int(same[0]))} = {dataset.describe(int(train))}"
-            yield f"{len(same):,} of {len(own):,} {role} images are train images as well ({printable(pair)})"
+            pair = printable(f"{dataset.describe(int(same[0]))} = {dataset.describe(int(train))}", lines=False)
+            yield f"{len(same):,} of {len(own):,} {role} images are train images as well ({pair})"
 
 
 def _sizes(inputs: Inputs) -> Iterator[str]:
@@ -124,12 +153,13 @@ def _sizes(inputs: Inputs) -> Iterator[str]:
         return
     channels, side = taken[0].shape[0], min(taken[0].shape[1:])
     shown = int(np.median([min(picture.size) for picture in pictures]))
-    coarse = side < _COARSE and shown >= 2 * side
+    coarse = shown >= (2 if side < _COARSE else _FAR_LARGER) * side
     grey = channels == 1 and any(picture.mode != "L" and _coloured(picture) for picture in pictures)
     if coarse or grey:
         what = f"{side} x {side}{' grey' if channels == 1 else ''} pixels"
         kind = "coloured pictures" if grey else "pictures"
-        yield f"the backbone {inputs.experiment.backbone.name} sees {what} of {kind} whose shorter side is {shown}"
+        line = f"the backbone {inputs.experiment.backbone.name} sees {what} of {kind} whose shorter side is {shown:,}"
+        yield line + ("; smaller copies load faster" if side >= _COARSE else "")
 
 
 def _coloured(picture: Image.Image) -> bool:

@@ -10,7 +10,7 @@ import torch
 
 from iciia_exp.artifacts import read_json
 from iciia_exp.data.views import require_own_labels
-from iciia_exp.engine.data_check import findings, split_table, weights_problem
+from iciia_exp.engine.data_check import findings, split_table, unreadable, weights_problem
 from iciia_exp.engine.graph import Artifact, NotMade, ensure
 from iciia_exp.engine.rounds import check_sites
 from iciia_exp.engine.stages import Stages
@@ -48,6 +48,8 @@ def execute(stages: Stages, brief: bool = False) -> dict[str, Any] | None:
     """
     stage, run = stages.experiment.stage, stages.run
     parts = [part for part in (run, stages.states, stages.rounds, stages.evaluation) if part is not None]
+    if stages.features.finished and stages.experiment.extraction.on_bad_image == "error":
+        stages.open_store()  # also of a finished run, which may lack images
     if "evaluation" in KINDS[stage] and all(part.finished for part in parts):
         log.info("%s: finished before", _shown(run.folder))
         if in_wandb_sweep() and stages.tracker.wandb:  # the sweep's agent waits for a run
@@ -102,13 +104,15 @@ def _check_data(stages: Stages) -> None:
     out.print(partition_table(stages.clients.statistics(stages.labels)))
     out.print()
     _check(stages)
-    found = list(findings(stages, whole=True))
+    bad, decoded = unreadable(stages)
+    found, images = [*findings(stages, whole=True), *bad], len(stages.table)
     if (problem := weights_problem(stages)) is not None:
         found.append(problem)
     for line in found:
         log.warning("data: %s", line)
     if not found:
-        log.info("data: nothing found that is wrong")
+        some = f" ({decoded:,} of {images:,} images were decoded)" if decoded < images else ""
+        log.info("data: nothing found that is wrong%s", some)
 
 
 def _make(stages: Stages) -> None:

@@ -19,6 +19,7 @@ from iciia_exp.data.batches import FeatureBatches
 from iciia_exp.data.clients import Clients
 from iciia_exp.data.dataset import MissingFiles, dense_labels
 from iciia_exp.data.images import readable
+from iciia_exp.data.readers.files import few
 from iciia_exp.data.store import FeatureStore
 from iciia_exp.digest import digest, file_digest
 from iciia_exp.engine.dataset_facts import DatasetFacts
@@ -176,9 +177,9 @@ class Inputs:
         store = FeatureStore.open(self.features.folder)
         bad = store.manifest.get("bad_images")
         if bad and self.experiment.extraction.on_bad_image == "error":
-            what, count = f"{bad[0]['what']}: could not be read ({bad[0]['problem']})", f"one of {len(bad)} such images"
+            names = few(f"{image['what']}: {image['problem']}" for image in bad)
             hint = f"repair them and delete {store.path}, or leave them out with features.on_bad_image=skip"
-            raise UserError(f"{what}, {count}; {hint}" if len(bad) > 1 else f"{what}; {hint}")
+            raise UserError(f"{len(bad):,} of {store.manifest['images']:,} images could not be read ({names}); {hint}")
         return store
 
     def batches(self, store: FeatureStore) -> FeatureBatches:

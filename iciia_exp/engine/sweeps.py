@@ -63,7 +63,7 @@ def _best_of_search(folder: Path) -> str | None:
 
 def _without_effect(jobs: list[dict[str, Any]]) -> str:
     """Return the keys whose values differ between jobs that are one and the same run."""
-    by_run: dict[str, list[set[str]]] = {}
+    by_run: dict[str, list[set[Any]]] = {}
     for job in jobs:
         if job["evaluation_dir"]:
             by_run.setdefault(job["evaluation_dir"], []).append(set(job["overrides"]))

@@ -1,14 +1,17 @@
 """What is in a dataset, and what may be wrong with it, is said before any work."""
 
+import os
 import shutil
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from iciia_exp.engine.data_check import findings
+from iciia_exp.engine import data_check
+from iciia_exp.engine.data_check import findings, unreadable
 from iciia_exp.engine.execute import execute
 from iciia_exp.engine.terminal import setup_logging
+from iciia_exp.errors import UserError
 from tests.making.extraction import artifacts_in
 from tests.making.images import write_image
 from tests.making.vectors import make_vectors
@@ -29,6 +32,63 @@ def test_a_check_works_at_nothing(stages, capsys, tmp_path):
     assert "data: nothing found that is wrong" in out
     assert not (tmp_path / "outputs").exists()
     assert not artifacts_in(tmp_path / "cache")
+
+
+def test_what_cannot_be_read_is_named_before_any_work(folder, root, capsys):
+    setup_logging()
+    execute(folder("stage=check"))
+    assert "cannot be read" not in capsys.readouterr().out
+    paths = sorted((root / "test/apple").iterdir())
+    paths[0].write_bytes(b"")  # no image, cut off, a link to nothing, a pipe, too many pixels
+    paths[1].write_bytes(paths[1].read_bytes()[:200])
+    for path in paths[2:5]:
+        path.unlink()
+    paths[2].symlink_to("nothing")
+    os.mkfifo(paths[3])
+    Image.new("1", (13_000, 13_000)).save(paths[4], "PNG")
+    execute(folder("stage=check"))
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if "cannot be read" in line]
+    assert line.startswith(
+        "warning: data: 5 of 81 images cannot be read, a run leaves them out (test/apple/000.jpg: Un"
+    )
+    assert unreadable(folder())[1] == 81
+    for number, problem in enumerate(("cannot identify", "Truncated", "No such file", "regular file", "limit")):
+        for path in paths[:5]:
+            shutil.move(path, path.with_suffix(".kept"))
+        shutil.move(paths[number].with_suffix(".kept"), paths[number])
+        assert problem in " ".join(unreadable(folder("dataset.csv=null"))[0])
+        shutil.move(paths[number], paths[number].with_suffix(".kept"))
+        for path in paths[:5]:
+            shutil.move(path.with_suffix(".kept"), path)
+
+
+def test_of_many_images_some_are_decoded(folder, root, monkeypatch, capsys):
+    setup_logging()
+    monkeypatch.setattr(data_check, "_DECODED_AT_ONCE", 10)
+    monkeypatch.setattr(data_check.time, "monotonic", iter(range(1000)).__next__)
+    monkeypatch.setattr(data_check, "_PATIENCE", 3.0)
+    assert unreadable(folder()) == ([], 20)
+    (root / "test/apple/000.jpg").write_bytes(b"")
+    assert len(unreadable(folder())[0]) == 1
+
+
+def test_photos_far_larger_than_the_input(folder, root):
+    for path in root.rglob("*.jpg"):
+        Image.open(path).resize((700, 600)).save(path)
+    (line,) = [line for line in found(folder("backbone.model.size=64")) if "sees" in line]
+    assert line.endswith("sees 64 x 64 pixels of pictures whose shorter side is 600; smaller copies load faster")
+
+
+def test_names_with_line_breaks_are_one_line(folder, root, capsys):
+    setup_logging()
+    for split in ("train", "val", "test"):
+        (root / split / "apple").rename(root / split / "a\nb")
+    for path in root.rglob("*.jpg"):
+        write_image(path, 0)
+    execute(folder("stage=check", "dataset.csv=null", "partition=classes_per_client"))
+    out = capsys.readouterr().out
+    assert "(test/a\\nb/000.jpg = train/a\\nb/000.jpg)" in out
+    assert not any(line.startswith("b/") for line in out.splitlines())
 
 
 def test_errors_of_the_configuration_are_found(folder):
@@ -71,7 +131,28 @@ def test_vectors_of_other_owners(stages, tmp_path):
     made = _plain(stages, *head, "partition=owner", "method=backbone")
     lines = found(made)
     assert "1 of 3 classes have test images and no train images (2); 30 of 30 test images are of them" in lines
-    assert "1 of 30 test images are train images as well (image 100 = image 3)" in lines
+    assert "1 of 30 test images are train images as well (features.npy, row 100 = features.npy, row 3)" in lines
+
+
+def test_vectors_that_are_not_finite(stages, tmp_path, capsys):
+    given = {"owner": ["x", "y", "z"], "split": ["train", "val", "test"], "label": [0, 1, 0, 1, 1, 0]}
+    vectors, _ = make_vectors(tmp_path / "data", **{name: 120 // len(v) * v for name, v in given.items()})
+    vectors[[3, 50, 110]] = np.nan
+    np.save(tmp_path / "data" / "features.npy", vectors)
+    head = ("backbone=precomputed", "dataset=features", f"data_dir={tmp_path}/data", "partition=owner")
+    made = _plain(stages, *head, "method=backbone")
+    assert not [line for line in found(made) if "images as well" in line]  # they are equal in nothing
+    (line,), _ = unreadable(made)
+    names = ", ".join(f"features.npy, row {row}: ValueError: has numbers that are not finite" for row in (3, 50, 110))
+    assert line == f"3 of 120 images cannot be read, a run leaves them out ({names})"
+    setup_logging()
+    for stage in ("all", "features"):
+        with pytest.raises(UserError, match=rf"^3 of 120 vectors cannot be read \({names}\); repair them, or leave"):
+            execute(_plain(stages, *head, "method=backbone", "features.on_bad_image=error", f"stage={stage}"))
+    execute(made)
+    assert f"3 of 120 images could not be read and are left out ({names})" in capsys.readouterr().out
+    with pytest.raises(UserError, match=rf"^3 of 120 images could not be read \({names}\); repair them and delete"):
+        execute(_plain(stages, *head, "method=backbone", "features.on_bad_image=error"))
 
 
 def _plain(stages, *overrides):

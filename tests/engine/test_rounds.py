@@ -159,7 +159,10 @@ def test_the_cloud_has_no_image_of_a_device(prepared):
         (["method.network.size=12"], r"method.network=SmallCNN: does not take images \[1, 8, 8\]"),
         (["method.array=tokens"], "gives"),
         (["backbone.unseen_classes=[8,10]"], "backbone.unseen_classes=10: is no class: names, or numbers from 0 to 9"),
-        (["backbone.unseen_classes=0.1"], "backbone.unseen_classes=0.1: is no class: names, or numbers from 0 to 9"),
+        (
+            ["backbone.unseen_classes=0.1"],
+            r"backbone.unseen_classes=0.1: must be a text or a list \[value, ...\] or null",
+        ),
         (["backbone.unseen_classes=[0.5]"], "backbone.unseen_classes=0.5: is no class: names, or numbers from 0 to 9"),
         (["backbone.unseen_classes=[true]"], "backbone.unseen_classes=True: is no class"),
         (["backbone.unseen_classes=[[8]]"], r"backbone.unseen_classes=\[8\]: is no class"),

@@ -30,6 +30,8 @@ _NPY = ("float16", "float32", "float64")
 # Names in NumPy or PyTorch of the types in .safetensors files.
 _SAFETENSORS = {"F16": "float16", "BF16": "bfloat16", "F32": "float32", "F64": "float64"}
 
+_NOT_FINITE = "has numbers that are not finite"
+
 #: Vectors that are read at a time.
 BLOCK = 4096
 
@@ -93,8 +95,22 @@ class Features(ImageDataset):
         """Return one vector as float32 [D]; raises a `ValueError` if it is not finite."""
         vector = self._vectors.rows(index, index + 1)[0]
         if not np.isfinite(vector).all():
-            raise ValueError("has numbers that are not finite")
+            raise ValueError(_NOT_FINITE)
         return vector
+
+    def describe(self, index: int) -> str:
+        """Return file and row of a vector."""
+        return f"{self.file.name}, row {index}"
+
+    def probe(self, index: int) -> None:
+        """Raise a `ValueError` for a vector that is not finite; the first call reads all."""
+        if not self._finite[index]:
+            raise ValueError(_NOT_FINITE)
+
+    @cached_property
+    def _finite(self) -> np.ndarray:
+        """Whether each vector is finite, bool [M]."""
+        return np.concatenate([np.isfinite(block).all(axis=1) for block in self._blocks()])
 
     def backbone_arguments(self) -> dict[str, Any]:
         """Return D."""
@@ -127,9 +143,9 @@ class Features(ImageDataset):
         return kept.of_one(self.file, lambda _: self._digest(), f"vectors of {self.key}")
 
     def image_digests(self) -> np.ndarray:
-        """Return a digest of every vector; all are read."""
+        """Return a digest of every vector, 0 of one that is not finite; all are read."""
         digests = [hashlib.blake2b(row.tobytes(), digest_size=8).digest() for block in self._blocks() for row in block]
-        return np.frombuffer(b"".join(digests), dtype="<i8").astype(np.int64)
+        return np.where(self._finite, np.frombuffer(b"".join(digests), dtype="<i8"), 0).astype(np.int64)
 
     def _digest(self) -> bytes:
         content = hashlib.sha256()

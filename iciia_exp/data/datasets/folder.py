@@ -116,15 +116,12 @@ class Folder(ImageFiles):
             given[column] = _fill(given, column, folders)
             if len(lost := given["path"][given[column].isna()]) and (column == "label" or len(lost) < len(given)):
                 folder = "class" if column == "label" else column
-                hint = f"use {folder} folders, or give all in a table's column {column}"
+                hint = f"use {folder} folders, or give all in a table's column {column}{self._classes_below()}"
                 raise wrong_folder(where, f"{len(lost)} images have no {column} ({few(lost)}); {hint}", TREE)
         if given["split"].isna().all():
             del given["split"]
         if len(classes := set(given["label"])) < 2:
-            problem = f"has a single class ({few(classes)}), at least 2 are needed"
-            inner = [top for top in list_folders(self.root) if len(list_folders(self.root / top)) > 1]
-            if self.csv is None and len(inner) == 1:
-                problem += f"; the folders in it are the classes with data_dir={self.root / inner[0]}"
+            problem = f"has a single class ({few(classes)}), at least 2 are needed{self._classes_below()}"
             raise wrong_folder(where, problem, TREE)
         table, class_names = image_table(given, self.shares, self.seed, where)
         if untrained := set(table["label"]) - set(table["label"][table["split"] == "train"]):
@@ -135,6 +132,13 @@ class Folder(ImageFiles):
         if time is not None:
             table["time"] = time
         return table, class_names
+
+    def _classes_below(self) -> str:
+        """Return a hint where the only folder with folders is one around the classes."""
+        inner = [top for top in list_folders(self.root) if len(list_folders(self.root / top)) > 1]
+        if self.csv is not None or len(inner) != 1 or inner[0].lower() in SPLIT_NAMES:
+            return ""
+        return f"; the folders in it are the classes with data_dir={self.root / inner[0]}"
 
     def _say_passed_over(self, others: list[str]) -> None:
         tables = {file.resolve() for file in (self.csv, self.parents) if file is not None}

@@ -6,6 +6,7 @@ import io
 import logging
 import os
 import re
+import time
 import warnings
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -23,6 +24,8 @@ log = logging.getLogger(__name__)
 
 _UTF16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
 _SEPARATORS = (",", ";", "\t", "|")
+
+_PATIENCE = 10.0  # seconds between two lines of a long listing
 
 #: Extensions of the image files of published datasets, in lower case.
 EXTENSIONS = (".jpeg", ".jpg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".ppm", ".pgm")
@@ -48,7 +51,11 @@ def list_files(folder: Path, extensions: tuple[str, ...]) -> tuple[list[str], li
     found: list[str] = []
     others: list[str] = []
     waiting: list[tuple[str, str, frozenset[tuple[int, int]]]] = [(str(folder), "", frozenset(_identity(folder)))]
+    said = time.monotonic()
     while waiting:
+        if time.monotonic() - said > _PATIENCE:
+            said = time.monotonic()
+            log.info("%s: %s files listed so far", folder, f"{len(found) + len(others):,}")
         path, prefix, above = waiting.pop()
         for entry in _entries(path):
             name = entry.name
@@ -114,6 +121,8 @@ def read_csv(path: Path, required: Sequence[str] = ()) -> pd.DataFrame:
     if lacking := [column for column in required if column not in table]:
         header = ", ".join(printable(column, lines=False) for column in table.columns)
         raise UserError(f"{path}: has no column {lacking[0]}, only {header}; expected {','.join(required)}")
+    if not len(table):
+        raise UserError(f"{path}: has a header and no rows")
     table = table.fillna("").apply(lambda column: column.str.strip())
     if len(table.columns) > 1 and len(again := np.flatnonzero((table == table.columns).all(axis=1))):
         raise UserError(f"{path}: row {again[0] + 1} repeats the header; remove it")

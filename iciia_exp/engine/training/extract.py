@@ -19,7 +19,7 @@ from torch import Tensor
 
 from iciia_exp.config.settings import Extraction
 from iciia_exp.data.dataset import ImageDataset, dense_labels
-from iciia_exp.data.images import Jpeg, TransformedImages, readable
+from iciia_exp.data.images import Jpeg, TransformedImages, problems_of, readable, tell_bad
 from iciia_exp.data.store import FeatureWriter
 from iciia_exp.engine.training.extractor import Extractor, WriteFeatures, in_time
 from iciia_exp.engine.training.trainer import interruptible, make_trainer, quiet_lightning
@@ -78,6 +78,10 @@ def extract(
     """
     backbone.eval().requires_grad_(False)
     images, first = len(table), process_rank() == 0
+    stops = dataset.vectors and extraction.on_bad_image == "error"
+    if stops and (bad := problems_of(dataset, range(images), dataset.probe)):  # vectors are read in no time
+        hint = "repair them, or leave them out with features.on_bad_image=skip"
+        raise UserError(f"{len(bad):,} of {images:,} vectors cannot be read ({tell_bad(dataset, bad)}); {hint}")
     jpeg = None if extraction.jpeg is None else Jpeg(backbone.transform, extraction.jpeg)
     transform = jpeg or backbone.transform
     known, example = readable(dataset, transform, probes(np.arange(images)))
@@ -189,14 +193,8 @@ def _report_bad(dataset: ImageDataset, bad: dict[int, str], images: int) -> list
     """Say at the end which images could not be read, and return them for the manifest."""
     listed = [{"image": row, "what": dataset.describe(row), "problem": problem} for row, problem in bad.items()]
     if listed:
-        first = listed[0]
-        log.warning(
-            "features: %s of %s images could not be read and are left out, %s first (%s); manifest.json lists them",
-            f"{len(listed):,}",
-            f"{images:,}",
-            first["what"],
-            first["problem"],
-        )
+        count = f"{len(listed):,} of {images:,} images could not be read and are left out"
+        log.warning("features: %s (%s); manifest.json lists them", count, tell_bad(dataset, bad))
     return listed
 
 

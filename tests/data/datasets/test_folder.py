@@ -1,5 +1,6 @@
 import logging
 import pickle
+import re
 import shutil
 
 import numpy as np
@@ -269,6 +270,27 @@ def test_a_folder_around_the_classes_is_a_hint(tmp_path):
         Folder(tmp_path).table  # noqa: B018
 
 
+def test_a_folder_around_the_classes_is_a_hint_beside_a_loose_picture(tmp_path):
+    make_folder(tmp_path / "images")
+    Image.new("RGB", (4, 4)).save(tmp_path / "logo.png")
+    hint = f"the folders in it are the classes with data_dir={tmp_path}/images"
+    with pytest.raises(UserError, match=rf"1 images have no label \(logo.png\).*; {hint}"):
+        Folder(tmp_path).table  # noqa: B018
+
+
+def test_a_long_listing_says_how_far_it_is(tmp_path, caplog, monkeypatch):
+    from iciia_exp.data.readers import files
+
+    make_folder(tmp_path)
+    monkeypatch.setattr(logging.getLogger("iciia_exp"), "propagate", True)
+    caplog.set_level(logging.INFO)
+    len(Folder(tmp_path))
+    assert "listed so far" not in caplog.text
+    monkeypatch.setattr(files, "_PATIENCE", -1.0)
+    len(Folder(tmp_path))
+    assert re.search(rf"{tmp_path}: \d+ files listed so far", caplog.text)
+
+
 def test_what_is_passed_over_is_counted_and_named(tmp_path, caplog):
     make_folder(tmp_path, per_class=1, splits=("train", "test"))
     whole = Folder(tmp_path).table
@@ -313,6 +335,7 @@ def test_images_are_upright_and_without_hidden_colours(tmp_path):
         ({"path": ["apple/000.jpg", None]}, "path is empty in 1 of 2 rows"),
         ({"label": ["a", "b"]}, "has no column 'path'"),
         ({"path": ["/data/000.jpg"]}, "every path must lie in"),
+        ({"path": []}, "t.csv: has a header and no rows"),
         ({"path": ["x/000.jpg", "y/000.jpg"]}, r"none of its 2 images is in .* \(x/000.jpg, y/000.jpg\)"),
         ({"path": ["apple/000.jpg"]}, r"t.csv: has a single class \(apple\)"),
         (
