@@ -198,6 +198,7 @@ def by_share(table: pd.DataFrame, title: str) -> Any | None:
     for axes in list(panels.flat)[max(0, len(keys) - 3) : len(keys)]:  # below which there is none
         axes.set_xlabel("requests in the cloud (%)", fontsize=8.5)
     handles, names = panels.flat[0].get_legend_handles_labels()
+    names = [plots.wrapped(name) for name in names]
     figure.legend(handles, names, frameon=False, fontsize=8.5, loc="outside lower center", ncols=4)
     return figure
 
@@ -275,7 +276,7 @@ def gain_distribution(table: pd.DataFrame, title: str) -> Any | None:
     for box, label in zip(drawn["boxes"], boxes, strict=True):
         plots.hover(box, label)
     axes.axvline(0, color="black", linewidth=0.8)
-    axes.set_yticks(range(1, len(boxes) + 1), list(boxes), fontsize=8.5)
+    axes.set_yticks(range(1, len(boxes) + 1), [plots.wrapped(label) for label in boxes], fontsize=8.5)
     axes.grid(axis="y", visible=False)
     axes.grid(axis="x", color="#dddddd", linewidth=0.8)
     text = f"{title}: gain per client (box: middle half, whiskers: 10 to 90 %, diamond: mean)"

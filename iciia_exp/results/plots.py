@@ -31,6 +31,7 @@ __all__ = [
         "new_panels",
         "quality_vs_share",
         "save",
+        "wrapped",
         "write_figure",
     ),
 ]
@@ -88,11 +89,22 @@ def new_panels(title: str, rows: int, columns: int, sharex: bool = True) -> tupl
 
 def legend(axes: Any, beside: bool) -> None:
     """Draw the legend in the plot, or ``beside`` it on a larger figure, where a long one hides no line."""
+    handles, names = axes.get_legend_handles_labels()
+    names = [wrapped(name) for name in names]
     if beside:
         axes.figure.set_size_inches(9.2, 4.8)
-        axes.figure.legend(frameon=False, fontsize=8.5, loc="outside right center")
+        axes.figure.legend(handles, names, frameon=False, fontsize=8.5, loc="outside right center")
     else:
-        axes.legend(frameon=False, fontsize=8.5, loc="best")
+        axes.legend(handles, names, frameon=False, fontsize=8.5, loc="best")
+
+
+def wrapped(label: str) -> str:
+    """Return the label of a setting in at most three lines, so that a long one leaves room for the data.
+
+    >>> wrapped("client_profile change=0.05")
+    'client_profile change=0.05'
+    """
+    return "\n".join(textwrap.wrap(label, 46, max_lines=3, placeholder=" …")) or label
 
 
 def cost_axis(axes: Any, cost: pd.Series, percent: bool = True) -> None:
@@ -356,7 +368,10 @@ def accuracy_vs_history(summary: pd.DataFrame, row: dict[str, Any], path: Path) 
         axes.plot(place, 100 * part[key], form, color=colour, markersize=size, label=label)
     names = [f"{n}\n{c:,}" if fewer else str(n) for n, c in zip(part["history"], clients, strict=True)]
     axes.set_xticks(place, names)
-    figure.legend(frameon=False, fontsize=8.5, loc="outside lower center", ncols=3)  # lines cross the whole plot
+    handles, names = axes.get_legend_handles_labels()
+    names = [wrapped(name) for name in names]
+    place = "outside lower center"  # lines cross the whole plot
+    figure.legend(handles, names, frameon=False, fontsize=8.5, loc=place, ncols=3)
     return save(figure, path)
 
 

@@ -11,6 +11,7 @@ from iciia_exp.results.plots import (
     accuracy_vs_history,
     accuracy_vs_overhead,
     gain_per_client,
+    legend,
     line_styles,
     new_figure,
     save,
@@ -56,6 +57,16 @@ def test_names_of_others_are_text(tmp_path, caplog, recwarn, monkeypatch):
     assert "\\x1b[2J" in out.getvalue()
     assert "$</tspan>" not in out.getvalue()  # ticks of powers are formulas
     assert "$</text>" not in out.getvalue()
+
+
+@pytest.mark.parametrize("beside", [True, False])
+def test_a_long_label_leaves_room_for_the_data(tmp_path, beside, recwarn):
+    figure, axes = new_figure("a")
+    axes.plot([1, 2], [1, 2], label=" ".join(f"setting_{number}=0.5" for number in range(30)))
+    legend(axes, beside)
+    save(figure, tmp_path / "a.png")
+    assert not recwarn.list  # matplotlib warns of axes without a size
+    assert axes.get_position().width > 0.5
 
 
 def test_a_method_has_one_colour_in_all_figures():
