@@ -101,7 +101,9 @@ def check_keys(node: dict[str, Any], path: str) -> None:
     if of_library(node["_target_"]):
         return
     for key, kinds in _kinds_of(target).items():
-        if key in node and not isinstance(node[key], tuple(kinds)):
+        if key not in node or (node[key] is None and parameters[key].default is None):  # `x: str = None` of a user's
+            continue
+        if not isinstance(node[key], tuple(kinds)):
             raise ConfigError(f"{path}.{key}", node[key], f"must be {' or '.join(kinds.values())}")
 
 

@@ -3,6 +3,7 @@
 import pytest
 
 from iciia_exp.config.build import with_path
+from iciia_exp.config.check import check_keys
 from iciia_exp.config.experiment import Experiment
 from iciia_exp.config.paths import CONF_DIR
 from iciia_exp.engine.stages import Stages
@@ -109,3 +110,32 @@ def test_a_missing_folder_is_that_of_data_dir(compose, name, value):
     with pytest.raises(ConfigError, match=rf"^data_dir={value}: ") as error:
         Stages(Experiment.from_config(compose(*overrides))).table  # noqa: B018
     assert error.value.key == "data_dir"
+
+
+class Own:
+    """A class of a user's, annotated as people write it."""
+
+    def __init__(self, file: str = None, names: list[str] | None = None, sizes: "dict[str, int]" = {}, size: int = 1):  # noqa: B006, RUF013
+        pass
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({}, None),
+        ({"file": "a", "names": ["b"], "sizes": {"c": 1}, "size": 2}, None),
+        ({"file": None, "names": None}, None),
+        ({"size": "left to the class"}, None),
+        ({"file": 3}, "own.file=3: must be a text"),
+        ({"file": ["a"]}, r"own.file=\['a'\]: must be a text"),
+        ({"names": "b"}, r"own.names=b: must be a list \[value, ...\] or null"),
+        ({"sizes": None}, "own.sizes=None: must be a dictionary {key: value, ...}"),
+    ],
+)
+def test_values_are_of_the_kind_that_the_signature_says(given, message):
+    node = {"_target_": f"{__name__}.Own", **given}
+    if message is None:
+        check_keys(node, "own")
+        return
+    with pytest.raises(ConfigError, match=f"^{message}$"):
+        check_keys(node, "own")
