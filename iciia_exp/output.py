@@ -37,8 +37,8 @@ def robust_streams() -> None:
 
 
 def print_error(error: object) -> None:
-    """Print an error for a user in one line, without control characters."""
-    print(f"error: {printable(error, lines=False)}", file=sys.stderr)
+    """Print an error for a user, without control characters; a layout of folders has several lines."""
+    print(f"error: {printable(error)}", file=sys.stderr)
 
 
 def os_error(error: OSError) -> str:

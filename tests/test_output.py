@@ -69,8 +69,8 @@ def test_errors_of_commands_are_one_line(capsys):
     def fail(error):
         raise error
 
-    assert exit_status(lambda: fail(UserError("x: a\nb wrong\x1b")), failed=2) == 2
-    assert capsys.readouterr().err == "error: x: a\\nb wrong\\x1b\n"
+    assert exit_status(lambda: fail(UserError("x: laid out as\n  a/b\x1b")), failed=2) == 2
+    assert capsys.readouterr().err == "error: x: laid out as\n  a/b\\x1b\n"
     assert exit_status(lambda: fail(PermissionError(13, "Permission denied", "/a/b")), failed=1) == 1
     assert capsys.readouterr().err == "error: /a/b: Permission denied\n"
     with pytest.raises(ZeroDivisionError):
