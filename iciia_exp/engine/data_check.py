@@ -15,13 +15,14 @@ from iciia_exp.data.dataset import MissingFiles
 from iciia_exp.data.images import problems_of, tell_bad
 from iciia_exp.data.readers.files import few
 from iciia_exp.engine.inputs import Inputs
+from iciia_exp.engine.terminal import fraction_bar
 from iciia_exp.errors import UserError, printable
 from iciia_exp.tasks import SINGLE_LABEL
 
 __all__ = ["findings", "split_table", "unreadable", "weights_problem"]
 
 _PROBED = 9  # images whose size is compared with the backbone's input
-_PROBED_AT_ONCE, _DECODED_AT_ONCE = 16384, 64  # images
+_PROBED_AT_ONCE, _DECODED_AT_ONCE = 4096, 64  # images
 _PATIENCE = 30.0  # seconds of decoding
 _FAR_LARGER = 8  # times the input's side
 _COARSE = 64  # sides of an input, in pixels, that lose much of a larger picture
@@ -50,8 +51,10 @@ def unreadable(inputs: Inputs) -> tuple[list[str], int]:
         return [], 0
     dataset, problems = inputs.experiment.dataset, dict[int, str]()
     rows = np.random.default_rng(0).permutation(len(dataset))
-    for block in np.array_split(np.arange(len(rows)), 1 + len(rows) // _PROBED_AT_ONCE):
-        problems |= problems_of(dataset, block.tolist(), dataset.probe)
+    with fraction_bar("files") as show:
+        for block in np.array_split(np.arange(len(rows)), 1 + len(rows) // _PROBED_AT_ONCE):
+            problems |= problems_of(dataset, block.tolist(), dataset.probe)
+            show((block[-1] + 1) / len(rows))
     decoded, start = 0, time.monotonic()
     while decoded < len(rows) and time.monotonic() - start < _PATIENCE:
         some = rows[decoded : decoded + _DECODED_AT_ONCE].tolist()
@@ -60,9 +63,8 @@ def unreadable(inputs: Inputs) -> tuple[list[str], int]:
     if not problems:
         return [], decoded
     left = "a run leaves them out" if inputs.experiment.extraction.on_bad_image == "skip" else "a run stops there"
-    return [
-        f"{len(problems):,} of {len(rows):,} images cannot be read, {left} ({tell_bad(dataset, problems)})"
-    ], decoded
+    count = f"{len(problems):,} of {len(rows):,} images cannot be read"
+    return [f"{count}, {left} ({tell_bad(dataset, problems)})"], decoded
 
 
 def split_table(inputs: Inputs) -> Table:
