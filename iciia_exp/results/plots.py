@@ -370,8 +370,8 @@ def accuracy_vs_history(summary: pd.DataFrame, row: dict[str, Any], path: Path) 
     axes.set_xticks(place, names)
     handles, names = axes.get_legend_handles_labels()
     names = [wrapped(name) for name in names]
-    place = "outside lower center"  # lines cross the whole plot
-    figure.legend(handles, names, frameon=False, fontsize=8.5, loc=place, ncols=3)
+    below = "outside lower center"  # lines cross the whole plot
+    figure.legend(handles, names, frameon=False, fontsize=8.5, loc=below, ncols=3)
     return save(figure, path)
 
 
