@@ -55,7 +55,7 @@ def unreadable(inputs: Inputs) -> tuple[list[str], int]:
         for block in np.array_split(np.arange(len(rows)), 1 + len(rows) // _PROBED_AT_ONCE):
             problems |= problems_of(dataset, block.tolist(), dataset.probe)
             show((block[-1] + 1) / len(rows))
-    decoded, start = 0, time.monotonic()
+    decoded, start = len(rows) if dataset.vectors else 0, time.monotonic()  # vectors have been read
     while decoded < len(rows) and time.monotonic() - start < _PATIENCE:
         some = rows[decoded : decoded + _DECODED_AT_ONCE].tolist()
         problems |= problems_of(dataset, some, dataset.__getitem__)
