@@ -1,5 +1,4 @@
 import io
-import logging
 
 import matplotlib
 import numpy as np
@@ -7,6 +6,8 @@ import pandas as pd
 import pytest
 from matplotlib.image import imread
 
+from iciia_exp.engine.terminal import setup_logging
+from iciia_exp.results import plots
 from iciia_exp.results.plots import (
     accuracy_vs_history,
     accuracy_vs_overhead,
@@ -37,11 +38,9 @@ def drawn(path):
     return len(np.unique((pixels * 32).astype(int), axis=0)) > 10
 
 
-def test_names_of_others_are_text(tmp_path, caplog, recwarn, monkeypatch):
-    from iciia_exp.results import plots
-
+def test_names_of_others_are_text(tmp_path, capsys, recwarn, monkeypatch):
+    setup_logging()
     monkeypatch.setattr(plots, "_lacking", set())
-    monkeypatch.setattr(logging.getLogger("iciia_exp"), "propagate", True)
     figure, axes = new_figure("$\\frac{$ a\x1b[2J 漢字")
     axes.plot([1, 1000], [1, 2], label="costs $5 or $6")
     axes.set_xscale("log")
@@ -49,7 +48,7 @@ def test_names_of_others_are_text(tmp_path, caplog, recwarn, monkeypatch):
     for ending in ("png", "svg"):
         save(figure, tmp_path / f"a.{ending}")
     assert not [w for w in recwarn if "Glyph" in str(w.message)]
-    assert [r.getMessage() for r in caplog.records] == ["plots: the font lacks 字 漢; a box takes their place"]
+    assert capsys.readouterr().out == "warning: plots: the font lacks 字 漢; a box takes their place\n"  # once
     out = io.StringIO()
     with matplotlib.rc_context({"svg.fonttype": "none"}):
         write_figure(figure, out, format="svg")

@@ -13,7 +13,7 @@ BACKBONE = {
 }  # fmt: skip
 INFO = {
     "format": 2, "dim": 82, "num_classes": 2, "images": 16, "task": "click", "class_names": ["no", "yes"],
-    "features": "features-1", "backbone": BACKBONE,
+    "features": "features-1", "method": {"name": "ctr_head", "arguments": {}}, "backbone": BACKBONE,
 }  # fmt: skip
 
 
