@@ -196,6 +196,7 @@ def call(monkeypatch, *arguments):
             "seed=99999999999999999999: must be a whole number of 0 to 9223372036854775807",
         ),
         (["features.precision=foo"], "features.precision=foo: must be one of 32-true, 32, 16-mixed,"),
+        (["backbone.recipe.batch_size=${seed}"], "backbone.recipe.batch_size=0: must be a whole number of at least 1"),
         (["dataset.sizes=null"], "dataset.sizes=None: must be a dictionary {key: value, ...}"),
         (["evaluation.history_lengths=5"], "evaluation.history_lengths=5: must be a list [value, ...]"),
         (["~features.num_workers"], "~features.num_workers: is null already; leave it out"),

@@ -92,10 +92,11 @@ class Experiment:
             key = f"{error.full_key}: " if error.full_key else ""
             raise UserError(key + first_line(error)) from error
         check_nodes(plain)
+        given = {override.lstrip("+").partition("=")[0] for override in overrides}  # the user's own are no aliases
         aliases = {
             key: match.group(1)
             for key, value in flatten(OmegaConf.to_container(config, resolve=False)).items()  # type: ignore[arg-type]
-            if isinstance(value, str) and (match := re.fullmatch(r"\$\{(\w+)\}", value))
+            if isinstance(value, str) and (match := re.fullmatch(r"\$\{(\w+)\}", value)) and key not in given
         }
 
         def built(group: str) -> Any:
