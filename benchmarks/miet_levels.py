@@ -20,7 +20,7 @@ import numpy as np
 import pandas as pd
 import torch
 from hydra import compose, initialize_config_dir
-from pages import fill, stored, stored_of
+from pages import fill, store, stored, stored_of
 from settings import SEEDS
 
 from iciia_exp.config.experiment import Experiment
@@ -131,8 +131,8 @@ def main() -> None:
     made = stages_of(*given.overrides, "method=last")
     if not made.features.finished:
         execute(stages_of(*given.overrides, "method=last", "stage=features", "logger=none"))
-    store = made.open_store()
-    sums, labels = cache(partial(tokens_of, store.array("levels"))), made.labels
+    levels = made.open_store()
+    sums, labels = cache(partial(tokens_of, levels.array("levels"))), made.labels
     settings, all_shots = PARTS[given.part]
     table = f"miet_{given.part}"
     done = stored(table).to_dict("records") if stored_of([table]) else []
@@ -145,18 +145,18 @@ def main() -> None:
     for shots in all_shots:
         for seed in SEEDS:
             more = (f"partition.shots={shots}", f"partition.seed={seed}")
-            clients = stages_of(*given.overrides, "method=last", *more).readable_clients(store)
+            clients = stages_of(*given.overrides, "method=last", *more).readable_clients(levels)
             for label, which, grid, arguments in settings:
                 key = name(label, shots)
                 if (key, seed) in known:
                     continue
-                head = torch.nn.Linear(store.dim, made.num_classes)
+                head = torch.nn.Linear(levels.dim, made.num_classes)
                 if which == "features":
-                    batches = FeatureBatches(store.array(), labels)
+                    batches = FeatureBatches(levels.array(), labels)
                     method: Personal = LinearProbe(Facts.of(head), seed=seed, **RECIPE | arguments)
                 else:
                     tokens = sums(which, grid)
-                    batches = FeatureBatches(store.array(), labels, arrays={"tokens": tokens})
+                    batches = FeatureBatches(levels.array(), labels, arrays={"tokens": tokens})
                     facts = Facts.of(head, arrays={"tokens": tokens.shape[1:]})
                     method = Miet(facts, seed=seed, **RECIPE | arguments)
                 start = time.monotonic()
