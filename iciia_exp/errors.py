@@ -115,8 +115,8 @@ def check_int(key: str, value: Any, low: int, high: int | None = None, why: str 
     iciia_exp.errors.ConfigError: heads=0: must be a whole number of at least 1
     """
     wrong = isinstance(value, bool) or not isinstance(value, int)
-    if not wrong and high is None and value > low:
-        high = 2**63 - 1 if value >= 2**63 else None
+    if not wrong and high is None and value >= 2**63:
+        high = 2**63 - 1
     span = f"at least {low}" if high is None else f"{low} to {high}"
     if wrong or value < low or (high is not None and value > high):
         raise ConfigError(key, value, f"must be a whole number of {span}" + (f" ({why})" if why else ""))

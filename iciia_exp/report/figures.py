@@ -197,8 +197,7 @@ def by_share(table: pd.DataFrame, title: str) -> Any | None:
         axes.remove()
     for axes in list(panels.flat)[max(0, len(keys) - 3) : len(keys)]:  # below which there is none
         axes.set_xlabel("requests in the cloud (%)", fontsize=8.5)
-    handles, names = panels.flat[0].get_legend_handles_labels()
-    names = [plots.wrapped(name) for name in names]
+    handles, names = plots.legend_entries(panels.flat[0])
     figure.legend(handles, names, frameon=False, fontsize=8.5, loc="outside lower center", ncols=4)
     return figure
 

@@ -26,6 +26,7 @@ __all__ = [
         "draw_examples",
         "draw_routes",
         "gain_per_client",
+        "legend_entries",
         "measure",
         "new_figure",
         "new_panels",
@@ -89,13 +90,18 @@ def new_panels(title: str, rows: int, columns: int, sharex: bool = True) -> tupl
 
 def legend(axes: Any, beside: bool) -> None:
     """Draw the legend in the plot, or ``beside`` it on a larger figure, where a long one hides no line."""
-    handles, names = axes.get_legend_handles_labels()
-    names = [wrapped(name) for name in names]
+    handles, names = legend_entries(axes)
     if beside:
         axes.figure.set_size_inches(9.2, 4.8)
         axes.figure.legend(handles, names, frameon=False, fontsize=8.5, loc="outside right center")
     else:
         axes.legend(handles, names, frameon=False, fontsize=8.5, loc="best")
+
+
+def legend_entries(axes: Any) -> tuple[list[Any], list[str]]:
+    """Return the lines of a legend, and their labels `wrapped`."""
+    handles, names = axes.get_legend_handles_labels()
+    return handles, [wrapped(name) for name in names]
 
 
 def wrapped(label: str) -> str:
@@ -368,8 +374,7 @@ def accuracy_vs_history(summary: pd.DataFrame, row: dict[str, Any], path: Path) 
         axes.plot(place, 100 * part[key], form, color=colour, markersize=size, label=label)
     names = [f"{n}\n{c:,}" if fewer else str(n) for n, c in zip(part["history"], clients, strict=True)]
     axes.set_xticks(place, names)
-    handles, names = axes.get_legend_handles_labels()
-    names = [wrapped(name) for name in names]
+    handles, names = legend_entries(axes)
     below = "outside lower center"  # lines cross the whole plot
     figure.legend(handles, names, frameon=False, fontsize=8.5, loc=below, ncols=3)
     return save(figure, path)

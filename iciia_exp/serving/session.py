@@ -172,15 +172,14 @@ class ClientSession:
     def _as_features(self, image: Any) -> tuple[Tensor, dict[str, Tensor]]:
         """Return an image's features, [1, D], and of an image the arrays that the method reads, [1, ...]."""
         dim = self.method.dim
-        if isinstance(image, list | tuple) or (numeric(image) and image.ndim == 1) or self.backbone is None:
+        rows = numeric(image) and image.ndim == 2 and image.shape[1] == dim and "float" in str(image.dtype)
+        one = isinstance(image, list | tuple) or (numeric(image) and image.ndim == 1) or (rows and len(image) == 1)
+        if one or self.backbone is None:
             x = as_features(image, self.client, f"[{dim}]")
             return x if x.shape == (1, dim) else x[None], {}
-        if numeric(image) and image.ndim == 2 and image.shape[1] == dim and "float" in str(image.dtype):
-            if len(image) == 1:  # of one image, with a batch axis
-                return as_features(image, self.client, f"[{dim}]"), {}
-            if len(image) != dim:
-                found = f"floats {list(image.shape)} may be features of {len(image)} images or a grey picture"
-                raise UserError(f"{self.client}: {found}; give features one by one, [{dim}], a picture as uint8")
+        if rows and len(image) != dim:
+            found = f"floats {list(image.shape)} may be features of {len(image)} images or a grey picture"
+            raise UserError(f"{self.client}: {found}; give features one by one, [{dim}], a picture as uint8")
         try:
             x = self.backbone.transform(image)
         except (ValueError, TypeError, OSError, AttributeError, RuntimeError) as error:

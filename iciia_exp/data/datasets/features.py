@@ -144,8 +144,12 @@ class Features(ImageDataset):
 
     def image_digests(self) -> np.ndarray:
         """Return a digest of every vector, 0 of one that is not finite; all are read."""
-        digests = [hashlib.blake2b(row.tobytes(), digest_size=8).digest() for block in self._blocks() for row in block]
-        return np.where(self._finite, np.frombuffer(b"".join(digests), dtype="<i8"), 0).astype(np.int64)
+        digests = []
+        for block in self._blocks():
+            digests += [hashlib.blake2b(row.tobytes(), digest_size=8).digest() for row in block]
+            for row in np.flatnonzero(~np.isfinite(block).all(axis=1)):
+                digests[row - len(block)] = bytes(8)
+        return np.frombuffer(b"".join(digests), dtype="<i8").astype(np.int64)
 
     def _digest(self) -> bytes:
         content = hashlib.sha256()
