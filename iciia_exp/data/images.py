@@ -7,6 +7,7 @@ import io
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from itertools import islice
 from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
@@ -154,9 +155,12 @@ def _read(dataset: ImageDataset, transform: Callable[[Any], _Made], row: int) ->
 
 def problems_of(dataset: ImageDataset, rows: Iterable[int], read: Callable[[int], Any]) -> dict[int, str]:
     """Return the problems of the images that ``read`` cannot read, by number; several threads read."""
+    waiting, found = iter(rows), dict[int, str]()
     with ThreadPoolExecutor() as pool:
-        texts = pool.map(lambda row: (row, _attempt(dataset, row, lambda: read(row))[1]), rows)
-        return {row: text for row, text in texts if text is not None}
+        while some := list(islice(waiting, 4096)):  # a task for each of a million images would take a gigabyte
+            texts = pool.map(lambda row: (row, _attempt(dataset, row, lambda: read(row))[1]), some)
+            found |= {row: text for row, text in texts if text is not None}
+    return found
 
 
 def tell_bad(dataset: ImageDataset, bad: Mapping[int, str]) -> str:
