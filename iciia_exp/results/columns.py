@@ -175,7 +175,7 @@ def cell(row: pd.Series, key: str, form: str = "percent", errors: tuple[str, ...
         return f"{value / unit:.{int(unit > 1)}f} {suffix}".rstrip()
     if form == "harm":
         return f"{100 * value:.1f} ({100 * row[f'{key}_by_chance']:.1f})"
-    scale, digits, sign = (1, 2, "") if form == "nats" else (100, 1, "+" if form == "gain" else "")
+    scale, digits, sign = (1, 2, "z") if form == "nats" else (100, 1, "+z" if form == "gain" else "z")  # z: no -0.0
     text = f"{scale * value:{sign}.{digits}f}"
     error, low, high = (row.get(f"{key}_{end}", np.nan) if end in errors else np.nan for end in ("se", "low", "high"))
     if pd.notna(error):

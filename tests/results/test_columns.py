@@ -95,7 +95,7 @@ def test_columns_are_told_apart():
         *(("macs", 0, "0"), ("macs", 704, "704"), ("macs", 41536, "41.5 K"), ("macs", 15.4e9, "15.4 G")),
         *(("cost", 0.0, "0"), ("cost", 0.0234, "0.023 %"), ("cost", 4.3, "4.3 %"), ("cost", 1132.2, "1,132 %")),
         *(("number", 30227, "30,227"), ("nats", 0.694, "0.69"), ("gain", 0.127, "+12.7"), ("gain", -0.016, "-1.6")),
-        *(("percent", 0.897, "89.7"), ("percent", None, "–"), ("bytes", np.nan, "–")),
+        *(("percent", 0.897, "89.7"), ("percent", None, "–"), ("bytes", np.nan, "–"), ("gain", -1e-4, "+0.0")),
     ],
 )
 def test_printed_forms(form, value, expected):
