@@ -40,6 +40,9 @@ __all__ = [
 
 log = logging.getLogger(__name__)
 
+#: Errors of a file system that cannot allocate blocks ahead.
+_NO_ALLOCATION = {errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS, errno.ENODEV, errno.EPERM}
+
 
 @contextlib.contextmanager
 def locked(path: Path, what: str) -> Iterator[None]:
@@ -93,11 +96,11 @@ def allocate(path: Path) -> None:
         try:
             os.posix_fallocate(file.fileno(), 0, size)
         except OSError as error:
-            if error.errno != errno.ENOSPC:  # a file system that does not know it
+            if error.errno in _NO_ALLOCATION:
                 return
             free = shutil.disk_usage(path.parent).free
-            problem = f"needs {decimal(size)}, the disk is full ({decimal(free)} free)"
-            raise UserError(f"{path}: {problem}; free some space and repeat the command") from error
+            why = f"the disk is full ({decimal(free)} free)" if error.errno == errno.ENOSPC else error.strerror
+            raise UserError(f"{path}: needs {decimal(size)}, {why}; free some space and repeat the command") from error
 
 
 def is_temporary(name: str, folder: Path, older: float = 3600.0) -> bool:
@@ -165,8 +168,8 @@ def read_array(path: Path, mmap: bool = True) -> np.ndarray:
 
 
 def finished_folder(path: Path, last: str = "manifest.json") -> bool:
-    """Return whether the artifact at ``path`` is complete: ``last``, written last, is there, and so are its files."""
-    return (path / last).is_file() and not changed(path)
+    """Return whether the artifact at ``path`` is complete: ``last``, its checksums, and the files that they list."""
+    return (path / last).is_file() and (path / CHECKSUMS).is_file() and not changed(path)
 
 
 def folder_name(text: str) -> str:
@@ -199,7 +202,7 @@ def make_folder(
         path: the finished folder.
         what: the folder in words, for the log line of a process that waits.
         build: fills ``<path>.partial`` (or ``path`` itself with ``in_place``), where an earlier, killed build may have
-            left files, and must write ``last`` as its last file.
+            left files, and must write ``last`` as its last file; checksums follow it.
         last: name of the file without which the folder is unfinished.
         in_place: build in ``path`` itself: its parts are complete one by one, or loggers keep files open there.
         together: several processes may build it at a time; ``build`` has locks of its own.
@@ -210,7 +213,8 @@ def make_folder(
         if finished_folder(path, last):  # another process made it while this one waited
             return False
         if (path / last).is_file():
-            log.warning("%s: %s missing or cut off; making it again", path, ", ".join(changed(path)))
+            lost = changed(path) if (path / CHECKSUMS).is_file() else [CHECKSUMS]  # the latter by a kill before it
+            log.warning("%s: %s missing or cut off; making it again", path, ", ".join(lost))
             (path / last).unlink()
             (path / CHECKSUMS).unlink(missing_ok=True)
         folder = path if in_place else partial_folder(path)

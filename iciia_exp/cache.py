@@ -21,7 +21,9 @@ __all__ = ["Entry", "entries", "main", "remove"]
 KINDS = ("datasets", "backbones", "features")
 
 # names of artifacts, unfinished ones, and those whose removal was killed
-_OURS = re.compile(r"\.?[^.].*-[0-9a-f]{12}(\.partial)?(?:\.deleted)?")
+_OURS = re.compile(r"[^.].*-[0-9a-f]{12}(\.partial)?|\.[^.].*-[0-9a-f]{12}(?:\.partial)?(\.deleted)")
+# files that a kill left while they were written
+_TEMPORARY = re.compile(r"\.[^.].*-[0-9a-f]{12}(\.\w+)?\.[a-z0-9_]{8}")
 
 
 @dataclass(frozen=True)
@@ -46,7 +48,7 @@ def entries(cache_dir: Path) -> list[Entry]:
         for path in sorted((cache_dir / kind).glob("*")):
             if path.is_symlink() or not path.is_dir() or (match := _OURS.fullmatch(path.name)) is None:
                 continue
-            unfinished = match[1] is not None or path.name.startswith(".")
+            unfinished = any(match.groups())
             if not unfinished and not _has_manifest(path):
                 continue
             status = [path.lstat(), *(os.lstat(os.path.join(at, f)) for at, _, files in os.walk(path) for f in files)]
@@ -67,22 +69,29 @@ def remove_temporary(cache_dir: Path) -> None:
     """Delete the files that a kill left while they were written."""
     for kind in KINDS:
         for path in (cache_dir / kind).glob(".*"):
-            if path.is_file() and not path.is_symlink() and is_temporary(path.name, cache_dir / kind):
+            ours = path.is_file() and not path.is_symlink() and _TEMPORARY.fullmatch(path.name)
+            if ours and is_temporary(path.name, cache_dir / kind):
                 path.unlink(missing_ok=True)
 
 
-def remove(entry: Entry) -> bool:
-    """Delete an entry unless a process is making it now; return whether it was deleted."""
+def remove(entry: Entry) -> str | None:
+    """Delete an entry; return why it was kept, or None."""
     path = entry.path
     try:
         with FileLock(path.with_name(f".{_artifact(path.name)}.lock"), timeout=0):
             aside = path
             if not path.name.startswith("."):  # else left by a removal that was killed
-                aside = path.rename(path.with_name(f".{path.name}.deleted"))  # at once: no reader sees half of it
-            shutil.rmtree(aside)
-            return True
+                aside = path.with_name(f".{path.name}.deleted")
+                if aside.is_dir():  # of an earlier removal that was killed
+                    shutil.rmtree(aside)
+                path.rename(aside)  # at once: no reader sees half of it
+            if aside.is_dir():
+                shutil.rmtree(aside)
+            return None
     except Timeout:
-        return False
+        return "a process is making it now"
+    except OSError as error:  # a folder in it is mounted or protected
+        return f"{error.filename}: {error.strerror}"
 
 
 def _artifact(name: str) -> str:
@@ -105,6 +114,8 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _list_or_clean(options: argparse.Namespace) -> int:
+    if options.cache_dir == "":
+        raise UserError("ICIIA_EXP_CACHE or --cache-dir is empty; name a folder, or unset it")
     cache_dir = resolve_cache_dir(options.cache_dir)
     last_change = datetime.now() - timedelta(days=options.older_than or 0)
     chosen = [
@@ -118,7 +129,10 @@ def _list_or_clean(options: argparse.Namespace) -> int:
     for e in chosen:
         name = printable(e.path.name) + ("" if e.state == "whole" else "  (unfinished)")
         print(f"  {e.bytes / 1e6:10,.1f} MB  {e.changed:%Y-%m-%d %H:%M}  {e.kind:<9}  {name}")
-    if options.command == "list" or not chosen:
+    if options.command == "list":
+        return 0
+    if not chosen:
+        remove_temporary(cache_dir)
         return 0
     if not options.yes:
         if not sys.stdin.isatty():
@@ -127,10 +141,10 @@ def _list_or_clean(options: argparse.Namespace) -> int:
         if input("delete these? [y/N] ").strip().lower() not in ("y", "yes"):
             return 1
     remove_temporary(cache_dir)
-    busy = [e for e in chosen if not remove(e)]
-    for e in busy:
-        print(f"kept {e.path.name}: a process is making it now", file=sys.stderr)
-    return int(bool(busy))
+    kept = [(entry, why) for entry in chosen if (why := remove(entry)) is not None]
+    for entry, why in kept:
+        print(printable(f"kept {entry.path.name}: {why}", lines=False), file=sys.stderr)
+    return int(bool(kept))
 
 
 if __name__ == "__main__":

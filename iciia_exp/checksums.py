@@ -1,7 +1,8 @@
 """Checksums: whether the files of a finished artifact are those that were written.
 
-``checksums.json`` of a finished folder lists size and SHA-256 of its files. A folder of which a file is missing or of
-another size is made again. A file with another content raises an error when it is opened.
+``checksums.json`` of a finished folder lists size and SHA-256 of its files, and is written after them. A folder without
+it, or of which a file is missing or of another size, is made again. A file with another content raises an error when it
+is opened.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import json
 import logging
 import os
 import re
+import stat
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 from pathlib import Path
@@ -56,6 +58,8 @@ def verify(path: Path) -> None:
         status = path.stat()
     except OSError:
         return  # whoever opens it says so
+    if not stat.S_ISREG(status.st_mode):
+        return
     _compare(path, listed, status.st_size, status.st_ino, status.st_mtime_ns, status.st_ctime_ns)
 
 
@@ -108,5 +112,5 @@ def _parsed(path: Path, *identity: int) -> dict[str, tuple[int, str]]:
         if not all(re.fullmatch(r"[^/\\]+", name) and len(value) == 64 for name, (_, value) in found.items()):
             raise ValueError("has other names or checksums")
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError, OSError) as error:
-        raise UserError(f"{path}: cannot be read ({error}); delete it, and its folder is not checked") from error
+        raise UserError(f"{path}: cannot be read ({error}); delete {path.parent} and repeat the command") from error
     return found

@@ -8,6 +8,7 @@ import time
 import numpy as np
 import pytest
 
+from iciia_exp import artifacts
 from iciia_exp.artifacts import (
     allocate,
     atomic_write,
@@ -120,6 +121,33 @@ def test_a_full_disk_is_said_before_memory_is_mapped(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "posix_fallocate", full)
     with pytest.raises(UserError, match=rf"^{path}: needs 1\.0 MB, the disk is full .*; free some space and repeat"):
         allocate(path)
+
+    def quota(*_):
+        raise OSError(errno.EDQUOT, "Disk quota exceeded")
+
+    monkeypatch.setattr(os, "posix_fallocate", quota)
+    with pytest.raises(UserError, match=rf"^{path}: needs 1\.0 MB, Disk quota exceeded; free some space"):
+        allocate(path)
+
+
+@pytest.mark.parametrize("in_place", [False, True])
+def test_killed_before_its_checksums_a_folder_is_not_finished(tmp_path, monkeypatch, in_place):
+    class Killed(BaseException):
+        pass
+
+    def kill(folder):
+        raise Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr(artifacts, "checksums_of", kill)
+        with pytest.raises(Killed):
+            make_folder(tmp_path / "a", "a", build, in_place=in_place)
+    assert not finished_folder(tmp_path / "a")
+    (tmp_path / "a").mkdir(exist_ok=True)
+    (tmp_path / "a" / ".checksums.json.k3_x9abq").touch()
+    assert make_folder(tmp_path / "a", "a", build, in_place=in_place)
+    assert finished_folder(tmp_path / "a")
+    assert not [name for name in os.listdir(tmp_path / "a") if name.startswith(".")]
 
 
 def test_what_a_kill_left_of_a_write_is_removed_by_the_next_build(tmp_path):

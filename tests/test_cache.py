@@ -1,9 +1,11 @@
+import errno
 import os
 from datetime import datetime, timedelta
 
 import pytest
 from filelock import FileLock
 
+from iciia_exp import cache as cache_module
 from iciia_exp.artifacts import write_json
 from iciia_exp.cache import entries, main
 
@@ -77,9 +79,15 @@ def test_what_is_not_ours_is_neither_listed_nor_deleted(cache, tmp_path):
     elsewhere = tmp_path / "elsewhere-0123456789ab"
     elsewhere.mkdir()
     write_json(elsewhere / "manifest.json", {"format": 1})
-    for name in ("datasets/imagenet", "features/mine", "features/mine-0123456789ab", "backbones/x.partial"):
+    theirs = ("datasets/imagenet", "features/mine", "features/mine-0123456789ab", "backbones/x.partial")
+    theirs += ("features/.hidden-0123456789ab",)
+    for name in theirs:
         (cache / name).mkdir(parents=True)
         (cache / name / "precious").touch()
+    hidden = [cache / "datasets" / ".vimrc.swapfile", cache / "features" / ".bashrc.abcdefgh"]
+    for path in hidden:
+        path.touch()
+        os.utime(path, (0, 0))
     write_json(cache / "features/mine" / "manifest.json", {"format": 1})
     (cache / "features" / elsewhere.name).symlink_to(elsewhere)
     (cache / "features" / f"{elsewhere.name}.partial").symlink_to(elsewhere)
@@ -90,10 +98,8 @@ def test_what_is_not_ours_is_neither_listed_nor_deleted(cache, tmp_path):
     assert not names(cache)
     assert (elsewhere / "manifest.json").is_file()
     left = {str(path.relative_to(cache)) for path in cache.rglob("precious")}
-    assert left == {
-        f"{n}/precious"
-        for n in ("datasets/imagenet", "features/mine", "features/mine-0123456789ab", "backbones/x.partial")
-    }
+    assert left == {f"{name}/precious" for name in theirs}
+    assert all(path.exists() for path in hidden)
     assert (cache / "features" / elsewhere.name).is_symlink()
 
 
@@ -112,3 +118,31 @@ def test_what_a_kill_left_is_removed(cache):
     assert not aside.exists()
     assert not temporary.exists()
     assert young.exists()  # somebody may be writing it
+
+
+def test_a_removal_that_was_killed_is_finished_by_the_next(cache):
+    aside = cache / "features" / ".a-000000000002.deleted"
+    aside.mkdir()
+    (aside / "data").touch()
+    assert main(["clean", "--yes"]) == 0
+    assert not names(cache)
+
+
+def test_what_cannot_be_removed_is_named_and_the_rest_is_removed(cache, capsys, monkeypatch):
+    whole = cache_module.shutil.rmtree
+
+    def busy(path):
+        if "a-000000000001" in path.name:
+            raise OSError(errno.EBUSY, "Device or resource busy", "mounted")
+        whole(path)
+
+    monkeypatch.setattr(cache_module.shutil, "rmtree", busy)
+    assert main(["clean", "--yes"]) == 1
+    assert capsys.readouterr().err == "kept a-000000000001: mounted: Device or resource busy\n"
+    assert names(cache) == {("backbones", ".a-000000000001.deleted", "partial")}
+
+
+def test_an_empty_name_is_no_folder(monkeypatch, capsys):
+    monkeypatch.setenv("ICIIA_EXP_CACHE", "")
+    assert main(["list"]) == 2
+    assert "is empty; name a folder, or unset it" in capsys.readouterr().err

@@ -350,7 +350,7 @@ def test_a_search_over_a_key_that_the_method_lacks(monkeypatch, capsys, small):
 def test_a_sweep_over_what_changes_nothing_says_so(monkeypatch, capsys, small):
     assert call(monkeypatch, "-m", *small, "method=prior_em,iciia", "groups=1,2", "heads=1") == 0
     out = capsys.readouterr().out
-    assert "warning: 4 jobs are 3 different runs: groups changes nothing here" in out
+    assert "warning: different runs of 4 jobs: 3; without an effect here: groups" in out
 
 
 @pytest.mark.slow

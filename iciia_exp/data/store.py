@@ -33,13 +33,13 @@ from rich.filesize import decimal
 from iciia_exp.artifacts import (
     allocate,
     atomic_write,
-    finished_folder,
     read_array,
     read_json,
     read_parquet,
     save_tensors,
     write_json,
 )
+from iciia_exp.checksums import changed
 from iciia_exp.errors import UserError
 
 __all__ = ["FORMAT", "FeatureStore", "FeatureWriter"]
@@ -59,7 +59,7 @@ class FeatureStore:
     @classmethod
     def open(cls, path: Path) -> FeatureStore:
         """Open the store at ``path``; a missing, unknown or damaged store raises `UserError`."""
-        if not finished_folder(path):
+        if not (path / "manifest.json").is_file() or changed(path):
             raise UserError(f"{path}: no feature store there (manifest.json is missing)")
         manifest = read_json(path / "manifest.json")
         if (found := manifest.get("format")) != FORMAT:
@@ -126,7 +126,8 @@ class FeatureWriter:
         self._arrays = _open(folder, "r+")
         done = folder / f"done.{rank}.npy"
         if not done.is_file():
-            np.save(done, np.zeros(_rows(self._arrays), dtype=np.uint32))
+            with atomic_write(done, "wb") as file:
+                np.save(file, np.zeros(_rows(self._arrays), dtype=np.uint32))
         self._done = np.lib.format.open_memmap(done, mode="r+")
         self._bad_path = folder / f"bad.{rank}.jsonl"
         self._pending: list[tuple[np.ndarray, np.ndarray]] = []
@@ -160,13 +161,13 @@ class FeatureWriter:
                 return
         except (OSError, ValueError, EOFError):  # absent, or cut off by a kill
             pass
+        _delete_marks(folder)
+        for path in _array_files(folder).values():
+            path.unlink()  # first: their room is needed
         need = sum(math.prod(shape) * dtype.itemsize for shape, dtype in wanted.values())
         if need > (free := shutil.disk_usage(folder).free):
             names = " and ".join(wanted)
             raise UserError(f"{folder}: {names} need {decimal(need)}, the disk has {decimal(free)} free")
-        _delete_marks(folder)
-        for path in _array_files(folder).values():
-            path.unlink()
         for name, (shape, dtype) in wanted.items():
             path = folder / f"{name}.npy"
             np.lib.format.open_memmap(path, mode="w+", dtype=dtype, shape=shape).flush()

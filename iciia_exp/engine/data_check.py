@@ -11,7 +11,7 @@ from PIL import Image
 from rich.table import Table
 
 from iciia_exp.data.clients import ROLES
-from iciia_exp.data.dataset import MissingFiles
+from iciia_exp.data.dataset import ImageDataset, MissingFiles
 from iciia_exp.data.images import problems_of, tell_bad
 from iciia_exp.data.readers.files import few
 from iciia_exp.engine.inputs import Inputs
@@ -25,6 +25,7 @@ _PROBED = 9  # images whose size is compared with the backbone's input
 _PROBED_AT_ONCE, _DECODED_AT_ONCE = 4096, 64  # images
 _PATIENCE = 30.0  # seconds of decoding
 _FAR_LARGER = 8  # times the input's side
+_MANY_COPIES = 0.01  # share of the train images that is said
 _COARSE = 64  # sides of an input, in pixels, that lose much of a larger picture
 
 
@@ -122,7 +123,7 @@ def _plain_name(name: str) -> str:
 
 
 def _duplicates(inputs: Inputs) -> Iterator[str]:
-    """Yield how many val and test images are also train images."""
+    """Yield how many val and test images are also train images, and how many train images are copies of others."""
     dataset, clients = inputs.experiment.dataset, inputs.clients
     if (digests := dataset.image_digests()) is None:
         return
@@ -133,8 +134,26 @@ def _duplicates(inputs: Inputs) -> Iterator[str]:
         same = own[np.isin(digests[own], digests[rows["train"]]) & (digests[own] != 0)]
         if len(same):
             train = rows["train"][digests[rows["train"]] == digests[same[0]]][0]
-            pair = printable(f"{dataset.describe(int(same[0]))} = {dataset.describe(int(train))}", lines=False)
+            pair = _pair(dataset, same[0], train)
             yield f"{len(same):,} of {len(own):,} {role} images are train images as well ({pair})"
+    labels = inputs.table["label"].map(str)  # of several labels a list
+    seen = pd.DataFrame({"digest": digests, "label": labels}).loc[rows["train"]].query("digest != 0")
+    copies = seen[seen["digest"].duplicated()]
+    several = seen[seen["digest"].isin(copies["digest"])]
+    several = several[several.groupby("digest")["label"].transform("nunique") > 1]
+    if len(several):
+        digest, label = several.iloc[0]
+        other = several.index[(several["digest"] == digest) & (several["label"] != label)][0]
+        pair = _pair(dataset, other, several.index[0])
+        yield f"{len(several):,} train images have content that others have with another label ({pair})"
+    elif len(copies) >= _MANY_COPIES * len(seen):
+        first = seen.index[seen["digest"] == copies["digest"].iloc[0]][0]
+        pair = _pair(dataset, copies.index[0], first)
+        yield f"{len(copies):,} of {len(seen):,} train images are copies of others ({pair})"
+
+
+def _pair(dataset: ImageDataset, copy: int, first: int) -> str:
+    return printable(f"{dataset.describe(int(copy))} = {dataset.describe(int(first))}", lines=False)
 
 
 def _sizes(inputs: Inputs) -> Iterator[str]:

@@ -49,7 +49,7 @@ def personalise(inputs: Inputs, folder: Path) -> None:
     shards = [devices.tested[at : at + shard] for at in range(0, len(devices.tested), shard)]
     missing = [number for number in range(len(shards)) if not _is_made(folder, number, shards[number])]
     size, count = method.state_bytes(), len(devices.tested)
-    done = f", {len(shards) - len(missing):,} shards of {len(shards):,} done before" * (len(missing) < len(shards))
+    done = f", {len(shards) - len(missing):,} of {len(shards):,} shards done before" * (len(missing) < len(shards))
     most = " at most" if method.tables else ""
     log.info("devices: %s x %s%s%s", f"{count:,}", decimal(size), most, done)
     device = first_device(inputs)

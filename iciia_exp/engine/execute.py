@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from iciia_exp.artifacts import read_json
+from iciia_exp.data.dataset import MissingFiles
 from iciia_exp.data.views import require_own_labels
 from iciia_exp.engine.data_check import findings, split_table, unreadable, weights_problem
 from iciia_exp.engine.graph import Artifact, NotMade, ensure
@@ -111,8 +112,11 @@ def _check_data(stages: Stages) -> None:
     for line in found:
         log.warning("data: %s", line)
     if not found:
-        some = f" ({decoded:,} of {images:,} images were decoded)" if decoded < images else ""
-        log.info("data: nothing found that is wrong%s", some)
+        missing = isinstance(stages.experiment.dataset_or_missing, MissingFiles)
+        notes = [f"{decoded:,} of {images:,} images were decoded"] * (decoded < images)
+        if missing or stages.experiment.dataset.image_digests() is None:
+            notes.append("images were not compared with each other")
+        log.info("data: nothing found that is wrong%s", f" ({'; '.join(notes)})" if notes else "")
 
 
 def _make(stages: Stages) -> None:

@@ -103,7 +103,7 @@ class SweepReport(Callback):
             accuracy_vs_overhead(group, folder / plot)
         done = len(jobs) - len(without)
         if idle := _without_effect(jobs):
-            log.warning("%s jobs are %s different runs: %s changes nothing here", done, len(rows), idle)
+            log.warning("different runs of %s jobs: %s; without an effect here: %s", done, len(rows), idle)
         summary = f"{done} of {len(jobs)} jobs done; plot and records in {folder}"
         out.print(printable(summary), style="dim", soft_wrap=True)
         if (best := _best_of_search(folder)) is not None:

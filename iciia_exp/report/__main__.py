@@ -58,7 +58,8 @@ def _report(options: argparse.Namespace) -> int:
                 clients = "the partition's test clients" if name == "history" else f"drawn clients, {name}"
                 print(f"\nAccuracy by images seen before, {clients}\n\n{history}")
         if options.out:
-            files = {"table.csv": csv(table), "table.md": markdown(text), "table.tex": latex(text, title)}
+            lines = f"{markdown(text)}\n{note(table)}\n"
+            files = {"table.csv": csv(table), "table.md": lines, "table.tex": latex(text, title)}
             files |= {f"{name}.md": history for name, history in histories.items()}
             for name, content in (files | dict(all_figures(table, title))).items():
                 _write(options.out / (f"{number}-{name}" if number else name), content)

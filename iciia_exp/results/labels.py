@@ -68,6 +68,8 @@ def label_of(row: dict[str, Any], keys: dict[str, list[str]]) -> str:
     parts += [f"{letter}={row[key]}" for key, letter in letters if row.get(key)]
     for key in keys.get(row["method"], ()):
         if key in row:
-            value = f"{row[key]:.4g}" if isinstance(row[key], float) else row[key]
+            value = row[key]
+            if isinstance(value, float):  # with the digits that tell it from its neighbours
+                value = next((text for text in (f"{value:.4g}", f"{value:.7g}") if float(text) == value), repr(value))
             parts.append(f"{key.rsplit('.', 1)[-1]}={value}")
     return " ".join(parts)

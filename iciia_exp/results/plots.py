@@ -407,7 +407,9 @@ def draw_accuracy_vs_overhead(rows: Sequence[dict[str, Any]], highlight: str | N
     styles = dict(zip(methods, line_styles(methods, table["method"]), strict=True))
     crowded = len(methods) > 6
     first = table.iloc[0]
-    bars = "standard error over seeds" if (points["runs"] > 1).any() else "95 % interval over clients"
+    seeds, clients = "standard error over seeds", "95 % interval over clients"
+    several = points["runs"] > 1
+    bars = (seeds if several.all() else f"{seeds}; of one run {clients}") if several.any() else clients
     percent = ", % of the backbone's for one image" if in_percent else ""
     figure, axes = new_figure(
         f"{first['dataset']}: accuracy against overhead (bars: {bars})",

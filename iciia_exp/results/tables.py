@@ -31,6 +31,9 @@ _COMMON = (
     *("sequence_macs", "backbone_macs", "cost_images", "test_clients", "test_images"),
 )
 
+# columns of `clients.parquet` that tables and figures read
+_OF_CLIENTS = ("client", "client_type", "images", "classes", "decisions", "backbone_correct", "method_correct")
+
 
 def load_runs(folders: Iterable[Path]) -> list[dict[str, Any]]:
     """Return the rows of all finished runs in the folders, at any depth, each with its ``run_dir``; each run once.
@@ -87,7 +90,12 @@ def _check_row(path: Path, row: dict[str, Any]) -> None:
 
 def read_table(path: Path) -> pd.DataFrame | None:
     """Return one of a run's tables; None if the run has none. Raises a `UserError` that names a damaged file."""
-    return read_parquet(path) if path.is_file() else None
+    if not path.is_file():
+        return None
+    table = read_parquet(path)
+    if path.name == "clients.parquet" and (lacks := [c for c in _OF_CLIENTS if c not in table]):
+        raise UserError(f"{path}: has no column {lacks[0]}; delete {path.parent} and repeat the command")
+    return table
 
 
 def select(rows: list[dict[str, Any]], conditions: Iterable[str]) -> list[dict[str, Any]]:

@@ -1,6 +1,8 @@
+import errno
 import multiprocessing
 import os
 import signal
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -9,6 +11,7 @@ import torch
 from safetensors.torch import load_file
 
 from iciia_exp.artifacts import read_json, write_json
+from iciia_exp.data import store
 from iciia_exp.data.store import FeatureStore, FeatureWriter
 from iciia_exp.errors import UserError
 
@@ -278,3 +281,31 @@ def test_rows_that_were_damaged_before_a_resumption_are_done_again(tmp_path, nam
     fill(tmp_path, names)
     finish(tmp_path)
     check_arrays(tmp_path, names)
+
+
+def test_what_cannot_be_continued_gives_its_room_back_first(tmp_path, monkeypatch):
+    """A disk was full when the marks were written; after that as much is free as the arrays need."""
+    fill(tmp_path)
+    (mark,) = tmp_path.glob("done.*.npy")
+    mark.write_bytes(b"")
+    arrays = {path.stem: np.load(path) for path in tmp_path.glob("*.npy") if path != mark}
+    need = sum(array.nbytes for array in arrays.values())
+
+    def usage(_):
+        held = sum(path.stat().st_size for path in tmp_path.glob("*.npy"))
+        return SimpleNamespace(free=need + 1000 - held)
+
+    monkeypatch.setattr(store.shutil, "disk_usage", usage)
+    FeatureWriter.prepare(tmp_path, M, {name: (a.shape[1:], a.dtype.name) for name, a in arrays.items()})
+    assert {path.stem for path in tmp_path.glob("*.npy")} == set(arrays)
+
+
+def test_a_disk_that_is_full_of_marks_names_them(tmp_path, monkeypatch):
+    FeatureWriter.prepare(tmp_path, 20, {"features": ((8,), "float32")})
+
+    def full(*_, **__):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(np, "save", full)
+    with pytest.raises(OSError, match=rf"No space left on device: '{tmp_path}/done\.0\.npy'"):
+        FeatureWriter(tmp_path)

@@ -110,6 +110,19 @@ def test_copies_of_train_images_among_test_images(folder, root, capsys):
     assert out.index("warning: data: 2 of 27 test images") < out.index("backbone: training")
 
 
+def test_copies_among_train_images(folder, root):
+    assert not [line for line in found(folder()) if "copies" in line or "content" in line]
+    for number in (0, 1):
+        shutil.copy(root / f"train/apple/00{number}.jpg", root / f"train/apple/00{number + 2}.jpg")
+    (line,) = [line for line in found(folder()) if "copies" in line]
+    assert line.startswith("2 of ")
+    assert line.endswith(" train images are copies of others (train/apple/002.jpg = train/apple/000.jpg)")
+    shutil.copy(root / "train/apple/000.jpg", root / "train/cup/000.jpg")
+    (line,) = [line for line in found(folder()) if "content" in line]
+    pair = "train/cup/000.jpg = train/apple/000.jpg"
+    assert line == f"3 train images have content that others have with another label ({pair})"
+
+
 def test_classes_that_no_train_image_has(folder, root, capsys):
     """Owners of whom only those in test have a class."""
     table = (root / "images.csv").read_text().splitlines()

@@ -34,10 +34,11 @@ def inspect(run_dir):
 
 
 @pytest.mark.slow
-def test_an_offline_run_holds_everything(stages, monkeypatch):
+def test_an_offline_run_holds_everything(stages, monkeypatch, capsys):
     monkeypatch.setattr(columns, "COLUMNS", [*columns.COLUMNS, columns.Column("se_clients", wandb="test")])
     made = stages("logger=wandb", "logger.wandb.tags=[mine]", "logger.wandb.log_model=true")
     row = execute(made)
+    assert "goes on without it" not in capsys.readouterr().out
     text = inspect(made.run.folder)
     assert "test/se_clients" in columns.summary_keys()
     for key, name in columns.summary_keys().items():

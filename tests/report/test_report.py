@@ -185,6 +185,16 @@ def test_a_run_counts_once(outputs):
     assert read_json(next(outputs.rglob("results.json")))["digest"] in {r["digest"] for r in load_runs([outputs])}
 
 
+def test_a_table_without_a_column_is_named(outputs, tmp_path, capsys):
+    shutil.copytree(outputs, tmp_path / "outputs")
+    for path in (tmp_path / "outputs").rglob("clients.parquet"):
+        pd.read_parquet(path).drop(columns="decisions").to_parquet(path)
+        (path.parent / "checksums.json").unlink()
+    assert main([str(tmp_path / "outputs"), "--html", str(tmp_path / "a.html")]) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert re.fullmatch(r"error: (.*)/clients\.parquet: has no column decisions; delete \1 and repeat the command", line)
+
+
 @pytest.mark.parametrize("kind", ["cut", "flip", "lost"])
 @pytest.mark.parametrize("name", ["results.json", "clients.parquet", "history.parquet", "attribution.parquet"])
 def test_a_run_with_a_damaged_file_is_left_out(outputs, tmp_path, capsys, name, kind, caplog):

@@ -28,3 +28,10 @@ def test_levels_of_tokens_are_settings_of_one_table():
     assert base_of(rows[0]) == base_of(rows[1])
     assert label_of(rows[0], varying(rows)) == "miet gather_last=3"
     assert base_of(rows[0]) != base_of(rows[0] | {"config.backbone.model.size": 9})
+
+
+def test_close_values_have_labels_of_their_own():
+    rows = [row("a", config__optimizer__lr=lr) for lr in (0.000123456, 0.000123457, 0.1, 1 / 3)]
+    labels = [label_of(r, varying(rows)) for r in rows]
+    assert labels[:3] == ["a lr=0.000123456", "a lr=0.000123457", "a lr=0.1"]
+    assert len(set(labels)) == 4

@@ -11,6 +11,7 @@ from iciia_exp.results import plots
 from iciia_exp.results.plots import (
     accuracy_vs_history,
     accuracy_vs_overhead,
+    draw_accuracy_vs_overhead,
     gain_per_client,
     legend,
     line_styles,
@@ -106,6 +107,17 @@ def test_accuracy_vs_history(tmp_path, last):
             parts.append(pd.DataFrame({**columns, "decisions": 16, **correct, **losses}))
     summary = history_summary(pd.concat(parts))
     assert drawn(accuracy_vs_history(summary, row(), tmp_path / "a.png"))
+
+
+def test_the_title_says_what_the_bars_are():
+    several = [row(digest=str(seed), partition_digest=str(seed), accuracy=0.9 + seed / 100) for seed in range(3)]
+    one = row(method="lame", digest="one", setting_digest="b", groups=None)
+    for rows, said in (
+        (several, "(bars: standard error over seeds)"),
+        ([one], "(bars: 95 % interval over clients)"),
+        ([*several, one], "(bars: standard error over seeds; of one run 95 % interval over clients)"),
+    ):
+        assert draw_accuracy_vs_overhead(rows).axes[0].get_title(loc="left").endswith(said)
 
 
 @pytest.mark.slow

@@ -11,6 +11,7 @@ from functools import cache, cached_property
 import numpy as np
 import pandas as pd
 
+from iciia_exp.data.content import row_digests
 from iciia_exp.data.dataset import SPLITS, ImageDataset
 from iciia_exp.errors import ConfigError, check_float, check_int
 from iciia_exp.seeding import generator
@@ -74,3 +75,7 @@ class Digits(ImageDataset):
     def __getitem__(self, index: int) -> np.ndarray:
         """Return one image as float32 [1, 8, 8], full scale 0 to 1 plus noise."""
         return self._data[0][index][None]
+
+    def image_digests(self) -> np.ndarray:
+        """Return a digest of every image."""
+        return row_digests(self._data[0])

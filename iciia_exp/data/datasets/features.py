@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from iciia_exp.data.content import Content
+from iciia_exp.data.content import Content, row_digests
 from iciia_exp.data.dataset import ImageDataset, MissingFiles, existing_root, table_digest
 from iciia_exp.data.readers.metadata import COLUMNS, check_columns, check_shares, image_table, read_metadata
 from iciia_exp.errors import ConfigError, UserError, check_int, first_line
@@ -144,12 +144,7 @@ class Features(ImageDataset):
 
     def image_digests(self) -> np.ndarray:
         """Return a digest of every vector, 0 of one that is not finite; all are read."""
-        digests = []
-        for block in self._blocks():
-            digests += [hashlib.blake2b(row.tobytes(), digest_size=8).digest() for row in block]
-            for row in np.flatnonzero(~np.isfinite(block).all(axis=1)):
-                digests[row - len(block)] = bytes(8)
-        return np.frombuffer(b"".join(digests), dtype="<i8").astype(np.int64)
+        return np.concatenate([row_digests(block) * np.isfinite(block).all(axis=1) for block in self._blocks()])
 
     def _digest(self) -> bytes:
         content = hashlib.sha256()

@@ -1,5 +1,6 @@
 """Evaluation of a run: every test client, every length of history, drawn clients, examples, plots."""
 
+import shutil
 import time
 from pathlib import Path
 from typing import Any
@@ -47,6 +48,7 @@ __all__ = ["evaluate"]
 def evaluate(inputs: Inputs, folder: Path) -> None:
     """Evaluate a run on every test client; write its tables, its plots and, last, ``results.json``."""
     e, start = inputs.experiment, time.monotonic()
+    shutil.rmtree(folder / "plots", ignore_errors=True)  # of an attempt that was killed
     run = inputs.load_run(inputs.run.folder)
     store = inputs.open_store()
     clients = inputs.readable_clients(store)

@@ -2,17 +2,20 @@
 
 import io
 import logging
+import shutil
 import zipfile
 from pathlib import Path
 from typing import Any
 
 import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 
 from iciia_exp.artifacts import atomic_write
+from iciia_exp.errors import first_line
 from iciia_exp.machine import process_rank
 
-__all__ = ["AtomicCheckpoints", "intact"]
+__all__ = ["AtomicCheckpoints", "resumable"]
 
 log = logging.getLogger(__name__)
 
@@ -35,17 +38,50 @@ class AtomicCheckpoints(TorchCheckpointIO):
             file.write(content.getbuffer())
 
 
-def intact(*paths: Path) -> bool:
-    """Return whether checkpoints are complete and have the content that was written (their CRC-32); else log a line."""
-    for path in paths:
-        try:
-            with zipfile.ZipFile(path) as archive:
-                damaged = archive.testzip()
-        except (OSError, ValueError, EOFError, zipfile.BadZipFile, NotImplementedError) as error:
-            # the last: a damaged header asks for a compression that zipfile does not know
-            damaged = str(error)
-        if damaged is not None:
-            if process_rank() == 0:
-                log.warning("%s: is damaged (%s); training starts again", path, damaged)
-            return False
-    return True
+def resumable(folder: Path, best: ModelCheckpoint | None) -> Path | None:
+    """Return the last checkpoint of a training that was killed, or None: then nothing is left of it.
+
+    All checkpoints must be complete, with the content that was written (their CRC-32).
+
+    Args:
+        folder: with the checkpoints.
+        best: keeps the best epoch, whose file must be there.
+    """
+    left, last = sorted(folder.glob("*.ckpt")), folder / "last.ckpt"
+    if not left:
+        return None
+    problem = next((problem for path in left if (problem := _damage(path))), None) or _unusable(last, best)
+    if problem is None:
+        return last
+    if process_rank() == 0:
+        log.warning("%s; training starts again", problem)
+        for path in left:
+            if path.is_dir():
+                shutil.rmtree(path)
+            else:
+                path.unlink(missing_ok=True)
+    return None
+
+
+def _damage(path: Path) -> str | None:
+    try:
+        with zipfile.ZipFile(path) as archive:
+            damaged = archive.testzip()
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile, NotImplementedError) as error:
+        # the last: a damaged header asks for a compression that zipfile does not know
+        damaged = str(error)
+    return None if damaged is None else f"{path}: is damaged ({damaged})"
+
+
+def _unusable(last: Path, best: ModelCheckpoint | None) -> str | None:
+    """Return why a training cannot go on from a complete file."""
+    if not last.is_file():
+        return f"{last}: is missing"
+    try:
+        state = torch.load(last, weights_only=True, map_location="cpu", mmap=True)
+        kept = state["callbacks"].get(best.state_key, {}).get("best_model_path") if best is not None else None
+    except Exception as error:  # PyTorch raises several kinds
+        return f"{last}: is not a checkpoint of this version ({first_line(error)})"
+    if best is None or not kept or (file := Path(str(best.dirpath)) / Path(kept).name).is_file():
+        return None
+    return f"{file}: the best epoch is missing"

@@ -13,7 +13,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint, ProgressBar, Timer, TQD
 from torch.utils.data import DataLoader
 
 from iciia_exp.engine.training.callbacks import Diverged, LastCheckpoint, Resume, SeedSteps
-from iciia_exp.engine.training.checkpoints import intact
+from iciia_exp.engine.training.checkpoints import resumable
 from iciia_exp.engine.training.modules import BaseModule
 from iciia_exp.engine.training.trainer import interruptible, make_trainer, quiet_lightning
 from iciia_exp.machine import process_rank, wait_for_others
@@ -76,8 +76,7 @@ def fit(
             gradient_clip_val=recipe.clip_norm or None,
             default_root_dir=folder,
         )
-        left = sorted(folder.glob("*.ckpt"))
-        resumed = folder / "last.ckpt" if folder / "last.ckpt" in left and intact(*left) else None
+        resumed = resumable(folder, best)
         with interruptible(trainer):
             trainer.fit(module, data, ckpt_path=resumed, weights_only=True)
     if (error := diverged.error(module.recipe_key, recipe.lr)) is not None:

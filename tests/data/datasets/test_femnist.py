@@ -59,6 +59,21 @@ def test_class_names_are_in_leaf_s_order(root):
     assert (names[0], names[9], names[10], names[35], names[36], names[61]) == ("0", "9", "A", "Z", "a", "z")
 
 
+def test_an_image_in_two_files_is_seen(root):
+    """A file of another preprocessing with another user's name; the check of the data compares the digests."""
+    digests = Femnist(root).image_digests()
+    assert len(set(digests)) == len(digests) == 80
+    path = first_file(root)
+    content = json.loads(path.read_text())
+    user = content["users"][0]
+    renamed = {"users": ["another"], "num_samples": [len(content["user_data"][user]["y"])]}
+    renamed["user_data"] = {"another": content["user_data"][user]}
+    (path.parent.parent / "test" / "old.json").write_text(json.dumps(renamed))
+    data = Femnist(root)
+    rows = data.table.index[data.table["owner"] == "another"]
+    assert np.isin(data.image_digests()[rows], digests).all()
+
+
 def test_digits_only(tmp_path):
     data = Femnist(make_femnist(tmp_path, num_classes=10), num_classes=10)
     assert data.num_classes == 10

@@ -2,6 +2,7 @@
 
 import re
 import signal
+import zipfile
 from functools import partial
 from types import SimpleNamespace
 
@@ -92,8 +93,13 @@ def test_resumed_equals_uninterrupted(run, monkeypatch, schedule, epoch):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["flip", "cut", "empty"])
-@pytest.mark.parametrize("name", ["last.ckpt", "epoch=*.ckpt"])
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        *((name, kind) for name in ("last.ckpt", "epoch=*.ckpt") for kind in ("flip", "cut", "empty", "lost")),
+        *(("last.ckpt", kind) for kind in ("folder", "another archive")),
+    ],
+)
 def test_a_damaged_checkpoint_is_dropped_with_a_line(run, monkeypatch, tmp_path, caplog, kind, name):
     want, record = run("whole")
     original = MethodModule.training_step
@@ -108,12 +114,23 @@ def test_a_damaged_checkpoint_is_dropped_with_a_line(run, monkeypatch, tmp_path,
         with pytest.raises(Killed):
             run("killed")
     (path,) = (tmp_path / "killed").glob(name)
-    DAMAGE[kind](path)
+    if kind in DAMAGE:
+        DAMAGE[kind](path)
+    else:
+        path.unlink()
+        if kind == "folder":
+            path.mkdir()
+        else:
+            with zipfile.ZipFile(path, "w") as archive:
+                archive.writestr("a.txt", "text")
+    if kind == "lost" and name != "last.ckpt":
+        problem = "the best epoch is missing"
+    else:
+        problem = {"lost": "is missing", "another archive": "is not a checkpoint of"}.get(kind, "is damaged (")
     with caplog.at_level("WARNING"):
         got, resumed = run("killed")
-    (said,) = [r.getMessage() for r in caplog.records if "is damaged" in r.getMessage()]
-    assert said.startswith(f"{path}: is damaged (")
-    assert said.endswith("; training starts again")
+    (said,) = [r.getMessage() for r in caplog.records if "training starts again" in r.getMessage()]
+    assert said.startswith(f"{path}: {problem}")
     for key in want:
         assert torch.equal(got[key], want[key]), key
     assert resumed["best_epoch"] == record["best_epoch"]
