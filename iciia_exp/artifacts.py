@@ -167,9 +167,12 @@ def read_array(path: Path, mmap: bool = True) -> np.ndarray:
         raise UserError(f"{path}: cannot be read ({first_line(error)}); {hint}") from error
 
 
-def finished_folder(path: Path, last: str = "manifest.json") -> bool:
-    """Return whether the artifact at ``path`` is complete: ``last``, its checksums, and the files that they list."""
-    return (path / last).is_file() and (path / CHECKSUMS).is_file() and not changed(path)
+def finished_folder(path: Path, last: str = "manifest.json", in_place: bool = False) -> bool:
+    """Return whether the artifact at ``path`` is complete: ``last`` and all files that its checksums list.
+
+    Of one that was built ``in_place`` the checksums must be there: a kill may have come before them.
+    """
+    return (path / last).is_file() and (not in_place or (path / CHECKSUMS).is_file()) and not changed(path)
 
 
 def folder_name(text: str) -> str:
@@ -207,13 +210,12 @@ def make_folder(
         in_place: build in ``path`` itself: its parts are complete one by one, or loggers keep files open there.
         together: several processes may build it at a time; ``build`` has locks of its own.
     """
-    if finished_folder(path, last):
+    if finished_folder(path, last, in_place):
         return False
     with contextlib.nullcontext() if together else locked(path, what):
-        if finished_folder(path, last):  # another process made it while this one waited
+        if finished_folder(path, last, in_place):  # another process made it while this one waited
             return False
-        if (path / last).is_file():
-            lost = changed(path) if (path / CHECKSUMS).is_file() else [CHECKSUMS]  # the latter by a kill before it
+        if (path / last).is_file() and (lost := changed(path)):
             log.warning("%s: %s missing or cut off; making it again", path, ", ".join(lost))
             (path / last).unlink()
             (path / CHECKSUMS).unlink(missing_ok=True)

@@ -1,8 +1,7 @@
 """Checksums: whether the files of a finished artifact are those that were written.
 
-``checksums.json`` of a finished folder lists size and SHA-256 of its files, and is written after them. A folder without
-it, or of which a file is missing or of another size, is made again. A file with another content raises an error when it
-is opened.
+``checksums.json`` of a finished folder lists size and SHA-256 of its files, and is written after them. A folder of
+which a file is missing or of another size is made again. A file with another content raises an error when it is opened.
 """
 
 from __future__ import annotations

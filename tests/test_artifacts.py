@@ -142,11 +142,11 @@ def test_killed_before_its_checksums_a_folder_is_not_finished(tmp_path, monkeypa
         patch.setattr(artifacts, "checksums_of", kill)
         with pytest.raises(Killed):
             make_folder(tmp_path / "a", "a", build, in_place=in_place)
-    assert not finished_folder(tmp_path / "a")
+    assert not finished_folder(tmp_path / "a", in_place=in_place)
     (tmp_path / "a").mkdir(exist_ok=True)
     (tmp_path / "a" / ".checksums.json.k3_x9abq").touch()
     assert make_folder(tmp_path / "a", "a", build, in_place=in_place)
-    assert finished_folder(tmp_path / "a")
+    assert finished_folder(tmp_path / "a", in_place=True)
     assert not [name for name in os.listdir(tmp_path / "a") if name.startswith(".")]
 
 

@@ -33,13 +33,13 @@ from rich.filesize import decimal
 from iciia_exp.artifacts import (
     allocate,
     atomic_write,
+    finished_folder,
     read_array,
     read_json,
     read_parquet,
     save_tensors,
     write_json,
 )
-from iciia_exp.checksums import changed
 from iciia_exp.errors import UserError
 
 __all__ = ["FORMAT", "FeatureStore", "FeatureWriter"]
@@ -59,7 +59,7 @@ class FeatureStore:
     @classmethod
     def open(cls, path: Path) -> FeatureStore:
         """Open the store at ``path``; a missing, unknown or damaged store raises `UserError`."""
-        if not (path / "manifest.json").is_file() or changed(path):
+        if not finished_folder(path):
             raise UserError(f"{path}: no feature store there (manifest.json is missing)")
         manifest = read_json(path / "manifest.json")
         if (found := manifest.get("format")) != FORMAT:

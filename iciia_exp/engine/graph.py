@@ -72,7 +72,7 @@ class Artifact:
     @property
     def finished(self) -> bool:
         """Whether the folder is there and complete."""
-        return finished_folder(self.folder, self.last)
+        return finished_folder(self.folder, self.last, self.in_place)
 
 
 class NotMade(UserError):

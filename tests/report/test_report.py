@@ -192,7 +192,9 @@ def test_a_table_without_a_column_is_named(outputs, tmp_path, capsys):
         (path.parent / "checksums.json").unlink()
     assert main([str(tmp_path / "outputs"), "--html", str(tmp_path / "a.html")]) == 1
     (line,) = capsys.readouterr().err.splitlines()
-    assert re.fullmatch(r"error: (.*)/clients\.parquet: has no column decisions; delete \1 and repeat the command", line)
+    assert re.fullmatch(
+        r"error: (.*)/clients\.parquet: has no column decisions; delete \1 and repeat the command", line
+    )
 
 
 @pytest.mark.parametrize("kind", ["cut", "flip", "lost"])
