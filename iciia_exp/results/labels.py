@@ -69,7 +69,7 @@ def label_of(row: dict[str, Any], keys: dict[str, list[str]]) -> str:
     for key in keys.get(row["method"], ()):
         if key in row:
             value = row[key]
-            if isinstance(value, float):  # with the digits that tell it from its neighbours
-                value = next((text for text in (f"{value:.4g}", f"{value:.7g}") if float(text) == value), repr(value))
+            if isinstance(value, float):  # in full, up to seven digits
+                value = f"{value:.7g}"
             parts.append(f"{key.rsplit('.', 1)[-1]}={value}")
     return " ".join(parts)

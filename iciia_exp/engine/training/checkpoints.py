@@ -82,6 +82,7 @@ def _unusable(last: Path, best: ModelCheckpoint | None) -> str | None:
         kept = state["callbacks"].get(best.state_key, {}).get("best_model_path") if best is not None else None
     except Exception as error:  # PyTorch raises several kinds
         return f"{last}: is not a checkpoint of this version ({first_line(error)})"
-    if best is None or not kept or (file := Path(str(best.dirpath)) / Path(kept).name).is_file():
+    if best is None or not kept or "://" in str(best.dirpath):  # the last on another machine: Lightning looks there
         return None
-    return f"{file}: the best epoch is missing"
+    file = Path(str(best.dirpath)) / Path(kept).name
+    return None if file.is_file() else f"{file}: the best epoch is missing"
