@@ -131,10 +131,7 @@ def _list_or_clean(options: argparse.Namespace) -> int:
         print(f"  {e.bytes / 1e6:10,.1f} MB  {e.changed:%Y-%m-%d %H:%M}  {e.kind:<9}  {name}")
     if options.command == "list":
         return 0
-    if not chosen:
-        remove_temporary(cache_dir)
-        return 0
-    if not options.yes:
+    if chosen and not options.yes:
         if not sys.stdin.isatty():
             print_error("add --yes to clean without being asked")
             return 2

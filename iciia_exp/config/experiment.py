@@ -14,7 +14,7 @@ from omegaconf.errors import OmegaConfBaseException
 from iciia_exp.artifacts import resolve_cache_dir
 from iciia_exp.config.build import build, with_path
 from iciia_exp.config.check import check_keys, check_nodes, class_of, flatten, of_library, target_of
-from iciia_exp.config.hydra_errors import dotted_keys
+from iciia_exp.config.hydra_errors import dotted_keys, override_key
 from iciia_exp.config.settings import Evaluation, Extraction, Training
 from iciia_exp.config.trainer import check_trainer
 from iciia_exp.data.client_mix import ClientMix
@@ -92,7 +92,7 @@ class Experiment:
             key = f"{error.full_key}: " if error.full_key else ""
             raise UserError(key + first_line(error)) from error
         check_nodes(plain)
-        given = {override.lstrip("+").partition("=")[0] for override in overrides}  # the user's own are no aliases
+        given = set(map(override_key, overrides))  # the user's own are no aliases
         aliases = {
             key: match.group(1)
             for key, value in flatten(OmegaConf.to_container(config, resolve=False)).items()  # type: ignore[arg-type]

@@ -12,7 +12,7 @@ from omegaconf import DictConfig
 from iciia_exp.config.paths import CONF_DIR
 from iciia_exp.errors import UserError, did_you_mean, first_line, printable
 
-__all__ = ["check_choices", "dotted_keys", "explain", "option_names"]
+__all__ = ["check_choices", "dotted_keys", "explain", "option_names", "override_key"]
 
 
 #: Groups and keys of earlier releases, and their replacements.
@@ -74,6 +74,15 @@ def _keys_of(*choices: str) -> tuple[str, ...]:
 
 def _did_you_mean(word: str, choices: list[str], listed: str) -> str:
     return did_you_mean(word, choices, f"{listed}: {', '.join(choices)}")
+
+
+def override_key(override: str) -> str:
+    """Return the key that an override sets.
+
+    >>> override_key("++trainer.max_steps=3")
+    'trainer.max_steps'
+    """
+    return override.lstrip("+").partition("=")[0]
 
 
 def _not_parsed(override: str) -> str:

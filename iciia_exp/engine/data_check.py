@@ -19,7 +19,7 @@ from iciia_exp.engine.terminal import fraction_bar
 from iciia_exp.errors import UserError, printable
 from iciia_exp.tasks import SINGLE_LABEL
 
-__all__ = ["findings", "split_table", "unreadable", "weights_problem"]
+__all__ = ["compared", "findings", "split_table", "unreadable", "weights_problem"]
 
 _PROBED = 9  # images whose size is compared with the backbone's input
 _PROBED_AT_ONCE, _DECODED_AT_ONCE = 4096, 64  # images
@@ -41,6 +41,13 @@ def findings(inputs: Inputs, whole: bool) -> Iterator[str]:
     if whole and not isinstance(inputs.experiment.dataset_or_missing, MissingFiles):
         yield from _duplicates(inputs)
         yield from _sizes(inputs)
+
+
+def compared(inputs: Inputs) -> bool:
+    """Return whether `findings` compares the images with each other, without reading them."""
+    e = inputs.experiment
+    own = e.dataset_class.image_digests is not ImageDataset.image_digests
+    return own and not isinstance(e.dataset_or_missing, MissingFiles)
 
 
 def unreadable(inputs: Inputs) -> tuple[list[str], int]:
@@ -136,20 +143,26 @@ def _duplicates(inputs: Inputs) -> Iterator[str]:
             train = rows["train"][digests[rows["train"]] == digests[same[0]]][0]
             pair = _pair(dataset, same[0], train)
             yield f"{len(same):,} of {len(own):,} {role} images are train images as well ({pair})"
-    labels = inputs.table["label"].map(str)  # of several labels a list
-    seen = pd.DataFrame({"digest": digests, "label": labels}).loc[rows["train"]].query("digest != 0")
-    copies = seen[seen["digest"].duplicated()]
-    several = seen[seen["digest"].isin(copies["digest"])]
-    several = several[several.groupby("digest")["label"].transform("nunique") > 1]
+    yield from _train_copies(inputs, pd.Series(digests[rows["train"]], index=rows["train"]))
+
+
+def _train_copies(inputs: Inputs, digests: pd.Series) -> Iterator[str]:
+    """Yield how many train images are copies of others; ``digests`` by image number, 0 where it is unreadable."""
+    digests = digests[digests != 0]
+    alike = digests[digests.duplicated(keep=False)].to_frame("digest")
+    if alike.empty:
+        return
+    alike["label"] = inputs.table["label"].loc[alike.index].map(str)  # of several labels a list
+    several = alike[alike.groupby("digest")["label"].transform("nunique") > 1]
     if len(several):
-        digest, label = several.iloc[0]
-        other = several.index[(several["digest"] == digest) & (several["label"] != label)][0]
-        pair = _pair(dataset, other, several.index[0])
+        others = several[several["digest"] == several["digest"].iloc[0]]
+        other = others.index[others["label"] != others["label"].iloc[0]][0]
+        pair = _pair(inputs.experiment.dataset, other, others.index[0])
         yield f"{len(several):,} train images have content that others have with another label ({pair})"
-    elif len(copies) >= _MANY_COPIES * len(seen):
-        first = seen.index[seen["digest"] == copies["digest"].iloc[0]][0]
-        pair = _pair(dataset, copies.index[0], first)
-        yield f"{len(copies):,} of {len(seen):,} train images are copies of others ({pair})"
+    elif (copies := int(digests.duplicated().sum())) >= _MANY_COPIES * len(digests):
+        first, second = alike.index[alike["digest"] == alike["digest"].iloc[0]][:2]
+        pair = _pair(inputs.experiment.dataset, second, first)
+        yield f"{copies:,} of {len(digests):,} train images are copies of others ({pair})"
 
 
 def _pair(dataset: ImageDataset, copy: int, first: int) -> str:

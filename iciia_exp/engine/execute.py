@@ -9,9 +9,8 @@ from typing import Any
 import torch
 
 from iciia_exp.artifacts import read_json
-from iciia_exp.data.dataset import MissingFiles
 from iciia_exp.data.views import require_own_labels
-from iciia_exp.engine.data_check import findings, split_table, unreadable, weights_problem
+from iciia_exp.engine.data_check import compared, findings, split_table, unreadable, weights_problem
 from iciia_exp.engine.graph import Artifact, NotMade, ensure
 from iciia_exp.engine.rounds import check_sites
 from iciia_exp.engine.stages import Stages
@@ -112,9 +111,8 @@ def _check_data(stages: Stages) -> None:
     for line in found:
         log.warning("data: %s", line)
     if not found:
-        missing = isinstance(stages.experiment.dataset_or_missing, MissingFiles)
         notes = [f"{decoded:,} of {images:,} images were decoded"] * (decoded < images)
-        if missing or stages.experiment.dataset.image_digests() is None:
+        if not compared(stages):
             notes.append("images were not compared with each other")
         log.info("data: nothing found that is wrong%s", f" ({'; '.join(notes)})" if notes else "")
 

@@ -15,6 +15,7 @@ from hydra.experimental.callback import Callback
 from omegaconf import DictConfig
 
 from iciia_exp.artifacts import read_json, write_json
+from iciia_exp.config.hydra_errors import override_key
 from iciia_exp.errors import UserError, printable
 
 __all__ = ["SweepReport", "record_job", "take_exit_status"]
@@ -68,7 +69,7 @@ def _without_effect(jobs: list[dict[str, Any]]) -> str:
         if job["evaluation_dir"]:
             by_run.setdefault(job["evaluation_dir"], []).append(set(job["overrides"]))
     differ = {o for given in by_run.values() for o in set.union(*given) - set.intersection(*given)}
-    return " and ".join(sorted({override.partition("=")[0].lstrip("+") for override in differ}))
+    return " and ".join(sorted(set(map(override_key, differ))))
 
 
 class SweepReport(Callback):

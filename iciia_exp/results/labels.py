@@ -68,8 +68,6 @@ def label_of(row: dict[str, Any], keys: dict[str, list[str]]) -> str:
     parts += [f"{letter}={row[key]}" for key, letter in letters if row.get(key)]
     for key in keys.get(row["method"], ()):
         if key in row:
-            value = row[key]
-            if isinstance(value, float):  # in full, up to seven digits
-                value = f"{value:.7g}"
+            value = f"{row[key]:.7g}" if isinstance(row[key], float) else row[key]
             parts.append(f"{key.rsplit('.', 1)[-1]}={value}")
     return " ".join(parts)

@@ -155,6 +155,9 @@ def test_vectors_that_are_not_finite(stages, tmp_path, capsys):
     head = ("backbone=precomputed", "dataset=features", f"data_dir={tmp_path}/data", "partition=owner")
     made = _plain(stages, *head, "method=backbone")
     assert not [line for line in found(made) if "images as well" in line]  # they are equal in nothing
+    np.save(tmp_path / "data" / "features.npy", np.full_like(vectors, np.nan))
+    assert not [line for line in found(_plain(stages, *head, "method=backbone")) if "images" in line]
+    np.save(tmp_path / "data" / "features.npy", vectors)
     (line,), _ = unreadable(made)
     names = ", ".join(f"features.npy, row {row}: ValueError: has numbers that are not finite" for row in (3, 50, 110))
     assert line == f"3 of 120 images cannot be read, a run leaves them out ({names})"
