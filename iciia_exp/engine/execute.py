@@ -98,18 +98,25 @@ def _check_folders(stages: Stages, in_run: bool) -> None:
 
 def _check_data(stages: Stages) -> None:
     """Print what is in the dataset, and what may be wrong with it and with the configuration."""
-    out = console()
+    out, found, wrong = console(), list[str](), None
     out.print(split_table(stages))
     out.print()
-    out.print(partition_table(stages.clients.statistics(stages.labels)))
-    out.print()
-    _check(stages)
+    try:
+        out.print(partition_table(stages.clients.statistics(stages.labels)))
+        out.print()
+        _check(stages)
+        found += findings(stages, whole=True)
+    except UserError as error:  # raised below: what is wrong with the images is said all the same
+        wrong = error
     bad, decoded = unreadable(stages)
-    found, images = [*findings(stages, whole=True), *bad], len(stages.table)
+    images = len(stages.table)
+    found += bad
     if (problem := weights_problem(stages)) is not None:
         found.append(problem)
     for line in found:
         log.warning("data: %s", line)
+    if wrong is not None:
+        raise wrong
     if not found:
         notes = [f"{decoded:,} of {images:,} images were decoded"] * (decoded < images)
         if not compared(stages):

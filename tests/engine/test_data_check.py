@@ -96,6 +96,13 @@ def test_errors_of_the_configuration_are_found(folder):
         execute(folder("stage=check", "method=iciia", "groups=3"))
 
 
+def test_images_are_checked_where_the_partition_is_wrong(folder, root, capsys):
+    (root / "test/apple/000.jpg").write_bytes(b"")
+    with pytest.raises(UserError, match="parent category"):
+        execute(folder("stage=check", "partition=parent_category"))
+    assert "1 of 81 images cannot be read" in capsys.readouterr().out
+
+
 def test_copies_of_train_images_among_test_images(folder, root, capsys):
     for number, path in enumerate(sorted((root / "test").rglob("*.jpg"))):
         write_image(path, 0, 100 + number)
