@@ -11,7 +11,6 @@ keeps keys and values of it. Bodies are float32, answers the 5 most probable cla
 import argparse
 import asyncio
 import io
-import json
 import os
 import signal
 import subprocess
@@ -38,6 +37,7 @@ from iciia_exp.serving.service import open_store
 from iciia_exp.serving.states import Change
 
 D, K = 1280, 1000
+FOUND = ("requests_s", "p50", "p99", "vectors_s", "memory_MiB")
 ICIIA = {"_target_": "iciia_exp.methods.adapt.iciia.IciiaMethod", "num_layers": 3, "heads": 4, "groups": 256}
 MODEL = {"name": "TorchvisionBackbone", "arguments": {"model": "mobilenet_v2"}}
 BACKBONE = {
@@ -109,11 +109,11 @@ def bare_rates(seconds=5):
     files, rates = jpeg_files()[:16], {}
     with ThreadPoolExecutor(os.cpu_count()) as pool, torch.inference_mode():
         images = torch.stack(list(pool.map(partial(_decoded, backbone), files)))
-        for name in ("network_s", "decode_and_network_s"):
+        for name in ("network alone", "decoding and network"):
             start, done = time.perf_counter(), 0
             coming = pool.map(partial(_decoded, backbone), files)
             while time.perf_counter() < start + seconds:
-                if name != "network_s":  # the next batch is decoded beside this one
+                if name != "network alone":  # the next batch is decoded beside this one
                     images, coming = torch.stack(list(coming)), pool.map(partial(_decoded, backbone), files)
                 backbone.features(images.contiguous(memory_format=layout))
                 done += len(images)
@@ -172,7 +172,11 @@ def main():
     more = ["--with-backbone"] if options.images else []
     if options.images:
         options.vectors = [0]
-        print(json.dumps({name: round(value, 1) for name, value in bare_rates().items()}), flush=True)
+        for name, value in bare_rates().items():
+            print(f"{name}: {value:.1f} images/s")
+    print(f"{options.clients:,} clients that have sent {options.known} images, {options.connections} connections")
+    columns = ("requests/s", "p50, ms", "p99, ms", "vectors/s", "MiB")
+    print(f"{'attention':<11}{'states':<8}{'vectors':>8}" + "".join(f"{name:>12}" for name in columns))
     for attention in options.attention:
         for kind in ("sqlite", *(["redis"] if options.redis else [])):
             for vectors in options.vectors:
@@ -190,8 +194,8 @@ def main():
                         return found | {"vectors_s": max(1, vectors) * found["requests_s"]}
 
                     found = served(run, states, options.port, more, work)
-                    facts = {"attention": attention, "states": kind, "vectors": vectors, "clients": options.clients}
-                    print(json.dumps({**facts, **{name: round(value, 1) for name, value in found.items()}}), flush=True)
+                    cells = "".join(f"{found[name]:>12,.0f}" for name in FOUND)
+                    print(f"{attention:<11}{kind:<8}{vectors:>8}{cells}", flush=True)
 
 
 if __name__ == "__main__":

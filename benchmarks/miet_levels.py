@@ -1,7 +1,7 @@
 """MIET's ablations from one store of levels: k, grid, payload, blocks, what a block is, and shots; mean of three seeds.
 
+    python benchmarks/results.py miet_bytes --data FOLDER --weights FOLDER
     python benchmarks/miet_levels.py --part bytes|sums|blocks|shots [overrides of the experiment ...]
-    python benchmarks/miet_levels.py --part bytes +experiment=miet_tiny_imagenet data_dir=FOLDER backbone.weights=F
 
 The figures are stored in `docs/results/miet_PART.csv`, a line for each run; what is there is not repeated. Every level
 of the backbone is stored once (`method=last`); sums and grids are taken from the stored levels, rounded to float16 as a
@@ -20,7 +20,7 @@ import numpy as np
 import pandas as pd
 import torch
 from hydra import compose, initialize_config_dir
-from pages import fill, store, stored, stored_of
+from pages import store, stored, stored_of
 from settings import SEEDS
 
 from iciia_exp.config.experiment import Experiment
@@ -174,7 +174,6 @@ def main() -> None:
                 )
                 store(table, pd.DataFrame(done), order)
                 print(f"{key}, seed {seed}: {100 * found:.1f} % in {done[-1]['seconds']} s", flush=True)
-    fill()
 
 
 if __name__ == "__main__":

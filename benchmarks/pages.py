@@ -1,7 +1,8 @@
 """The pages' tables, made from the stored figures of `benchmarks/results.py`.
 
 The text between `<!-- results: TABLE PART -->` and `<!-- end -->` in a page is that part of that table (`PARTS`);
-between `<!-- value: TABLE SETTING COLUMN -->` and `<!-- end -->` it is one figure of a setting, in percent.
+between `<!-- value: TABLE SETTING COLUMN -->` and `<!-- end -->` it is one figure of a setting, in percent. What a
+benchmark of speed printed is shown as it is (the part ``output``).
 `python benchmarks/results.py --write` makes them again.
 """
 
@@ -66,6 +67,11 @@ CLIENTS = {
 def file(name: str) -> Path:
     """Return the file of a table's stored figures."""
     return STORED / f"{name}.csv"
+
+
+def output_file(name: str) -> Path:
+    """Return the file of what a benchmark printed."""
+    return STORED / f"{name}.txt"
 
 
 def stored(name: str) -> pd.DataFrame:
@@ -326,6 +332,11 @@ def clients_part(name: str) -> list[str]:
     return lines
 
 
+def output_part(name: str) -> list[str]:
+    """Return what a benchmark printed, below its command."""
+    return ["```text", *output_file(name).read_text().splitlines(), "```"]
+
+
 #: Parts of the tables, by name.
 PARTS: dict[str, Callable[[str], list[str]]] = {
     "main": main_part,
@@ -338,6 +349,7 @@ PARTS: dict[str, Callable[[str], list[str]]] = {
     "columns": columns_part,
     "held_out": held_out_part,
     "clients": clients_part,
+    "output": output_part,
 }
 BLOCK = re.compile(r"(<!-- results: (\w+) (\w+) -->\n)(.*?)(<!-- end -->)", re.S)
 #: A figure within a sentence: in percent the mean of a column of a setting.

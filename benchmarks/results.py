@@ -5,11 +5,13 @@
     python benchmarks/results.py omniglot_drawer --data FOLDER
     python benchmarks/results.py mnist_writers --data mnist_writers.npz
     python benchmarks/results.py tiny_imagenet --data FOLDER --weights FOLDER --parents FILE
+    python benchmarks/results.py speed_rivals
     python benchmarks/results.py --write
 
 A table is a list of settings, each run with three seeds by the package's own command line, which skips what is
 finished. Its figures are stored in `docs/results/TABLE.csv`, a line for each run. The pages' tables and pictures are
 made from them (`pages.py`, `figures.py`), which a test checks; `--write` makes them again without running anything.
+Of a benchmark of speed, what it prints is stored, in `docs/results/TABLE.txt`.
 
 Data: Omniglot as images_background_small1.zip and ..._small2.zip; MNIST as arrays `images` [M, 28, 28] uint8, `labels`,
 `writers`, `is_test`, which are written in LEAF's form first; Tiny-ImageNet in ImageNet's layout with a table of parent
@@ -34,7 +36,7 @@ import numpy as np
 import pandas as pd
 from figures import draw
 from omegaconf import OmegaConf
-from pages import KEYS, fill, store, stored, stored_of
+from pages import KEYS, fill, output_file, store, stored, stored_of
 from settings import QUANTILES, SEEDS, TABLES
 
 from iciia_exp.artifacts import atomic_write, load_tensors, replacing_folder, save_tensors
@@ -43,6 +45,7 @@ from iciia_exp.data.clients import Clients
 from iciia_exp.results.columns import DRAWN_TYPES
 from iciia_exp.results.plots import gains
 from iciia_exp.results.tables import averages_by_history
+from iciia_exp.serving.latency import processor
 
 
 def write_leaf(arrays: Path, folder: Path) -> None:
@@ -106,9 +109,8 @@ class First:
         return str(made)
 
 
-def overrides(name: str, label: str, seed: int, options: argparse.Namespace) -> list[str]:
-    """Return the overrides of a run."""
-    table = TABLES[name]
+def words(text: str, options: argparse.Namespace, seed: int = 0) -> list[str]:
+    """Return the words of a command line, with the options in them."""
     given = {
         "data": options.data,
         "parents": options.parents,
@@ -116,8 +118,14 @@ def overrides(name: str, label: str, seed: int, options: argparse.Namespace) -> 
         "first": First(options.data, options.out),
         "seed": seed,
     }
+    return [word.format(**given) for word in text.split()]
+
+
+def overrides(name: str, label: str, seed: int, options: argparse.Namespace) -> list[str]:
+    """Return the overrides of a run."""
+    table = TABLES[name]
     return [
-        *(text.format(**given) for text in f"{table.common} {table.settings[label]}".split()),
+        *words(f"{table.common} {table.settings[label]}", options, seed),
         *("logger=csv", f"output_dir={options.out}"),
     ]
 
@@ -213,10 +221,27 @@ def make(name: str, options: argparse.Namespace) -> None:
     store(name, new, TABLES[name].settings)
 
 
+def run_script(name: str, options: argparse.Namespace) -> None:
+    """Run the script that makes a table; what a benchmark of speed prints is stored."""
+    script, *arguments = words(TABLES[name].script, options)
+    command = [sys.executable, "-u", str(Path(__file__).with_name(script)), *arguments]
+    lines = [f"$ python benchmarks/{TABLES[name].script}", f"{processor()}, {os.cpu_count()} cores"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        for line in process.stdout:
+            print(line, end="", flush=True)
+            lines.append(line.rstrip())
+    if process.returncode:
+        raise SystemExit(f"{script} failed (code {process.returncode})")
+    if TABLES[name].measured:
+        with atomic_write(output_file(name)) as file:
+            file.write("\n".join(lines) + "\n")
+
+
 def main() -> None:
     """Make a table, or write the pages."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("table", nargs="?", choices=[name for name, table in TABLES.items() if not table.script])
+    parser.add_argument("table", nargs="?", choices=TABLES)
     parser.add_argument("--list", action="store_true", help="list the tables, their pages and durations")
     parser.add_argument("--write", action="store_true", help="write the pages from what is stored")
     parser.add_argument("--only", nargs="*", help="labels of the settings to run; others keep what is stored")
@@ -226,12 +251,12 @@ def main() -> None:
     options = parser.parse_args()
     if options.list:
         for name, table in TABLES.items():
-            made = f"python benchmarks/{table.script}" if table.script else f"{len(table.settings)} settings"
+            made = table.script.split()[0] if table.script else f"{len(table.settings)} settings"
             print(f"{name:20} {table.page:12} about {table.minutes} min, {made}")
         return
     if options.table:
         table = TABLES[options.table]
-        said = table.common + "".join(table.settings.values())
+        said = table.common + table.script + "".join(table.settings.values())
         if unknown := set(options.only or ()) - set(table.settings):
             parser.error(f"--only {' '.join(sorted(unknown))}: no such settings; valid: {', '.join(table.settings)}")
         needed = [k for k in ("data", "weights", "parents") if f"{{{k}" in said.replace("{first", "{data")]
@@ -242,7 +267,10 @@ def main() -> None:
             if not (folder / "test" / "all_data.json").is_file():
                 write_leaf(options.data, folder)
             options.data = folder
-        make(options.table, options)
+        if table.script:
+            run_script(options.table, options)
+        else:
+            make(options.table, options)
     elif not options.write:
         parser.error("name a table, or --list, or --write")
     fill()

@@ -32,7 +32,7 @@ class Table(NamedTuple):
         reference: the setting that others are compared with, paired over the seeds; empty: the backbone alone.
         bounds: settings that break the premise; they are not compared with others.
         task: names the figures.
-        script: what makes the table, instead of `results.py`.
+        script: what makes the table, in the place of runs; of a benchmark of speed, what it prints is the table.
         clients: whether quantiles of the gain over clients and calibration are stored.
     """
 
@@ -46,6 +46,11 @@ class Table(NamedTuple):
     task: Task = SINGLE_LABEL
     script: str = ""
     clients: bool = False
+
+    @property
+    def measured(self) -> bool:
+        """Whether it is what a benchmark of speed prints."""
+        return self.script.startswith("bench_")
 
 
 def crossed(key: str, values: tuple[object, ...], ways: dict[str, str]) -> dict[str, str]:
@@ -296,7 +301,7 @@ TABLES |= {
 }
 
 #: Parts of MIET, from one store of levels.
-MIET = "+experiment=miet_tiny_imagenet data_dir=FOLDER backbone.weights=FILE"
+MIET = f"+experiment=miet_tiny_imagenet data_dir={{first:30+20}} {VIT}"
 TABLES |= {
     f"miet_{part}": Table("miet.md", 60, "", {}, columns, reference, script=f"miet_levels.py --part {part} {MIET}")
     for part, columns, reference in (
@@ -325,7 +330,7 @@ TABLES |= {
         CODA_TINY,
         swept(
             "partition.train_images",
-            (5, 10, 20, 50),
+            (5, 20, 50),
             OWN_ALONE
             | named("mpda", "")
             | named("coda", "", BOUND)
@@ -490,5 +495,16 @@ TABLES |= {
             for share in (0, 0.1, 0.2, 0.3, 0.5)
         },
         ("cloud_share", "request_cloud_macs"),
+    ),
+}
+
+# ---- speed, on an idle machine
+
+TABLES |= {
+    "speed_encoder": Table("benchmarks.md", 5, "", {}, script="bench_iciia.py encoder --dims 1280"),
+    "speed_rivals": Table("rivals.md", 3, "", {}, script="bench_rivals.py"),
+    "speed_latency": Table("serving.md", 3, "", {}, script="bench_latency.py"),
+    "speed_service": Table(
+        "serving.md", 5, "", {}, script="bench_service.py --known 15 --redis redis://127.0.0.1:6379"
     ),
 }

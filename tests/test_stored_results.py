@@ -42,6 +42,24 @@ def test_figures_in_a_page_are_the_stored_ones(pages, page):
     assert pages.filled(text) == text, "run python benchmarks/results.py --write"
 
 
+def test_what_a_benchmark_prints_is_stored_below_its_command(pages, results, tmp_path, monkeypatch):
+    (tmp_path / "bench_it.py").write_text("import sys; print('a | b'); sys.exit(sys.argv[1] == 'fail')")
+    monkeypatch.setattr(results, "__file__", str(tmp_path / "results.py"))
+    monkeypatch.setattr(pages, "STORED", tmp_path)
+    options = argparse.Namespace(data=None, parents=None, weights=None, out=tmp_path)
+    speed = results.TABLES["digits"]._replace(script="bench_it.py --fast")
+    monkeypatch.setitem(results.TABLES, "speed", speed)
+    results.run_script("speed", options)
+    text = pages.filled("<!-- results: speed output -->\n<!-- end -->")
+    command, _, line = pages.output_file("speed").read_text().splitlines()
+    assert (command, line) == ("$ python benchmarks/bench_it.py --fast", "a | b")
+    assert f"```text\n{command}\n" in text
+    monkeypatch.setitem(results.TABLES, "speed", speed._replace(script="bench_it.py fail"))
+    with pytest.raises(SystemExit, match="failed"):
+        results.run_script("speed", options)
+    assert pages.filled(text) == text
+
+
 def test_a_figure_in_a_sentence(pages):
     accuracy = 100 * pd.read_csv(pages.STORED / "digits.csv").query("label == 'iciia'")["accuracy"].mean()
     text = "it has <!-- value: digits iciia accuracy -->0<!-- end --> %."
@@ -49,9 +67,12 @@ def test_a_figure_in_a_sentence(pages):
 
 
 def test_every_stored_table_is_shown_and_has_its_seeds(pages, results):
-    shown = {name for page in PAGES for _, name, *_ in pages.BLOCK.findall(page.read_text())} - {"all"}
+    shown = {name: part for page in PAGES for _, name, part, *_ in pages.BLOCK.findall(page.read_text())}
+    del shown["all"]
     stored = {path.stem for path in pages.STORED.glob("*.csv")}
-    assert stored == shown
+    assert stored == {name for name, part in shown.items() if part != "output"}
+    assert {path.stem for path in pages.STORED.glob("*.txt")} == shown.keys() - stored
+    assert all(results.TABLES[name].measured for name in shown.keys() - stored)
     for name in stored:
         runs, table = pd.read_csv(pages.STORED / f"{name}.csv"), results.TABLES[name]
         assert f"<!-- results: {name} " in (ROOT / "docs" / table.page).read_text()
