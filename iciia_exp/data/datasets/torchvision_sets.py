@@ -20,7 +20,7 @@ import pandas as pd
 from filelock import FileLock
 from PIL.Image import Image
 
-from iciia_exp.data.content import Content
+from iciia_exp.data.content import Content, row_digests
 from iciia_exp.data.dataset import ImageDataset, existing_root, wrong_folder
 from iciia_exp.errors import ConfigError, UserError, check_bool, first_line
 
@@ -130,6 +130,10 @@ class TorchvisionSet(ImageDataset):
             folder = self.root / self.files[0].split("/")[0]
             problem = f"a file is damaged or not the original ({first_line(error)})"
             raise UserError(f"{folder}: {problem}; delete the folder and set dataset.download=true") from error
+
+    def image_digests(self) -> np.ndarray:
+        """Return a digest of every image's pixels."""
+        return np.concatenate([row_digests(np.asarray(part.data)) for part in self._parts.values()])
 
     @cached_property
     def class_names(self) -> tuple[str, ...]:

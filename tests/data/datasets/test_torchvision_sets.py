@@ -41,6 +41,14 @@ def assert_images(dataset, data):
         image = dataset[i]
         assert (image.mode, image.size) == ("RGB", (32, 32))
         np.testing.assert_array_equal(np.asarray(image).transpose(2, 0, 1).ravel(), data[i])
+    assert_compared(dataset)
+
+
+def assert_compared(dataset):
+    """Images have equal digests where they are equal."""
+    pixels = [np.asarray(dataset[i]).tobytes() for i in range(len(dataset))]
+    digests = dataset.image_digests().tolist()
+    assert len(set(digests)) == len(set(pixels)) == len(set(zip(digests, pixels, strict=True))) > 10
 
 
 def test_cifar10(tmp_path, cifar10):
@@ -84,6 +92,7 @@ def test_fashion_mnist(tmp_path):
     for i in range(len(dataset)):
         assert dataset[i].mode == "L"
         np.testing.assert_array_equal(np.asarray(dataset[i]), images[i])
+    assert_compared(dataset)
 
 
 @pytest.mark.parametrize("client_type", [CIFAR10, CIFAR100, FashionMNIST])
