@@ -238,12 +238,20 @@ def grid(name: str) -> pd.DataFrame:
     return table
 
 
+def varied(name: str, part: int) -> str:
+    """Return the key of the values that are a part of all labels, as code, or nothing if they are no values of a key."""
+    label, way = next(iter(TABLES[name].settings.items()))
+    value = label.rsplit(" ", 1)[part]
+    keys = [word.split("=")[0] for word in way.split() if word.split("=")[-1] == value]
+    return f"`{keys[0]}`" if keys else ""
+
+
 def grid_part(name: str) -> list[str]:
     """Return accuracy, gain in brackets: a line for each backbone or partition, a column for each method."""
     table = grid(name)
     methods = table.index.unique(level=1)
     costs = table["backbone_macs"].nunique() > 1
-    lines = head("", *["MACs"] * costs, "alone", *(f"`{method}`" for method in methods))
+    lines = head(varied(name, 0), *["MACs"] * costs, "alone", *(f"`{method}`" for method in methods))
     for label, part in table.groupby(level=0, sort=False):
         cells = []
         for method in methods:
@@ -260,7 +268,7 @@ def sweep_part(name: str) -> list[str]:
     table, reference = grid(name), TABLES[name].reference
     values = table.index.unique(level=1)
     less = {value: differences(by_seed(name), f"{reference} {value}") for value in values if reference}
-    lines = head("", *values)
+    lines = head(varied(name, 1), *values)
     if "backbone_accuracy" in table:
         first = [_percent(table.xs(value, level=1).iloc[0], "backbone_accuracy") for value in values]
         lines.append(row("the backbone alone", *first))

@@ -124,6 +124,12 @@ def test_parts(pages, made_up, part, table):
     assert all(any(label.split(" ")[-1] in line for line in lines) for label in labels)
 
 
+def test_the_key_of_the_values_is_named(pages):
+    assert pages.varied("route_tiny_imagenet", 1) == "`method.share`"
+    assert pages.varied("dirichlet", 0) == "`partition.alpha`"
+    assert pages.varied("backbones", 0) == ""
+
+
 def test_differences_to_the_reference(pages, made_up):
     """Paired: the difference of the means, with the error of the differences."""
     runs = pd.read_csv(made_up / "dc_ccl_digits.csv").pivot(index="seed", columns="label", values="accuracy")
