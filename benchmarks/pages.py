@@ -239,7 +239,7 @@ def grid(name: str) -> pd.DataFrame:
 
 
 def varied(name: str, part: int) -> str:
-    """Return the key of the values that are a part of all labels, as code, or nothing if they are no values of a key."""
+    """Return the key of the values that are a part of all labels, as code, or nothing if they are of no key."""
     label, way = next(iter(TABLES[name].settings.items()))
     value = label.rsplit(" ", 1)[part]
     keys = [word.split("=")[0] for word in way.split() if word.split("=")[-1] == value]
