@@ -169,8 +169,7 @@ TABLES = {
             "default training.shuffle_images=false": "training.shuffle_images=false",
             "default training.recipe.batch_size=1": "training.recipe.batch_size=1",
         },
-        ("seconds_train",),
-        "default",
+        reference="default",
     ),
     "severity": Table(
         "rivals.md",
