@@ -290,13 +290,16 @@ def columns_part(name: str) -> list[str]:
     table, made = TABLES[name], means(name)
     by_key = {column.key: column for column in columns_of(table.task)} | FURTHER
     shown = [by_key["accuracy"], *(by_key[key] for key in table.columns)]
-    lines = head("", *(column.title for column in shown), *[f"less `{table.reference}`"] * bool(table.reference))
-    if "backbone_accuracy" in made:
+    several = "backbone_accuracy" in made and made["backbone_accuracy"].round(4).nunique() > 1  # each with its own
+    titles = [*["the backbone alone"] * several, *(column.title for column in shown)]
+    lines = head("", *titles, *[f"less `{table.reference}`"] * bool(table.reference))
+    if "backbone_accuracy" in made and not several:
         alone = [backbone_cell(made.iloc[0], column, _errors(column)) for column in shown]
         lines.append(row("the backbone alone", *alone, *[""] * bool(table.reference)))
     less = differences(by_seed(name), table.reference) if table.reference else None
     for label, line in made.iterrows():
-        cells = [cell(line, column.key, column.form, _errors(column)) for column in shown]
+        cells = [backbone_cell(line, shown[0], _errors(shown[0]))] * several
+        cells += [cell(line, column.key, column.form, _errors(column)) for column in shown]
         if less is not None:
             cells.append("" if label == table.reference else cell(less.loc[label], "less", "gain"))
         lines.append(row(setting(name, str(label)), *cells))

@@ -317,7 +317,7 @@ CODA_TINY = (
     "backbone.weights={weights:tf_efficientnet_lite0} partition.seed={seed} seed={seed} " + ALONE
 )
 BOUND = "retrieval=client_type"
-CLICKS = ("client_accuracy", "client_gain", "improved_share")
+CLICKS = ("gain", "client_accuracy", "client_gain", "improved_share", "harmed_share")
 
 TABLES |= {
     "coda_tiny_imagenet": Table(

@@ -1,6 +1,7 @@
 """timm: its models as backbones, https://github.com/huggingface/pytorch-image-models."""
 
 import inspect
+import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 from urllib.parse import urlparse
@@ -131,6 +132,22 @@ class TimmBackbone(ImageBackbone):
         """Return timm's data configuration."""
         config = self.data_config | {"mean": self.mean, "std": self.std}
         return {key: list(value) if isinstance(value, tuple) else value for key, value in config.items()}
+
+    def load_original(self, state: Mapping[str, Tensor]) -> None:
+        """Load weights; those of another input size, or in their author's form, as timm converts them.
+
+        Raises a `RuntimeError` if they do not fit.
+        """
+        try:
+            super().load_original(state)
+        except RuntimeError as error:
+            convert = getattr(sys.modules[type(self.net).__module__], "checkpoint_filter_fn", None)
+            if convert is None:
+                raise
+            try:
+                super().load_original(convert({key: value.float() for key, value in state.items()}, self.net))
+            except Exception:  # it expects weights of this network
+                raise error from None
 
     def pretrained_state(self) -> dict[str, Tensor]:
         """Return timm's weights, from its cache, the Hugging Face hub or a folder."""

@@ -12,6 +12,7 @@ import torch
 import yaml
 from hydra.utils import instantiate
 from PIL import Image
+from safetensors.torch import save_file
 from timm.data import create_transform, resolve_data_config
 from timm.models import save_for_hf
 from torch import nn
@@ -365,6 +366,26 @@ def test_a_torchvision_classifier_without_a_bias():
     assert (backbone.head.bias == 0).all()
     backbone.keep_classes([2, 0])
     torch.testing.assert_close(backbone.head.weight, state["classifier.5.weight"][[2, 0]])
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning:timm")
+@pytest.mark.parametrize("model", ["vit_tiny_patch16_224", "swin_tiny_patch4_window7_224"])
+def test_weights_of_another_input_size_are_converted_as_by_timm(model, tmp_path):
+    options = {"depths": (1, 1, 1, 1)} if "swin" in model else {"depth": 2}
+    source = timm.create_model(model, num_classes=3, **options)
+    path = tmp_path / "weights.safetensors"
+    save_file(source.state_dict(), path)
+    overlay = {"pretrained": True, "pretrained_cfg_overlay": {"file": str(path), "num_classes": 3}}
+    library = timm.create_model(model, num_classes=3, img_size=128, **overlay, **options).eval()
+    backbone = TimmBackbone(3, model, 128, options=options).eval()
+    backbone.load_original(source.state_dict())
+    images = backbone.transform(picture())[None]
+    with torch.no_grad():
+        want = library(plain_normalised(backbone, images))
+        assert relative_difference(backbone(images), want) < 1e-4
+    wrong = source.state_dict() | {"patch_embed.proj.weight": torch.zeros(5, 3, 4, 4)}
+    with pytest.raises(RuntimeError, match="other sizes"):
+        backbone.load_original(wrong)
 
 
 def test_a_torchvision_transformer_is_built_for_its_size():
