@@ -164,7 +164,7 @@ def cell(row: pd.Series, key: str, form: str = "percent", errors: tuple[str, ...
     if form == "text":
         return str(value)
     if form == "number":
-        return f"{value:,}"
+        return f"{value:,.0f}"
     if form == "cost":
         return "0" if value == 0 else f"{value:.2g} %" if value < 10 else f"{value:,.0f} %"
     if form == "bytes":
