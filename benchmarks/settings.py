@@ -151,7 +151,7 @@ TABLES = {
     ),
     "layers": Table(
         "benchmarks.md",
-        60,
+        40,
         f"name=digits {ALL_SEEDS} {ALONE}",
         swept(
             "groups",
@@ -161,7 +161,7 @@ TABLES = {
     ),
     "training": Table(
         "benchmarks.md",
-        60,
+        90,
         f"{TINY_SMALL} method=iciia {DRAWN}",
         {
             "published": "training=published",
@@ -211,7 +211,7 @@ TABLES = {
         of("client_profile", "iciia"),
         clients=True,
     ),
-    "streams": Table("streams.md", 120, f"{TINY_SMALL} {DRAWN}", STREAMS),
+    "streams": Table("streams.md", 60, f"{TINY_SMALL} {DRAWN}", STREAMS),
     "streams_digits": Table(
         "streams.md",
         10,
@@ -288,7 +288,7 @@ TABLES |= {
     ),
     "miet_lite0": Table(
         "miet.md",
-        30,
+        10,
         f"{MIET_TINY} {LITE0_TOKENS}",
         {"linear_probe": f"method=linear_probe {LONG}", **named("miet", "blocks=0", "blocks=1", more=LONG)},
         TUNING,
@@ -322,7 +322,7 @@ CLICKS = ("gain", "client_accuracy", "client_gain", "improved_share", "harmed_sh
 TABLES |= {
     "coda_tiny_imagenet": Table(
         "coda_mpda.md",
-        180,
+        90,
         CODA_TINY,
         swept(
             "partition.train_images",
@@ -339,7 +339,7 @@ TABLES |= {
     ),
     "coda_parts": Table(
         "coda_mpda.md",
-        180,
+        60,
         CODA_TINY,
         swept(
             "partition.train_images",
@@ -372,7 +372,7 @@ TABLES |= {
     ),
     "movielens": Table(
         "coda_mpda.md",
-        120,
+        40,
         "data_dir={data} name=movielens seed={seed} backbone.seed={seed}",
         {
             label: f"+experiment={label.split()[0]}_movielens {way}"
@@ -386,7 +386,7 @@ TABLES |= {
     ),
     "movielens_models": Table(
         "coda_mpda.md",
-        60,
+        10,
         "+experiment=mpda_movielens data_dir={data} name=movielens seed={seed} backbone.seed={seed} method.arm=local",
         {model: f"backbone.model.model={model}" for model in ("lr", "wide_deep", "pnn", "deepfm", "din")},
         CLICKS,
@@ -433,7 +433,7 @@ TABLES |= {
     ),
     "dc_ccl_tiny_imagenet": Table(
         "dc_ccl.md",
-        120,
+        30,
         DC_TINY,
         {
             label: f"{way} network@method.network=feature_perceptron {WITHOUT}"
