@@ -37,7 +37,10 @@ from iciia_exp.serving.service import open_store
 from iciia_exp.serving.states import Change
 
 D, K = 1280, 1000
-FOUND = ("requests_s", "p50", "p99", "vectors_s", "memory_MiB")
+COLUMNS = {
+    **{"requests_s": "requests/s", "p50": "p50, ms", "p99": "p99, ms"},
+    **{"vectors_s": "vectors/s", "memory_MiB": "MiB"},
+}
 ICIIA = {"_target_": "iciia_exp.methods.adapt.iciia.IciiaMethod", "num_layers": 3, "heads": 4, "groups": 256}
 MODEL = {"name": "TorchvisionBackbone", "arguments": {"model": "mobilenet_v2"}}
 BACKBONE = {
@@ -175,8 +178,7 @@ def main():
         for name, value in bare_rates().items():
             print(f"{name}: {value:.1f} images/s")
     print(f"{options.clients:,} clients that have sent {options.known} images, {options.connections} connections")
-    columns = ("requests/s", "p50, ms", "p99, ms", "vectors/s", "MiB")
-    print(f"{'attention':<11}{'states':<8}{'vectors':>8}" + "".join(f"{name:>12}" for name in columns))
+    print(f"{'attention':<11}{'states':<8}{'vectors':>8}" + "".join(f"{title:>12}" for title in COLUMNS.values()))
     for attention in options.attention:
         for kind in ("sqlite", *(["redis"] if options.redis else [])):
             for vectors in options.vectors:
@@ -194,7 +196,7 @@ def main():
                         return found | {"vectors_s": max(1, vectors) * found["requests_s"]}
 
                     found = served(run, states, options.port, more, work)
-                    cells = "".join(f"{found[name]:>12,.0f}" for name in FOUND)
+                    cells = "".join(f"{found[name]:>12,.0f}" for name in COLUMNS)
                     print(f"{attention:<11}{kind:<8}{vectors:>8}{cells}", flush=True)
 
 

@@ -252,7 +252,8 @@ TABLES = {
 # ---- devices that learn on tokens of the cloud's backbone
 
 TUNING = ("request_down_bytes", "request_device_macs", "parameters", "training_bytes")
-MIET_TINY = "+experiment=miet_tiny_imagenet data_dir={first:30+20} partition.seed={seed} seed={seed}"
+MIET = "+experiment=miet_tiny_imagenet data_dir={first:30+20}"
+MIET_TINY = f"{MIET} partition.seed={{seed}} seed={{seed}}"
 VIT = "backbone.weights={weights:vit_small_patch14_dinov2}"
 LITE0_TOKENS = (
     "backbone.model.model=tf_efficientnet_lite0 backbone.model.image_size=128 name=miet_lite0 "
@@ -296,10 +297,11 @@ TABLES |= {
     ),
 }
 
-#: Parts of MIET, from one store of levels.
-MIET = f"+experiment=miet_tiny_imagenet data_dir={{first:30+20}} {VIT}"
+# parts of MIET, from one store of levels
 TABLES |= {
-    f"miet_{part}": Table("miet.md", 60, "", {}, columns, reference, script=f"miet_levels.py --part {part} {MIET}")
+    f"miet_{part}": Table(
+        "miet.md", 60, "", {}, columns, reference, script=f"miet_levels.py --part {part} {MIET} {VIT}"
+    )
     for part, columns, reference in (
         ("sums", ("request_down_bytes",), "linear, last level"),
         ("bytes", ("request_down_bytes",), "linear"),
