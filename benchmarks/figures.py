@@ -18,7 +18,7 @@ from PIL import Image
 from settings import OWN_LABELS, QUANTILES
 
 from iciia_exp.results.calibration import BINS, draw_reliability
-from iciia_exp.results.plots import (
+from iciia_exp.results.drawing import (
     BASELINE,
     BLUE,
     GREY,

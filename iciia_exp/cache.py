@@ -21,7 +21,8 @@ __all__ = ["Entry", "entries", "main", "remove"]
 KINDS = ("datasets", "backbones", "features")
 
 # names of artifacts, unfinished ones, and those whose removal was killed
-_OURS = re.compile(r"[^.].*-[0-9a-f]{12}(\.partial)?|\.[^.].*-[0-9a-f]{12}(?:\.partial)?(\.deleted)")
+_NAME = r"[^.].*-[0-9a-f]{12}(?:\.partial)?"
+_OURS = re.compile(rf"{_NAME}|\.{_NAME}\.deleted")
 # files that a kill left while they were written
 _TEMPORARY = re.compile(r"\.[^.].*-[0-9a-f]{12}(\.\w+)?\.[a-z0-9_]{8}")
 
@@ -46,9 +47,9 @@ def entries(cache_dir: Path) -> list[Entry]:
     found = []
     for kind in KINDS:
         for path in sorted((cache_dir / kind).glob("*")):
-            if path.is_symlink() or not path.is_dir() or (match := _OURS.fullmatch(path.name)) is None:
+            if path.is_symlink() or not path.is_dir() or _OURS.fullmatch(path.name) is None:
                 continue
-            unfinished = any(match.groups())
+            unfinished = path.suffix in (".partial", ".deleted")
             if not unfinished and not _has_manifest(path):
                 continue
             status = [path.lstat(), *(os.lstat(os.path.join(at, f)) for at, _, files in os.walk(path) for f in files)]

@@ -122,7 +122,6 @@ def undrawn(monkeypatch):
 
     from iciia_exp.artifacts import atomic_write
     from iciia_exp.engine.evaluation import evaluate
-    from iciia_exp.results import plots
 
     def save(*args):
         path = args[-1]
@@ -130,9 +129,8 @@ def undrawn(monkeypatch):
             Image.new("L", (1, 1)).save(file, "PNG")
         return path
 
-    monkeypatch.setattr(plots, "save", save)
-    names = ("accuracy_vs_history", "accuracy_vs_overhead", "accuracy_vs_rounds", "draw_examples", "gain_per_client")
-    for name in names:
+    of_runs = ("accuracy_vs_history", "accuracy_vs_overhead", "accuracy_vs_rounds", "gain_per_client")
+    for name in (*of_runs, "draw_examples", "draw_routes", "quality_vs_share", "reliability_diagram"):
         monkeypatch.setattr(evaluate, name, save)
 
 

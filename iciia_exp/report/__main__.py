@@ -81,7 +81,7 @@ def _report(options: argparse.Namespace) -> int:
 def _write(path: Path, content: Any) -> None:
     """Write a text, or a figure as PDF and PNG."""
     from iciia_exp.artifacts import atomic_write
-    from iciia_exp.results.plots import save
+    from iciia_exp.results.drawing import save
 
     if isinstance(content, str):
         with atomic_write(path) as file:

@@ -6,8 +6,8 @@ from typing import Any, NamedTuple
 import pandas as pd
 
 from iciia_exp.results.columns import cell
+from iciia_exp.results.drawing import BASELINE, MOST_LINES, draw_setting, legend, line_styles, measure, new_figure
 from iciia_exp.results.labels import base_of, grouped, varying
-from iciia_exp.results.plots import BASELINE, MOST_LINES, draw_setting, legend, line_styles, measure, new_figure
 from iciia_exp.results.tables import settings
 
 __all__ = ["PartitionSweep", "draw_heterogeneity", "partition_sweeps", "sweep_table"]

@@ -16,7 +16,7 @@ from iciia_exp.report.figures import all_figures
 from iciia_exp.report.heterogeneity import PartitionSweep, draw_heterogeneity
 from iciia_exp.report.text import note, summary
 from iciia_exp.results.columns import columns_of
-from iciia_exp.results.plots import write_figure
+from iciia_exp.results.drawing import write_figure
 from iciia_exp.results.tables import read_table
 
 __all__ = ["page"]

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from iciia_exp.results.plots import BLUE, DARK, legend, new_figure, save
+from iciia_exp.results.drawing import BLUE, DARK, legend, new_figure, save
 
 __all__ = ["BINS", "calibration_table", "draw_reliability", "pooled", "reliability_diagram"]
 

@@ -1,211 +1,36 @@
-"""Plots: gain per client, accuracy by history, accuracy against overhead, examples, and the parts of a figure."""
+"""Plots of a run: gain per client, accuracy by history, by round and by overhead, quality by share in the cloud."""
 
-import io
-import logging
-import re
-import textwrap
-import warnings
-from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import numpy as np
 import pandas as pd
 
-from iciia_exp.artifacts import atomic_write
-from iciia_exp.errors import printable
+from iciia_exp.results.drawing import (
+    BASELINE,
+    BLUE,
+    COLOURS,
+    DARK,
+    GREY,
+    ORANGE,
+    cost_axis,
+    hover,
+    legend,
+    legend_entries,
+    line_styles,
+    measure,
+    new_figure,
+    save,
+)
 from iciia_exp.results.summary import ALL
 from iciia_exp.results.tables import backbone_line, settings
-from iciia_exp.tasks import CLICK, TASKS
+from iciia_exp.tasks import CLICK
 
 __all__ = [
-    *("BASELINE", "BLUE", "MOST_LINES", "ORANGE", "draw_setting", "gains", "hover", "legend", "line_styles"),
     *("accuracy_vs_history", "accuracy_vs_overhead", "accuracy_vs_rounds", "draw_accuracy_vs_overhead"),
-    *(
-        "draw_examples",
-        "draw_routes",
-        "gain_per_client",
-        "legend_entries",
-        "measure",
-        "new_figure",
-        "new_panels",
-        "quality_vs_share",
-        "save",
-        "wrapped",
-        "write_figure",
-    ),
+    *("gain_per_client", "gains", "quality_vs_share"),
 ]
-
-log = logging.getLogger(__name__)
-
-# Colours that differ in lightness too, so that the plots read in grey.
-BLUE, ORANGE, GREY, DARK = "#1f5fa8", "#e8912d", "#9a9a9a", "#333333"
-_COLOURS = [BLUE, ORANGE, "#4c9f70", "#7b4ea3", "#b03a48"]  # five, and eight markers: forty pairs
-_MARKERS = ["o", "s", "^", "D", "v", "P", "X", "*"]
-
-#: Characters that the font lacks, of which a line has been logged.
-_lacking: set[str] = set()
-
-#: Line of the backbone's accuracy.
-BASELINE = {"color": DARK, "linestyle": "--", "linewidth": 1.2}
-
-#: Settings in one plot, at most: more are not told apart.
-MOST_LINES = 10
-
-
-def new_figure(
-    title: str = "", xlabel: str = "", ylabel: str = "", width: float = 7.0, height: float = 4.2
-) -> tuple[Any, Any]:
-    """Return an empty figure, its size in inches, and its axes."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(width, height), dpi=150, layout="constrained")  # no pyplot: no global state, no window
-    axes = figure.subplots()
-    _make_plain(axes)
-    axes.set(xlabel=xlabel, ylabel=ylabel)
-    axes.set_title(title, loc="left", fontsize=11)
-    return figure, axes
-
-
-def _make_plain(axes: Any) -> None:
-    """Leave two of the frame's sides, and draw a horizontal grid below the data."""
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.grid(axis="y", color="#dddddd", linewidth=0.8)
-    axes.set_axisbelow(True)
-
-
-def new_panels(title: str, rows: int, columns: int, sharex: bool = True) -> tuple[Any, Any]:
-    """Return an empty figure and its axes, [rows, columns]."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(3.1 * columns, 2.3 * rows + 1.1), dpi=150, layout="constrained")
-    panels = figure.subplots(rows, columns, squeeze=False, sharex=sharex)
-    for axes in panels.flat:
-        _make_plain(axes)
-        axes.tick_params(labelsize=8, labelbottom=True)
-    figure.suptitle(title, x=0.01, ha="left", fontsize=11)
-    return figure, panels
-
-
-def legend(axes: Any, beside: bool) -> None:
-    """Draw the legend in the plot, or ``beside`` it on a larger figure, where a long one hides no line."""
-    handles, names = legend_entries(axes)
-    if beside:
-        axes.figure.set_size_inches(9.2, 4.8)
-        axes.figure.legend(handles, names, frameon=False, fontsize=8.5, loc="outside right center")
-    else:
-        axes.legend(handles, names, frameon=False, fontsize=8.5, loc="best")
-
-
-def legend_entries(axes: Any) -> tuple[list[Any], list[str]]:
-    """Return the lines of a legend, and their labels `wrapped`."""
-    handles, names = axes.get_legend_handles_labels()
-    return handles, [wrapped(name) for name in names]
-
-
-def wrapped(label: str) -> str:
-    """Return the label of a setting in at most three lines, so that a long one leaves room for the data.
-
-    >>> wrapped("client_profile change=0.05")
-    'client_profile change=0.05'
-    """
-    return "\n".join(textwrap.wrap(label, 46, max_lines=3, placeholder=" …")) or label
-
-
-def cost_axis(axes: Any, cost: pd.Series, percent: bool = True) -> None:
-    """Scale the x axis for costs: logarithmic, with a place for 0."""
-    from matplotlib.ticker import FuncFormatter, NullLocator
-
-    edge = 10 ** np.floor(np.log10(cost[cost > 0].min())) if (cost > 0).any() else 1.0
-    axes.set_xscale("symlog", linthresh=edge, linscale=0.4)
-    axes.set_xlim(-0.15 * edge, max([*cost, edge]) * 3)
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g} %" if percent else f"{value:.0e}"))
-    axes.xaxis.set_minor_locator(NullLocator())
-
-
-def hover(artist: Any, text: str) -> None:
-    """Give a line or a point a tooltip: in SVG its id is ``hover:<text>``, which the page makes a tooltip."""
-    artist.set_gid(f"hover:{text}")
-
-
-def save(figure: Any, path: Path) -> Path:
-    """Write a figure in the format of the file's ending."""
-    with atomic_write(path, "wb") as file:
-        write_figure(figure, file, format=path.suffix[1:])
-    return path
-
-
-def write_figure(figure: Any, file: IO[Any], **options: Any) -> None:
-    """Write a figure, whose texts are shown as they are: ``$`` begins no formula, and control characters are escaped.
-
-    Characters that the font lacks are named in one line, once a process.
-
-    Args:
-        figure: of matplotlib.
-        file: open for writing.
-        options: of ``Figure.savefig``.
-    """
-    from matplotlib.axis import Tick
-    from matplotlib.text import Text
-
-    numbers = {id(text) for tick in figure.findobj(Tick) for text in (tick.label1, tick.label2)}
-    for text in figure.findobj(Text):
-        if id(text) not in numbers:
-            text.set_parse_math(False)
-            text.set_text(printable(text.get_text()))
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        figure.savefig(file, **options)
-    lacking = set()
-    for warning in caught:
-        if (found := re.match(r"Glyph (\d+) .*missing from", str(warning.message), re.DOTALL)) is not None:
-            lacking.add(chr(int(found[1])))
-        else:
-            warnings.warn_explicit(warning.message, warning.category, warning.filename, warning.lineno)
-    if new := sorted(lacking - _lacking):
-        _lacking.update(new)
-        log.warning("plots: the font lacks %s; a box takes their place", " ".join(new[:20]))
-
-
-def line_styles(lines: Sequence[str], methods: Iterable[str]) -> list[dict[str, str]]:
-    """Return colour and marker of every line of a figure.
-
-    A method has one colour in all figures of a comparison, and its lines have different markers. Where all lines are of
-    one method, they differ in colour, too.
-
-    Args:
-        lines: the method of every line.
-        methods: all methods of the comparison, in the order of its table: neighbours have different colours.
-    """
-    numbers = {method: number for number, method in enumerate(m for m in dict.fromkeys(methods) if m != "backbone")}
-    seen: Counter[str] = Counter()
-    styles = []
-    for method in lines:
-        number, variant = numbers.get(method, 0), seen[method]
-        colour = number if len(set(lines)) > 1 else number + variant
-        marker = _MARKERS[(number + variant) % len(_MARKERS)]
-        styles.append({"color": _COLOURS[colour % len(_COLOURS)], "marker": marker})
-        seen[method] += 1
-    return styles
-
-
-def draw_setting(axes: Any, x: Any, table: pd.DataFrame, label: str, key: str = "accuracy", **style: Any) -> None:
-    """Draw the column ``key`` of a table in percent, with standard errors, as a line of a style.
-
-    Accuracies of the paper (column ``published``) are a second, hollow line.
-    """
-    style = {"capsize": 3, "label": label} | style
-    line = axes.errorbar(x, 100 * table[key], 100 * table[f"{key}_se"].fillna(0), **style)
-    hover(line.lines[0], label)
-    if "published" in table and table["published"].notna().any():
-        style |= {"fillstyle": "none", "linestyle": ":", "label": f"{label}, published"}
-        axes.errorbar(x, 100 * table["published"], 100 * table["published_se"].fillna(0), **style)
-
-
-def measure(table: pd.DataFrame) -> str:
-    """Return what accuracy is in the task of some runs, in percent, as the label of an axis."""
-    return f"{TASKS[table['task'].iloc[0]].measure} (%)"
 
 
 def gains(clients: pd.DataFrame) -> np.ndarray:
@@ -229,7 +54,7 @@ def accuracy_vs_rounds(rounds: pd.DataFrame, row: dict[str, Any], path: Path) ->
     if apart:
         parts |= {
             "seen_accuracy": ("the backbone's classes", ORANGE),
-            "unseen_accuracy": ("classes new to it", _COLOURS[2]),
+            "unseen_accuracy": ("classes new to it", COLOURS[2]),
         }
     for key, (name, colour) in parts.items():
         for number, answer in enumerate(answers):
@@ -266,49 +91,6 @@ def quality_vs_share(shares: pd.DataFrame, row: dict[str, Any], path: Path) -> P
     axes.axvline(100 * row["cloud_share"], color=ORANGE, linewidth=1.2, label=text)
     axes.axvspan(100 * row["share_low"], 100 * row["share_high"], color=ORANGE, alpha=0.15, linewidth=0)
     legend(axes, beside=False)
-    return save(figure, path)
-
-
-def draw_routes(routes: pd.DataFrame, pictures: Any, row: dict[str, Any], path: Path, each: int = 5) -> Path | None:
-    """Draw prompts with the pictures of both models: those that most clearly go to the cloud, and those that stay.
-
-    Args:
-        routes: the run's ``routes.parquet``.
-        pictures: the stored pictures of all prompts, [M, 2, P, H, W, 3]; None where they were thrown away.
-        row: the run's results.
-        path: the PNG to write.
-        each: prompts of each side, at most.
-    """
-    if pictures is None:
-        return None
-    ordered = routes.sort_values("score", kind="stable")
-    groups = {"cloud": ordered[ordered["cloud"]].head(each), "device": ordered[~ordered["cloud"]].tail(each).iloc[::-1]}
-    columns = [(side, item) for side, part in groups.items() for _, item in part.iterrows()]
-    if not columns:
-        return None
-    wide, high = 1.12 * len(columns) + 0.25, 3.45
-    figure, axes = new_figure(width=1.2 * wide, height=1.2 * high + 0.4)
-    figure.set_layout_engine("none")
-    axes.set_position((0.0, 0.0, 1.0, 1.2 * high / (1.2 * high + 0.4)))
-    text: dict[str, Any] = {"fontsize": 6.5, "ha": "center"}
-    for place, (side, item) in enumerate(columns):
-        x = 1.12 * place
-        for number, who in enumerate(("device", "cloud")):
-            y = 1.0 + 1.2 * number
-            where = (x, x + 1, y + 1, y)
-            axes.imshow(pictures[int(item["image"]), number, 0], extent=where, interpolation="nearest")
-            if who == side:
-                frame = {"color": ORANGE, "linewidth": 2}
-                axes.plot([x, x + 1, x + 1, x, x], [y, y, y + 1, y + 1, y], **frame)
-        axes.text(x + 0.5, 0.92, "\n".join(textwrap.wrap(str(item["prompt"]), 19)[:6]), va="bottom", **text)
-        scores = f"score {item['score']:.2f}\ntrue {item['superiority']:.2f}"
-        axes.text(x + 0.5, 3.27, scores, va="top", **text)
-    for number, who in enumerate(("device", "cloud")):
-        axes.text(-0.06, 1.5 + 1.2 * number, who, fontsize=8, ha="right", va="center", rotation=90)
-    axes.set(xlim=(-0.25, 1.12 * len(columns)), ylim=(3.7, 0.25))
-    axes.set_axis_off()
-    title = f"{row['method']} on {row['dataset']}: pictures of both models, and who answers (framed)"
-    figure.suptitle(title, x=0.01, ha="left", fontsize=10)
     return save(figure, path)
 
 
@@ -453,56 +235,3 @@ def draw_accuracy_vs_overhead(rows: Sequence[dict[str, Any]], highlight: str | N
     cost_axis(axes, cost, bool(in_percent))
     legend(axes, beside=crowded)
     return figure
-
-
-def draw_examples(examples: pd.DataFrame, row: dict[str, Any], path: Path, each: int = 2) -> Path | None:
-    """Draw targets, and beside each the images of its client with most influence, with weight and influence.
-
-    Args:
-        examples: the run's ``attribution.parquet``; without pictures nothing is drawn.
-        row: the run's results.
-        path: the PNG to write.
-        each: examples of each case, at most.
-
-    Returns:
-        ``path``; None where nothing is drawn.
-    """
-    from PIL import Image
-
-    targets = examples[examples["rank"] == 0]
-    targets = targets[targets["thumbnail"].notna()].groupby("case", sort=False).head(each)
-    if targets.empty:
-        return None
-    columns, rows, step = 1 + int(examples["rank"].max()), len(targets), 1.45
-    figure, axes = new_figure(width=1.5 * columns, height=1.82 * rows + 0.75)
-    figure.set_layout_engine("none")  # one pair of axes for all pictures: forty pairs take a second to lay out
-    axes.set_position((0.01, 0.0, 0.98, 1 - 0.55 / (1.82 * rows + 0.75)))
-    text: dict[str, Any] = {"fontsize": 7.5, "ha": "center", "va": "bottom"}
-    for line, (_, target) in enumerate(targets.iterrows()):
-        images = examples[examples["example"] == target["example"]].sort_values("rank")
-        for column, (_, image) in enumerate(images.iterrows()):
-            x, y = 1.18 * column, step * line
-            if image["thumbnail"] is not None:
-                with Image.open(io.BytesIO(image["thumbnail"])) as picture:
-                    small, (w, h) = max(picture.size) <= 40, (side / max(picture.size) / 2 for side in picture.size)
-                    where = (x + 0.5 - w, x + 0.5 + w, y + 0.5 + h, y + 0.5 - h)
-                    axes.imshow(picture, cmap="gray", extent=where, interpolation="nearest" if small else "bilinear")
-            if image["rank"]:
-                share = f"{100 * image['weight']:.0f} %, " if pd.notna(image["weight"]) else ""
-                axes.text(x + 0.5, y - 0.02, f"{_short(image['truth'])}\n{share}{image['influence']:+.2f} nats", **text)
-        before, after = (
-            f"{_short(target[f'{who}_prediction'])} ({100 * target[f'{who}_confidence']:.0f} %)"
-            for who in ("backbone", "method")
-        )
-        title = f"{target['case']}: {_short(target['truth'])}\n{before} \u2192\n{after}"
-        axes.text(0.5, step * line - 0.02, title, **text)
-    axes.set(xlim=(-0.08, 1.18 * columns - 0.1), ylim=(step * rows - 0.4, -0.45))
-    axes.set_axis_off()
-    what = "share of attention, " * bool(examples["weight"].notna().any()) + "influence on the answer"
-    title = f"{row['method']} on {row['dataset']}: targets, answer before and after;\n"
-    figure.suptitle(f"{title}images of the client that count most ({what})", x=0.01, ha="left", fontsize=10)
-    return save(figure, path)
-
-
-def _short(text: str, length: int = 22) -> str:
-    return text if len(text) <= length else text[: length - 1] + "\u2026"

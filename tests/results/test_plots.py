@@ -7,17 +7,13 @@ import pytest
 from matplotlib.image import imread
 
 from iciia_exp.engine.terminal import setup_logging
-from iciia_exp.results import plots
+from iciia_exp.results import drawing
+from iciia_exp.results.drawing import legend, line_styles, new_figure, save, write_figure
 from iciia_exp.results.plots import (
     accuracy_vs_history,
     accuracy_vs_overhead,
     draw_accuracy_vs_overhead,
     gain_per_client,
-    legend,
-    line_styles,
-    new_figure,
-    save,
-    write_figure,
 )
 from iciia_exp.results.tables import history_summary
 
@@ -41,7 +37,7 @@ def drawn(path):
 
 def test_names_of_others_are_text(tmp_path, capsys, recwarn, monkeypatch):
     setup_logging()
-    monkeypatch.setattr(plots, "_lacking", set())
+    monkeypatch.setattr(drawing, "_lacking", set())
     figure, axes = new_figure("$\\frac{$ a\x1b[2J 漢字")
     axes.plot([1, 1000], [1, 2], label="costs $5 or $6")
     axes.set_xscale("log")

@@ -28,12 +28,11 @@ from iciia_exp.engine.training.trainer import interruptible, make_trainer, on_on
 from iciia_exp.errors import UserError
 from iciia_exp.methods.route.base import PromptRouter, Routed
 from iciia_exp.results.calibration import calibration_table, reliability_diagram
+from iciia_exp.results.pictures import draw_examples, draw_routes
 from iciia_exp.results.plots import (
     accuracy_vs_history,
     accuracy_vs_overhead,
     accuracy_vs_rounds,
-    draw_examples,
-    draw_routes,
     gain_per_client,
     quality_vs_share,
 )

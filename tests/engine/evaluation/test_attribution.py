@@ -19,7 +19,7 @@ from iciia_exp.methods.adapt.iciia import IciiaMethod
 from iciia_exp.methods.adapt.prior_em import PriorEM
 from iciia_exp.methods.base import Facts
 from iciia_exp.models.iciia import ICIIA
-from iciia_exp.results.plots import draw_examples
+from iciia_exp.results.pictures import draw_examples
 from iciia_exp.tasks import MULTI_LABEL, SINGLE_LABEL
 from tests.making.cloud import no_fit, small_cloud
 

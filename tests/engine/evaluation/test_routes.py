@@ -9,6 +9,7 @@ from iciia_exp.data.scenes import TRUTHS
 from iciia_exp.engine.evaluation.routes import route_counts, route_measures, routes_table
 from iciia_exp.report.figures import by_share
 from iciia_exp.results import plots
+from iciia_exp.results.pictures import draw_routes
 from iciia_exp.results.summary import summarise
 from tests.making.routing import NAMES, cloud_of, make
 
@@ -69,8 +70,8 @@ def test_plots(routed, tmp_path):
     row = figures | {"method": "route_t2i", "dataset": "prompts"}
     assert plots.quality_vs_share(curves, row, tmp_path / "share.png").is_file()
     pictures = np.random.default_rng(0).integers(0, 256, (240, 2, 1, 8, 8, 3), dtype=np.uint8)
-    assert plots.draw_routes(table, pictures, row, tmp_path / "routes.png").is_file()
-    assert plots.draw_routes(table, None, row, tmp_path / "none.png") is None
+    assert draw_routes(table, pictures, row, tmp_path / "routes.png").is_file()
+    assert draw_routes(table, None, row, tmp_path / "none.png") is None
     folders = [tmp_path / name for name in ("one", "two", "none")]
     for folder in folders:
         folder.mkdir()
