@@ -51,6 +51,9 @@ FURTHER = {
 #: How a device answers that trains together with the cloud: by the two networks that it has.
 SMALL = "control + small"
 
+#: Rank correlations of a metric with what is right: over pictures, and over the differences of both models.
+AGREEMENT = ("agreement", "agreement_difference")
+
 #: Tables of one set of clients each, in which methods are compared.
 CLIENTS = {
     "tiny_imagenet": "Tiny-ImageNet by parent",
@@ -343,6 +346,22 @@ def clients_part(name: str) -> list[str]:
     return lines
 
 
+def pair_part(name: str) -> list[str]:
+    """Return both models' mean quality in each metric, and how it agrees with what is right in the pictures."""
+    line = means(name).iloc[0]  # the same pair for all settings
+    titles = ("device", "cloud", "difference", "right, device", "right, cloud", "rank correlation (of differences)")
+    lines = head("metric", *titles)
+    for metric in dict.fromkeys(key.split()[1] for key in line.index if key.startswith("metric ")):
+        device, cloud, error = (line[f"metric {metric} {key}"] for key in ("device", "cloud", "error"))
+        cells = [f"{device:.3f}", f"{cloud:.3f}", f"{cloud - device:.3f} ± {error:.3f}", "", "", ""]
+        if f"metric {metric} agreement" in line:
+            cells[3:5] = (f"{100 * line[f'metric {metric} {side} right']:.0f} %" for side in ("device", "cloud"))
+            ranks = [line[f"metric {metric} {key}"] for key in AGREEMENT]
+            cells[5] = f"{ranks[0]:.2f} ({ranks[1]:.2f})"
+        lines.append(row(metric, *cells))
+    return lines
+
+
 def output_part(name: str) -> list[str]:
     """Return what a benchmark printed, below its command."""
     return ["```text", *output_file(name).read_text().splitlines(), "```"]
@@ -360,6 +379,7 @@ PARTS: dict[str, Callable[[str], list[str]]] = {
     "columns": columns_part,
     "held_out": held_out_part,
     "clients": clients_part,
+    "pair": pair_part,
     "output": output_part,
 }
 BLOCK = re.compile(r"(<!-- results: (\w+) (\w+) -->\n)(.*?)(<!-- end -->)", re.S)

@@ -36,7 +36,7 @@ import numpy as np
 import pandas as pd
 from figures import draw
 from omegaconf import OmegaConf
-from pages import KEYS, fill, output_file, store, stored, stored_of
+from pages import AGREEMENT, KEYS, fill, output_file, store, stored, stored_of
 from settings import QUANTILES, SEEDS, TABLES
 
 from iciia_exp.artifacts import atomic_write, load_tensors, replacing_folder, save_tensors
@@ -172,6 +172,8 @@ def line_of(name: str, label: str, seed: int, row: dict[str, Any]) -> dict[str, 
                 line[f"{clients} {n} backbone_{key}"] = found.loc[n, f"backbone_{key}"]
     if (row["folder"] / "rounds.parquet").is_file():
         line |= by_rounds(pd.read_parquet(row["folder"] / "rounds.parquet"))
+    if (row["folder"] / "routes.parquet").is_file():
+        line |= by_metric(pd.read_parquet(row["folder"] / "routes.parquet"), row)
     return line
 
 
@@ -198,6 +200,19 @@ def by_rounds(rounds: pd.DataFrame) -> dict[str, Any]:
     for way in ways[1:]:
         last = rounds[rounds["answer"] == way].iloc[-1]
         line |= {f"{way} {key}": last[key] for key in ("accuracy", "seen_accuracy", "unseen_accuracy")}
+    return line
+
+
+def by_metric(routes: pd.DataFrame, row: dict[str, Any]) -> dict[str, Any]:
+    """Return each metric's means over the test prompts, of both models, and how it agrees with what is right."""
+    line: dict[str, Any] = {}
+    for name in (column.removeprefix("label_") for column in routes if column.startswith("label_")):
+        device, cloud = routes[f"device_{name}"], routes[f"cloud_{name}"]
+        found = {"device": device.mean(), "cloud": cloud.mean(), "error": (cloud - device).sem()}
+        if f"device_true_{name}" in routes:
+            found |= {f"{side} right": routes[f"{side}_true_{name}"].mean() for side in ("device", "cloud")}
+            found |= {key: row[f"{key}_{name}"] for key in AGREEMENT}
+        line |= {f"metric {name} {key}": value for key, value in found.items()}
     return line
 
 

@@ -42,6 +42,26 @@ def test_figures_in_a_page_are_the_stored_ones(pages, page):
     assert pages.filled(text) == text, "run python benchmarks/results.py --write"
 
 
+def test_the_pair_of_models_is_shown_by_metric(pages, results, tmp_path, monkeypatch):
+    sides = {
+        "device_color": [0.2, 0.4],
+        "cloud_color": [0.6, 0.6],
+        "device_clear": [0.5, 0.5],
+        "cloud_clear": [0.5, 0.7],
+    }
+    right = {"device_true_color": [0, 1], "cloud_true_color": [1, 1]}
+    routes = pd.DataFrame(sides | right | {"label_color": [0.3, 0.4], "label_clear": [0.5, 0.4]})
+    figures = {"agreement_color": 0.8, "agreement_difference_color": 0.7, "oracle": False}
+    routes.to_parquet(tmp_path / "routes.parquet")
+    row = figures | {"folder": tmp_path, "accuracy": 0.6, "backbone_accuracy": 0.5}
+    lines = [results.line_of("route_scenes", "routellm", seed, row) for seed in range(3)]
+    monkeypatch.setattr(pages, "STORED", tmp_path)
+    pages.store("route_scenes", pd.DataFrame(lines), ["routellm"])
+    *_, color, clear = pages.pair_part("route_scenes")
+    assert color == "| color | 0.300 | 0.600 | 0.300 ± 0.100 | 50 % | 100 % | 0.80 (0.70) |"
+    assert clear == "| clear | 0.500 | 0.600 | 0.100 ± 0.100 |  |  |  |"
+
+
 def test_what_a_benchmark_prints_is_stored_below_its_command(pages, results, tmp_path, monkeypatch):
     (tmp_path / "bench_it.py").write_text("import sys; print('a | b'); sys.exit(sys.argv[1] == 'fail')")
     monkeypatch.setattr(results, "__file__", str(tmp_path / "results.py"))
