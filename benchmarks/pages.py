@@ -1,8 +1,8 @@
 """The pages' tables, made from the stored figures of `benchmarks/results.py`.
 
 The text between `<!-- results: TABLE PART -->` and `<!-- end -->` in a page is that part of that table (`PARTS`);
-between `<!-- value: TABLE SETTING COLUMN -->` and `<!-- end -->` it is one figure of a setting, in percent. What a
-benchmark of speed printed is shown as it is (the part ``output``).
+between `<!-- value: TABLE SETTING COLUMN -->` and `<!-- end -->` it is one figure of a setting, in percent; a setting
+with blanks is in quotes. What a benchmark of speed printed is shown as it is (the part ``output``).
 `python benchmarks/results.py --write` makes them again.
 """
 
@@ -384,7 +384,7 @@ PARTS: dict[str, Callable[[str], list[str]]] = {
 }
 BLOCK = re.compile(r"(<!-- results: (\w+) (\w+) -->\n)(.*?)(<!-- end -->)", re.S)
 #: A figure within a sentence: in percent the mean of a column of a setting.
-VALUE = re.compile(r"(<!-- value: (\w+) (\S+) ([\w ]+) -->)([^<]*)(<!-- end -->)")
+VALUE = re.compile(r"(<!-- value: (\w+) (\"[^\"]+\"|\S+) ([\w ]+) -->)([^<]*)(<!-- end -->)")
 
 
 def filled(text: str) -> str:
@@ -392,7 +392,8 @@ def filled(text: str) -> str:
 
     def value(found: re.Match[str]) -> str:
         start, name, label, key, _, end = found.groups()
-        return f"{start}{100 * means(name).loc[label, key]:.1f}{end}"
+        figure = means(name).loc[label.strip('"'), key]
+        return f"{start}{100 * figure:.1f}{end}"
 
     def block(found: re.Match[str]) -> str:
         start, name, part, _, end = found.groups()
