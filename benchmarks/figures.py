@@ -128,8 +128,9 @@ def heterogeneity_figure() -> Any:
             *(line.index.astype(float), 100 * line["gain"], 100 * line["gain_se"]), label=method, **styles[method]
         )
     alone = _published("results", method="backbone", backbone="efficientnet_b4")
+    others = iter(({"color": GREY, "marker": "x"}, {"color": GREY, "marker": "+", "linestyle": "--", "markersize": 8}))
     for method, part in published.groupby("method", sort=False):
-        style = styles.get(str(method)) or {"color": "grey", "marker": "x"}
+        style = styles.get(str(method)) or next(others)
         theirs.plot(part["ratio"], part["accuracy"] - alone["accuracy"].item(), label=method, mfc="none", **style)
     for axes, title in ((ours, "here: Tiny-ImageNet, MobileNetV2"), (theirs, "published: ImageNet, EfficientNet-B4")):
         axes.axhline(0, **BASELINE)

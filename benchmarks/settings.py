@@ -245,7 +245,9 @@ TABLES = {
         "rivals.md",
         120,
         f"{TINY_OWN} {MOBILENET} partition=reserve_ratio num_layers=2 groups=256 {ALONE}",
-        crossed("partition.ratio", (0, 0.25, 0.5, 0.75, 1), of("client_profile", "client_types", "iciia")),
+        crossed(
+            "partition.ratio", (0, 0.25, 0.5, 0.75, 1), of("client_profile", "client_types", "iciia", "linear_head")
+        ),
     ),
 }
 
