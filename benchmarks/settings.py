@@ -280,7 +280,7 @@ TABLES |= {
     ),
     "miet_omniglot": Table(
         "miet.md",
-        30,
+        40,
         f"+experiment=miet_omniglot data_dir={{data}} {VIT} dataset.seed={{seed}} seed={{seed}}",
         {
             "linear_probe": "method=linear_probe method.epochs=100",
