@@ -364,7 +364,7 @@ TABLES |= {
     ),
     "coda_mnist": Table(
         "coda_mpda.md",
-        60,
+        40,
         f"+experiment=cnn_femnist {MNIST} backbone.reserve=0.1 backbone.recipe.epochs=5 partition.split=within "
         f"partition.train_images=20 training=default training.recipe.epochs=10 name=coda_mnist {ALL_SEEDS} {ALONE}",
         OWN_ALONE
@@ -373,6 +373,7 @@ TABLES |= {
         | TUNED
         | of("client_prior", "client_profile")
         | {"iciia groups=256": "method=iciia method.groups=256"},
+        ("gain",),
     ),
     "movielens": Table(
         "coda_mpda.md",
