@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterable
 from functools import partial
+from itertools import cycle
 from typing import Any
 
 import numpy as np
@@ -128,7 +129,7 @@ def heterogeneity_figure() -> Any:
             *(line.index.astype(float), 100 * line["gain"], 100 * line["gain_se"]), label=method, **styles[method]
         )
     alone = _published("results", method="backbone", backbone="efficientnet_b4")
-    others = iter(({"color": GREY, "marker": "x"}, {"color": GREY, "marker": "+", "linestyle": "--", "markersize": 8}))
+    others = cycle(({"color": GREY, "marker": "x"}, {"color": GREY, "marker": "+", "linestyle": "--", "markersize": 8}))
     for method, part in published.groupby("method", sort=False):
         style = styles.get(str(method)) or next(others)
         theirs.plot(part["ratio"], part["accuracy"] - alone["accuracy"].item(), label=method, mfc="none", **style)

@@ -17,6 +17,9 @@ _JOINED_WIDTH, _JOINED_VECTORS = 48, 16
 # A convolution needs no more outputs than a vector register holds, and its layout makes the shuffle cheap.
 _CONVOLVED_OUTPUTS, _CONVOLVED_VECTORS = 16, 64
 
+# Without AVX-512, a convolution of fewer inputs than a vector register holds is slower than the products.
+_CONVOLVED_INPUTS = 1 if torch.backends.cpu.get_cpu_capability() == "AVX512" else 8
+
 _CONVOLVE = torch.backends.mkldnn.is_available()
 
 
@@ -107,6 +110,8 @@ class GroupedLinear(nn.Module):
     def _convolved(self, x: Tensor, vectors: int) -> bool:
         """Return whether a convolution is faster: 2 to 5 times on a CPU, but seldom with its gradient."""
         if not _CONVOLVE or _recording() or vectors < _CONVOLVED_VECTORS:
+            return False
+        if self.in_features // self.groups < _CONVOLVED_INPUTS:
             return False
         recorded = torch.is_grad_enabled() and (x.requires_grad or self.weight.requires_grad)
         return x.device.type == "cpu" and x.dtype == torch.float32 and not recorded

@@ -64,6 +64,7 @@ def test_joined_weights_follow_the_weights(vectors):
 @pytest.mark.parametrize(("inputs", "outputs", "groups"), [(96, 96, 2), (96, 288, 16), (96, 96, 96), (40, 40, 8)])
 def test_a_convolution_does_the_same(inputs, outputs, groups, shuffle, monkeypatch):
     monkeypatch.setattr("iciia_exp.models.grouped._CONVOLVE", True)  # also where it would be slow
+    monkeypatch.setattr("iciia_exp.models.grouped._CONVOLVED_INPUTS", 1)
     layer = GroupedLinear(inputs, outputs, groups, shuffle)
     x = torch.randn(5, 16, inputs)
     product = layer(x).detach()  # its gradient is recorded
@@ -104,6 +105,7 @@ def test_answers_follow_every_step_of_an_optimiser(groups, vectors, options):
 )
 def test_any_number_of_vectors_is_convolved(vectors, inputs, groups, square, threads, monkeypatch):
     monkeypatch.setattr("iciia_exp.models.grouped._CONVOLVE", True)
+    monkeypatch.setattr("iciia_exp.models.grouped._CONVOLVED_INPUTS", 1)
     monkeypatch.setattr("torch.get_num_threads", lambda: threads)  # what the layout goes by
     layer, x = GroupedLinear(inputs, inputs, groups).requires_grad_(False), torch.randn(vectors, inputs)
     assert (layer._kernels()[0].shape[1] == 16) is square
