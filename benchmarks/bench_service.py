@@ -38,8 +38,11 @@ from iciia_exp.serving.states import Change
 
 D, K = 1280, 1000
 COLUMNS = {
-    **{"requests_s": "requests/s", "p50": "p50, ms", "p99": "p99, ms"},
-    **{"vectors_s": "vectors/s", "memory_MiB": "MiB"},
+    "requests_s": "requests/s",
+    "p50": "p50, ms",
+    "p99": "p99, ms",
+    "vectors_s": "vectors/s",
+    "memory_MiB": "MiB",
 }
 ICIIA = {"_target_": "iciia_exp.methods.adapt.iciia.IciiaMethod", "num_layers": 3, "heads": 4, "groups": 256}
 MODEL = {"name": "TorchvisionBackbone", "arguments": {"model": "mobilenet_v2"}}

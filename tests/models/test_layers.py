@@ -83,6 +83,16 @@ def test_a_convolution_does_the_same(inputs, outputs, groups, shuffle, monkeypat
         torch.testing.assert_close(layer(x), layer.bias.expand_as(product))
 
 
+@pytest.mark.parametrize(("inputs", "form"), [(7, "matrices"), (8, "kernels")])
+def test_narrow_groups_stay_products_where_a_convolution_is_slower(inputs, form, monkeypatch):
+    monkeypatch.setattr("iciia_exp.models.grouped._CONVOLVE", True)
+    monkeypatch.setattr("iciia_exp.models.grouped._CONVOLVED_INPUTS", 8)
+    layer = GroupedLinear(8 * inputs, 8 * inputs, 8).requires_grad_(False)
+    with torch.inference_mode():
+        layer(torch.randn(64, 8 * inputs))
+    assert set(layer._kept) == {form}
+
+
 @pytest.mark.parametrize("options", [{}, {"fused": True}, {"foreach": True}])
 @pytest.mark.parametrize(("groups", "vectors"), [(2, 100), (8, 100), (8, 20)])
 def test_answers_follow_every_step_of_an_optimiser(groups, vectors, options):
