@@ -257,6 +257,26 @@ def rounds_figure(name: str) -> Any:
     return figure
 
 
+def tokens_figure() -> Any:
+    """Draw accuracy against the bytes of what comes down for an image."""
+    parts, methods = means("miet_bytes"), means("miet_tiny_imagenet")
+    lines = {
+        "linear, last feature": parts[parts.index == "linear, last feature"],
+        "linear, sum": parts[parts.index.isin(("linear", "linear, int8"))],
+        "attention, sum": parts[parts.index.str.startswith("attention")],
+    }
+    lines |= {label: methods.loc[[label]] for label in methods.index if not label.startswith(("miet", "linear"))}
+    figure, axes = new_figure("", "down, a request, bytes", "accuracy, %")
+    for label, style in styles_of(lines).items():
+        line = lines[label].sort_values("request_down_bytes")
+        axes.errorbar(
+            *(line["request_down_bytes"], 100 * line["accuracy"], 100 * line["accuracy_se"]), **style, label=label
+        )
+    axes.set_xscale("log")
+    legend(axes, beside=True)
+    return figure
+
+
 #: What is drawn from the stored figures, into docs/images: the function, and the tables.
 FIGURES: dict[str, tuple[Callable[[], Any], tuple[str, ...]]] = {
     "client_profile_history": (history_figure, tuple(CLIENTS)),
@@ -268,6 +288,7 @@ FIGURES: dict[str, tuple[Callable[[], Any], tuple[str, ...]]] = {
     "rivals_digits": (partial(overhead_figure, "digits"), ("digits",)),
     "rivals_tiny_imagenet": (partial(overhead_figure, "tiny_imagenet"), ("tiny_imagenet",)),
     "rivals_mnist": (partial(overhead_figure, "mnist_writers"), ("mnist_writers",)),
+    "miet_bytes": (tokens_figure, ("miet_bytes", "miet_tiny_imagenet")),
     "dc_ccl_bytes": (partial(rounds_figure, "dc_ccl_tiny_imagenet"), ("dc_ccl_tiny_imagenet",)),
 }
 

@@ -243,6 +243,8 @@ def grid(name: str) -> pd.DataFrame:
 
 def varied(name: str, part: int) -> str:
     """Return the key of the values that are a part of all labels, as code, or nothing if they are of no key."""
+    if not TABLES[name].settings:  # a script's
+        return ""
     label, way = next(iter(TABLES[name].settings.items()))
     value = label.rsplit(" ", 1)[part]
     keys = [word.split("=")[0] for word in way.split() if word.split("=")[-1] == value]
@@ -295,7 +297,7 @@ def columns_part(name: str) -> list[str]:
     shown = [by_key["accuracy"], *(by_key[key] for key in table.columns)]
     several = "backbone_accuracy" in made and made["backbone_accuracy"].round(4).nunique() > 1  # each with its own
     titles = [*["the backbone alone"] * several, *(column.title for column in shown)]
-    lines = head("", *titles, *[f"less `{table.reference}`"] * bool(table.reference))
+    lines = head("", *titles, *[f"less {setting(name, table.reference)}"] * bool(table.reference))
     if "backbone_accuracy" in made and not several:
         alone = [backbone_cell(made.iloc[0], column, _errors(column)) for column in shown]
         lines.append(row("the backbone alone", *alone, *[""] * bool(table.reference)))
@@ -314,8 +316,8 @@ def columns_part(name: str) -> list[str]:
 
 
 def setting(name: str, label: str) -> str:
-    """Return a setting's label as code; a bound is named one."""
-    return "bound: " * (label in TABLES[name].bounds) + named(label)
+    """Return a setting's label, as code if it says what to type; a bound is named one."""
+    return "bound: " * (label in TABLES[name].bounds) + (label if TABLES[name].script else named(label))
 
 
 def _errors(column: Column) -> tuple[str, ...]:

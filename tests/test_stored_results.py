@@ -133,7 +133,10 @@ def made_up(pages, results, tmp_path, monkeypatch):
     [
         *(("grid", table) for table in ("backbones", "heterogeneity", "severity", "dirichlet")),
         *(("sweep", table) for table in ("layers", "coda_tiny_imagenet", "coda_parts", "route_tiny_imagenet")),
-        *(("columns", table) for table in ("miet_lite0", "movielens", "dc_ccl_digits", "route_scenes", "training")),
+        *(
+            ("columns", table)
+            for table in ("miet_lite0", "miet_bytes", "movielens", "dc_ccl_digits", "route_scenes", "training")
+        ),
         *(("clients", "clients"), ("held_out", "held_out")),
     ],
 )
