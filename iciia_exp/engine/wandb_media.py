@@ -114,7 +114,8 @@ def results_artifact(folder: Path, row: dict[str, Any]) -> Any:
     artifact = wandb.Artifact(f"results-{row['digest']}", type="results", metadata=facts)
     with artifact.new_file("results.json") as file:
         json.dump(row, file, indent=2)
-    for name in ("clients", "history", "drawn_clients", "attribution", "rounds", "routes", "shares", "route_examples"):
+    several = ("clients", "history", "drawn_clients", "attribution", "calibration", "rounds")
+    for name in (*several, "routes", "shares", "route_examples"):
         if (path := folder / f"{name}.parquet").is_file():
             artifact.add_file(str(path))
     return artifact

@@ -76,7 +76,8 @@ def test_an_offline_run_holds_everything(stages, monkeypatch, capsys):
     (chart,) = [json.loads(Path(p).read_text()) for p in glob(f"{media}/table/accuracy_vs_overhead*.json")]
     assert chart["data"] == [[label_of(row, {}), row["overhead_percent"], 100 * row["accuracy"]]]
     assert set(held[f"model-{row['digest']}"]) == {"run.json", "config.yaml", "weights.safetensors"}
-    kept_files = {f"{name}.parquet" for name in ("clients", "history", "attribution")} | {"results.json"}
+    tables = ("clients", "history", "attribution", "calibration")  # what the report reads
+    kept_files = {f"{name}.parquet" for name in tables} | {"results.json"}
     assert set(held[f"results-{row['digest']}"]) == kept_files
 
 
