@@ -19,6 +19,7 @@ from scipy.stats import t as student_t
 from settings import OWN_LABELS, TABLES
 
 from iciia_exp.results.columns import COLUMNS, Column, backbone_cell, cell, columns_of
+from iciia_exp.tasks import QUALITY
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
 STORED = DOCS / "results"
@@ -296,23 +297,32 @@ def columns_part(name: str) -> list[str]:
     by_key = {column.key: column for column in columns_of(table.task)} | FURTHER
     shown = [by_key["accuracy"], *(by_key[key] for key in table.columns)]
     several = "backbone_accuracy" in made and made["backbone_accuracy"].round(4).nunique() > 1  # each with its own
-    titles = [*["the backbone alone"] * several, *(column.title for column in shown)]
-    lines = head("", *titles, *[f"less {setting(name, table.reference)}"] * bool(table.reference))
+    alone = "the device alone" if table.task is QUALITY else "the backbone alone"
+    titles = [*[alone] * several, *(column.title for column in shown)]
+    what = "rank correlation " * ("rank less" in made)
+    lines = head("", *titles, *[f"{what}less {setting(name, table.reference)}"] * bool(table.reference))
     if "backbone_accuracy" in made and not several:
-        alone = [backbone_cell(made.iloc[0], column, _errors(column)) for column in shown]
-        lines.append(row("the backbone alone", *alone, *[""] * bool(table.reference)))
+        cells = [backbone_cell(made.iloc[0], column, _errors(column)) for column in shown]
+        lines.append(row(alone, *cells, *[""] * bool(table.reference)))
     less = differences(by_seed(name), table.reference) if table.reference else None
     for label, line in made.iterrows():
         cells = [backbone_cell(line, shown[0], _errors(shown[0]))] * several
         cells += [cell(line, column.key, column.form, _errors(column)) for column in shown]
         if less is not None:
-            cells.append("" if label == table.reference else cell(less.loc[label], "less", "gain"))
+            text = _rank_difference(line) if what else cell(less.loc[label], "less", "gain")
+            cells.append("" if label == table.reference else text)
         lines.append(row(setting(name, str(label)), *cells))
         if label == table.reference and f"{SMALL} accuracy" in line:
             keys = [f"{SMALL} {column.key}" for column in shown]
             cells = [cell(line, key, "percent") if key in line else "" for key in keys]
             lines.append(row("the same, answered on the device", *cells, ""))
     return lines
+
+
+def _rank_difference(line: pd.Series) -> str:
+    """Return the difference and its 95 % interval over requests, in points."""
+    values = [100 * line[f"rank less{end}"] for end in ("", " low", " high")]
+    return "–" if np.isnan(values).any() else "{:+.1f} [{:+.1f}, {:+.1f}]".format(*values)
 
 
 def setting(name: str, label: str) -> str:

@@ -42,10 +42,12 @@ from settings import QUANTILES, SEEDS, TABLES
 from iciia_exp.artifacts import atomic_write, load_tensors, replacing_folder, save_tensors
 from iciia_exp.data.client_mix import unseen
 from iciia_exp.data.clients import Clients
+from iciia_exp.engine.evaluation.routes import rank_resamples
 from iciia_exp.results.columns import DRAWN_TYPES
 from iciia_exp.results.plots import gains
 from iciia_exp.results.tables import averages_by_history
 from iciia_exp.serving.latency import processor
+from iciia_exp.tasks import QUALITY
 
 
 def write_leaf(arrays: Path, folder: Path) -> None:
@@ -216,6 +218,24 @@ def by_metric(routes: pd.DataFrame, row: dict[str, Any]) -> dict[str, Any]:
     return line
 
 
+def rank_difference(rows: list[dict[str, Any]], reference: list[dict[str, Any]]) -> dict[str, float]:
+    """Return a router's rank correlation less that of another, mean over seeds, and its 95 % interval over prompts.
+
+    The interval is that of a paired bootstrap. Nothing, if the two have other labels.
+    """
+    ours, theirs = ([pd.read_parquet(r["folder"] / "routes.parquet") for r in part] for part in (rows, reference))
+    truth_N = theirs[0]["superiority"].to_numpy()
+    if not all(np.allclose(routes["superiority"], truth_N) for routes in ours):
+        return {}
+
+    def resamples(runs: list[pd.DataFrame]) -> np.ndarray:
+        return np.mean([rank_resamples(routes["score"].to_numpy(), truth_N) for routes in runs], axis=0)
+
+    less = np.mean([row["rank_correlation"] for row in rows]) - np.mean([r["rank_correlation"] for r in reference])
+    low, high = np.nanpercentile(resamples(ours) - resamples(theirs), [2.5, 97.5])
+    return {"rank less": float(less), "rank less low": float(low), "rank less high": float(high)}
+
+
 def rounded(value: Any) -> Any:
     """Return a figure with six digits."""
     return float(f"{value:.6g}") if isinstance(value, float) else value
@@ -223,12 +243,18 @@ def rounded(value: Any) -> Any:
 
 def make(name: str, options: argparse.Namespace) -> None:
     """Run a table's settings and store their figures."""
-    lines = []
-    for label in TABLES[name].settings:
-        if options.only and label not in options.only:
-            continue
-        for seed in SEEDS:
-            lines.append(line_of(name, label, seed, result_of(overrides(name, label, seed, options))))
+    table = TABLES[name]
+    labels = [label for label in table.settings if not options.only or label in options.only]
+    rows = {(k, seed): result_of(overrides(name, k, seed, options)) for k in labels for seed in SEEDS}
+    lines = [line_of(name, *key, row) for key, row in rows.items()]
+    if table.task is QUALITY and table.reference:
+        first = [
+            rows.get((table.reference, k)) or result_of(overrides(name, table.reference, k, options)) for k in SEEDS
+        ]
+        for label in labels:
+            found = rank_difference([rows[label, seed] for seed in SEEDS], first)
+            for line in lines:
+                line |= found if line["label"] == label else {}
     new = pd.DataFrame([{k: rounded(v) for k, v in line.items()} for line in lines])
     if stored_of([name]):  # of the settings that were left out
         old = stored(name)

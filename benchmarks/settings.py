@@ -480,10 +480,24 @@ SECOND_PAIR = "backbone.seed=1 dataset.seed=1 backbone.model.seed=1 name=route_s
 
 TABLES |= {
     "route_scenes": Table(
-        "route_t2i.md", 60, "+experiment=route_t2i_scenes seed={seed}", ROUTERS, ROUTED, task=QUALITY
+        "route_t2i.md",
+        60,
+        "+experiment=route_t2i_scenes seed={seed}",
+        ROUTERS,
+        ROUTED,
+        "route_t2i",
+        ("oracle_router",),
+        QUALITY,
     ),
     "route_second_pair": Table(
-        "route_t2i.md", 60, f"+experiment=route_t2i_scenes {SECOND_PAIR} seed={{seed}}", ROUTERS, ROUTED, task=QUALITY
+        "route_t2i.md",
+        60,
+        f"+experiment=route_t2i_scenes {SECOND_PAIR} seed={{seed}}",
+        ROUTERS,
+        ROUTED,
+        "route_t2i",
+        ("oracle_router",),
+        QUALITY,
     ),
     "route_tiny_imagenet": Table(
         "route_t2i.md",

@@ -9,6 +9,7 @@ import numpy as np
 import pandas as pd
 import pytest
 from omegaconf import OmegaConf
+from scipy.stats import spearmanr
 
 from iciia_exp.config.check import check_keys
 from tests.making.config import targets
@@ -60,6 +61,37 @@ def test_the_pair_of_models_is_shown_by_metric(pages, results, tmp_path, monkeyp
     *_, color, clear = pages.pair_part("route_scenes")
     assert color == "| color | 0.300 | 0.600 | 0.300 ± 0.100 | 50 % | 100 % | 0.80 (0.70) |"
     assert clear == "| clear | 0.500 | 0.600 | 0.100 ± 0.100 |  |  |  |"
+
+
+def test_rank_correlations_are_compared_over_prompts(pages, results, tmp_path, monkeypatch):
+    """Paired, with an interval over prompts, and only between routers with the same labels."""
+    rng = np.random.default_rng(0)
+    truth = rng.random(300)
+    noise = {"route_t2i": 0.2, "routellm": 0.2, "random": 5.0, "own labels": 0.2}
+    rows = {}
+    for label, scale in noise.items():
+        routes = pd.DataFrame({"score": truth + scale * rng.random(300), "superiority": truth})
+        if label == "own labels":
+            routes["superiority"] = rng.random(300)
+        (tmp_path / label).mkdir()
+        routes.to_parquet(tmp_path / label / "routes.parquet")
+        rank = spearmanr(routes["score"], routes["superiority"]).statistic
+        rows[label] = [{"folder": tmp_path / label, "rank_correlation": rank}] * 3
+    found = {label: results.rank_difference(row, rows["route_t2i"]) for label, row in rows.items()}
+    assert found["own labels"] == {}
+    assert set(found["route_t2i"].values()) == {0.0}
+    alike, worse = found["routellm"], found["random"]
+    assert alike["rank less low"] < alike["rank less"] < alike["rank less high"]
+    assert worse["rank less low"] < worse["rank less"] < worse["rank less high"] < 0
+    lines = [{"label": k, "seed": n, "oracle": False, "accuracy": 0.6} | v for k, v in found.items() for n in range(3)]
+    columns = dict.fromkeys(results.TABLES["route_scenes"].columns, 0.5)
+    monkeypatch.setattr(pages, "STORED", tmp_path)
+    pages.store("route_scenes", pd.DataFrame([line | columns for line in lines]), noise)
+    last = [line.split(" | ")[-1].rstrip(" |") for line in pages.columns_part("route_scenes")]
+    less = [100 * worse[key] for key in ("rank less", "rank less low", "rank less high")]
+    assert last[0] == "rank correlation less `route_t2i`"
+    assert last[4] == "{:+.1f} [{:+.1f}, {:+.1f}]".format(*less)
+    assert last[5] == "–"
 
 
 def test_what_a_benchmark_prints_is_stored_below_its_command(pages, results, tmp_path, monkeypatch):

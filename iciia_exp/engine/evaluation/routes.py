@@ -21,7 +21,7 @@ from iciia_exp.results.routing import LEVELS, area, chosen, delta_p, route_curve
 from iciia_exp.results.summary import ClientCounts, summarise
 from iciia_exp.seeding import generator
 
-__all__ = ["route_counts", "route_measures", "routes_table"]
+__all__ = ["rank_resamples", "route_counts", "route_measures", "routes_table"]
 
 _CLIENTS = 16  # of a batch
 _RESAMPLES = 1000
@@ -176,8 +176,12 @@ def _rank(one_N: np.ndarray, other_N: np.ndarray) -> float | None:
     return float(spearmanr(one_N, other_N).statistic)
 
 
-def _rank_interval(score_N: np.ndarray, prs_N: np.ndarray) -> dict[str, float | None]:
-    """Return the 95 % interval of the rank correlation over prompts, by the percentiles of a bootstrap."""
+def rank_resamples(score_N: np.ndarray, prs_N: np.ndarray) -> np.ndarray:
+    """Return Spearman's rank correlation in each of 1,000 bootstrap resamples of the prompts, float64 [R].
+
+    They are the same resamples for every score of the same prompts, so that differences are paired. NaN where one of
+    them is constant in a resample.
+    """
     rng, found, left = generator("bootstrap", 0), [], _RESAMPLES
     while left > 0:
         some = min(left, max(1, (1 << 21) // len(score_N)))  # resamples at a time: some 100 MiB
@@ -188,7 +192,12 @@ def _rank_interval(score_N: np.ndarray, prs_N: np.ndarray) -> dict[str, float | 
         size_R = np.sqrt((one_RN**2).sum(1) * (other_RN**2).sum(1))
         found.append(np.divide((one_RN * other_RN).sum(1), size_R, out=np.full(some, np.nan), where=size_R > 0))
         left -= some
-    low, high = np.percentile(np.concatenate(found), [2.5, 97.5])
+    return np.concatenate(found)
+
+
+def _rank_interval(score_N: np.ndarray, prs_N: np.ndarray) -> dict[str, float | None]:
+    """Return the 95 % interval of the rank correlation over prompts, by the percentiles of a bootstrap."""
+    low, high = np.percentile(rank_resamples(score_N, prs_N), [2.5, 97.5])
     return {"rank_correlation_low": _known(float(low)), "rank_correlation_high": _known(float(high))}
 
 
