@@ -428,7 +428,7 @@ TABLES |= {
     ),
     "dc_ccl_mnist": Table(
         "dc_ccl.md",
-        120,
+        80,
         "+experiment=dc_ccl_mnist data_dir={data} seed={seed} backbone.seed={seed}",
         {"fedavg": "method=fedavg network@method.network=vgg method.devices=1"}
         | named("dc_ccl", *ARMS, "temperature=1", "", "arm=large_on_device"),
@@ -481,7 +481,7 @@ SECOND_PAIR = "backbone.seed=1 dataset.seed=1 backbone.model.seed=1 name=route_s
 TABLES |= {
     "route_scenes": Table(
         "route_t2i.md",
-        60,
+        40,
         "+experiment=route_t2i_scenes seed={seed}",
         ROUTERS,
         ROUTED,
@@ -491,7 +491,7 @@ TABLES |= {
     ),
     "route_second_pair": Table(
         "route_t2i.md",
-        60,
+        40,
         f"+experiment=route_t2i_scenes {SECOND_PAIR} seed={{seed}}",
         ROUTERS,
         ROUTED,
