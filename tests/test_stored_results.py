@@ -40,6 +40,7 @@ def test_figures_in_a_page_are_the_stored_ones(pages, page):
     text = page.read_text()
     assert text.count("<!-- results:") == len(pages.BLOCK.findall(text))
     assert text.count("<!-- value:") == len(pages.VALUE.findall(text))
+    assert not re.search(r"^\s*<!-- value:", text, re.M), "a comment at the start of a line ends the paragraph"
     assert pages.filled(text) == text, "run python benchmarks/results.py --write"
 
 
