@@ -271,7 +271,7 @@ TABLES |= {
         {
             "linear_probe": f"method=linear_probe {LONG}",
             **named("miet", "blocks=0", "blocks=1", more=LONG),
-            **named("last", "blocks=4", more=SHORT),
+            **named("last", "", "blocks=4", more=SHORT),
             **named("side_network", "blocks=4", more=SHORT),
             "last_block": "method=last_block method.epochs=10 method.patience=4",
         },
