@@ -266,13 +266,14 @@ def tokens_figure() -> Any:
         "attention, sum": parts[parts.index.str.startswith("attention")],
     }
     lines |= {label: methods.loc[[label]] for label in methods.index if not label.startswith(("miet", "linear"))}
-    figure, axes = new_figure("", "down, a request, bytes", "accuracy, %")
+    figure, axes = new_figure("", "sent down for an image", "accuracy, %")
     for label, style in styles_of(lines).items():
         line = lines[label].sort_values("request_down_bytes")
         axes.errorbar(
             *(line["request_down_bytes"], 100 * line["accuracy"], 100 * line["accuracy_se"]), **style, label=label
         )
     axes.set_xscale("log")
+    axes.xaxis.set_major_formatter(lambda value, _: f"{value / 1000:g} kB")
     legend(axes, beside=True)
     return figure
 

@@ -266,7 +266,7 @@ LONG, SHORT = "method.epochs=40 method.patience=10", "method.epochs=20 method.pa
 TABLES |= {
     "miet_tiny_imagenet": Table(
         "miet.md",
-        180,
+        60,
         f"{MIET_TINY} {VIT}",
         {
             "linear_probe": f"method=linear_probe {LONG}",
@@ -302,13 +302,13 @@ TABLES |= {
 # parts of MIET, from one store of levels
 TABLES |= {
     f"miet_{part}": Table(
-        "miet.md", 60, "", {}, columns, reference, script=f"miet_levels.py --part {part} {MIET} {VIT}"
+        "miet.md", minutes, "", {}, columns, reference, script=f"miet_levels.py --part {part} {MIET} {VIT}"
     )
-    for part, columns, reference in (
-        ("sums", ("request_down_bytes",), "linear, last level"),
-        ("bytes", ("request_down_bytes",), "linear"),
-        ("blocks", (), "linear"),
-        ("shots", (), "linear, last feature"),
+    for part, minutes, columns, reference in (
+        ("sums", 15, ("request_down_bytes",), "linear, last level"),
+        ("bytes", 15, ("request_down_bytes",), "linear"),
+        ("blocks", 20, (), "linear"),
+        ("shots", 30, (), "linear, last feature"),
     )
 }
 
