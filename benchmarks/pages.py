@@ -299,8 +299,9 @@ def columns_part(name: str) -> list[str]:
     several = "backbone_accuracy" in made and made["backbone_accuracy"].round(4).nunique() > 1  # each with its own
     alone = "the device alone" if table.task is QUALITY else "the backbone alone"
     titles = [*[alone] * several, *(column.title for column in shown)]
-    what = "rank correlation " * ("rank less" in made)
-    lines = head("", *titles, *[f"{what}less {setting(name, table.reference)}"] * bool(table.reference))
+    over_prompts = "rank less" in made
+    title = "rank correlation less" if over_prompts else "less"
+    lines = head("", *titles, *[f"{title} {setting(name, table.reference)}"] * bool(table.reference))
     if "backbone_accuracy" in made and not several:
         cells = [backbone_cell(made.iloc[0], column, _errors(column)) for column in shown]
         lines.append(row(alone, *cells, *[""] * bool(table.reference)))
@@ -309,7 +310,7 @@ def columns_part(name: str) -> list[str]:
         cells = [backbone_cell(line, shown[0], _errors(shown[0]))] * several
         cells += [cell(line, column.key, column.form, _errors(column)) for column in shown]
         if less is not None:
-            text = _rank_difference(line) if what else cell(less.loc[label], "less", "gain")
+            text = _rank_difference(line) if over_prompts else cell(less.loc[label], "less", "gain")
             cells.append("" if label == table.reference else text)
         lines.append(row(setting(name, str(label)), *cells))
         if label == table.reference and f"{SMALL} accuracy" in line:
@@ -320,7 +321,7 @@ def columns_part(name: str) -> list[str]:
 
 
 def _rank_difference(line: pd.Series) -> str:
-    """Return the difference and its 95 % interval over requests, in points."""
+    """Return the difference and its 95 % interval over prompts, in points."""
     values = [100 * line[f"rank less{end}"] for end in ("", " low", " high")]
     return "–" if np.isnan(values).any() else "{:+.1f} [{:+.1f}, {:+.1f}]".format(*values)
 

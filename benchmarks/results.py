@@ -218,22 +218,29 @@ def by_metric(routes: pd.DataFrame, row: dict[str, Any]) -> dict[str, Any]:
     return line
 
 
-def rank_difference(rows: list[dict[str, Any]], reference: list[dict[str, Any]]) -> dict[str, float]:
-    """Return a router's rank correlation less that of another, mean over seeds, and its 95 % interval over prompts.
+def rank_differences(runs: dict[str, list[dict[str, Any]]], reference: str) -> dict[str, dict[str, float]]:
+    """Return each router's rank correlation less that of another, mean over seeds, and its 95 % interval over prompts.
 
     The interval is that of a paired bootstrap. Nothing, if the two have other labels.
     """
-    ours, theirs = ([pd.read_parquet(r["folder"] / "routes.parquet") for r in part] for part in (rows, reference))
-    truth_N = theirs[0]["superiority"].to_numpy()
-    if not all(np.allclose(routes["superiority"], truth_N) for routes in ours):
-        return {}
+    routes = {
+        label: [pd.read_parquet(row["folder"] / "routes.parquet") for row in rows] for label, rows in runs.items()
+    }
+    truth_N = routes[reference][0]["superiority"].to_numpy()
 
-    def resamples(runs: list[pd.DataFrame]) -> np.ndarray:
-        return np.mean([rank_resamples(routes["score"].to_numpy(), truth_N) for routes in runs], axis=0)
+    def correlations(label: str) -> tuple[float, np.ndarray]:
+        resamples = [rank_resamples(table["score"].to_numpy(), truth_N) for table in routes[label]]
+        return float(np.mean([row["rank_correlation"] for row in runs[label]])), np.mean(resamples, axis=0)
 
-    less = np.mean([row["rank_correlation"] for row in rows]) - np.mean([r["rank_correlation"] for r in reference])
-    low, high = np.nanpercentile(resamples(ours) - resamples(theirs), [2.5, 97.5])
-    return {"rank less": float(less), "rank less low": float(low), "rank less high": float(high)}
+    first, first_R = correlations(reference)
+    found: dict[str, dict[str, float]] = {}
+    for label, tables in routes.items():
+        found[label] = {}
+        if all(np.allclose(table["superiority"], truth_N) for table in tables):
+            mean, mean_R = correlations(label)
+            low, high = np.nanpercentile(mean_R - first_R, [2.5, 97.5])
+            found[label] = {"rank less": mean - first, "rank less low": float(low), "rank less high": float(high)}
+    return found
 
 
 def rounded(value: Any) -> Any:
@@ -245,16 +252,15 @@ def make(name: str, options: argparse.Namespace) -> None:
     """Run a table's settings and store their figures."""
     table = TABLES[name]
     labels = [label for label in table.settings if not options.only or label in options.only]
-    rows = {(k, seed): result_of(overrides(name, k, seed, options)) for k in labels for seed in SEEDS}
-    lines = [line_of(name, *key, row) for key, row in rows.items()]
-    if table.task is QUALITY and table.reference:
-        first = [
-            rows.get((table.reference, k)) or result_of(overrides(name, table.reference, k, options)) for k in SEEDS
-        ]
-        for label in labels:
-            found = rank_difference([rows[label, seed] for seed in SEEDS], first)
-            for line in lines:
-                line |= found if line["label"] == label else {}
+    runs = {label: [result_of(overrides(name, label, seed, options)) for seed in SEEDS] for label in labels}
+    lines = [
+        line_of(name, label, seed, row) for label, rows in runs.items() for seed, row in zip(SEEDS, rows, strict=True)
+    ]
+    if table.task is QUALITY and (reference := table.reference):
+        if reference not in runs:
+            runs[reference] = [result_of(overrides(name, reference, seed, options)) for seed in SEEDS]
+        less = rank_differences(runs, reference)
+        lines = [line | less[line["label"]] for line in lines]
     new = pd.DataFrame([{k: rounded(v) for k, v in line.items()} for line in lines])
     if stored_of([name]):  # of the settings that were left out
         old = stored(name)

@@ -479,26 +479,19 @@ ROUTED = ("rank_correlation", "win_rate_at_half", "delta_p_at_half", "truth_at_h
 SECOND_PAIR = "backbone.seed=1 dataset.seed=1 backbone.model.seed=1 name=route_second_pair"
 
 TABLES |= {
-    "route_scenes": Table(
+    name: Table(
         "route_t2i.md",
         40,
-        "+experiment=route_t2i_scenes seed={seed}",
+        f"+experiment=route_t2i_scenes {pair} seed={{seed}}",
         ROUTERS,
         ROUTED,
         "route_t2i",
         ("oracle_router",),
         QUALITY,
-    ),
-    "route_second_pair": Table(
-        "route_t2i.md",
-        40,
-        f"+experiment=route_t2i_scenes {SECOND_PAIR} seed={{seed}}",
-        ROUTERS,
-        ROUTED,
-        "route_t2i",
-        ("oracle_router",),
-        QUALITY,
-    ),
+    )
+    for name, pair in (("route_scenes", ""), ("route_second_pair", SECOND_PAIR))
+}
+TABLES |= {
     "route_tiny_imagenet": Table(
         "route_t2i.md",
         40,

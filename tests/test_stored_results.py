@@ -78,7 +78,7 @@ def test_rank_correlations_are_compared_over_prompts(pages, results, tmp_path, m
         routes.to_parquet(tmp_path / label / "routes.parquet")
         rank = spearmanr(routes["score"], routes["superiority"]).statistic
         rows[label] = [{"folder": tmp_path / label, "rank_correlation": rank}] * 3
-    found = {label: results.rank_difference(row, rows["route_t2i"]) for label, row in rows.items()}
+    found = results.rank_differences(rows, "route_t2i")
     assert found["own labels"] == {}
     assert set(found["route_t2i"].values()) == {0.0}
     alike, worse = found["routellm"], found["random"]

@@ -22,6 +22,12 @@ log = logging.getLogger(__name__)
 #: Largest number of rows of a table in wandb; of more clients evenly spaced ones are logged.
 TABLE_ROWS = 10_000
 
+#: Tables of an evaluation that a report reads.
+REPORTED = (
+    *("clients", "history", "drawn_clients", "attribution", "calibration", "rounds"),
+    *("routes", "shares", "route_examples"),
+)
+
 
 def history(folder: Path) -> Iterator[dict[str, Any]]:
     """Yield metrics by length of history (``history/...``, with the step ``history/images``)."""
@@ -114,8 +120,7 @@ def results_artifact(folder: Path, row: dict[str, Any]) -> Any:
     artifact = wandb.Artifact(f"results-{row['digest']}", type="results", metadata=facts)
     with artifact.new_file("results.json") as file:
         json.dump(row, file, indent=2)
-    several = ("clients", "history", "drawn_clients", "attribution", "calibration", "rounds")
-    for name in (*several, "routes", "shares", "route_examples"):
+    for name in REPORTED:
         if (path := folder / f"{name}.parquet").is_file():
             artifact.add_file(str(path))
     return artifact
