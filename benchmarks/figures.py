@@ -14,9 +14,10 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-from pages import CLIENTS, DOCS, file, grid, means, stored_of
+from pages import CLIENTS
 from PIL import Image
 from settings import OWN_LABELS, QUANTILES
+from stored import DOCS, file, grid, means, stored_of
 
 from iciia_exp.results.calibration import BINS, draw_reliability
 from iciia_exp.results.drawing import (
@@ -310,9 +311,9 @@ def is_drawn(name: str) -> bool:
 
 
 def draw() -> None:
-    """Draw all pictures whose figures have changed."""
+    """Draw the pictures whose figures have changed, once all their tables are stored."""
     for name, (figure, tables) in FIGURES.items():
-        if stored_of(tables) and not is_drawn(name):
+        if len(stored_of(tables)) == len(tables) and not is_drawn(name):
             path = DOCS / "images" / f"{name}.png"
             figure().savefig(path, dpi=120, bbox_inches="tight", metadata={"Description": fingerprint(name)})
             print(f"written: {path.relative_to(DOCS.parent)}")

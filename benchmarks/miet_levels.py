@@ -20,8 +20,8 @@ import numpy as np
 import pandas as pd
 import torch
 from hydra import compose, initialize_config_dir
-from pages import store, stored, stored_of
 from settings import SEEDS
+from stored import store, stored, stored_of
 
 from iciia_exp.config.experiment import Experiment
 from iciia_exp.config.paths import CONF_DIR

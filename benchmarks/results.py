@@ -9,9 +9,9 @@
     python benchmarks/results.py --write
 
 A table is a list of settings, each run with three seeds by the package's own command line, which skips what is
-finished. Its figures are stored in `docs/results/TABLE.csv`, a line for each run. The pages' tables and pictures are
-made from them (`pages.py`, `figures.py`), which a test checks; `--write` makes them again without running anything.
-Of a benchmark of speed, what it prints is stored, in `docs/results/TABLE.txt`.
+finished. Its figures are stored in `docs/results/TABLE.csv`, a line for each run. Of a benchmark of speed, what it
+prints is stored, in `docs/results/TABLE.txt`. The pages' tables (`pages.py`) and pictures (`figures.py`) are made from
+the stored figures (`stored.py`), which a test checks; `--write` makes them again without running anything.
 
 Data: Omniglot as images_background_small1.zip and ..._small2.zip; MNIST as arrays `images` [M, 28, 28] uint8, `labels`,
 `writers`, `is_test`, which are written in LEAF's form first; Tiny-ImageNet in ImageNet's layout with a table of parent
@@ -36,8 +36,9 @@ import numpy as np
 import pandas as pd
 from figures import draw
 from omegaconf import OmegaConf
-from pages import AGREEMENT, KEYS, fill, output_file, store, stored, stored_of
+from pages import fill
 from settings import QUANTILES, SEEDS, TABLES
+from stored import AGREEMENT, KEYS, output_file, store, stored, stored_of
 
 from iciia_exp.artifacts import atomic_write, load_tensors, replacing_folder, save_tensors
 from iciia_exp.data.client_mix import unseen

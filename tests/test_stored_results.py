@@ -31,6 +31,11 @@ def pages(results):
 
 
 @pytest.fixture(scope="module")
+def stored(results):
+    return importlib.import_module("stored")
+
+
+@pytest.fixture(scope="module")
 def figures(results):
     return importlib.import_module("figures")
 
@@ -44,7 +49,7 @@ def test_figures_in_a_page_are_the_stored_ones(pages, page):
     assert pages.filled(text) == text, "run python benchmarks/results.py --write"
 
 
-def test_the_pair_of_models_is_shown_by_metric(pages, results, tmp_path, monkeypatch):
+def test_the_pair_of_models_is_shown_by_metric(pages, stored, results, tmp_path, monkeypatch):
     sides = {
         "device_color": [0.2, 0.4],
         "cloud_color": [0.6, 0.6],
@@ -57,14 +62,14 @@ def test_the_pair_of_models_is_shown_by_metric(pages, results, tmp_path, monkeyp
     routes.to_parquet(tmp_path / "routes.parquet")
     row = figures | {"folder": tmp_path, "accuracy": 0.6, "backbone_accuracy": 0.5}
     lines = [results.line_of("route_scenes", "routellm", seed, row) for seed in range(3)]
-    monkeypatch.setattr(pages, "STORED", tmp_path)
-    pages.store("route_scenes", pd.DataFrame(lines), ["routellm"])
+    monkeypatch.setattr(stored, "STORED", tmp_path)
+    stored.store("route_scenes", pd.DataFrame(lines), ["routellm"])
     *_, color, clear = pages.pair_part("route_scenes")
     assert color == "| color | 0.300 | 0.600 | 0.300 ± 0.100 | 50 % | 100 % | 0.80 (0.70) |"
     assert clear == "| clear | 0.500 | 0.600 | 0.100 ± 0.100 |  |  |  |"
 
 
-def test_rank_correlations_are_compared_over_prompts(pages, results, tmp_path, monkeypatch):
+def test_rank_correlations_are_compared_over_prompts(pages, stored, results, tmp_path, monkeypatch):
     """Paired, with an interval over prompts, and only between routers with the same labels."""
     rng = np.random.default_rng(0)
     truth = rng.random(300)
@@ -86,8 +91,8 @@ def test_rank_correlations_are_compared_over_prompts(pages, results, tmp_path, m
     assert worse["rank less low"] < worse["rank less"] < worse["rank less high"] < 0
     lines = [{"label": k, "seed": n, "oracle": False, "accuracy": 0.6} | v for k, v in found.items() for n in range(3)]
     columns = dict.fromkeys(results.TABLES["route_scenes"].columns, 0.5)
-    monkeypatch.setattr(pages, "STORED", tmp_path)
-    pages.store("route_scenes", pd.DataFrame([line | columns for line in lines]), noise)
+    monkeypatch.setattr(stored, "STORED", tmp_path)
+    stored.store("route_scenes", pd.DataFrame([line | columns for line in lines]), noise)
     last = [line.split(" | ")[-1].rstrip(" |") for line in pages.columns_part("route_scenes")]
     less = [100 * worse[key] for key in ("rank less", "rank less low", "rank less high")]
     assert last[0] == "rank correlation less `route_t2i`"
@@ -95,16 +100,16 @@ def test_rank_correlations_are_compared_over_prompts(pages, results, tmp_path, m
     assert last[5] == "–"
 
 
-def test_what_a_benchmark_prints_is_stored_below_its_command(pages, results, tmp_path, monkeypatch):
+def test_what_a_benchmark_prints_is_stored_below_its_command(pages, stored, results, tmp_path, monkeypatch):
     (tmp_path / "bench_it.py").write_text("import sys; print('a | b'); sys.exit(sys.argv[1] == 'fail')")
     monkeypatch.setattr(results, "__file__", str(tmp_path / "results.py"))
-    monkeypatch.setattr(pages, "STORED", tmp_path)
+    monkeypatch.setattr(stored, "STORED", tmp_path)
     options = argparse.Namespace(data=None, parents=None, weights=None, out=tmp_path)
     speed = results.TABLES["digits"]._replace(script="bench_it.py --fast")
     monkeypatch.setitem(results.TABLES, "speed", speed)
     results.run_script("speed", options)
     text = pages.filled("<!-- results: speed output -->\n<!-- end -->")
-    command, _, line = pages.output_file("speed").read_text().splitlines()
+    command, _, line = stored.output_file("speed").read_text().splitlines()
     assert (command, line) == ("$ python benchmarks/bench_it.py --fast", "a | b")
     assert f"```text\n{command}\n" in text
     monkeypatch.setitem(results.TABLES, "speed", speed._replace(script="bench_it.py fail"))
@@ -113,21 +118,21 @@ def test_what_a_benchmark_prints_is_stored_below_its_command(pages, results, tmp
     assert pages.filled(text) == text
 
 
-def test_a_figure_in_a_sentence(pages):
-    accuracy = 100 * pd.read_csv(pages.STORED / "digits.csv").query("label == 'iciia'")["accuracy"].mean()
+def test_a_figure_in_a_sentence(pages, stored):
+    accuracy = 100 * pd.read_csv(stored.STORED / "digits.csv").query("label == 'iciia'")["accuracy"].mean()
     text = "it has <!-- value: digits iciia accuracy -->0<!-- end --> %."
     assert pages.filled(text) == f"it has <!-- value: digits iciia accuracy -->{accuracy:.1f}<!-- end --> %."
 
 
-def test_every_stored_table_is_shown_and_has_its_seeds(pages, results):
+def test_every_stored_table_is_shown_and_has_its_seeds(pages, stored, results):
     shown = {name: part for page in PAGES for _, name, part, *_ in pages.BLOCK.findall(page.read_text())}
     del shown["all"]
-    stored = {path.stem for path in pages.STORED.glob("*.csv")}
-    assert stored == {name for name, part in shown.items() if part != "output"}
-    assert {path.stem for path in pages.STORED.glob("*.txt")} == shown.keys() - stored
-    assert all(results.TABLES[name].measured for name in shown.keys() - stored)
-    for name in stored:
-        runs, table = pd.read_csv(pages.STORED / f"{name}.csv"), results.TABLES[name]
+    names = {path.stem for path in stored.STORED.glob("*.csv")}
+    assert names == {name for name, part in shown.items() if part != "output"}
+    assert {path.stem for path in stored.STORED.glob("*.txt")} == shown.keys() - names
+    assert all(results.TABLES[name].measured for name in shown.keys() - names)
+    for name in names:
+        runs, table = pd.read_csv(stored.STORED / f"{name}.csv"), results.TABLES[name]
         assert f"<!-- results: {name} " in (ROOT / "docs" / table.page).read_text()
         order = list(table.settings) or list(dict.fromkeys(runs["label"]))
         assert list(dict.fromkeys(runs["label"])) == sorted(set(runs["label"]), key=order.index)
@@ -136,17 +141,16 @@ def test_every_stored_table_is_shown_and_has_its_seeds(pages, results):
 
 
 def test_pictures_show_what_is_stored(pages, figures):
-    for name, (_, tables) in figures.FIGURES.items():
-        if pages.stored_of(tables):
-            assert figures.is_drawn(name), "run python benchmarks/results.py --write"
+    for name in figures.FIGURES:
+        assert figures.is_drawn(name), f"{name}: run python benchmarks/results.py --write"
 
 
 @pytest.fixture
-def made_up(pages, results, tmp_path, monkeypatch):
+def made_up(stored, results, tmp_path, monkeypatch):
     """Random figures of every table, without its last setting."""
     rng = np.random.default_rng(0)
     lengths = (0, 1, 3, 7, 8, 9, 11, 15)
-    keys = [*pages.KEYS, *(f"backbone_{key}" for key in ("accuracy", "macs"))]
+    keys = [*stored.KEYS, *(f"backbone_{key}" for key in ("accuracy", "macs"))]
     keys += [f"round {n} {key}" for n in (0, 1) for key in ("bytes", "accuracy")]
     keys += [f"gain {q}" for q in results.QUANTILES]
     keys += [f"{who} bin 3 {key}" for who in ("method", "backbone") for key in ("confidence", "accuracy", "share")]
@@ -157,7 +161,7 @@ def made_up(pages, results, tmp_path, monkeypatch):
         runs = pd.DataFrame({"label": np.repeat(labels, 3), "seed": [0, 1, 2] * len(labels), "oracle": False})
         values = {key: rng.random(len(runs)) for key in dict.fromkeys((*keys, *table.columns))}
         pd.concat([runs, pd.DataFrame(values)], axis=1).to_csv(tmp_path / f"{name}.csv", index=False)
-    monkeypatch.setattr(pages, "STORED", tmp_path)
+    monkeypatch.setattr(stored, "STORED", tmp_path)
     return tmp_path
 
 
@@ -206,32 +210,32 @@ def test_the_picture_of_every_table_can_be_drawn(figures, made_up):
         figures.FIGURES[name][0]().savefig(made_up / f"{name}.png")
 
 
-def test_accuracy_by_length(pages):
+def test_accuracy_by_length(pages, stored):
     head, _, alone, *lines = pages.lengths_part("digits")
     assert head.split(" | ")[1:] == ["0", "1", "2", "3", "5", "10", "15", "all |"]
-    mean = pd.read_csv(pages.STORED / "digits.csv").query("label == 'iciia'")["partition 3 client_accuracy"].mean()
+    mean = pd.read_csv(stored.STORED / "digits.csv").query("label == 'iciia'")["partition 3 client_accuracy"].mean()
     (iciia,) = (line for line in lines if line.startswith("| `iciia` |"))
     assert iciia.split(" | ")[4].startswith(f"{100 * mean:.1f} ± ")
     assert "±" not in alone
 
 
-def test_a_changed_figure_is_found(pages, figures, tmp_path, monkeypatch):
+def test_a_changed_figure_is_found(pages, stored, figures, tmp_path, monkeypatch):
     """A test of the test: the page follows the stored figures, and nothing else."""
-    name = next(name for name in pages.stored_of(pages.CLIENTS))
+    name = next(name for name in stored.stored_of(pages.CLIENTS))
     text = f"before\n<!-- results: {name} main -->\nold\n<!-- end -->\nafter\n"
     right = pages.filled(text)
     assert right.startswith("before\n")
     assert right.endswith("<!-- end -->\nafter\n")
     assert "old" not in right
-    runs = pd.read_csv(pages.STORED / f"{name}.csv")
+    runs = pd.read_csv(stored.STORED / f"{name}.csv")
     runs.loc[0, "accuracy"] += 0.01
     runs.to_csv(tmp_path / f"{name}.csv", index=False)
-    monkeypatch.setattr(pages, "STORED", tmp_path)
+    monkeypatch.setattr(stored, "STORED", tmp_path)
     assert pages.filled(text) != right
     assert not any(figures.is_drawn(figure) for figure in figures.FIGURES)  # other tables are not there
 
 
-def test_the_best_are_bold(pages, tmp_path, monkeypatch):
+def test_the_best_are_bold(pages, stored, tmp_path, monkeypatch):
     """The best and what cannot be told from it; an oracle and methods with the clients' labels are not ranked."""
     accuracies = {"a": (0.8, 0.8, 0.8), "b": (0.81, 0.79, 0.79), "c": (0.7, 0.7, 0.7), "finetune": (0.9, 0.9, 0.9)}
     runs = [
@@ -241,7 +245,7 @@ def test_the_best_are_bold(pages, tmp_path, monkeypatch):
     ]
     for name in ("digits", "tiny_imagenet"):
         pd.DataFrame(runs).to_csv(tmp_path / f"{name}.csv", index=False)
-    monkeypatch.setattr(pages, "STORED", tmp_path)
+    monkeypatch.setattr(stored, "STORED", tmp_path)
     lines = {line.split("|")[1].strip(): line for line in pages.across_part("all")}
     assert [name for name, line in lines.items() if "**" in line] == ["`a`", "`b`"]
     assert list(lines)[3:] == ["`finetune` (own labels)", "`a`", "`b`", "`c`"]
