@@ -53,8 +53,9 @@ class ImageAttention(nn.Module):
     def forward(self, x_CSD: Tensor, visible: Tensor | None = None) -> Tensor:
         """Return the attention's output, [C, S, D]."""
         C, S, D = x_CSD.shape
-        qkv = self.qkv(x_CSD).view(C, S, 3, self.heads, D // self.heads)
-        q_CHSd, k_CHSd, v_CHSd = qkv.permute(2, 0, 3, 1, 4)
+        # unbound here, their gradients are written side by side in one pass
+        parts = self.qkv(x_CSD).view(C, S, 3, self.heads, D // self.heads).unbind(2)
+        q_CHSd, k_CHSd, v_CHSd = (part_CSHd.transpose(1, 2) for part_CSHd in parts)
         drop = self.dropout if self.training else 0.0
         y_CHSd = F.scaled_dot_product_attention(q_CHSd, k_CHSd, v_CHSd, attn_mask=visible, dropout_p=drop)
         return self.out(y_CHSd.transpose(1, 2).reshape(C, S, D))
