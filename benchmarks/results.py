@@ -102,7 +102,7 @@ class First:
     def __format__(self, numbers: str) -> str:
         made = self.out / f"{self.folder.name}_{numbers.replace('+', '_')}"
         if not made.is_dir():
-            with replacing_folder(made, "train", "dataset") as folder:
+            with replacing_folder(made, "train", ("train", "val"), "dataset") as folder:
                 for split, number in zip(("train", "val"), map(int, numbers.split("+")), strict=True):
                     for category in sorted((self.folder / split).iterdir()):
                         own = folder / split / category.name

@@ -16,7 +16,8 @@ import re
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
@@ -238,16 +239,26 @@ def make_folder(
 
 
 @contextlib.contextmanager
-def replacing_folder(path: Path, sign: str, what: str) -> Iterator[Path]:
+def replacing_folder(path: Path, sign: str, names: Iterable[str], what: str) -> Iterator[Path]:
     """Yield an empty folder that takes the place of ``path`` at the end of the block; after an error nothing is left.
 
+    A folder that holds anything else is not replaced: a `UserError`.
+
     Args:
-        path: of the folder, which may be new, empty, or one that was made before.
-        sign: a file that such a folder has; another folder is not replaced: a `UserError`.
+        path: of the folder, which may be new, empty, or one that was made before; or a link to one.
+        sign: a file that such a folder always has.
+        names: patterns of all names in such a folder.
         what: the folder in words, for the error.
     """
-    if path.exists() and not (path / sign).is_file() and (not path.is_dir() or any(path.iterdir())):
-        raise UserError(f"{path}: is there, and is no {what}; choose another folder")
+    given, path = path, path.resolve()
+    if path == Path.cwd():
+        raise UserError(f"{given}: is the working directory; choose a folder in it")
+    if path.exists():
+        there = sorted(os.listdir(path)) if path.is_dir() else [""]
+        if there and sign not in there:
+            raise UserError(f"{given}: is there, and is no {what}; choose another folder")
+        if others := [name for name in there if not any(fnmatchcase(name, pattern) for pattern in names)]:
+            raise UserError(f"{given}: has {others[0]}, which is no part of the {what}; choose another folder")
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as scratch:
         made = Path(scratch) / "new"

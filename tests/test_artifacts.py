@@ -4,6 +4,7 @@ import math
 import multiprocessing
 import os
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -165,10 +166,10 @@ def test_what_a_kill_left_of_a_write_is_removed_by_the_next_build(tmp_path):
 def test_a_folder_is_replaced_whole_or_not_at_all(tmp_path):
     out = tmp_path / "deep" / "out"
     for text in ("first", "second"):
-        with replacing_folder(out, "sign", "export") as folder:
+        with replacing_folder(out, "sign", ["sign"], "export") as folder:
             (folder / "sign").write_text(text)
         assert (out / "sign").read_text() == text
-    with pytest.raises(ZeroDivisionError), replacing_folder(out, "sign", "export") as folder:
+    with pytest.raises(ZeroDivisionError), replacing_folder(out, "sign", ["sign"], "export") as folder:
         (folder / "sign").write_text("third")
         1 / 0  # noqa: B018
     assert (out / "sign").read_text() == "second"
@@ -176,9 +177,32 @@ def test_a_folder_is_replaced_whole_or_not_at_all(tmp_path):
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "file").write_text("mine")
     for path in (tmp_path / "mine", tmp_path / "mine" / "file"):
-        with pytest.raises(UserError, match="is there, and is no export"), replacing_folder(path, "sign", "export"):
-            pass
+        with pytest.raises(UserError, match="is there, and is no export"):
+            replace(path)
     (tmp_path / "empty").mkdir()
-    with replacing_folder(tmp_path / "empty", "sign", "export") as folder:
-        (folder / "sign").touch()
+    replace(tmp_path / "empty")
     assert (tmp_path / "empty" / "sign").is_file()
+
+
+def replace(path):
+    with replacing_folder(path, "sign", ["sign", "*.onnx"], "export") as folder:
+        (folder / "sign").touch()
+
+
+def test_no_file_of_the_user_goes_with_a_folder(tmp_path, monkeypatch):
+    """A clone of one's own repository, say."""
+    out = tmp_path / "out"
+    out.mkdir()
+    for name in ("sign", "old.onnx", ".git"):
+        (out / name).touch()
+    with pytest.raises(UserError, match="out: has .git, which is no part of the export"):
+        replace(out)
+    assert sorted(os.listdir(out)) == [".git", "old.onnx", "sign"]
+    (out / ".git").unlink()
+    (tmp_path / "link").symlink_to("out")
+    replace(tmp_path / "link")
+    assert (tmp_path / "link").is_symlink()
+    assert os.listdir(out) == ["sign"]
+    monkeypatch.chdir(out)
+    with pytest.raises(UserError, match="is the working directory; choose a folder in it"):
+        replace(Path())

@@ -75,6 +75,8 @@ RUNS = {
         name: (f"method={name}", "backbone=small_vit", "backbone.model.depth=2", "method.epochs=10")
         for name in ("full_finetune", "last", "last_block", "miet", "side_network")
     },
+    # a sample of another client is none of the client's own
+    **{name: (f"method={name}", "partition.deals=1") for name in ("coda", "mpda")},
     "iciia causal, 2 layers": ("method=iciia", "method.attention=causal", "num_layers=2", "groups=1"),
     "iciia, published protocol": ("method=iciia", "training=published", "training.recipe.epochs=2"),
     "iciia_prior, all client types": ("method=iciia_prior", "client_mix=all_types", "training=streaming"),

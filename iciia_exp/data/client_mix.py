@@ -72,26 +72,36 @@ class ClientMix:
             return train
         return train.where(~np.isin(types.astype(str), unseen(types, self.unseen_types))[train.row_numbers])
 
-    def check(self, labels: np.ndarray) -> None:
-        """Raise `ConfigError` for random classes in a multi-label task."""
+    def check(self, labels: np.ndarray, train: Ragged, types: np.ndarray) -> None:
+        """Raise `ConfigError` for random classes in a multi-label task, and for natural clients without images."""
         if labels.ndim == 2 and self.shares["random_classes"]:
             problem = "needs one label per image; a multi-label task can have homogeneous clients"
             raise ConfigError("random_classes", self.shares["random_classes"], problem)
+        if self.shares["natural"] and len(train.values) and not len(self._seen(train, types).values):
+            left_out = ", ".join(unseen(types, self.unseen_types))
+            problem = f"leaves no images for natural clients: all are of the types {left_out}; use a smaller share"
+            raise ConfigError("unseen_types", self.unseen_types, problem)
 
     def count(self, train: Ragged, images: int) -> int:
         """Return the number of sequences of an epoch."""
         return max(1, round(self.size * int((-(-train.lengths // images)).sum())))
 
     def draw(
-        self, train: Ragged, types: np.ndarray, labels: np.ndarray, images: int, rng: np.random.Generator
+        self,
+        train: Ragged,
+        types: np.ndarray,
+        labels: np.ndarray,
+        images: int,
+        rng: np.random.Generator,
+        count: int | None = None,
     ) -> ClientIndex:
         """Return the sequences of an epoch, ordered by type: image numbers [C, S] and client numbers [C].
 
         Missing images of natural clients, and the numbers of other clients, are -1. ``train`` has the train images of
         the partition's clients, ``types`` their types; ``labels`` are those of all images of the dataset, int64 [M], or
-        [M, K]; ``images`` is S.
+        [M, K]; ``images`` is S, and ``count`` the number of sequences, by default `count`.
         """
-        count, total = self.count(train, images), sum(self.shares.values())
+        count, total = count or self.count(train, images), sum(self.shares.values())
         exact = np.cumsum([share / total * count for share in self.shares.values()])
         parts = np.diff(np.round(np.concatenate([[0.0], exact])).astype(np.int64))
         numbers = dict(zip(self.shares, parts, strict=True))
@@ -164,15 +174,14 @@ def _joined(natural: ClientIndex, drawn_CS: np.ndarray) -> ClientIndex:
 
 def drawn_clients(clients: Clients, labels: np.ndarray, number: int, images: int, client_type: str) -> Clients:
     """Return ``number`` test clients of a type with ``images`` ordered images each."""
-    size = number / int((-(-clients.test.lengths // images)).sum())
     if client_type == "homogeneous":
-        mix = ClientMix(0.0, homogeneous=1.0, size=size)
+        mix = ClientMix(0.0, homogeneous=1.0)
     else:
-        mix = ClientMix(0.0, random_classes=1.0, fewest_classes=2, most_classes=20, size=size)
+        mix = ClientMix(0.0, random_classes=1.0, fewest_classes=2, most_classes=20)
 
     def draw(part: str) -> np.ndarray:
         rng = generator("kinds", client_type, part)
-        return mix.draw(clients.test, clients.types, labels, images, rng).index_CS[:number]
+        return mix.draw(clients.test, clients.types, labels, images, rng, number).index_CS
 
     index_CS = draw("first")
     if client_type == "drifting":

@@ -14,6 +14,7 @@ from dataclasses import replace
 from typing import Any
 
 import numpy as np
+import torch
 from torch.utils.data import Dataset
 
 from iciia_exp.data.batches import ClientBatch, ClientIndex, FeatureBatches, cut_chunks
@@ -97,6 +98,23 @@ class CloudView(Dataset[ClientBatch]):
             images += int((index_CS[rows] >= 0).sum())
             if most_images is not None and images >= most_images:
                 return
+
+    def distinct(self, role: str) -> Iterator[ClientBatch]:
+        """Yield the batches of `chunks`, without images that came before: a partition may deal an image several times.
+
+        Repeated images are masked. For what counts images: an interval, a test of a difference, held-out images.
+        """
+        seen = np.zeros(len(self._readable), dtype=bool)
+        for batch in self.chunks(role):
+            assert batch.image_CS is not None
+            image_N = batch.image_CS[batch.mask_CS].numpy()
+            new_N = np.zeros(len(image_N), dtype=bool)
+            new_N[np.unique(image_N, return_index=True)[1]] = True
+            new_N &= ~seen[image_N]
+            seen[image_N] = True
+            mask_CS = batch.mask_CS.clone()
+            mask_CS[batch.mask_CS] = torch.from_numpy(new_N)
+            yield batch._replace(mask_CS=mask_CS)
 
     def drawn_val(self) -> Iterator[ClientBatch]:
         """Yield batches of val clients that are drawn like the training clients."""

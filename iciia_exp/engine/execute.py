@@ -20,6 +20,7 @@ from iciia_exp.engine.training.processes import join, only_first_logs
 from iciia_exp.engine.training.train_method import draw_clients
 from iciia_exp.errors import ConfigError, UserError, printable
 from iciia_exp.machine import check_started, process_count, process_rank
+from iciia_exp.methods.adapt.stream import StreamMethod
 from iciia_exp.methods.base import Ask
 from iciia_exp.methods.cotrain.base import CoTrained
 from iciia_exp.methods.tune.base import Personal
@@ -197,6 +198,8 @@ def _check(stages: Stages) -> None:
         require_own_labels(e.client_mix.known(stages.clients), e.method_class.name)
     if e.method_class.trainable:
         draw_clients(stages, stages.clients, "train")
+    if isinstance(method, StreamMethod):  # it is calibrated on val clients that are drawn like the training clients
+        draw_clients(stages, stages.clients, "val")
     configured(e.config["callbacks"])
     stages.tracker.check()
     config = e.config["trainer"]

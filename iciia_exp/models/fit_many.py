@@ -77,7 +77,7 @@ def fit_many(
         recipe: optimiser, scheduler, epochs, batch size and clipping, for each module by itself. The optimiser must
             treat every number of a tensor by itself, as SGD and AdamW do.
         patience: epochs without a better accuracy on the client's val images before its training stops. The best epoch
-            is kept, the start if none is better. None: all epochs, and the last is kept.
+            is kept, the start if none is better; without val images, and with None, the last of all epochs.
         starts: start of some parameters for each client, [C, ...] by name; the others start as in ``module``.
         shuffle: seed of a new order of the train images in every epoch; it is the same for clients with equally many.
             None: the order of the images.
@@ -191,7 +191,8 @@ def _train(together: Together, epochs: int, patience: int | None) -> tuple[list[
         together.epoch(number)
         epochs_C[here[active].cpu()] += 1
         now_c = together.val_accuracy()
-        better = active & (now_c > best_C[here])
+        # without val images there is nothing to choose by, and the last epoch is kept
+        better = active & ((now_c > best_C[here]) | ~together.val.mask.any(1))
         rows = here[better]
         best_C[rows], waited_C[here] = now_c[better], torch.where(better, 0, waited_C[here] + 1)
         for kept, current in zip(best, together.trained, strict=True):

@@ -32,6 +32,10 @@ _CHOOSE = 20_000
 
 def _fit(x_MD: np.ndarray, y_M: np.ndarray, penalty: float, num_classes: int) -> tuple[np.ndarray, np.ndarray]:
     """Return weight [K, D] and bias [K]; a class without images is never predicted."""
+    if len(classes := np.unique(y_M)) == 1:  # of a fold, say
+        bias = np.full(num_classes, -30.0, dtype=np.float32)
+        bias[classes] = 0.0
+        return np.zeros((num_classes, x_MD.shape[1]), dtype=np.float32), bias
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ConvergenceWarning)  # the penalty matters, the last digits do not
         warnings.filterwarnings("ignore", message="The number of unique classes is greater")  # few images of a class

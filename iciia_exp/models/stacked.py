@@ -46,6 +46,8 @@ class Together(Protocol):
 
     #: What is trained, [C, ...] each.
     trained: list[Tensor]
+    #: Images that choose the epoch.
+    val: Examples
 
     def epoch(self, number: int) -> None:
         """Train one epoch."""

@@ -45,7 +45,8 @@ def load_runs(folders: Iterable[Path]) -> list[dict[str, Any]]:
     for folder in folders:
         if not folder.is_dir():
             raise UserError(f"{folder}: no such folder; give a run directory, or a folder with some (outputs)")
-        paths = sorted(folder.rglob("results.json"))
+        # a repository made from a run has its results, and not its tables: the run comes first
+        paths = sorted(folder.rglob("results.json"), key=lambda path: (not path.match("evaluation-*/*"), path))
         if not paths:
             raise UserError(f"{folder}: no finished runs in it (no results.json); repeat their command to finish them")
         damaged = []

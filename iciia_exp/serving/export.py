@@ -51,6 +51,7 @@ __all__ = ["export", "main"]
 _FORMAT = 1
 _FILE = "export.json"
 _ENDINGS = {"onnx": ".onnx", "torch": ".pt2"}
+_MADE = (_FILE, "latency.json", "clients.json", "states.safetensors", *(f"*{ending}" for ending in _ENDINGS.values()))
 
 
 def known_values(run: Run, most: int = 2048) -> dict[str, Tensor]:
@@ -90,7 +91,7 @@ def export(
     if to == "onnx":
         _require_onnx()
     programs, known = programs_of(run, backbone, images), known_values(run)
-    with replacing_folder(out, _FILE, "export") as folder:
+    with replacing_folder(out, _FILE, _MADE, "export") as folder:
         facts: dict[str, Any] = {
             "format": _FORMAT,
             "run": run.path.resolve().name,

@@ -19,11 +19,12 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from iciia_exp.artifacts import atomic_write, replacing_folder, save_tensors, write_json
+from iciia_exp.artifacts import atomic_write, read_json, replacing_folder, save_tensors, write_json
 from iciia_exp.errors import UserError, first_line
 from iciia_exp.methods.tune.base import Personal
 from iciia_exp.output import exit_status
 from iciia_exp.serving.options import add_backbone, chosen_backbone
+from iciia_exp.serving.run_info import checked_info
 from iciia_exp.tasks import MULTI_LABEL, SINGLE_LABEL
 
 if TYPE_CHECKING:
@@ -57,7 +58,9 @@ def save_pretrained(
     folder = Path(folder)
     if run.info["task"] not in (SINGLE_LABEL, MULTI_LABEL):
         raise UserError(f"{run.method.name}: is not published; methods that classify images are")
-    with replacing_folder(folder, CONFIG, "repository of a run") as made:
+    if (folder / CONFIG).is_file():  # models of other libraries have such a file, too
+        checked_info(read_json(folder / CONFIG), folder / CONFIG)
+    with replacing_folder(folder, CONFIG, (*_FILES, CARD), "repository of a run") as made:
         write_json(made / CONFIG, run.info)
         save_tensors(made / WEIGHTS, run.tensors)
         if backbone is not None:
@@ -208,10 +211,10 @@ def _cost(row: dict[str, Any]) -> str:
 def _usage(run: Run, name: str, backbone: bool) -> str:
     lines = ["## Use\n", "```python", "from iciia_exp import ClientSession, Run\n"]
     lines.append(f'run = Run.from_pretrained("{name}")  # user/{name}, or a folder')
+    given = ", backbone=run.load_backbone()" if backbone else ""
     if isinstance(run.method, Personal):
-        lines += ['session = ClientSession(run, client="new")', "session.learn(features, labels)"]
+        lines += [f'session = ClientSession(run, client="new"{given})', "session.learn(features, labels)"]
     else:
-        given = ", backbone=run.load_backbone()" if backbone else ""
         lines.append(f'session = ClientSession(run, client="kitchen"{given})')
     what = "a PIL image" if backbone else f"features, {run.head.in_features} numbers"
     lines += [f"session.predict(...)  # {what}; probabilities over run.class_names", "```", ""]

@@ -12,13 +12,16 @@ from __future__ import annotations
 import argparse
 import base64
 import json
+import math
 import shutil
 import subprocess
 import sys
 import tarfile
 import tempfile
+from collections.abc import Mapping
 from importlib.resources import files
 from pathlib import Path
+from typing import Any
 
 from iciia_exp.artifacts import replacing_folder
 from iciia_exp.errors import UserError, first_line
@@ -36,6 +39,7 @@ RUNTIME = "1.30.0"
 
 _SCRIPT, _GLUE, _BINARY = "ort.wasm.min.js", "ort-wasm-simd-threaded.mjs", "ort-wasm-simd-threaded.wasm"
 _OWN = ("index.html", "style.css", "page.js")
+_MADE = (*_OWN, "ort.js", "runtime.js", "model.js")
 
 
 def make_page(run: Run, out: str | Path, backbone: Backbone, runtime: str | Path | None = None) -> Path:
@@ -50,7 +54,7 @@ def make_page(run: Run, out: str | Path, backbone: Backbone, runtime: str | Path
     out = Path(out)
     if not isinstance(run.method, Adaptive) or not run.method.state_width:
         raise UserError(f"{run.method.name}: keeps no past images; choose a method that adapts, such as iciia")
-    with replacing_folder(out, "page.js", "page of a run") as made, tempfile.TemporaryDirectory() as scratch:
+    with replacing_folder(out, "page.js", _MADE, "page of a run") as made, tempfile.TemporaryDirectory() as scratch:
         _write_runtime(Path(runtime) if runtime is not None else _packed(Path(scratch)), made)
         exported = Path(scratch) / "export"
         facts = export(run, exported, "onnx", backbone, "float", latency=False)
@@ -62,6 +66,7 @@ def make_page(run: Run, out: str | Path, backbone: Backbone, runtime: str | Path
                 "task": run.info["task"],
                 "classes": run.class_names,
                 "picture": shape[1:],
+                "window": _window(backbone.describe_transform()),
                 "features": run.method.dim,
                 "state": run.method.state_width,
                 "history": max(1, run.images - 1),
@@ -72,6 +77,24 @@ def make_page(run: Run, out: str | Path, backbone: Backbone, runtime: str | Path
         for name in _OWN:
             (made / name).write_bytes((files("iciia_exp.serving") / "demo" / name).read_bytes())
     return out
+
+
+def _window(transform: Mapping[str, Any]) -> dict[str, Any]:
+    """Return which part of an image the network takes.
+
+    Args:
+        transform: description by the backbone: timm's, torchvision's, or another one, which takes the whole image.
+
+    Returns:
+        ``share`` of the image's shorter side, or of both if ``squash`` is true, around its middle.
+    """
+    if "crop_pct" in transform:
+        size = min(transform["input_size"][1:])
+        share = min(1.0, size / math.floor(size / transform["crop_pct"]))
+        return {"share": share, "squash": transform["crop_mode"] == "squash"}
+    if "resize_size" in transform:
+        return {"share": min(1.0, transform["crop_size"] / transform["resize_size"]), "squash": False}
+    return {"share": 1.0, "squash": True}
 
 
 def _as_script(value: object) -> str:

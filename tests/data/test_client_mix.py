@@ -91,7 +91,12 @@ def test_what_cannot_be_drawn():
     with pytest.raises(ConfigError, match="most_classes=2"):
         ClientMix(fewest_classes=3, most_classes=2)
     with pytest.raises(ConfigError, match="random_classes=1.0: needs one label per image"):
-        ClientMix(random_classes=1.0).check(np.zeros((5, 3)))
-    ClientMix(homogeneous=1.0).check(np.zeros((5, 3)))
+        ClientMix(random_classes=1.0).check(np.zeros((5, 3)), TRAIN, KINDS)
+    ClientMix(homogeneous=1.0).check(np.zeros((5, 3)), TRAIN, KINDS)
+    ClientMix(unseen_types=0.5).check(LABELS, TRAIN, KINDS)
+    one = np.full(4, "a", dtype=object)
+    with pytest.raises(ConfigError, match="unseen_types=0.6: leaves no images for natural clients: all .* types a;"):
+        ClientMix(unseen_types=0.6).check(LABELS, TRAIN, one)
+    ClientMix(natural=0.0, homogeneous=1.0, unseen_types=0.6).check(LABELS, TRAIN, one)
     assert ClientMix().plain
     assert not ClientMix(pool="client_type").plain

@@ -1,6 +1,7 @@
 """MPDA and CoDA against plain loops over clients, and what they receive."""
 
 import copy
+from dataclasses import replace
 from functools import partial
 
 import numpy as np
@@ -44,6 +45,15 @@ def learned(method, cloud, clients=None):
     link = Link(method.name, method.budget(Sizes()))
     numbers = np.arange(len(cloud.clients)) if clients is None else np.array(clients)
     return method.personalise(cloud.devices.own(numbers), link, cloud.view), link
+
+
+@pytest.mark.parametrize("kind", [CoDA, MPDA])
+def test_images_that_several_clients_have_are_refused(cloud, kind):
+    train = [cloud.clients.train[c] for c in range(10)]
+    train[3] = np.append(train[3], train[0][:1])
+    cloud.clients = replace(cloud.clients, train=Ragged.from_rows(train))
+    with pytest.raises(ConfigError, match=f"method={kind.name}: gets samples of other clients.*partition.deals=1"):
+        learned(kind(Facts.of(nn.Linear(D, K))), cloud)
 
 
 def images(cloud, client, role="train"):

@@ -48,6 +48,17 @@ def test_devices_learn_their_own_classes(method, settings):
     assert sent[1 : 1 + len(expected)] == expected
 
 
+def test_a_feature_that_no_train_image_has_decides_nothing():
+    """As behind a ReLU: in a test image where it is not 0 it must not be a million times the others."""
+    clouds = [small_cloud(D, K, noise=0.5) for _ in range(2)]
+    for cloud, value in zip(clouds, (0.0, 0.2), strict=True):
+        cloud.batches.features[:, 0] = 0.0
+        cloud.batches.features[cloud.clients.test.values, 0] = value
+    without, with_it = (accuracy(taught(LinearProbe(FACTS, **FEW), cloud)[0], cloud) for cloud in clouds)
+    assert without > 0.9
+    assert with_it > without - 0.1
+
+
 def test_each_client_takes_its_best_rate():
     cloud = small_cloud(D, K, noise=2.0)
     one, other, both = (taught(LinearProbe(FACTS, **FEW | {"lr": lr}), cloud)[0] for lr in (1e-9, 0.05, [1e-9, 0.05]))

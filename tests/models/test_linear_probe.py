@@ -189,6 +189,15 @@ def test_an_attribute_that_all_or_no_images_have():
     json.dumps(record)
 
 
+def test_a_fold_may_hold_all_images_of_a_class():
+    x, labels = np.random.default_rng(0).standard_normal((40, 3)).astype(np.float32), np.zeros(40, dtype=np.int64)
+    labels[7] = 2
+    found = out_of_fold_logits(x, labels, SINGLE_LABEL, 3, 1e-4)
+    assert np.isfinite(found).all()
+    assert found[7].argmax() == 0  # its classifier has seen class 0 alone
+    assert (found[:, 1] < -20).all()
+
+
 @pytest.mark.parametrize("task", ["single-label", "multi-label"])
 def test_out_of_fold_logits_are_those_of_new_images(task):
     rng = np.random.default_rng(0)

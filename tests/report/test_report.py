@@ -56,6 +56,16 @@ def outputs(tmp_path_factory):
 
 
 @pytest.mark.slow
+def test_a_repository_does_not_take_the_place_of_its_run(outputs, tmp_path):
+    (run, *_) = load_runs([outputs])
+    shutil.copytree(run["run_dir"].parent, tmp_path / "runs" / "a")
+    (tmp_path / "a_model").mkdir()
+    shutil.copy(run["run_dir"] / "results.json", tmp_path / "a_model")
+    (found,) = load_runs([tmp_path])
+    assert found["run_dir"] == tmp_path / "runs" / "a" / run["run_dir"].name
+
+
+@pytest.mark.slow
 def test_seeds_are_averaged(outputs):
     rows = load_runs([outputs])
     assert len(rows) == 5

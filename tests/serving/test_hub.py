@@ -1,12 +1,15 @@
 """Runs as repositories of the hub, in folders and by a stand-in for its server."""
 
+import re
 import shutil
 
 import numpy as np
 import pytest
 import torch
 from huggingface_hub import ModelCard
+from PIL import Image
 
+from iciia_exp.engine.execute import execute
 from iciia_exp.errors import UserError
 from iciia_exp.serving import hub
 from iciia_exp.serving.hub import main
@@ -52,6 +55,24 @@ def test_the_card_is_one_of_the_hub(finished, tmp_path):
     assert found["gain"] == pytest.approx(100 * run.results["gain"], abs=0.01)
     assert "| accuracy |" in card.text
     assert 'Run.from_pretrained("digits-iciia")' in card.text
+
+
+@pytest.mark.parametrize("method", ["client_prior", "finetune"])
+@pytest.mark.parametrize("with_backbone", [False, True])
+def test_the_code_of_the_card_runs(method, with_backbone, stages, tmp_path, monkeypatch):
+    more = ["method.epochs=1"] if method == "finetune" else []
+    made = stages(f"method={method}", "partition.split=within", "evaluation.history_lengths=[]", *more)
+    execute(made)
+    run = Run.load(made.run.folder)
+    backbone = run.load_backbone() if with_backbone else None
+    card = ModelCard.load(run.save_pretrained(tmp_path / "my_model", backbone) / "README.md")
+    (code,) = re.findall("```python\n(.*?)```", card.text, re.S)
+    features = torch.from_numpy(run.features.array()[:6].copy())
+    image = Image.new("L", (8, 8), 90) if with_backbone else features[0]
+    monkeypatch.chdir(tmp_path)
+    names = {"features": features, "labels": torch.tensor([0, 1, 0, 1, 0, 1]), "image": image}
+    exec(code.replace("predict(...)", "predict(image)"), names)
+    assert len(names["session"].predict(image)) == len(run.class_names)
 
 
 def test_a_run_without_results(tmp_path):
@@ -108,7 +129,16 @@ def test_nothing_of_others_is_replaced(tmp_path, monkeypatch):
     (tmp_path / "mine" / "file").write_text("mine")
     with pytest.raises(UserError, match="is there, and is no repository"):
         run.save_pretrained(tmp_path / "mine")
+    other = tmp_path / "other"  # a model of another library
+    other.mkdir()
+    (other / "config.json").write_text('{"architectures": ["ViT"]}')
+    with pytest.raises(UserError, match="config.json: format None"):
+        run.save_pretrained(other)
     run.save_pretrained(tmp_path / "out")
+    (tmp_path / "out" / "notes.md").touch()
+    with pytest.raises(UserError, match="out: has notes.md"):
+        run.save_pretrained(tmp_path / "out")
+    (tmp_path / "out" / "notes.md").unlink()
     before = sorted(path.name for path in tmp_path.iterdir())
     monkeypatch.setattr(hub, "model_card", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):

@@ -8,6 +8,8 @@ import pytest
 from PIL import Image
 
 from iciia_exp.errors import UserError
+from iciia_exp.models.backbones.small_cnn import SmallCNN
+from iciia_exp.models.backbones.timm_backbone import TimmBackbone
 from iciia_exp.serving import page
 from iciia_exp.serving.page import main, make_page
 from iciia_exp.serving.run import Run
@@ -114,3 +116,20 @@ def test_wrong_arguments(run, tmp_path, monkeypatch):
     alone = make_run(tmp_path / "alone", config={"_target_": "iciia_exp.methods.adapt.heads.LinearHead"})
     with pytest.raises(UserError, match="keeps no past images"):
         make_page(alone, tmp_path / "demo", run.load_backbone())
+
+
+def test_the_page_takes_as_much_of_an_image_as_the_network():
+    mobilenet = {"model": "mobilenetv2_100", "num_classes": 3, "image_size": 64}
+    timm = TimmBackbone(**mobilenet)
+    window = page._window(timm.describe_transform())
+    assert window == {"share": 64 / 73, "squash": False}
+    # a frame of the image's sides that the network does not see
+    picture = np.full((146, 200), 255, dtype=np.uint8)
+    seen = int(window["share"] * 146)
+    picture[(146 - seen) // 2 + 2 : (146 + seen) // 2 - 2, (200 - seen) // 2 + 2 : (200 + seen) // 2 - 2] = 0
+    assert timm.transform(Image.fromarray(picture))[:, 3:-3, 3:-3].max() < 10
+    assert timm.transform(Image.fromarray(picture))[:, 0].min() > 100
+    assert page._window(TimmBackbone(**mobilenet, crop_pct=1.0).describe_transform())["share"] == 1.0
+    vgg = {"resize_size": 256, "crop_size": 224, "mean": [0.5]}
+    assert page._window(vgg) == {"share": 0.875, "squash": False}
+    assert page._window(SmallCNN(3).describe_transform()) == {"share": 1.0, "squash": True}

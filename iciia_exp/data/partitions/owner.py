@@ -155,5 +155,6 @@ class Owner(Partition):
         client_M, roles_M, order_M = (np.full(len(table), -1, dtype=np.int64) for _ in range(3))
         client_M[used], roles_M[used], order_M[used] = client_N, roles_N, order_N
         text = np.array([*map(str, parents), "owner"], dtype=object)  # type -1 is the last
-        ids, in_time = np.array([*map(str, names)], dtype=object), bool(np.ptp(time_N) > 0)
+        known_N = time_N[np.isfinite(time_N)]
+        ids, in_time = np.array([*map(str, names)], dtype=object), len(known_N) > 0 and bool(np.ptp(known_N) > 0)
         return self.limited(Clients.from_assignment(ids, text[types_C], client_M, roles_M, order_M, in_time))

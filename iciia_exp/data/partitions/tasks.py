@@ -80,7 +80,7 @@ class Tasks(Partition):
         train, val, test = (Ragged.from_rows([rows[role][int(task)] for task in whole]) for role in ROLES)
         types = np.array(["task"] * len(names), dtype=object)
         if "group" in table:
-            known = table["group"].notna().to_numpy()
+            known = table["group"].notna().to_numpy() & (task_K[labels_M] >= 0)
             types[task_K[labels_M[known]]] = table["group"].to_numpy()[known]
         return Clients(ids, types[whole], train, val, test)
 

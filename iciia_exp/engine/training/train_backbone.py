@@ -151,7 +151,7 @@ def report_features(inputs: Inputs, folder: Path, made: bool) -> None:
         bad = len(manifest.get("bad_images", ()))
         log.info("features: made before%s", f", without {bad:,} images that could not be read" if bad else "")
     if "accuracy" in manifest:
-        _report_accuracy(inputs, manifest["accuracy"])
+        _report_accuracy(inputs, manifest["accuracy"], " (splits of the dataset)")
 
 
 # ---- a classifier on the features
@@ -198,13 +198,14 @@ def report_head(inputs: Inputs, folder: Path, made: bool) -> None:
     _report_accuracy(inputs, read_json(folder / "manifest.json")["accuracy"])
 
 
-def _report_accuracy(inputs: Inputs, accuracy: dict[str, float]) -> None:
-    """Log the backbone's accuracy on each part of the images."""
+def _report_accuracy(inputs: Inputs, accuracy: dict[str, float], parts: str = "") -> None:
+    """Log the backbone's accuracy on each part of the images; ``parts`` says what parts these are."""
     shares, spec = ", ".join(f"{100 * a:.1f} % of {s}" for s, a in accuracy.items()), inputs.experiment.backbone
     published = spec.published_top1
     # the published figure is for ImageNet's 50,000 validation images
     whole = published is not None and spec.train == "none" and inputs.num_classes == 1000
-    log.info("features: the backbone alone gets %s%s", shares, f" (published: {published} % of test)" if whole else "")
+    note = f" (published: {published} % of test)" if whole else ""
+    log.info("features: the backbone alone gets %s%s%s", shares, parts, note)
 
 
 def backbone_head(inputs: Inputs, store: FeatureStore) -> nn.Linear:

@@ -221,7 +221,7 @@ def draw_clients(
     """Return a function that draws an epoch's clients from the images of a role, and the number of its sequences."""
     mix, images = inputs.experiment.client_mix, inputs.experiment.training.train_images
     labels = inputs.labels
-    inputs.experiment.named(lambda: mix.check(labels), "client_mix")
+    inputs.experiment.named(lambda: mix.check(labels, clients[role], clients.types), "client_mix")
     draw = partial(mix.draw, clients[role], clients.types, labels, images)
     return draw, mix.count(clients[role], images)
 

@@ -379,20 +379,27 @@ class CoTrained(Method):
         up = sum(self.weight_bytes(job.part) for job in jobs if job.devices)
         images = sizes.train + sizes.received
         own = [(job, job.epochs * self.job_samples(job, images)) for job in jobs if job.devices]
-        cloud = [(job, self.cloud_images(job, images, sizes.cloud)) for job in jobs if job.cloud]
+        macs: int | None = 0
+        for job in jobs:
+            if job.cloud and macs is not None:
+                count = self.cloud_images(job, images, sizes.cloud)
+                macs = None if count is None else macs + count * self.step_macs(job.part)
         return [
             Line("round", "cloud", "training", kind="weights", bytes=down),
             Line("round", "device", "training", kind="weights", bytes=up),
             Line("round", "device", "training", macs=sum(count * self.step_macs(job.part) for job, count in own)),
-            Line("round", "cloud", "training", macs=sum(count * self.step_macs(job.part) for job, count in cloud)),
+            Line("round", "cloud", "training", macs=macs),
         ]
 
     def job_samples(self, job: Job, images: int) -> int:
         """Return how many of a site's images a job takes."""
         return images
 
-    def cloud_images(self, job: Job, images: int, held: int) -> int:
-        """Return how many of its ``held`` images the cloud's steps take, beside a device with ``images``."""
+    def cloud_images(self, job: Job, images: int, held: int) -> int | None:
+        """Return how many of its ``held`` images the cloud's steps take, beside a device with ``images``.
+
+        None where it trains on images of the devices as well, whose number depends on all clients.
+        """
         if not job.equal_steps or not job.devices:
             return job.epochs * self.job_samples(job, held)
         steps = job.epochs * -(-self.job_samples(job, images) // self.batch_size)

@@ -254,6 +254,12 @@ class DCCCL(CoTrained):
         """Return how many of a device's images a job takes."""
         return min(images, self.retune_images) if job.name == "retune" else images
 
+    def cloud_images(self, job: Job, images: int, held: int) -> int | None:
+        """Return how many images the cloud's steps take; None where images of devices are among them."""
+        if self.alone or (self.retune == "mixed" and job.name == "retune"):
+            return None
+        return super().cloud_images(job, images, held)
+
     def _premise_lines(self, sizes: Sizes) -> list[Line]:
         """Return the lines of further images that go down or up once."""
         some = min(sizes.train, self.retune_images)

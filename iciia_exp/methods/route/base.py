@@ -86,8 +86,8 @@ class Routed(Method):
         return (self.score(batch).double() < self.threshold(share)) & batch.mask_CS
 
     def refer(self, cloud: CloudView) -> None:
-        """Keep the scores of the val requests, which the router was not trained on."""
-        found = [self.score(batch)[batch.mask_CS].double() for batch in cloud.chunks("val")]
+        """Keep the scores of the val requests, each once, which the router was not trained on."""
+        found = [self.score(batch)[batch.mask_CS].double() for batch in cloud.distinct("val")]
         if not found:
             problem = "has no val requests, whose scores give the threshold; choose a partition with val images"
             raise UserError(f"{self.name}: {problem}")
@@ -213,8 +213,8 @@ class PromptRouter(Routed):
         return {**record, "pair": pair.to_dict("records")}
 
     def read_train(self, cloud: CloudView, *names: str) -> list[Tensor]:
-        """Return stored arrays of the train prompts, [N, ...]."""
-        batches = list(cloud.chunks("train"))
+        """Return stored arrays of the train prompts, each once, [N, ...]."""
+        batches = list(cloud.distinct("train"))
         return [torch.cat([batch.arrays[name][batch.mask_CS] for batch in batches]) for name in names]
 
     def train_router(self, cloud: CloudView, fit: Fit) -> Record:

@@ -19,6 +19,7 @@ from iciia_exp.ledger import Budget, Line, Sizes
 from iciia_exp.methods.base import Facts, Fit, Record, copy_of
 from iciia_exp.methods.route.base import Routed
 from iciia_exp.models.linear_probe import fit_linear_head
+from iciia_exp.seeding import generator
 from iciia_exp.tasks import SINGLE_LABEL
 
 __all__ = ["RouteConfidence"]
@@ -49,10 +50,13 @@ class RouteConfidence(Routed):
         (width,) = facts.arrays["second"]
         self.rule, self.seed = check_choice("score", score, SCORES), check_int("seed", seed, 0)
         self.large, self.small = copy_of(facts.head, trained=False), nn.Linear(width, self.num_classes)
+        self.random_d: Tensor  # an image's product with it has random decimals
+        random_d = 1e4 * generator(self.name, self.seed).standard_normal(width)
+        self.register_buffer("random_d", torch.from_numpy(random_d), persistent=False)
 
     def learn(self, cloud: CloudView, fit: Fit) -> Record:
         """Fit the small network's classifier on the train images, and keep the scores of the val images."""
-        found = [(b.arrays["second"][b.mask_CS], b.y_CS[b.mask_CS]) for b in cloud.chunks("train")]
+        found = [(b.arrays["second"][b.mask_CS], b.y_CS[b.mask_CS]) for b in cloud.distinct("train")]
         x, y = (torch.cat(parts).numpy() for parts in zip(*found, strict=True))
         weight, bias, record = fit_linear_head(x, y, self.task, self.num_classes, self.seed)
         with torch.no_grad():
@@ -66,7 +70,7 @@ class RouteConfidence(Routed):
         """Return how sure the small network is, [C, S]; 0 where padded."""
         x_CSd = batch.arrays["second"]
         if self.rule == "random":  # from the features, so that an image has the same number everywhere
-            return (x_CSd.sum(-1).double() * 1e4 + self.seed).frac().abs() * batch.mask_CS
+            return (x_CSd.double() @ self.random_d).frac().abs() * batch.mask_CS
         top_CS2 = self.small(x_CSd).softmax(-1).topk(2).values
         score_CS = top_CS2[..., 0] - (top_CS2[..., 1] if self.rule == "margin" else 0)
         return score_CS * batch.mask_CS

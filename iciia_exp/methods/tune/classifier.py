@@ -38,7 +38,7 @@ class PersonalClassifier(Personal):
         facts: task, sizes, and the backbone's classifier.
         recipe: of a device's training.
         patience: epochs on the own images without a better accuracy on the client's val images before training stops;
-            the best is kept. None: all of them, and the last is kept.
+            the best is kept. None, or no val images: all of them, and the last is kept.
     """
 
     def __init__(self, facts: Facts, recipe: Recipe, patience: int | None) -> None:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from iciia_exp.data.batches import ClientBatch, ClientIndex
 from iciia_exp.data.views import CloudView
-from iciia_exp.errors import ConfigError, UserError, check_choice, check_int
+from iciia_exp.errors import ConfigError, NotApplicable, UserError, check_choice, check_int
 from iciia_exp.ledger import Budget, Line, Link, Sizes
 from iciia_exp.methods.base import Ask, Facts, Fit, Record
 from iciia_exp.methods.tune.base import Learned
@@ -48,7 +48,7 @@ class CloudSamples(PersonalClassifier):
         epochs: passes over samples of other clients.
         own_epochs: passes over the own images, afterwards.
         patience: passes over the own images without a better accuracy on the client's val images before training
-            stops; the best is kept. None: all of them, and the last is kept.
+            stops; the best is kept. None, or no val images: all of them, and the last is kept.
     """
 
     trainable = False
@@ -103,11 +103,19 @@ class CloudSamples(PersonalClassifier):
         return {name: p for name, p in self.starting().items() if self.model and is_table(name)}
 
     def learn(self, cloud: CloudView, fit: Fit) -> Record:
-        """Count what the cloud holds; nothing is trained: its model is the backbone, or its classifier."""
+        """Count what the cloud holds; nothing is trained: its model is the backbone, or its classifier.
+
+        Raises a `NotApplicable` where several clients have the same image, which is no sample of another client.
+        """
+        images = cloud.clients.train.values
+        if len(np.unique(images)) < len(images):
+            problem = "gets samples of other clients, and this partition deals an image to several"
+            problem += "; use partition.deals=1"
+            raise NotApplicable("method", self.name, problem)
         if self.model is not None:
             self.model.load_state_dict(cloud.backbone().net.state_dict())
         self.clients.fill_(int((cloud.clients.train.lengths > 0).sum()))
-        self.samples.fill_(len(cloud.clients.train.values))
+        self.samples.fill_(len(images))
         self.eval()
         return {}
 

@@ -35,6 +35,9 @@ __all__ = ["DeviceNetwork", "LevelNetwork", "images_up"]
 
 #: Logit of a class that the client does not have; its probability is 0 in float32.
 _ABSENT = -1e4
+#: Least deviation of a feature, as a share of the mean over all features. With few images and a ReLU, many features are
+#: 0 in all train images; divided by almost nothing, one that is not 0 in a test image would outweigh all others.
+_LEAST_DEVIATION = 0.05
 #: Bias of an output without a class, of a client with fewer classes than another.
 _UNUSED = -1e9
 
@@ -43,14 +46,15 @@ class DeviceNetwork(Personal):
     """A network for every client, trained on the client's own labels.
 
     A client has the classes of its train images; others have the probability 0. The epoch with the best accuracy on
-    the client's val images is kept, the start included.
+    the client's val images is kept, the start included; without val images, the last of all epochs.
 
     A subclass names the ``array`` that comes down, and builds the `network`.
 
     Args:
         facts: task, sizes, and the shape of the array.
         standardise: subtract and divide by mean and standard deviation of the client's train images, for each feature
-            (and level), class and register tokens apart from the patches.
+            (and level), class and register tokens apart from the patches. A deviation below a twentieth of
+            the features' mean counts as that twentieth.
         payload: numbers that are sent: ``float32``, ``float16``, or ``int8`` with a scale for each token.
         lr: rate of AdamW, after a warm-up of a tenth of the epochs; cosine. Of several, every client takes the one with
             the best accuracy on its val images.
@@ -224,7 +228,9 @@ class DeviceNetwork(Personal):
             mean = (part * real).sum(axes) / count
             square = ((part - mean.unsqueeze(1).unsqueeze(-2)).square() * real).sum(axes) / count
             means.append(mean)
-            deviations.append(square.sqrt().clamp(min=1e-6))
+            deviation = square.sqrt()
+            least = (_LEAST_DEVIATION * deviation.mean(-1, keepdim=True)).clamp(min=1e-6)
+            deviations.append(torch.maximum(deviation, least))
         return {"mean": torch.stack(means, -2), "deviation": torch.stack(deviations, -2)}
 
     def _standard(self, x: Tensor, states: Mapping[str, Tensor]) -> Tensor:

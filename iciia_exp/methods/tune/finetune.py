@@ -32,7 +32,8 @@ class FineTune(PersonalClassifier):
         batch_size: images of a step, in the order of the client's images.
         clip_norm: largest norm of a gradient.
         epochs: at most.
-        patience: epochs without a better accuracy on the client's val images before training stops.
+        patience: epochs without a better accuracy on the client's val images before training stops; the best is kept.
+            Without val images, the last of all epochs.
     """
 
     name = "finetune"

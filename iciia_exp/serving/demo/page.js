@@ -91,15 +91,18 @@ const demo = (() => {
 
   // ---- images
 
-  // Return the pixels of a picture: its middle square, scaled to the network's size.
+  // Return the pixels of a picture: its middle, as much of it as the network takes, scaled to the network's size.
   function pixelsOf(source, sourceWidth, sourceHeight) {
     const canvas = Object.assign(document.createElement("canvas"), { width, height });
     const context = canvas.getContext("2d", { willReadFrequently: true });
     context.fillStyle = "#fff";
     context.fillRect(0, 0, width, height);
     context.imageSmoothingQuality = "high";
-    const side = Math.min(sourceWidth / width, sourceHeight / height);
-    const [w, h] = [side * width, side * height];
+    const { share, squash } = facts.window;
+    const side = Math.min(sourceWidth, sourceHeight) / Math.min(width, height);
+    const fits = Math.min(1, sourceWidth / (share * side * width), sourceHeight / (share * side * height));
+    const w = share * (squash ? sourceWidth : fits * side * width);
+    const h = share * (squash ? sourceHeight : fits * side * height);
     context.drawImage(source, (sourceWidth - w) / 2, (sourceHeight - h) / 2, w, h, 0, 0, width, height);
     const { data } = context.getImageData(0, 0, width, height);
     const pixels = new Float32Array(channels * height * width), size = height * width;

@@ -143,6 +143,13 @@ def test_time_orders_the_images_of_a_client():
             assert np.isnan(times[len(known) :]).all()  # unknown ones last
 
 
+@pytest.mark.parametrize(("times", "in_time"), [([1, 2, None], True), ([1, 1, None], False), ([None] * 3, False)])
+def test_a_missing_time_leaves_the_order_of_time(times, in_time):
+    frame = table(images=300)
+    frame["time"] = np.resize(np.array(times, dtype=float), len(frame))
+    assert Owner().assign(frame, 10).in_time is in_time
+
+
 def test_without_time_images_are_shuffled():
     """A table sorted by class must not put images of one class next to each other in a chunk."""
     frame = table(images=3000).sort_values("label").reset_index(drop=True)

@@ -38,6 +38,13 @@ def test_a_client_has_the_images_of_its_own_classes(by, sets):
             assert sorted(rows) == sorted(want)
 
 
+def test_a_task_that_is_left_out_gives_no_other_its_group():
+    """Class 11 has too few classes for a task; its images come last in the table."""
+    frame = table().sort_values("label", ignore_index=True)
+    frame["group"] = frame["parent"].map({"a": "natural", "b": "structured", "c": "specialised"})
+    assert Tasks(by="parent").assign(frame, K).types.tolist() == ["natural", "structured"]
+
+
 @pytest.mark.parametrize(("shots", "val_shots"), [(1, None), (4, 2), (99, 99)])
 def test_shots_are_images_of_every_class(shots, val_shots):
     frame = table()

@@ -40,6 +40,12 @@ def test_drawn_clients_have_their_kinds_of_classes():
     assert sizes["random_classes"].mean() < sizes["drifting"].mean() < sizes["homogeneous"].mean()
 
 
+def test_there_can_be_many_more_drawn_clients_than_test_chunks():
+    cloud = small_cloud(8, 4, clients=2)
+    for client_type in DRAWN_TYPES:
+        assert len(drawn_clients(cloud.clients, cloud.batches.labels, 5000, 4, client_type)) == 5000
+
+
 def test_attributes_have_no_sets_of_classes():
     cloud = small_cloud(8, 5, task="multi-label")
     torch.manual_seed(0)

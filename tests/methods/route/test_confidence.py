@@ -1,5 +1,7 @@
 """Confidence routing of images between two networks."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -13,6 +15,7 @@ from iciia_exp.errors import ConfigError
 from iciia_exp.ledger import Sizes
 from iciia_exp.methods.base import Facts
 from iciia_exp.methods.route.route_confidence import RouteConfidence
+from iciia_exp.models.linear_probe import fit_linear_head
 
 N, D, SMALL, K = 400, 6, 4, 3
 
@@ -68,6 +71,35 @@ def test_an_image_has_the_same_score_in_every_batch(data):
         method, test = make(data, score=score)
         one = test.take(slice(0, 1)).cut()
         torch.testing.assert_close(method.score(one), method.score(test)[:1, : one.mask_CS.shape[1]])
+
+
+def test_an_image_that_is_dealt_several_times_counts_once(data, monkeypatch):
+    """Else the share has too narrow an interval, and held-out images are among the fitted ones."""
+    clients, batches = data
+    fitted = []
+
+    def fit(x, *rest):
+        fitted.append(np.sort(x[:, 0]))
+        return fit_linear_head(x, *rest)
+
+    monkeypatch.setattr("iciia_exp.methods.route.route_confidence.fit_linear_head", fit)
+    twice = {role: np.concatenate([clients[role].values] * 2) for role in ("train", "val")}
+    dealt = {role: Ragged.from_rows([rows, rows]) for role, rows in twice.items()}
+    once, _ = make(data, score="random")
+    again, _ = make((replace(clients, **dealt), batches), score="random")
+    assert torch.equal(again.reference_n, once.reference_n)
+    assert np.array_equal(*fitted)
+
+
+def test_random_scores_are_even_and_those_of_the_seed(data):
+    found = {}
+    for seed in (0, 1):
+        method, test = make(data, score="random", seed=seed)
+        found[seed] = method.score(test)[test.mask_CS]
+        assert abs(found[seed].mean() - 0.5) < 4 / (12 * len(found[seed])) ** 0.5
+    assert abs(torch.corrcoef(torch.stack([*found.values()]))[0, 1]) < 0.3
+    zeros = torch.zeros(1, 1, SMALL)
+    assert method.score(test._replace(arrays={"second": zeros}, mask_CS=torch.ones(1, 1))) == 0
 
 
 def test_a_request_costs_what_the_budget_states(data):
