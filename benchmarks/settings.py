@@ -499,7 +499,7 @@ TABLES |= {
     "route_tiny_imagenet": Table(
         "route_t2i.md",
         40,
-        "+experiment=route_tiny_imagenet data_dir={first:60+20} partition.seed={seed} "
+        "+experiment=route_tiny_imagenet data_dir={first:60+20} partition.seed={seed} seed={seed} "
         "backbone.weights={weights:tf_efficientnet_lite2+tf_efficientnet_lite0}",
         {
             f"{score} {share}": f"method.score={score} method.share={share}"

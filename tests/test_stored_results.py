@@ -251,6 +251,11 @@ def test_the_best_are_bold(pages, stored, tmp_path, monkeypatch):
     assert list(lines)[3:] == ["`finetune` (own labels)", "`a`", "`b`", "`c`"]
 
 
+def test_every_run_has_a_seed_of_its_own(results):
+    for name, table in results.TABLES.items():
+        assert table.script or re.search(r"(?<![.\w])seed=\{seed\}", table.common), name
+
+
 @pytest.mark.slow
 def test_every_setting_is_a_configuration(results, compose, monkeypatch):
     monkeypatch.setattr(results.Weights, "__format__", lambda _, name: f"{name}.safetensors")

@@ -45,6 +45,12 @@ def test_group_file_binds_to_its_target(path, compose):
         assert required - given <= RUNTIME, f"{part['_target_']} needs {required - given - RUNTIME}"
 
 
+@named([f for f in GROUP_FILES if f.parent.name == "method"])
+def test_the_seed_is_that_of_the_experiment(path):
+    """Else three runs with three seeds would draw the same."""
+    assert yaml.safe_load(path.read_text()).get("seed", "${seed}") == "${seed}"
+
+
 @named([f for f in GROUP_FILES if f.parent.name not in ("callbacks", "logger", "optimizer", "scheduler", "trainer")])
 def test_a_list_or_dictionary_is_no_number_or_text(path, compose):
     config = compose(f"{path.parent.name}={path.stem}", "data_dir=nowhere")
