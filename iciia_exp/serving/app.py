@@ -9,6 +9,7 @@ import io
 import json
 import os
 import time
+import urllib.parse
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -28,7 +29,7 @@ from iciia_exp.serving.run import Run
 from iciia_exp.serving.scheduler import Answer, Busy, Scheduler, UnknownClient
 from iciia_exp.serving.states import ClientStore, StoreError
 
-__all__ = ["Limits", "make_app"]
+__all__ = ["Limits", "check_served", "make_app"]
 
 _FEATURES = "application/octet-stream"
 _START, _END = "/clients/", "/predict"
@@ -56,6 +57,19 @@ class _Refused(Exception):
         self.status = status
 
 
+def check_served(run: Run, history: int | None, keep: str) -> None:
+    """Raise a `UserError` if a run cannot be served, or not with these options of `ClientSession`."""
+    method = run.method
+    if not isinstance(method, Adaptive | Personal) or method.reads - {"features"}:
+        raise UserError(f"{method.name}: cannot be served; methods that adapt on features can, or tune on them")
+    if isinstance(method, Personal):
+        if history is not None or keep != "recent":
+            raise UserError(f"{method.name}: history and keep do not apply; each image is classified alone")
+        if method.states is None:
+            hint = "serve the run itself; a repository has no states of its clients"
+            raise UserError(f"{run.path}: has nothing that the devices of {method.name} have learned; {hint}")
+
+
 def make_app(
     run: Run,
     store: ClientStore,
@@ -81,10 +95,11 @@ def make_app(
         from fastapi import FastAPI, Request, Response
         from fastapi.responses import JSONResponse
         from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+        from starlette.requests import ClientDisconnect
     except ImportError as error:
         raise UserError("fastapi is not installed; pip install 'iciia_exp[serve]'") from error
-    if not isinstance(run.method, Adaptive | Personal) or run.method.reads - {"features"}:
-        raise UserError(f"{run.method.name}: cannot be served; methods that adapt on features can, or tune on them")
+    check_served(run, history, keep)
+    wanted = None if token is None else f"Bearer {token}".encode(errors="surrogateescape")  # as the variable had it
     limits, names, dim = limits or Limits(), run.class_names, run.method.dim
     scheduler = Scheduler(run, store, history, keep, backbone, threads=threads)
     decoders = ThreadPoolExecutor(os.cpu_count() or 1, thread_name_prefix="decode")
@@ -108,19 +123,24 @@ def make_app(
 
     async def answered(request: Request, work: Any) -> Any:
         """Return the response of ``work(request)``, or its error as one sentence."""
-        status = 200
+        status = 500
         try:
-            if token is not None:
-                given = request.headers.get("authorization", "")
-                if not hmac.compare_digest(given.encode(), f"Bearer {token}".encode()):
+            if wanted is not None:
+                given = request.headers.get("authorization", "").encode("latin-1")  # the bytes that were sent
+                if not hmac.compare_digest(given, wanted):
                     raise _Refused(401, "give the service's token: Authorization: Bearer TOKEN")
-            return await work()
+            response = await work()
+            status = response.status_code
+            return response
         except _Refused as error:
             status = error.status
             return JSONResponse({"error": str(error)}, status)
         except UnknownClient as error:
             status = 404
             return JSONResponse({"error": str(error)}, status)
+        except ClientDisconnect:  # nobody reads the answer
+            status = 499
+            return Response(status_code=status)
         except (Busy, StoreError) as error:
             status = 503
             return JSONResponse({"error": str(error)}, status, {"Retry-After": "1"})
@@ -130,7 +150,11 @@ def make_app(
         finally:
             requests.labels(status).inc()
 
-    def checked_name(client: str) -> str:
+    def checked_name(client: str, request: Request) -> str:
+        try:
+            urllib.parse.unquote_to_bytes(request.scope.get("raw_path") or b"").decode()
+        except UnicodeDecodeError as error:  # the names of two clients would be read as one
+            raise _Refused(400, "the client's name is not UTF-8 (percent-encoded)") from error
         if not client.strip() or not client.isprintable() or len(client) > limits.name:
             raise _Refused(422, f"a client's name has 1 to {limits.name} printable characters")
         return client
@@ -154,7 +178,7 @@ def make_app(
         """Answer the next images of a client, which join its past."""
 
         async def work() -> Response:
-            start, name = time.perf_counter(), checked_name(client)
+            start, name = time.perf_counter(), checked_name(client, request)
             most = min(check_int("top", top, 1), len(names))
             kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
             body = await body_of(request)
@@ -197,12 +221,10 @@ def make_app(
         """Return how many images of a client were seen, and the bytes that are kept of it."""
 
         async def work() -> Response:
-            stored = await asyncio.wrap_future(scheduler.look_up(checked_name(client)))
-            if not stored.version:
+            known = await asyncio.wrap_future(scheduler.look_up(checked_name(client, request)))
+            if known is None:
                 raise _Refused(404, f"{client}: no such client")
-            return JSONResponse(
-                {"client": client, "seen": stored.seen, "kept": len(stored.rows), "bytes": stored.bytes}
-            )
+            return JSONResponse({"client": client, **known._asdict()})
 
         return await answered(request, work)
 
@@ -211,7 +233,7 @@ def make_app(
         """Forget a client."""
 
         async def work() -> Response:
-            if not await asyncio.wrap_future(scheduler.forget(checked_name(client))):
+            if not await asyncio.wrap_future(scheduler.forget(checked_name(client, request))):
                 raise _Refused(404, f"{client}: no such client")
             return Response(status_code=204)
 
@@ -231,7 +253,7 @@ def make_app(
     async def health() -> Response:
         """Return that the service answers, and how many clients it knows; 503 if the states cannot be reached."""
         try:
-            clients = await asyncio.wrap_future(scheduler.call(store.count))
+            clients = await asyncio.wrap_future(scheduler.count())
         except StoreError as error:
             return JSONResponse({"status": "unavailable", "error": str(error)}, 503, {"Retry-After": "1"})
         return JSONResponse({"status": "ok", "clients": clients, "waiting": scheduler.waiting})
@@ -246,6 +268,7 @@ def make_app(
     @app.exception_handler(RequestValidationError)
     async def invalid(request: Request, error: RequestValidationError) -> Response:
         first = error.errors()[0]
+        requests.labels(422).inc()
         return JSONResponse({"error": f"{'.'.join(map(str, first['loc'][1:]))}: {first['msg']}"}, 422)
 
     return app

@@ -30,8 +30,10 @@ State = dict[str, Tensor]
 def stored(run: Run, client: str) -> State | None:
     """Return the state that a client of the partition has learned; None if it has none."""
     assert isinstance(run.method, Personal)
+    if run.method.states is None:  # also of a repository, which has no partition
+        return None
     numbers = (run.partition.ids == client).nonzero()[0]
-    if run.method.states is None or not len(numbers) or not run.method.states.has(int(numbers[0])):
+    if not len(numbers) or not run.method.states.has(int(numbers[0])):
         return None
     return {name: state[0] for name, state in run.method.states_of(torch.from_numpy(numbers[:1])).items()}
 

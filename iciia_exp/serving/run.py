@@ -26,6 +26,7 @@ Legend: C clients, S images of a client, D features, K classes.
 
 from __future__ import annotations
 
+import hashlib
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -46,7 +47,7 @@ from iciia_exp.data.clients import Clients
 from iciia_exp.data.rounds import read_round
 from iciia_exp.data.states import ClientStates
 from iciia_exp.data.store import FeatureStore
-from iciia_exp.digest import file_digest
+from iciia_exp.digest import digest, file_digest
 from iciia_exp.errors import UserError, first_line, nearest
 from iciia_exp.methods.adapt.base import Adaptive
 from iciia_exp.methods.base import Facts, Method
@@ -190,6 +191,19 @@ class Run:
     def tensors(self) -> dict[str, Tensor]:
         """The weights of method and classifier, as they are stored."""
         return _tensors(self.method, self.head)
+
+    @cached_property
+    def identity(self) -> str:
+        """Digest of what it computes with: ``run.json`` and the weights. A repository has that of its run."""
+        weights = {
+            name: [
+                str(t.dtype),
+                list(t.shape),
+                hashlib.sha256(t.reshape(-1).view(torch.uint8).numpy().data).hexdigest(),
+            ]
+            for name, t in self.tensors.items()
+        }
+        return digest([self.info, weights])
 
     @property
     def class_names(self) -> list[str]:

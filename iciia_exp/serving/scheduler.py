@@ -27,23 +27,24 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from iciia_exp.errors import UserError
+from iciia_exp.errors import UserError, first_line
 from iciia_exp.methods.tune.base import Personal
 from iciia_exp.models.backbones.base import Backbone
 from iciia_exp.serving.features import all_finite
 from iciia_exp.serving.run import Run
 from iciia_exp.serving.session import ClientSession
-from iciia_exp.serving.states import Change, ClientStore, Stored
+from iciia_exp.serving.states import Change, ClientStore, StoreError
 from iciia_exp.serving.together import predict_next, takes_many
 
-__all__ = ["Answer", "Busy", "Scheduler", "UnknownClient"]
+__all__ = ["Answer", "Busy", "Known", "Scheduler", "UnknownClient"]
 
 log = logging.getLogger(__name__)
 
 _IMAGES = 16  # of a batch of the backbone
 _IN_ONE_PASS = 32  # images of a client, where `predict_next` takes several
 _LARGE = 256  # vectors of a pass, from which it takes all cores; a smaller one is done before they have started
-_TRIES = 50  # of a request whose client another process changes
+_EVERY = 5.0  # seconds between two looks for clients whose time is over
+_TRIES = 50  # of a request whose client is forgotten, or changed by another process
 
 
 class UnknownClient(UserError):
@@ -62,6 +63,14 @@ class Answer(NamedTuple):
     kept: int
 
 
+class Known(NamedTuple):
+    """What is known of a client."""
+
+    seen: int
+    kept: int
+    bytes: int
+
+
 @dataclass(eq=False)
 class _Request:
     client: str
@@ -76,6 +85,10 @@ class _Request:
     @property
     def length(self) -> int:
         return len(self.images) if self.x_nD is None else len(self.x_nD)
+
+    def start_again(self) -> None:
+        self.done.clear()
+        self.next = 0
 
 
 class Scheduler:
@@ -108,7 +121,7 @@ class Scheduler:
         if backbone is not None:  # its fastest layout on a CPU
             backbone.to(memory_format=torch.channels_last)
         self.personal = isinstance(run.method, Personal)
-        self.history = 0 if self.personal else new_session(run, "", history, keep).history
+        self.history = new_session(run, "", history, keep).history
         self._together, self._most_waiting, self._threads = together, waiting, threads or os.cpu_count() or 1
         self._sessions: OrderedDict[str, tuple[ClientSession, int, float]] = OrderedDict()  # and version, and when
         width = 0 if self.personal else 4 * self.history * (2 * run.method.dim + run.method.state_width)  # type: ignore[operator]
@@ -147,6 +160,8 @@ class Scheduler:
         future: Future[Any] = Future()
 
         def run() -> None:
+            if not future.set_running_or_notify_cancel():  # nobody waits for it
+                return
             try:
                 future.set_result(function())
             except Exception as error:  # is the caller's
@@ -155,18 +170,32 @@ class Scheduler:
         self._new.put(run)
         return future
 
-    def look_up(self, client: str) -> Future[Stored]:
-        """Return what is stored of a client, in the future."""
-        return self.call(lambda: self.store.read([client])[0])
+    def look_up(self, client: str) -> Future[Known | None]:
+        """Return what is known of a client, in the future; None if there is none."""
+
+        def look_up() -> Known | None:
+            if self.personal:
+                session = self._of_device(client)
+                return Known(session.seen, session.kept, session.state_bytes) if session else None
+            stored = self.store.read([client])[0]
+            return Known(stored.seen, len(stored.rows), stored.bytes) if stored.version else None
+
+        return self.call(look_up)
 
     def forget(self, client: str) -> Future[bool]:
-        """Forget a client, in the future; whether there was one."""
+        """Forget a client, in the future; whether there was one. What its device has learned stays in the run."""
 
         def forget() -> bool:
+            known = self._of_device(client) is not None if self.personal else self.store.delete(client)
             self._sessions.pop(client, None)
-            return self.store.delete(client)
+            return known
 
         return self.call(forget)
+
+    def count(self) -> Future[int | None]:
+        """Return the number of clients, in the future; None if it cannot be had quickly."""
+        method = self.run.method
+        return self.call(lambda: len(method.states or ()) if isinstance(method, Personal) else self.store.count())
 
     def close(self) -> None:
         """Answer what is waiting, then close the store."""
@@ -191,30 +220,23 @@ class Scheduler:
                 pass
             if self._clients:
                 self._serve()
-            if time.monotonic() - expired > 5:
+            if time.monotonic() - expired > _EVERY:
                 expired = time.monotonic()
-                with contextlib.suppress(UserError):
-                    self.store.expire()
+                self._expire()
         self.store.close()
+
+    def _expire(self) -> None:
+        """Forget clients whose time is over, also in memory."""
+        try:
+            for client in self.store.expire():
+                self._sessions.pop(client, None)
+        except Exception as error:  # this thread goes on
+            log.warning("clients whose time is over are kept (%s)", first_line(error))
 
     def _serve(self) -> None:
         """Serve the next images of some clients."""
         first = self._first()
-        try:
-            self._compute_features(first)
-            first = [request for request in first if not request.ended]
-            sessions = self._load(first)
-            both = [(r, s) for r, s in zip(first, sessions, strict=True) if s is not None]
-            for request, answer in self._step(both):
-                request.done.append(answer)
-                request.next += len(answer)
-            self._finish([(r, s) for r, s in both if r.next == r.length and not r.ended])
-        except Exception as error:
-            if not isinstance(error, UserError):
-                log.exception("a batch failed")
-            for request in first:
-                self._sessions.pop(request.client, None)
-                self._resolve(request, error)
+        self._serve_together(first)
         self._deliver()
         # round robin: who has been served comes after those who have not
         for request in first:
@@ -225,6 +247,30 @@ class Scheduler:
                     self._clients.move_to_end(request.client)
                 else:
                     del self._clients[request.client]
+
+    def _serve_together(self, requests: Sequence[_Request]) -> None:
+        both: list[tuple[_Request, ClientSession]] = []
+        try:
+            self._compute_features([request for request in requests if request.x_nD is None])
+            waiting = [request for request in requests if not request.ended]
+            both = [(r, s) for r, s in zip(waiting, self._load(waiting), strict=True) if s is not None]
+            for request, answer in self._step(both):
+                request.done.append(answer)
+                request.next += len(answer)
+            self._finish([(r, s) for r, s in both if r.next == r.length and not r.ended])
+        except Exception as error:
+            left = [request for request in requests if not request.ended]
+            alone = len(left) > 1 and not isinstance(error, StoreError)  # one of them may be the cause
+            for request in left:
+                if both or not alone:  # some of its images may have changed it
+                    self._sessions.pop(request.client, None)
+                    request.start_again()
+                if alone:
+                    self._serve_together([request])
+                else:
+                    self._resolve(request, error)
+            if not alone and not isinstance(error, UserError):
+                log.exception("a request failed")
 
     def _first(self) -> list[_Request]:
         """Return the first requests of some clients, with images that fill one batch of the backbone.
@@ -252,59 +298,77 @@ class Scheduler:
         """Give the answers to the event loop, all in one call: each would wake it."""
         if self._answers:
             answers, self._answers = self._answers, []
-            answers[0][0].get_loop().call_soon_threadsafe(_set_all, answers)
+            with contextlib.suppress(RuntimeError):  # the loop is closed; nobody waits
+                answers[0][0].get_loop().call_soon_threadsafe(_set_all, answers)
 
     @torch.inference_mode()
     def _compute_features(self, requests: Sequence[_Request]) -> None:
         """Compute the features of requests with images, in batches over all of them."""
-        having = [request for request in requests if request.x_nD is None]
-        if not having:
+        if not requests:
             return
         assert self.backbone is not None
-        images = [image for request in having for image in request.images]
+        images = [image for request in requests for image in request.images]
         torch.set_num_threads(self._threads)
         parts = [torch.stack(list(images[at : at + _IMAGES])) for at in range(0, len(images), _IMAGES)]
         laid_out = [p.contiguous(memory_format=torch.channels_last) if p.ndim == 4 else p for p in parts]
         features = torch.cat([self.backbone.features(part).float() for part in laid_out])
-        for request, x_nD in zip(having, features.split([request.length for request in having]), strict=True):
+        for request, x_nD in zip(requests, features.split([request.length for request in requests]), strict=True):
             request.x_nD = x_nD
             if not all_finite(x_nD):
                 self._resolve(request, UserError("the image gives features that are not finite"))
 
     def _load(self, requests: Sequence[_Request]) -> list[ClientSession | None]:
-        """Return the sessions of requests, as they are stored when a request starts."""
+        """Return the sessions of requests, as they are stored when a request starts; None where there is an error."""
+        for request in requests:
+            if request.next and request.client not in self._sessions:  # forgotten since its first images
+                request.start_again()
         if self.personal:
             return [self._personal_session(request) for request in requests]
         starting = [request for request in requests if not request.next]
         cached = {r.client: self._sessions[r.client][1:] for r in starting if r.client in self._sessions}
         current = dict(zip(cached, self.store.versions(list(cached)), strict=True)) if self.store.shared else {}
         stale = [
-            r.client
+            r
             for r in starting
             if r.client not in cached
             or current.get(r.client, cached[r.client][0]) != cached[r.client][0]
             or (self.store.seconds is not None and time.time() - cached[r.client][1] > self.store.seconds)
         ]
-        for client, stored in zip(stale, self.store.read(stale) if stale else (), strict=True):
-            session = new_session(self.run, client, self.history, self.keep)
-            if stored.version:
-                session.restore(stored.seen, stored.random, stored.rows)
-            self._sessions[client] = session, stored.version, time.time()
+        found = self.store.read([request.client for request in stale]) if stale else []
+        for request, stored in zip(stale, found, strict=True):
+            session = new_session(self.run, request.client, self.history, self.keep)
+            try:
+                if stored.version:
+                    session.restore(stored.seen, stored.random, stored.rows)
+                self._sessions[request.client] = session, stored.version, time.time()
+            except UserError as error:
+                self._resolve(request, error)
         for request in requests:
-            self._sessions.move_to_end(request.client)
+            if not request.ended:
+                self._sessions.move_to_end(request.client)
         busy = {request.client for request in requests} | set(self._clients)
         while len(self._sessions) > self._most_sessions and next(iter(self._sessions)) not in busy:
             self._sessions.popitem(last=False)
-        return [self._sessions[request.client][0] for request in requests]
+        return [None if request.ended else self._sessions[request.client][0] for request in requests]
 
     def _personal_session(self, request: _Request) -> ClientSession | None:
-        if request.client not in self._sessions:
-            session = ClientSession(self.run, request.client)
-            if session.learned is None:
-                self._resolve(request, UnknownClient(f"{request.client}: is not a client of the run"))
-                return None
-            self._sessions[request.client] = session, 0, 0.0
-        return self._sessions[request.client][0]
+        try:
+            session = self._of_device(request.client)
+        except UserError as error:  # its state is damaged
+            self._resolve(request, error)
+            return None
+        if session is None:
+            self._resolve(request, UnknownClient(f"{request.client}: is not a client of the run"))
+            return None
+        self._sessions[request.client] = session, 0, 0.0
+        return session
+
+    def _of_device(self, client: str) -> ClientSession | None:
+        """Return the session of a client whose device has learned; None if there is no such client in the run."""
+        if client in self._sessions:
+            return self._sessions[client][0]
+        session = ClientSession(self.run, client)
+        return None if session.learned is None else session
 
     def _step(self, both: Sequence[tuple[_Request, ClientSession]]) -> list[tuple[_Request, Tensor]]:
         """Serve the next images of every request; those that fail are answered with their error."""
@@ -344,10 +408,9 @@ class Scheduler:
                 self._resolve(request, Answer(torch.cat(request.done), session.seen, session.kept))
 
     def _again(self, request: _Request) -> None:
-        """Start a request again whose client another process has changed."""
+        """Start a request again whose client was forgotten, or changed by another process."""
         del self._sessions[request.client]
-        request.done.clear()
-        request.next = 0
+        request.start_again()
         request.tries += 1
         if request.tries > _TRIES:
             self._resolve(request, Busy(f"{request.client}: other processes change it all the time; try again"))
@@ -372,4 +435,4 @@ def new_session(run: Run, client: str, history: int | None, keep: str) -> Client
 
 def about(run: Run, history: int, keep: str) -> Mapping[str, Any]:
     """Return what the states of a service have in common."""
-    return {"run": run.path.resolve().name, "history": history, "keep": keep}
+    return {"run": run.identity, "history": history, "keep": keep}

@@ -20,15 +20,15 @@ import socket
 import sys
 from pathlib import Path
 
-from iciia_exp.errors import UserError, check_int, first_line
+from iciia_exp.errors import UserError, check_float, check_int, first_line
 from iciia_exp.methods.tune.base import Personal
 from iciia_exp.output import exit_status
-from iciia_exp.serving.app import Limits, make_app
+from iciia_exp.serving.app import Limits, check_served, make_app
 from iciia_exp.serving.options import add_backbone, chosen_backbone
 from iciia_exp.serving.run import Run
 from iciia_exp.serving.scheduler import about
 from iciia_exp.serving.session import KEEP, ClientSession
-from iciia_exp.serving.states import ClientStore, RedisStore, SqliteStore
+from iciia_exp.serving.states import REDIS, ClientStore, RedisStore, SqliteStore, without_password
 
 __all__ = ["main", "open_store"]
 
@@ -46,7 +46,7 @@ def open_store(
     """
     length = 0 if isinstance(run.method, Personal) else ClientSession(run, "client", history, keep).history
     facts = about(run, length, keep)
-    if states.startswith(("redis://", "rediss://", "unix://")):
+    if states.startswith(REDIS):
         if most is not None:
             raise UserError("--max-clients: is of SQLite; limit Redis by its maxmemory and maxmemory-policy")
         return RedisStore(states, facts, seconds)
@@ -74,7 +74,23 @@ def main(arguments: list[str] | None = None) -> int:
     return exit_status(lambda: _serve(options), failed=1)
 
 
+def _check_numbers(options: argparse.Namespace) -> None:
+    """Raise a `UserError` that names the first option whose number is out of its range."""
+    check_int("--port", options.port, 1, 65535)
+    check_int("--max-body", options.max_body, 1)
+    for flag, value, low, high in (
+        ("--history", options.history, 0, None),
+        ("--max-clients", options.max_clients, 1, None),
+        ("--threads", options.threads, 1, 1024),
+    ):
+        if value is not None:
+            check_int(flag, value, low, high)
+    if options.ttl is not None:
+        check_float("--ttl", options.ttl, 0, 1e12, open_low=True)
+
+
 def _serve(options: argparse.Namespace) -> int:
+    _check_numbers(options)
     try:
         import uvicorn
     except ImportError as error:
@@ -82,19 +98,21 @@ def _serve(options: argparse.Namespace) -> int:
     token = os.environ.get("ICIIA_EXP_TOKEN")
     if options.token_file is not None:
         try:
-            token = options.token_file.read_text(encoding="utf-8").strip()
+            token = options.token_file.read_text(encoding="utf-8-sig")
         except (OSError, ValueError) as error:
             problem = getattr(error, "strerror", None) or first_line(error)
             raise UserError(f"{options.token_file}: cannot be read ({problem})") from error
-    if token == "":
+    if token is not None and not (token := token.strip()):
         raise UserError(f"{options.token_file or 'ICIIA_EXP_TOKEN'}: the token is empty")
     run, limits = Run.load(options.run), Limits(options.max_body)
+    check_served(run, options.history, options.keep)
     backbone = chosen_backbone(run, options)
     states = options.states or _states_of(run)
-    with _listen(options.host, check_int("port", options.port, 1, 65535)) as listener:
+    with _listen(options.host, options.port) as listener:
         store = open_store(states, run, options.history, options.keep, options.ttl, options.max_clients)
         app = make_app(run, store, options.history, options.keep, backbone, token, limits, options.threads)
-        print(f"http://{options.host}:{options.port}: {run.method.name}, states in {states}", flush=True)
+        where = f"states in {without_password(states)}"
+        print(f"http://{options.host}:{options.port}: {run.method.name}, {where}", flush=True)
         sys.setswitchinterval(0.001)  # between the event loop and the scheduler: a tenth more requests than with 5 ms
         config = uvicorn.Config(app, log_level="warning", access_log=False, proxy_headers=False)
         uvicorn.Server(config).run(sockets=[listener])

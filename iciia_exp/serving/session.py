@@ -249,16 +249,16 @@ class ClientSession:
         Raises a `UserError` if that cannot be of such a session.
         """
         width, dim = self._state.shape[1], self._features.shape[1]
-        whole = b"".join(rows.get(place, b"") for place in range(len(rows)))
-        if len(whole) != len(rows) * (size := 8 + 4 * (width + dim)):
-            raise UserError(f"{self.client}: what is kept of it is damaged, or of another session")
-        table = np.frombuffer(whole, dtype=np.uint8).reshape(len(rows), size)
-        numbers = torch.from_numpy(table[:, 8:].copy().view(np.float32))
-        age = torch.from_numpy(table[:, :8].copy().view(np.int64).reshape(-1))
         try:
+            whole = b"".join(rows.get(place, b"") for place in range(len(rows)))
+            if len(whole) != len(rows) * (size := 8 + 4 * (width + dim)):
+                raise ValueError("or of another session")
+            table = np.frombuffer(whole, dtype=np.uint8).reshape(len(rows), size)
+            numbers = torch.from_numpy(table[:, 8:].copy().view(np.float32))
+            age = torch.from_numpy(table[:, :8].copy().view(np.int64).reshape(-1))
             state: Any = json.loads(random) if random else self._rng.bit_generator.state
             self._restore({"state": numbers[:, :width], "features": numbers[:, width:], "age": age}, seen, state)
-        except (ValueError, KeyError, TypeError, RecursionError) as error:
+        except (UserError, ValueError, KeyError, TypeError, RuntimeError, OverflowError) as error:
             raise UserError(f"{self.client}: what is kept of it is damaged ({first_line(error)})") from error
 
     def save(self, path: str | Path) -> None:
@@ -270,7 +270,8 @@ class ClientSession:
         tensors |= {f"{_LEARNED}{name}": tensor for name, tensor in (self.learned or {}).items()}
         facts = {
             "format": _FORMAT,
-            "run": self.run.path.resolve().name,
+            "run": self.run.identity,
+            "name": self.run.path.resolve().name,  # for the error
             "client": self.client,
             "history": self.history,
             "keep": self.keep,
@@ -303,8 +304,11 @@ class ClientSession:
         if not isinstance(facts, dict) or facts.get("format") != _FORMAT:
             found = facts.get("format") if isinstance(facts, dict) else facts
             raise UserError(f"{path}: format {found}, this version reads {_FORMAT}")
-        if facts.get("run") != run.path.resolve().name:
-            raise UserError(f"{path}: belongs to the run {facts.get('run')}, not to {run.path.resolve().name}")
+        if facts.get("run") != run.identity:
+            name = run.path.resolve().name
+            raise UserError(
+                f"{path}: belongs to the run {facts.get('name')} ({facts.get('run')}), not to {name} ({run.identity})"
+            )
         try:
             session = cls(run, str(facts["client"]), facts["history"], facts["keep"], backbone, compile=compile)
             session._restore(tensors, check_int("seen", facts["seen"], 0), facts["random"])

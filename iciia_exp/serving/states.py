@@ -2,24 +2,26 @@
 
 Of a client is kept how many images it has seen, the state of the reservoir's random numbers, and a row for every kept
 image: its position in the stream, its state and, where sessions keep them, its features. One more image changes one
-row. `SqliteStore` is one file for one process, `RedisStore` a server for many; there, a client that another process has
-changed in the meantime is not written (`ClientStore.write`).
+row. `SqliteStore` is one file for one process, `RedisStore` a server for many. A client that was forgotten in the
+meantime, or that another process has changed, is not written (`ClientStore.write`).
 """
 
 from __future__ import annotations
 
 import json
+import re
 import sqlite3
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from iciia_exp.digest import digest
 from iciia_exp.errors import UserError, first_line
 
-__all__ = ["Change", "ClientStore", "RedisStore", "SqliteStore", "StoreError", "Stored"]
+__all__ = ["Change", "ClientStore", "RedisStore", "SqliteStore", "StoreError", "Stored", "without_password"]
 
 
 class StoreError(UserError):
@@ -84,7 +86,7 @@ class ClientStore(ABC):
     def write(self, changes: Sequence[Change]) -> list[int]:
         """Write changes of different clients, each whole or not at all.
 
-        Returns the new versions; 0 where another process has changed the client since.
+        Returns the new versions; 0 where the client was forgotten since, or changed by another process.
         """
 
     @abstractmethod
@@ -95,9 +97,9 @@ class ClientStore(ABC):
     def count(self) -> int | None:
         """Return the number of clients; None if it cannot be had quickly."""
 
-    def expire(self) -> int:
-        """Forget clients whose time is over, if the store does not by itself; return how many."""
-        return 0
+    def expire(self) -> list[str]:
+        """Forget clients whose time is over, if the store does not by itself; return them."""
+        return []
 
     @abstractmethod
     def close(self) -> None:
@@ -160,9 +162,29 @@ class SqliteStore(ClientStore):
             self.close()
             raise UserError(f"{path}: has states of {found[0]}, this service has {self.about}; choose another file")
 
+    @contextmanager
+    def _transaction(self, work: str) -> Iterator[None]:
+        """Do all of a block or nothing; an error of SQLite, of a full disk say, becomes a `StoreError`."""
+        try:
+            if self._db.in_transaction:  # one that could not be taken back
+                self._db.execute("ROLLBACK")
+            self._db.execute("BEGIN")
+            yield
+            self._db.execute("COMMIT")
+        except BaseException as error:
+            with suppress(sqlite3.Error):  # where SQLite has taken it back itself
+                self._db.execute("ROLLBACK")
+            if isinstance(error, sqlite3.Error):
+                raise StoreError(f"{self.path}: cannot be {work} ({first_line(error)})") from error
+            raise
+
     def versions(self, clients: Sequence[str]) -> list[int]:
         """Return the current version of each client."""
-        return [0 if (row := self._known(client)) is None else row[0] for client in clients]
+        with self._transaction("read"):
+            return [self._version(client) for client in clients]
+
+    def _version(self, client: str) -> int:
+        return 0 if (known := self._known(client)) is None else known[0]
 
     def _known(self, client: str) -> tuple[int, int, str] | None:
         """Return version, number of images and random state, unless the client's time is over."""
@@ -175,68 +197,76 @@ class SqliteStore(ClientStore):
     def read(self, clients: Sequence[str]) -> list[Stored]:
         """Return what is stored of each client."""
         found = []
-        for client in clients:
-            known = self._known(client)
-            if known is None:
-                found.append(NOTHING)
-                continue
-            rows = self._db.execute("SELECT place, row FROM images WHERE client = ?", [client]).fetchall()
-            found.append(Stored(known[0], known[1], known[2], dict(rows)))
+        with self._transaction("read"):
+            for client in clients:
+                known = self._known(client)
+                if known is None:
+                    found.append(NOTHING)
+                    continue
+                rows = self._db.execute("SELECT place, row FROM images WHERE client = ?", [client]).fetchall()
+                found.append(Stored(known[0], known[1], known[2], dict(rows)))
         return found
 
     def write(self, changes: Sequence[Change]) -> list[int]:
         """Write all changes in one transaction."""
         now = time.time()
-        self._db.execute("BEGIN")
-        try:
-            for new in [change.client for change in changes if change.version == 0]:  # or one whose time is over
+        with self._transaction("written"):
+            current = [self._version(change.client) == change.version for change in changes]
+            versions = [next_version(c.version) if same else 0 for c, same in zip(changes, current, strict=True)]
+            written = [(c, version) for c, version in zip(changes, versions, strict=True) if version]
+            for new in [c.client for c, _ in written if c.version == 0]:  # or one whose time is over
                 self._db.execute("DELETE FROM images WHERE client = ?", [new])
-            versions = [next_version(change.version) for change in changes]
             self._db.executemany(
                 "INSERT OR REPLACE INTO clients VALUES (?, ?, ?, ?, ?)",
-                [(c.client, v, c.seen, c.random, now) for c, v in zip(changes, versions, strict=True)],
+                [(c.client, version, c.seen, c.random, now) for c, version in written],
             )
             self._db.executemany(
                 "INSERT INTO images VALUES (?, ?, ?) ON CONFLICT DO UPDATE SET row = excluded.row",
-                [(c.client, place, row) for c in changes for place, row in c.rows.items()],
+                [(c.client, place, row) for c, _ in written for place, row in c.rows.items()],
             )
-            self._db.execute("COMMIT")
-        except sqlite3.Error as error:
-            with suppress(sqlite3.Error):  # where SQLite has taken it back itself
-                self._db.execute("ROLLBACK")
-            raise StoreError(f"{self.path}: cannot be written ({first_line(error)})") from error
         return versions
 
     def delete(self, client: str) -> bool:
         """Forget a client."""
-        self._db.execute("BEGIN")
-        gone = self._db.execute("DELETE FROM clients WHERE client = ?", [client]).rowcount
+        with self._transaction("written"):
+            return self._delete(client)
+
+    def _delete(self, client: str) -> bool:
         self._db.execute("DELETE FROM images WHERE client = ?", [client])
-        self._db.execute("COMMIT")
-        return bool(gone)
+        return bool(self._db.execute("DELETE FROM clients WHERE client = ?", [client]).rowcount)
 
     def count(self) -> int | None:
         """Return the number of clients whose time is not over."""
+        with self._transaction("read"):
+            return self._count()
+
+    def _count(self) -> int:
         since = 0.0 if self.seconds is None else time.time() - self.seconds
         return self._db.execute("SELECT count(*) FROM clients WHERE heard >= ?", [since]).fetchone()[0]
 
-    def expire(self) -> int:
+    def expire(self) -> list[str]:
         """Forget clients whose time is over, and the oldest ones of too many."""
-        where: list[tuple[str, list[float]]] = []
-        if self.seconds is not None:
-            where.append(("SELECT client FROM clients WHERE heard < ? LIMIT 1000", [time.time() - self.seconds]))
-        if self.most is not None and (many := (self.count() or 0) - self.most) > 0:
-            where.append(("SELECT client FROM clients ORDER BY heard LIMIT ?", [many]))
-        gone = [client for query, values in where for (client,) in self._db.execute(query, values).fetchall()]
-        for client in gone:
-            self.delete(client)
-        return len(gone)
+        gone: list[str] = []
+        with self._transaction("written"):
+            since = 0.0 if self.seconds is None else time.time() - self.seconds
+            over = "SELECT client FROM clients WHERE heard < ? LIMIT 1000"
+            oldest = "SELECT client FROM clients WHERE heard >= ? ORDER BY heard LIMIT ?"
+            if self.seconds is not None:
+                gone += [client for (client,) in self._db.execute(over, [since])]
+            if self.most is not None and (many := self._count() - self.most) > 0:
+                gone += [client for (client,) in self._db.execute(oldest, [since, many])]
+            for client in gone:
+                self._delete(client)
+        return gone
 
     def close(self) -> None:
         """Close the file."""
         with suppress(sqlite3.Error):
             self._db.close()
 
+
+#: How the address of a Redis server begins.
+REDIS = ("redis://", "rediss://", "unix://")
 
 # Writes a client if its version is the expected one: ARGV = version, time to live in ms (0: none), field, value, ...
 _WRITE = """
@@ -266,15 +296,16 @@ class RedisStore(ClientStore):
             import redis
         except ImportError as error:
             raise UserError("redis is not installed; pip install 'iciia_exp[serve]'") from error
-        from iciia_exp.digest import digest
-
         self._prefix = f"iciia_exp:{digest(self.about)}:"
         self._error = redis.RedisError
         try:
             self._db: Any = redis.Redis.from_url(url, socket_timeout=10, socket_connect_timeout=5)
             self._db.ping()
-        except (redis.RedisError, ValueError) as error:
-            raise UserError(f"{url}: no Redis server answers ({first_line(error)})") from error
+        except (ValueError, TypeError):  # which may have a part of a password in its text
+            scheme = url.partition("://")[0]
+            raise UserError(f"--states: not an address of the form {scheme}://:PASSWORD@HOST:PORT/NUMBER") from None
+        except redis.RedisError as error:
+            raise UserError(f"{without_password(url)}: no Redis server answers ({first_line(error)})") from error
         self._write = self._db.register_script(_WRITE)
 
     def _key(self, client: str) -> str:
@@ -297,14 +328,17 @@ class RedisStore(ClientStore):
     def read(self, clients: Sequence[str]) -> list[Stored]:
         """Return what is stored of each client."""
         found = []
-        for raw in self._all([("HGETALL", self._key(client)) for client in clients]):
+        for client, raw in zip(clients, self._all([("HGETALL", self._key(c)) for c in clients]), strict=True):
             fields = raw if isinstance(raw, dict) else dict(zip(raw[::2], raw[1::2], strict=True))
             if not fields:
                 found.append(NOTHING)
                 continue
-            rows = {int(name): row for name, row in fields.items() if name.isdigit()}
-            version, seen, random = (fields[name] for name in (b"version", b"seen", b"random"))
-            found.append(Stored(int(version), int(seen), random.decode(), rows))
+            try:
+                rows = {int(name): row for name, row in fields.items() if name.isdigit()}
+                version, seen, random = (fields[name] for name in (b"version", b"seen", b"random"))
+                found.append(Stored(int(version), int(seen), random.decode(), rows))
+            except (KeyError, ValueError) as error:
+                raise UserError(f"{client}: what is kept of it is damaged ({first_line(error)})") from error
         return found
 
     def write(self, changes: Sequence[Change]) -> list[int]:
@@ -333,3 +367,14 @@ class RedisStore(ClientStore):
     def close(self) -> None:
         """Close the connections."""
         self._db.close()
+
+
+def without_password(states: str) -> str:
+    """Return where states are kept as it may be shown.
+
+    >>> without_password("redis://me:s3cret@host:6379/0?password=s3cret")
+    'redis://***@host:6379/0?password=***'
+    """
+    if not states.startswith(REDIS):
+        return states
+    return re.sub(r"(password=)[^&]*", r"\1***", re.sub(r"//.*@", "//***@", states))

@@ -1,5 +1,6 @@
 """The service: answers equal those of sessions, whatever happens in between; bad requests change nothing."""
 
+import asyncio
 import base64
 import contextlib
 import io
@@ -31,6 +32,7 @@ from iciia_exp.serving.app import Limits, make_app
 from iciia_exp.serving.run import Run
 from iciia_exp.serving.scheduler import about, new_session
 from iciia_exp.serving.service import _states_of, main, open_store
+from iciia_exp.serving.session import ClientSession
 from iciia_exp.serving.states import Change, RedisStore, SqliteStore
 from tests.serving.test_session import D, K, make_run
 
@@ -54,9 +56,11 @@ def redis_server():
     port = free_port()
     command = ["redis-server", "--port", str(port), "--save", "", "--bind", "127.0.0.1"]
     with subprocess.Popen(command, stdout=subprocess.DEVNULL) as server:
-        wait_for(port)
-        yield f"redis://127.0.0.1:{port}"
-        server.terminate()
+        try:
+            wait_for(port)
+            yield f"redis://127.0.0.1:{port}"
+        finally:
+            server.terminate()
 
 
 @pytest.fixture(scope="module")
@@ -223,8 +227,54 @@ def test_names_and_tokens(run, tmp_path):
             answer = client.post(f"/clients/{name}/predict", json={"features": GOOD}, headers=right)
             assert answer.status_code == 422, name
             assert "a client's name has 1 to 200 printable characters" in answer.json()["error"]
-        for name in ("..%2f..%2fetc%2fpasswd", "ключ 🔑", "a/predict"):
+        for name in ("..%2f..%2fetc%2fpasswd", "ключ 🔑", "a/predict", "%EF%BF%BD"):
             assert client.post(f"/clients/{name}/predict", json={"features": GOOD}, headers=right).status_code == 200
+        for name in ("%E9", "%E8", "a%FFb"):  # all are read as "\ufffd"
+            for query in ("", "?top=2"):
+                answer = client.post(f"/clients/{name}/predict{query}", json={"features": GOOD}, headers=right)
+                assert (answer.status_code, "is not UTF-8" in answer.json()["error"]) == (400, True)
+            assert client.get(f"/clients/{name}", headers=right).status_code == 400
+            assert client.delete(f"/clients/{name}", headers=right).status_code == 400
+
+
+def status(app, method, path, **headers):
+    """Return the status of a request whose client hangs up before a body, with headers in bytes."""
+    found = []
+
+    async def receive():
+        return {"type": "http.disconnect"}
+
+    async def send(message):
+        found.append(message.get("status"))
+
+    scope = {"type": "http", "method": method, "path": path, "raw_path": path.encode(), "query_string": b""}
+    scope["headers"] = [(name.replace("_", "-").encode(), value) for name, value in headers.items()]
+    asyncio.run(app(scope, receive, send))
+    return found[0]
+
+
+@pytest.mark.parametrize("token", ["pässwort-ключ", "caf\udce9"])  # the latter is in the environment in Latin-1
+def test_a_token_is_compared_as_bytes(run, token):
+    sent = f"Bearer {token}".encode(errors="surrogateescape")
+    app = make_app(run, SqliteStore(":memory:", {}), 5, token=token)
+    assert status(app, "GET", "/", authorization=sent) == 200
+    for wrong in (b"Bearer ", sent[:-1], sent + b"\xe9", b"Bearer p\xe4sswort"):
+        assert status(app, "GET", "/", authorization=wrong) == 401
+    app.state.scheduler.close()
+
+
+def test_requests_are_counted_by_their_status(run, monkeypatch):
+    app = make_app(run, SqliteStore(":memory:", {}), 5)
+    with TestClient(app, raise_server_exceptions=False) as client:
+        ask(client, "c", torch.ones(1, D))
+        assert client.delete("/clients/c").status_code == 204
+        assert client.post("/clients/c/predict?top=x", json={"features": GOOD}).status_code == 422
+        assert status(app, "POST", "/clients/c/predict", content_type=b"application/json") == 499
+        monkeypatch.setattr(app.state.scheduler, "submit", lambda *_, **__: 1 / 0)
+        assert client.post("/clients/c/predict", json={"features": GOOD}).status_code == 500
+        metrics = client.get("/metrics").text
+        for code in (200, 204, 422, 499, 500):
+            assert f'iciia_requests_total{{status="{code}"}} 1.0' in metrics
 
 
 def test_images_are_those_of_the_backbone(finished):
@@ -259,7 +309,7 @@ def test_images_are_those_of_the_backbone(finished):
         assert client.get("/clients/c").json()["seen"] == 4
 
 
-def test_methods_whose_devices_learn_know_the_clients_of_the_run(stages, undrawn):
+def test_methods_whose_devices_learn_know_the_clients_of_the_run(stages, undrawn, tmp_path, capsys):
     made = stages("method=finetune", "partition.split=within", "evaluation.history_lengths=[]", "method.epochs=1")
     execute(made)
     run = Run.load(made.run.folder)
@@ -271,6 +321,22 @@ def test_methods_whose_devices_learn_know_the_clients_of_the_run(stages, undrawn
         assert [row[0]["class"] for row in answer["answers"]] == [run.class_names[k] for k in wanted.argmax(1)]
         answer = client.post("/clients/nobody/predict", json={"features": x.tolist()})
         assert (answer.status_code, answer.json()["error"]) == (404, "nobody: is not a client of the run")
+        size = 4 * sum(np.prod(shape) for shape in run.method.state_shapes.values())
+        assert client.get(f"/clients/{name}").json() == {"client": name, "seen": 2, "kept": 0, "bytes": size}
+        assert client.delete(f"/clients/{name}").status_code == 204
+        assert client.get(f"/clients/{name}").json()["seen"] == 0, "what it has learned is the run's"
+        assert [client.request(kind, "/clients/nobody").status_code for kind in ("GET", "DELETE")] == [404, 404]
+        assert client.get("/health").json()["clients"] == len(run.method.states)
+    folder, states = run.save_pretrained(tmp_path / "model"), tmp_path / "states.sqlite"
+    for path, more, message in (
+        (run.path, ["--history", "7"], "history and keep do not apply"),
+        (run.path, ["--keep", "reservoir"], "history and keep do not apply"),
+        (folder, [], "a repository has no states of its clients"),
+    ):
+        assert main([str(path), "--states", str(states), *more]) == 1
+        assert message in capsys.readouterr().err
+    assert not states.exists()
+    assert ClientSession(Run.load(folder), "new").learned is None, "a session that can learn"
 
 
 def start(run, states, port, *more):
@@ -346,15 +412,17 @@ def test_stores(tmp_path, redis_url):
         assert store.versions(["c", "d"]) == [version, 0]
         (later,) = store.write([Change("c", version, 2, "x", {1: b"three"})])
         assert store.read(["c"]) == [(later, 2, "x", {0: b"one", 1: b"three"})]
-        if store.shared:
-            assert store.write([Change("c", version, 9, "", {0: b"lost"}), Change("d", 0, 1, "", {})])[0] == 0
-            assert store.read(["c"])[0].seen == 2
+        stale, new = store.write([Change("c", version, 9, "", {0: b"lost"}), Change("d", 0, 1, "", {})])
+        assert (stale, new > 0) == (0, True)
+        assert store.read(["c"])[0].seen == 2
         time.sleep(0.6)
         assert store.versions(["c"]) == [0], "its time is over"
         store.write([Change("c", 0, 1, "", {0: b"new"})])
         assert store.read(["c"])[0].rows == {0: b"new"}
         assert store.delete("c")
         assert not store.delete("c")
+        assert store.write([Change("c", later, 3, "", {0: b"lost"})]) == [0], "it was forgotten"
+        assert store.read(["c"])[0].version == 0
         store.close()
 
 
@@ -378,8 +446,18 @@ def test_the_oldest_clients_of_too_many_are_forgotten(tmp_path):
     for name in "abc":
         store.write([Change(name, 0, 1, "", {0: b"x"})])
         time.sleep(0.01)
-    assert store.expire() == 1
+    assert store.expire() == ["a"]
     assert store.versions(["a"]) == [0]
+    assert store.count() == 2
+
+
+def test_clients_whose_time_is_over_do_not_count_among_too_many(tmp_path):
+    store = SqliteStore(tmp_path / "s", {}, seconds=60, most=2)
+    for name in "abcd":
+        store.write([Change(name, 0, 1, "", {0: b"x"})])
+        time.sleep(0.01)
+    store._db.execute("UPDATE clients SET heard = 0 WHERE client = 'a'")
+    assert store.expire() == ["a", "b"]
     assert store.count() == 2
 
 
@@ -394,7 +472,78 @@ def test_files_and_servers_that_do_not_fit(run, tmp_path):
         open_store(f"redis://127.0.0.1:{free_port()}", run, 5, "recent")
     with pytest.raises(UserError, match="--max-clients: is of SQLite"):
         open_store("redis://127.0.0.1:1", run, 5, "recent", most=3)
-    assert about(run, 5, "recent") == {"run": "iciia-1", "history": 5, "keep": "recent"}
+    assert about(run, 5, "recent") == {"run": run.identity, "history": 5, "keep": "recent"}
+
+
+def test_states_are_of_what_a_run_computes_with(run, states, tmp_path):
+    x = torch.randn(3, D)
+    with TestClient(make_app(run, open_store(states, run, 5, "recent"), 5)) as client:
+        ask(client, "shared", x[:1])
+    same = Run.load(run.save_pretrained(tmp_path / "A" / "model"))
+    with TestClient(make_app(same, open_store(states, same, 5, "recent"), 5)) as client:
+        torch.testing.assert_close(ask(client, "shared", x[1:]), alone(run, "shared", x)[1:], atol=1e-6, rtol=1e-5)
+    (tmp_path / "other").mkdir()
+    other = Run.load(make_run(tmp_path / "other", seed=1).save_pretrained(tmp_path / "B" / "model"))
+    if states.startswith("redis"):
+        assert open_store(states, other, 5, "recent").read(["shared"])[0].version == 0
+    else:
+        with pytest.raises(UserError, match="has states of .*choose another file"):
+            open_store(states, other, 5, "recent")
+
+
+def test_passwords_are_not_shown(run, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("uvicorn.Server.run", lambda *_, **__: None)
+    port = free_port()
+    for url in (
+        f"redis://me:s3cret@127.0.0.1:{port}",
+        f"redis://:s3@cret@127.0.0.1:{port}/0?password=s3cret",
+        f"redis://:cr/s3cret@127.0.0.1:{port}",
+        "redis://:s3cret",
+    ):
+        assert main([str(run.path), "--states", url]) == 1
+        out, err = capsys.readouterr()
+        assert out == ""
+        assert "s3" not in err
+        assert "cret" not in err
+    with redis_server() as url:
+        import redis
+
+        redis.Redis.from_url(url).config_set("requirepass", "s3cret")
+        with_password = url.replace("//", "//:s3cret@")
+        assert main([str(run.path), "--states", with_password, "--port", str(free_port())]) == 0
+        out, err = capsys.readouterr()
+        assert f"states in {url.replace('//', '//***@')}" in out
+        assert "s3cret" not in out + err
+
+
+@pytest.mark.parametrize(
+    ("flag", "value"),
+    [
+        *(("--ttl", value) for value in ("-5", "0", "nan", "inf", "1e300")),
+        *((flag, value) for flag in ("--max-clients", "--threads", "--max-body") for value in ("-1", "0")),
+        *(("--threads", "100000"), ("--history", "-1"), ("--port", "0"), ("--port", "99999")),
+    ],
+)
+def test_a_number_out_of_range_is_refused_at_start(run, tmp_path, capsys, monkeypatch, flag, value):
+    monkeypatch.setattr("uvicorn.Server.run", lambda *_, **__: None)
+    states = tmp_path / "states.sqlite"
+    assert main([str(run.path), "--states", str(states), flag, value]) == 1
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.startswith(f"error: {flag}=")
+    assert not states.exists()
+
+
+def test_what_stands_before_a_token_is_no_part_of_it(run, tmp_path, monkeypatch):
+    given = []
+    monkeypatch.setattr("uvicorn.Server.run", lambda *_, **__: None)
+    monkeypatch.setattr("iciia_exp.serving.service.make_app", lambda *arguments: given.append(arguments[5]))
+    (tmp_path / "token").write_text("\ufeffpässwort\n", encoding="utf-8")
+    command = [str(run.path), "--states", str(tmp_path / "states"), "--port", str(free_port())]
+    assert main([*command, "--token-file", str(tmp_path / "token")]) == 0
+    monkeypatch.setenv("ICIIA_EXP_TOKEN", " secret ")
+    assert main([*command[:2], str(tmp_path / "other"), *command[3:]]) == 0
+    assert given == ["pässwort", "secret"]
 
 
 def test_a_port_in_use_is_one_line_and_leaves_no_file(run, tmp_path, capsys):
@@ -404,7 +553,7 @@ def test_a_port_in_use_is_one_line_and_leaves_no_file(run, tmp_path, capsys):
         file = tmp_path / "states.sqlite"
         for number, message in (
             (port, f"error: 127.0.0.1: cannot listen on port {port} ("),
-            (99999, "error: port=99999"),
+            (99999, "error: --port=99999"),
         ):
             assert main([str(run.path), "--port", str(number), "--states", str(file)]) == 1
             out, err = capsys.readouterr()

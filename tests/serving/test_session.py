@@ -196,7 +196,8 @@ def test_a_huge_feature_is_refused_and_the_past_unchanged(run, keep, tmp_path):
         ({"keep": "all"}, "keep=all"),
         ({"random": {}}, "is not a saved session"),
         ({"format": 7}, "format 7, this version reads 1"),
-        ({"client": None, "run": 5}, "belongs to the run 5"),
+        ({"client": None, "run": 5}, r"belongs to the run iciia-1 \(5\), not to iciia-1 \("),
+        ({"run": [5]}, r"belongs to the run iciia-1 \(\[5\]\)"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )
@@ -340,13 +341,33 @@ def test_a_session_of_another_run_is_refused(run, tmp_path):
     ClientSession(run).save(tmp_path / "s")
     (tmp_path / "iciia-2").mkdir()
     other = make_run(tmp_path / "iciia-2", seed=1, num_layers=2, attention="causal")
-    with pytest.raises(UserError, match="belongs to the run iciia-1, not to iciia-2"):
+    with pytest.raises(UserError, match=r"belongs to the run iciia-1 \(.*\), not to iciia-2 \("):
         ClientSession.load(tmp_path / "s", other)
     (tmp_path / "bad").write_text("x")
     with pytest.raises(UserError, match="is not a saved session"):
         ClientSession.load(tmp_path / "bad", run)
     with pytest.raises(UserError, match="no such session"):
         ClientSession.load(tmp_path / "nowhere", run)
+
+
+def test_a_run_is_known_by_what_it_computes_with(run, tmp_path):
+    x = torch.randn(4, D)
+    session = ClientSession(run, "kitchen", history=3)
+    for row in x[:3]:
+        session.predict(row)
+    session.save(tmp_path / "s")
+    same = Run.from_pretrained(run.save_pretrained(tmp_path / "A" / "model"))
+    assert same.identity == run.identity
+    assert torch.equal(ClientSession.load(tmp_path / "s", same).predict(x[3]), session.predict(x[3]))
+    ClientSession(same).save(tmp_path / "of_repository")
+    assert ClientSession.load(tmp_path / "of_repository", run).seen == 0
+    (tmp_path / "other").mkdir()
+    trained = make_run(tmp_path / "other", seed=1, num_layers=2, attention="causal")
+    other = Run.from_pretrained(trained.save_pretrained(tmp_path / "B" / "model"))
+    (tmp_path / "settings").mkdir()
+    assert len({run.identity, other.identity, make_run(tmp_path / "settings", num_layers=2).identity}) == 3
+    with pytest.raises(UserError, match=r"belongs to the run model \(.*\), not to model \("):
+        ClientSession.load(tmp_path / "of_repository", other)
 
 
 @pytest.mark.parametrize(
