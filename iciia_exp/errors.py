@@ -81,14 +81,14 @@ def printable(text: object, lines: bool = True) -> str:
 
 
 def nearest(word: str, choices: Iterable[str]) -> str | None:
-    """Return the choice most like ``word``, or None when nothing is close.
+    """Return the choice most like ``word``, another one than it, or None when nothing is close.
 
     >>> nearest("grups", ["groups", "heads", "seed"])
     'groups'
     >>> nearest("xyz", ["groups", "heads"]) is None
     True
     """
-    choices = list(choices)
+    choices = [choice for choice in choices if choice != word]
     found = difflib.get_close_matches(word, choices, n=1, cutoff=0.6)
     if not found and "." not in word:  # `lr` for `training.recipe.lr`: compare with the last part alone
         by_leaf: dict[str, str] = {}

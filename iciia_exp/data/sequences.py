@@ -2,9 +2,9 @@
 
 - ``stream``: several seeded orders of a client's images (or the order of time, if the data has it); the image at
   position n is a target with the n images before it.
-- ``prefix`` (paper, Figure 6): every image is a target; its history is the first n other images of the client.
+- ``prefix`` (as the paper's Figure 6): every image is a target; its history is the first n other images of the client.
 
-Clients with too few images are not in the longer histories.
+Clients with too few images are not in the longer histories; in the paper they stay, with all the images that they have.
 
 Legend: C clients, B sequences of a batch, S images of a sequence.
 """

@@ -8,7 +8,7 @@ import pandas as pd
 from iciia_exp.errors import printable
 from iciia_exp.results.columns import backbone_cell, cell, columns_of
 from iciia_exp.results.summary import ALL
-from iciia_exp.results.tables import backbone_history, backbone_line, history_of, unbalanced
+from iciia_exp.results.tables import backbone_history, backbone_line, cost_images, history_of, unbalanced
 
 __all__ = ["by_history", "csv", "latex", "markdown", "note", "summary"]
 
@@ -47,7 +47,7 @@ def note(table: pd.DataFrame) -> str:
     return (
         f"{first['test_clients']:,} test clients, {first['test_images']:,} test images. Percent; ± standard error over "
         "runs, [95 % interval over clients]. Overhead in multiply-accumulates, of the backbone's for one image: "
-        f"{first['cost_images']} images together, each of them, one more where state is kept. Payloads and MACs "
+        f"{cost_images(table)} images together, each of them, one more where state is kept. Payloads and MACs "
         "by site: of a client, once, and of a request, the backbone's included. * none of the same cost or less "
         f"is better. {unbalanced(table)}".rstrip()
     )

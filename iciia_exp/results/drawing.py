@@ -105,8 +105,11 @@ def cost_axis(axes: Any, cost: pd.Series, percent: bool = True) -> None:
     edge = 10 ** np.floor(np.log10(cost[cost > 0].min())) if (cost > 0).any() else 1.0
     axes.set_xscale("symlog", linthresh=edge, linscale=0.4)
     axes.set_xlim(-0.15 * edge, max([*cost, edge]) * 3)
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g} %" if percent else f"{value:.0e}"))
+    form = "{:g} %" if percent else "{:.0e}"
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: form.format(value) if value or percent else "0"))
     axes.xaxis.set_minor_locator(NullLocator())
+    low, high = axes.get_xlim()  # a tick between 0 and the edge would be printed over the 0
+    axes.set_xticks([tick for tick in axes.get_xticks() if (tick == 0 or tick >= edge) and low <= tick <= high])
 
 
 def hover(artist: Any, text: str) -> None:

@@ -24,7 +24,7 @@ from iciia_exp.results.drawing import (
     save,
 )
 from iciia_exp.results.summary import ALL
-from iciia_exp.results.tables import backbone_line, settings
+from iciia_exp.results.tables import backbone_line, cost_images, settings
 from iciia_exp.tasks import CLICK
 
 __all__ = [
@@ -194,8 +194,8 @@ def draw_accuracy_vs_overhead(rows: Sequence[dict[str, Any]], highlight: str | N
     bars = (seeds if several.all() else f"{seeds}; of one run {clients}") if several.any() else clients
     percent = ", % of the backbone's for one image" if in_percent else ""
     figure, axes = new_figure(
-        f"{first['dataset']}: accuracy against overhead (bars: {bars})",
-        f"added MACs{percent} (published convention, {first['cost_images']} images)",
+        f"{first['dataset']}: accuracy against overhead\nbars: {bars}",
+        f"added MACs{percent} (published convention, {cost_images(table)} images)",
         measure(table),
     )
     backbone = backbone_line(table)

@@ -19,8 +19,8 @@ from iciia_exp.results.summary import COUNTS, ClientCounts, averages, summarise
 from iciia_exp.tasks import TASKS
 
 __all__ = [
-    *("averages_by_history", "backbone_history", "backbone_line", "comparisons", "history_of", "history_summary"),
-    *("load_runs", "pareto_front", "read_table", "select", "settings", "unbalanced"),
+    *("averages_by_history", "backbone_history", "backbone_line", "comparisons", "cost_images"),
+    *("history_of", "history_summary", "load_runs", "pareto_front", "read_table", "select", "settings", "unbalanced"),
 ]
 
 log = logging.getLogger(__name__)
@@ -196,6 +196,12 @@ def backbone_line(table: pd.DataFrame) -> pd.Series:
     first = table.iloc[0]
     names = {name: name.replace("alone_", "backbone_", 1) for name in table.columns if name.startswith("alone_")}
     return first[list(names)].rename(names).rename({"backbone_runs": "runs"})
+
+
+def cost_images(table: pd.DataFrame) -> str:
+    """Return for how many images together the cost is stated."""
+    low, high = table["cost_images"].min(), table["cost_images"].max()
+    return f"{low}" if low == high else f"{low} to {high}"
 
 
 def unbalanced(table: pd.DataFrame) -> str:

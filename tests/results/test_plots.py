@@ -109,9 +109,9 @@ def test_the_title_says_what_the_bars_are():
     several = [row(digest=str(seed), partition_digest=str(seed), accuracy=0.9 + seed / 100) for seed in range(3)]
     one = row(method="lame", digest="one", setting_digest="b", groups=None)
     for rows, said in (
-        (several, "(bars: standard error over seeds)"),
-        ([one], "(bars: 95 % interval over clients)"),
-        ([*several, one], "(bars: standard error over seeds; of one run 95 % interval over clients)"),
+        (several, "\nbars: standard error over seeds"),
+        ([one], "\nbars: 95 % interval over clients"),
+        ([*several, one], "\nbars: standard error over seeds; of one run 95 % interval over clients"),
     ):
         assert draw_accuracy_vs_overhead(rows).axes[0].get_title(loc="left").endswith(said)
 

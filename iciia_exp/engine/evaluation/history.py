@@ -97,7 +97,7 @@ def history_table(
                 wanted, client_B, image_BS, lambda rows, at: known.at(client_B[rows], image_BS[rows, at])
             )
         batch = batches[index].moved(device)
-        # of the last image, logits with and without `causal` are those after all others
+        # causal methods read every sequence as a stream, that of `prefix` too
         logits_BSK = method.logits(batch._replace(client_C=numbers_C[batch.client_C]), causal=method.causal)
         assert batch.image_CS is not None  # `FeatureBatches` gives it
 

@@ -76,7 +76,7 @@ def share_interval(
 
     With the J-th smallest of n different scores it is distributed as Beta(J, n + 1 - J), and that of a number of
     ``requests`` as the beta-binomial distribution. Any other threshold, as a cap, counts as one between two scores: its
-    interval is that of Clopper and Pearson.
+    interval is that of Clopper and Pearson, whose ends are such distributions.
     """
     from scipy.stats import beta, betabinom
 
@@ -86,13 +86,16 @@ def share_interval(
         return Interval(share, share, share)
     tails = (1 - coverage) / 2, (1 + coverage) / 2
     below = int((scores_n < threshold).sum())
+
+    def share_at(tail: float, a: int, b: int) -> float:
+        return float(beta.ppf(tail, a, b) if requests is None else betabinom.ppf(tail, requests, a, b) / requests)
+
     if (scores_n == threshold).any():
-        shape = below + 1, n - below
-        low, high = beta.ppf(tails, *shape) if requests is None else betabinom.ppf(tails, requests, *shape) / requests
-        return Interval((below + 1) / (n + 1), float(low), float(high))
-    low = beta.ppf(tails[0], below, n + 1 - below) if below else 0.0
-    high = beta.ppf(tails[1], below + 1, n - below) if below < n else 1.0
-    return Interval(below / n if n else 0.0, float(low), float(high))
+        low, high = (share_at(tail, below + 1, n - below) for tail in tails)
+        return Interval((below + 1) / (n + 1), low, high)
+    low = share_at(tails[0], below, n + 1 - below) if below else 0.0
+    high = share_at(tails[1], below + 1, n - below) if below < n else 1.0
+    return Interval(below / n if n else 0.0, low, high)
 
 
 def _check(scores_n: np.ndarray, rho: float) -> None:

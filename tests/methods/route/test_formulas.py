@@ -115,6 +115,19 @@ def test_a_calibrated_share_of_new_requests_is_as_stated():
     assert inside == pytest.approx(0.95, abs=0.02)
 
 
+@pytest.mark.parametrize("requests", [30, 300])
+@pytest.mark.parametrize("cap", [None, 0.3])
+def test_the_share_of_new_requests_is_within_its_interval(requests, cap):
+    """Also where the threshold is the cap, which is none of the scores."""
+    rng, inside = np.random.default_rng(0), []
+    for _ in range(500):
+        reference, new = rng.random(200), rng.random(requests)
+        threshold = calibrated_threshold(reference, 0.5, cap)
+        found = share_interval(reference, threshold, requests)
+        inside.append(found.low <= (new < threshold).mean() <= found.high)
+    assert 0.93 <= np.mean(inside) <= 0.99
+
+
 def test_the_ends_of_the_budget():
     scores = np.array([0.1, 0.2, 0.3])
     assert calibrated_threshold(scores, 0.0) == -np.inf
