@@ -184,7 +184,7 @@ def science(node: Any) -> Any:
         return {k: science(v) for k, v in node.items()}
     cosmetic: frozenset[str] = frozenset()
     if of_library(node["_target_"]):
-        name = node["_target_"].rsplit(".", 1)[-1]
+        name = _name_in_library(node["_target_"])
     else:
         target = get_object(node["_target_"])
         name, cosmetic = identity(target), getattr(target, "cosmetic", frozenset())
@@ -192,6 +192,16 @@ def science(node: Any) -> Any:
         node = {k: v for k, v in (defaults | node).items() if v is not None or defaults.get(k, ...) is not None}
     values = {k: science(v) for k, v in node.items() if k not in cosmetic and not k.startswith("_")}
     return {"_target_": name, **values}
+
+
+def _name_in_library(target: str) -> str:
+    """Return the name of a library's class, with its package where PyTorch has another class of the name."""
+    package, name = target.partition(".")[0], target.rpartition(".")[2]
+    if package != "timm":
+        return name
+    import torch
+
+    return name if getattr(torch.optim, name, get_object(target)) is get_object(target) else f"{package}.{name}"
 
 
 def trainer_science(config: dict[str, Any]) -> dict[str, Any]:

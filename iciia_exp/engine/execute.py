@@ -174,10 +174,9 @@ def _goals(stages: Stages) -> list[Any]:
 
 def _shared(stages: Stages) -> list[Artifact]:
     """Return the unfinished artifacts of the stage that all processes of torchrun or srun make together."""
-    e = stages.experiment
     kinds = ["features", "states"]
     if process_count() > 1 and stages.processes > 1:
-        kinds += ["backbone", "run"] if e.method_class.trainable else ["backbone"]
+        kinds += ["backbone", "run"] if stages.trains_together else ["backbone"]
     return [goal for goal in _goals(stages) if goal.kind in kinds and not goal.finished]
 
 

@@ -104,7 +104,7 @@ class Stages(Inputs):
             e.method_class.name,
             parts,
             partial(in_processes, self, "run", train_method.train_method)
-            if e.method_class.trainable
+            if self.trains_together
             else partial(train_method.train_method, self),
             e.output_dir / e.name,
             (self.base,),
@@ -112,6 +112,12 @@ class Stages(Inputs):
             in_place=True,
             report=train_method.report_run,
         )
+
+    @property
+    def trains_together(self) -> bool:
+        """Whether several processes train the method: it calls `fit`, as DC-CCL does before its rounds."""
+        method = self.experiment.method_class
+        return method.trainable or issubclass(method, CoTrained)
 
     def _states(self) -> Artifact | None:
         """What the clients' devices have learned, in the run's folder; None if they learn nothing."""

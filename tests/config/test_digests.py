@@ -307,3 +307,14 @@ def test_a_class_that_moves_to_another_module_renames_nothing(stages, key, monke
     assert there.evaluation.folder == stages().evaluation.folder
     assert there.features.folder == stages().features.folder
     assert there.backbone.folder == stages().backbone.folder
+
+
+def test_classes_of_the_same_name_are_told_apart(stages):
+    """timm has optimisers with the names of other ones of PyTorch, and passes on PyTorch's own."""
+    less = ("~optimizer.fused", "~optimizer.weight_decay")
+
+    def digest(target):
+        return stages("method=iciia", f"optimizer._target_={target}", *less).run.digest
+
+    assert digest("torch.optim.Adafactor") != digest("timm.optim.Adafactor")
+    assert digest("torch.optim.AdamW") == digest("timm.optim.AdamW")

@@ -84,6 +84,12 @@ def test_the_command_starts_the_processes(stages, undrawn):
     assert log.index("run: 2 processes") < log.index("train: 3 epochs")
 
 
+@pytest.mark.parametrize(("method", "together"), [("dc_ccl", True), ("iciia", True), ("finetune", False)])
+def test_methods_that_call_fit_are_trained_by_all_processes(stages, method, together):
+    """Else Lightning would start the whole command again, which waits for the run's lock."""
+    assert stages(f"method={method}", "partition.split=within").trains_together is together
+
+
 def test_what_does_not_fit_is_refused_before_any_work(stages, monkeypatch):
     with pytest.raises(ConfigError, match="^trainer.num_nodes=2: start the same command on each machine with torchrun"):
         execute(stages("+trainer.num_nodes=2"))
