@@ -226,7 +226,7 @@ def make_folder(
             for name in os.listdir(folder):
                 if is_temporary(name, folder, older=0.0):
                     (folder / name).unlink()
-        if not (folder / last).is_file():  # else only the checksums are missing, and what a build continues from is gone
+        if not (folder / last).is_file():  # else checksums alone are missing, and nothing to continue from is left
             build(folder)
         if not (folder / last).is_file():
             raise RuntimeError(f"{what}: the build wrote no {last} into {folder}")
