@@ -21,6 +21,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 
 from iciia_exp.artifacts import atomic_write, save_tensors
@@ -120,18 +121,23 @@ class NodeFleet:
             }
         )
         while len(self.nodes) < devices:
-            self._greet()
+            self._greet(first=True)
             if len(self.nodes) < devices:
                 time.sleep(_POLL)
 
     def __call__(self, job: Job, weights: Weights) -> dict[int, Update]:
-        """Send a job to the devices of its round; return the answers."""
-        left = self.method.draw(job.round, self.count)[0].tolist()
+        """Send a job to the devices of its round; return the answers.
+
+        A device that ``method.unavailable`` leaves out is not asked; as in one process, what goes down to it counts.
+        """
+        drawn, there = self.method.draw(job.round, self.count)
+        for _ in drawn[~there]:
+            self.method.send(weights, self.link)
+        left: list[int] = drawn[there].tolist()
         answers: dict[int, Update] = {}
         while left:
             self._greet()
-            there = [number for number in left if number in self.nodes]
-            answers |= self._answers(job, weights, there)
+            answers |= self._answers(job, weights, [number for number in left if number in self.nodes])
             left = [number for number in left if number not in answers]
             if left and not self.wait:
                 listed = ", ".join(map(str, left))
@@ -152,57 +158,76 @@ class NodeFleet:
             arrays = from_packed(self.link.down("weights", packed, "round", "training"))
             content = RecordDict({ARRAYS: arrays, CONFIG: ConfigRecord({"job": json.dumps(job._asdict())})})
             messages.append(self._to_node(content, self.nodes[number], "train"))
-        answers = {}
-        for number, content in self._replies(messages, numbers).items():
+        answers, devices = {}, {self.nodes[number]: number for number in numbers}
+        for node, reply in self._replies(messages):
+            number = devices[node]
+            if reply.has_error():
+                log.warning("device %d: %s", number, reply.error.reason)
+                continue
+            content = reply.content
             copy = self.link.up("weights", to_packed(content[ARRAYS]), "round", "training")
             samples, steps, loss = (content[METRICS][name] for name in ("samples", "steps", "loss"))
             answers[number] = Update(self.method.unpacked(copy, received), int(samples), int(steps), float(loss))
         return answers
 
-    def _greet(self) -> None:
-        """Let new nodes join: ask for their numbers, and send them what they need."""
-        from flwr.app import ArrayRecord, ConfigRecord, RecordDict
+    def _greet(self, first: bool = False) -> None:
+        """Let new nodes join: ask for their numbers, and send them what they need.
 
-        from iciia_exp.serving.flower import ARRAYS, CONFIG
+        A node that does not answer, or not with what is needed, is asked again the next time.
+
+        Args:
+            first: before the first round, where a device that cannot take part ends the training.
+        """
+        from flwr.app import ConfigRecord, RecordDict
+
+        from iciia_exp.serving.flower import CONFIG
 
         nodes = set(self.grid.get_node_ids())
         self.nodes = {number: node for number, node in self.nodes.items() if node in nodes}
+        self._known &= nodes  # one that was away may not have any more what it was sent
         new = sorted(nodes - self._known)
         if not new:
             return
         messages = [self._to_node(RecordDict({CONFIG: ConfigRecord({"ask": "device"})}), node, "query") for node in new]
-        for reply in self.grid.send_and_receive(messages, timeout=self.timeout):
+        for node, reply in self._replies(messages):
             if reply.has_error():
-                log.warning("node %d: %s", reply.metadata.src_node_id, reply.error.reason)
+                log.warning("node %d: %s", node, reply.error.reason)
                 continue
-            told, node = reply.content[CONFIG], reply.metadata.src_node_id
+            told = reply.content[CONFIG]
             number, images = int(told["device"]), int(told["images"])
-            self._known.add(node)
             if not 0 <= number < self.count:
                 log.warning("node %d: is device %d, and there are devices 0 to %d", node, number, self.count - 1)
-                continue
-            sent = self.method.sent(number, images, self.cloud, self.link)
-            arrays = ArrayRecord({name: t.cpu().contiguous() for name, t in sent.items()})
-            content = RecordDict({ARRAYS: arrays, CONFIG: ConfigRecord({"method": self._stored})})
-            for answer in self.grid.send_and_receive(
-                [self._to_node(content, node, "train.accept")], timeout=self.timeout
-            ):
-                if answer.has_error():
-                    raise UserError(f"device {number}: {answer.error.reason}")
-                self.nodes[number], self.images[number] = node, images
-                self.received[number] = len(sent.get("train.y", ()))
+                self._known.add(node)
+            elif (received := self._send_once(number, node, images, first)) is not None:
+                self.nodes[number], self.images[number], self.received[number] = node, images, received
+                self._known.add(node)
                 log.info("device %d: has joined with %d images", number, images)
 
-    def _replies(self, messages: "Sequence[Message]", numbers: Sequence[int]) -> dict[int, Any]:
-        devices = {self.nodes[number]: number for number in numbers}
-        found = {}
-        for reply in self.grid.send_and_receive(messages, timeout=self.timeout):
-            number = devices[reply.metadata.src_node_id]
-            if reply.has_error():
-                log.warning("device %d: %s", number, reply.error.reason)
-            else:
-                found[number] = reply.content
-        return found
+    def _send_once(self, number: int, node: int, images: int, first: bool) -> int | None:
+        """Send a device what it needs; return how many images of the cloud these are, None if it has not accepted."""
+        from flwr.app import ArrayRecord, ConfigRecord, RecordDict
+
+        from iciia_exp.serving.flower import ARRAYS, CONFIG
+
+        sent = self.method.sent(number, images, self.cloud, self.link)
+        arrays = ArrayRecord({name: t.cpu().contiguous() for name, t in sent.items()})
+        content = RecordDict({ARRAYS: arrays, CONFIG: ConfigRecord({"method": self._stored})})
+        for _, answer in self._replies([self._to_node(content, node, "train.accept")]):
+            if not answer.has_error():
+                return len(sent.get("train.y", ()))
+            # an error in the device's own program has its node; the SuperLink tells that it could not be reached
+            if first and answer.metadata.src_node_id == node:
+                raise UserError(f"device {number}: {answer.error.reason}")
+            log.warning("device %d: has not joined: %s", number, answer.error.reason)
+            return None
+        log.warning("device %d: has not joined: no answer within %g s", number, self.timeout)
+        return None
+
+    def _replies(self, messages: "Sequence[Message]") -> list[tuple[int, Any]]:
+        """Send messages; return the nodes that were asked, each with its answer, or the SuperLink's error in place."""
+        replies = self.grid.send_and_receive(messages, timeout=self.timeout)
+        nodes = {message.metadata.message_id: message.metadata.dst_node_id for message in messages}
+        return [(nodes[reply.metadata.reply_to_message_id], reply) for reply in replies]
 
     def _to_node(self, content: Any, node: int, kind: str) -> "Message":
         from flwr.app import Message
@@ -240,10 +265,18 @@ def _stages(overrides: Sequence[str]) -> Stages:
     return stages
 
 
+def _with_devices(overrides: Sequence[str]) -> tuple[Stages, CoTrained, list[np.ndarray]]:
+    """Return the stages of an experiment, its method, and the train images of its devices, which need its features."""
+    stages = _stages(overrides)
+    ensure(stages.features, KINDS["all"])
+    method = stages.untrained_method()
+    assert isinstance(method, CoTrained)
+    return stages, method, device_rows(stages.known_clients, method.devices)
+
+
 def write_app(folder: Path, overrides: Sequence[str]) -> None:
     """Write an app for ``flwr run`` into a folder."""
-    stages = _stages(overrides)
-    devices = len(device_rows(stages.clients, stages.method_config["devices"]))
+    devices = len(_with_devices(overrides)[2])
     folder.mkdir(parents=True, exist_ok=True)
     text = _APP.format(overrides=json.dumps(shlex.join(overrides)), devices=devices)
     for name, content in (("pyproject.toml", text), ("app.py", _COMPONENTS)):
@@ -253,13 +286,10 @@ def write_app(folder: Path, overrides: Sequence[str]) -> None:
 
 def write_devices(folder: Path, overrides: Sequence[str]) -> list[Path]:
     """Write the images of every device of an experiment into a file of its own; return the files."""
-    stages = _stages(overrides)
-    ensure(stages.features, KINDS["all"])
-    method = stages.untrained_method()
-    assert isinstance(method, CoTrained)
+    stages, method, devices = _with_devices(overrides)
     folder.mkdir(parents=True, exist_ok=True)
     paths = []
-    for number, rows in enumerate(device_rows(stages.known_clients, method.devices)):
+    for number, rows in enumerate(devices):
         own = site_of(stages, method, number, rows, torch.device("cpu")).own
         paths.append(folder / f"device-{number:04d}.safetensors")
         save_tensors(paths[-1], {"x": own.x, "y": own.y})

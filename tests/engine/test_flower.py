@@ -8,6 +8,7 @@ import socket
 import subprocess
 import sys
 import time
+import tomllib
 from functools import partial
 from pathlib import Path
 
@@ -30,6 +31,7 @@ from iciia_exp.serving import flower as device_side
 pytestmark = [pytest.mark.usefixtures("undrawn"), pytest.mark.filterwarnings("ignore::DeprecationWarning")]
 
 TRAINED = ("method.devices=2", "method.rounds=2", "method.network.width=2", "method.network.dim=8")
+SUPERLINK = 1  # the node of its own errors
 METHOD = ("method=dc_ccl", "method.control_epochs=1", *TRAINED)
 
 
@@ -61,6 +63,7 @@ class Grid:
             self.start(100 + number, {"device": number, "data": str(path)})
         self.handled, self.app = [], device_side.client_app()
         self.silent, self.broken = set(), set()
+        self.deaf, self.unreached = {}, set()  # how often a node does not answer what it is sent once
 
     def start(self, node, config):
         self.nodes[node] = Context(1, node, config, RecordDict(), {})
@@ -72,17 +75,32 @@ class Grid:
         replies = []
         for message in messages:
             node, kind = message.metadata.dst_node_id, message.metadata.message_type
+            message.metadata._message_id = f"message {len(self.handled)}"
             self.handled.append((node, kind))
             if node in self.silent and kind == "train":
                 continue
-            if node in self.broken and kind == "train":
+            if kind == "train.accept" and self.deaf.get(node, 0):
+                self.deaf[node] -= 1
+                continue
+            source = node
+            if node in self.unreached and kind != "query":
+                reply, source = Message(Error(5, "Node Unavailable"), reply_to=message), SUPERLINK
+            elif node in self.broken and kind == "train":
                 reply = Message(Error(0, "out of memory"), reply_to=message)
             else:
-                device_side.read_device.cache_clear(), device_side._method.cache_clear()
-                reply = self.app(message, self.nodes[node])
-            reply.metadata._src_node_id = node
+                reply = self.answer(message, node)
+            reply.metadata._src_node_id = source
             replies.append(reply)
         return replies
+
+    def answer(self, message, node):
+        device_side.read_device.cache_clear(), device_side._method.cache_clear()
+        try:
+            return self.app(message, self.nodes[node])
+        except UserError as error:
+            if message.metadata.message_type == "query":
+                raise
+            return Message(Error(2, str(error)), reply_to=message)
 
 
 def rounds_with(made, grid, folder, wait=False, devices=2):
@@ -114,7 +132,14 @@ def files_of(made, folder):
 
 
 @pytest.mark.parametrize(
-    "method", [METHOD, (*METHOD, "method.retune=device", "method.payload=int8"), ("method=fedavg", *TRAINED)]
+    "method",
+    [
+        METHOD,
+        (*METHOD, "method.retune=device", "method.payload=int8"),
+        ("method=fedavg", *TRAINED),
+        (*METHOD, "method.unavailable=0.5", "method.rounds=4"),
+        ("method=fedavg", *TRAINED, "method.unavailable=1.0"),
+    ],
 )
 def test_the_network_is_that_of_one_process(made, tmp_path, identity, method):
     run = made(method=method)
@@ -153,6 +178,101 @@ def test_a_device_that_is_waited_for_comes_back_as_another_node(made, tmp_path, 
     monkeypatch.setattr(flower.time, "sleep", sleep)
     assert same(whole, rounds_with(run, grid, tmp_path / "restarted", wait=True))
     assert (202, "train.accept") in grid.handled
+
+
+def no_more_than(monkeypatch, times):
+    """Let a fleet wait so often at most, in place of for ever; return what is done while it waits."""
+    meanwhile = []
+
+    def sleep(seconds):
+        assert len(waits) < times, "waits for ever"
+        waits.append(seconds)
+        for do in meanwhile:
+            do()
+
+    waits = []
+    monkeypatch.setattr(flower.time, "sleep", sleep)
+    return meanwhile
+
+
+@pytest.mark.parametrize("how", ["silent", "unreached"])
+def test_a_device_that_does_not_take_what_it_is_sent_is_sent_it_again(
+    made, tmp_path, identity, monkeypatch, caplog, how
+):
+    run = made()
+    files = files_of(run, tmp_path)
+    whole = rounds_with(run, Grid(files), tmp_path / "whole")
+    grid = Grid(files)
+    meanwhile = no_more_than(monkeypatch, 2)
+    if how == "silent":
+        grid.deaf[101] = 2
+    else:
+        grid.unreached.add(101)
+        meanwhile.append(grid.unreached.clear)
+    assert same(whole, rounds_with(run, grid, tmp_path / "again"))
+    assert (
+        f"device 1: has not joined: {'no answer within 1 s' if how == 'silent' else 'Node Unavailable'}" in caplog.text
+    )
+
+
+def test_a_device_that_comes_back_and_misses_the_answer_joins_later(made, tmp_path, identity, monkeypatch):
+    run = made()
+    files = files_of(run, tmp_path)
+    whole = rounds_with(run, Grid(files), tmp_path / "whole")
+    grid = Grid(files)
+    grid.silent.add(101)
+
+    def restart():
+        if grid.nodes.pop(101, None):
+            grid.start(202, {"device": 1, "data": str(files[1])})
+            grid.deaf[202] = 1
+
+    no_more_than(monkeypatch, 3).append(restart)
+    assert same(whole, rounds_with(run, grid, tmp_path / "restarted", wait=True))
+
+
+def test_a_node_that_was_away_joins_again(made, tmp_path, identity, monkeypatch):
+    run = made()
+    files = files_of(run, tmp_path)
+    whole = rounds_with(run, Grid(files), tmp_path / "whole")
+    grid = Grid(files)
+    grid.silent.add(101)
+
+    def go_or_come():
+        if not grid.nodes.pop(101, None):
+            grid.start(101, {"device": 1, "data": str(files[1])})
+            grid.silent.clear()
+
+    no_more_than(monkeypatch, 2).append(go_or_come)
+    assert same(whole, rounds_with(run, grid, tmp_path / "away", wait=True))
+    assert grid.handled.count((101, "train.accept")) == 2
+
+
+@pytest.mark.parametrize("wrong", ["a wrong file", "gone"])
+def test_a_device_that_comes_back_wrong_is_left_out(made, tmp_path, identity, caplog, wrong):
+    """It has a file of other images, or is lost in the middle of a round, of which the SuperLink tells."""
+    run = made("method.retune=none")
+    files = files_of(run, tmp_path)
+    silent = Grid(files)
+    silent.silent.add(101)
+    alone = rounds_with(run, silent, tmp_path / "alone")
+    content = load_file(files[1])
+    save_file({"x": content["x"][:, :, :4].contiguous(), "y": content["y"]}, tmp_path / "wrong.safetensors")
+
+    class Changing(Grid):
+        def get_node_ids(self):
+            if 101 in self.nodes and (100, "train.accept") in self.handled:
+                if wrong == "gone":
+                    self.unreached.add(101)
+                else:
+                    del self.nodes[101]
+                    self.start(202, {"device": 1, "data": str(tmp_path / "wrong.safetensors")})
+            return super().get_node_ids()
+
+    assert same(alone, rounds_with(run, Changing(files), tmp_path / "far"))
+    told = "Node Unavailable" if wrong == "gone" else "its images are [1, 4, 8], the network takes [1, 8, 8]"
+    assert told in caplog.text
+    assert "round 2: goes on without device 1, which did not answer" in caplog.text
 
 
 def test_a_server_that_is_killed_goes_on_after_the_last_round(made, tmp_path, identity):
@@ -197,6 +317,15 @@ def test_wrong_devices(made, tmp_path, identity, caplog):
     grid.nodes[101].node_config["device"] = "one"
     with pytest.raises(Exception, match="node config: device: is 'one'; give the SuperNode"):
         rounds_with(run, grid, tmp_path / "far")
+
+
+def test_app_and_devices_are_of_the_same_clients(small, tmp_path):
+    """Clients of types that are unseen in training are no devices."""
+    setting = ["+experiment=digits_parents", "method=fedavg", *small, "client_mix.unseen_types=0.34"]
+    write_app(tmp_path / "app", setting)
+    paths = write_devices(tmp_path / "devices", setting)
+    config = tomllib.loads((tmp_path / "app" / "pyproject.toml").read_text())["tool"]["flwr"]["app"]["config"]
+    assert config["devices"] == len(paths) < len(write_devices(tmp_path / "all", setting[:-1]))
 
 
 def test_only_methods_with_rounds_have_an_app(small, tmp_path, capsys):
