@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Sequence
 from dataclasses import fields, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -10,9 +11,12 @@ import torch
 
 from iciia_exp.artifacts import read_json
 from iciia_exp.data.prompts import as_text
+from iciia_exp.data.rounds import read_round
 from iciia_exp.engine.inputs import Inputs
 from iciia_exp.ledger import Budget, Link, Sizes, payload_bytes
 from iciia_exp.methods.base import Method
+from iciia_exp.methods.cotrain.base import CoTrained
+from iciia_exp.methods.cotrain.sites import CLOUD
 from iciia_exp.methods.route.base import PromptRouter
 
 __all__ = ["cost_row", "ledger_table", "sizes_of"]
@@ -56,16 +60,19 @@ def ledger_table(inputs: Inputs, method: Method, routes: pd.DataFrame | None = N
     """Return one row per line of the budget: phase, site, what, kind, MACs, bytes, and the bytes that a link counted.
 
     Numbers of ``client_once`` are means over the test clients; MACs and bytes are NaN where they are unknown.
-    ``measured_bytes`` is NaN where no payload was sent: those of requests, and the backbone's weights. ``routes`` are
-    the test requests of a prompt router (`iciia_exp.engine.evaluation.routes.routes_table`), which are sent.
+    ``measured_bytes`` is NaN where no payload was sent: those of requests, and the backbone's weights. Those of a round
+    are means over the devices that were drawn (down), and over those that answered (up). ``routes`` are the test
+    requests of a prompt router (`iciia_exp.engine.evaluation.routes.routes_table`), which are sent.
     """
     measured: dict[tuple[Any, ...], float] = {}
     if inputs.rounds is not None:
+        assert isinstance(method, CoTrained)
         manifest = read_json(inputs.rounds.folder / "manifest.json")
         sizes = {name: np.array(manifest[name], dtype=np.int64) for name in ("train", "received")}
         budgets = list(_of_kinds(inputs, method, sizes, cloud=manifest["cloud"]))
-        counts = {"round": manifest["taking_part"]}
-        measured = {tuple(k): size / counts.get(k[0], manifest["devices"]) for *k, size in manifest["payloads"]}
+        answers = _answers(method, inputs.rounds.folder, manifest["rounds"])
+        times = {("round", "cloud"): manifest["taking_part"], ("round", "device"): answers}
+        measured = {tuple(k): size / times.get((k[0], k[1]), manifest["devices"]) for *k, size in manifest["payloads"]}
     elif routes is not None and isinstance(method, PromptRouter):
         prompts = as_text(torch.from_numpy(inputs.open_store().array("images")[routes.loc[routes["cloud"], "image"]]))
         budget, measured = _requests(inputs, method, prompts, len(routes))
@@ -80,7 +87,8 @@ def ledger_table(inputs: Inputs, method: Method, routes: pd.DataFrame | None = N
     link = Link(method.name, budgets[0][1])
     if ("client_once", "cloud", "method", "weights") in budgets[0][1].keys:
         link.down("weights", method.payload())
-    measured |= {key: float(size) for key, size in link.counted.items()}
+    # what was sent to the devices is known, and counts
+    measured = {key: float(size) for key, size in link.counted.items()} | measured
     rows: dict[tuple[Any, ...], dict[str, float]] = {}
     for share, budget in budgets:
         for line in budget.lines:
@@ -129,15 +137,24 @@ def _of_kinds(
         yield number / numbers.sum(), method.budget(own)
 
 
-def _of_rounds(inputs: Inputs, payloads: pd.DataFrame) -> dict[str, int | None]:
-    """Return the bytes of a device in all rounds, a mean over the devices."""
+def _answers(method: CoTrained, folder: Path, rounds: int) -> float:
+    """Return how often a device answered: in all rounds together, those of a round a mean over its jobs."""
+    total = 0.0
+    for number in range(rounds):
+        done = zip(method.jobs(number), read_round(folder, number + 1)[1]["jobs"], strict=True)
+        counts = [len({*facts["losses"]} - {str(CLOUD)}) + len(facts["excluded"]) for job, facts in done if job.devices]
+        total += float(np.mean(counts)) if counts else 0.0
+    return total
+
+
+def _of_rounds(inputs: Inputs) -> dict[str, int]:
+    """Return the bytes of a device in all rounds as they were sent, a mean over the devices."""
     if inputs.rounds is None:
         return {}
     manifest = read_json(inputs.rounds.folder / "manifest.json")
-    times = manifest["taking_part"] / manifest["devices"]
-    own = payloads[payloads["phase"] == "round"]
-    sums = {name: _sum(times * own.loc[own["site"] == site, "bytes"]) for name, site in _DIRECTIONS}
-    return {f"rounds_{name}_bytes": size for name, size in sums.items()}
+    sent = [(sender, size) for phase, sender, _, _, size in manifest["payloads"] if phase == "round"]
+    sums = {name: sum(size for sender, size in sent if sender == site) for name, site in _DIRECTIONS}
+    return {f"rounds_{name}_bytes": round(size / manifest["devices"]) for name, size in sums.items()}
 
 
 def cost_row(inputs: Inputs, ledger: pd.DataFrame) -> dict[str, Any]:
@@ -150,7 +167,7 @@ def cost_row(inputs: Inputs, ledger: pd.DataFrame) -> dict[str, Any]:
             row[f"{name}_{site}_macs"] = _sum(own.loc[own["site"] == site, "macs"])
         for direction, site in _DIRECTIONS:
             row[f"{name}_{direction}_bytes"] = _sum(own.loc[own["site"] == site, "bytes"])
-    row |= _of_rounds(inputs, payloads)
+    row |= _of_rounds(inputs)
     leaves = payloads.loc[payloads["site"] == "device", "kind"]
     return row | {"leaves_device": ", ".join(dict.fromkeys(leaves)) or "nothing"}
 

@@ -21,11 +21,12 @@ from tests.making.imagenet import make_imagenet
 
 pytestmark = pytest.mark.usefixtures("undrawn")
 
-METHOD = (
-    *("method=dc_ccl", "method.rounds=3", "method.network.width=2", "method.network.dim=8", "method.control_epochs=2"),
+TRAINED = (
+    *("method.rounds=3", "method.network.width=2", "method.network.dim=8"),
     *("method.lr=0.05", "method.local_epochs=3", "backbone.unseen_classes=[8,9]", "backbone.recipe.epochs=4"),
     "dataset.sizes={backbone: 200, train: 200, val: 60, test: 100}",
 )
+METHOD = ("method=dc_ccl", "method.control_epochs=2", *TRAINED)
 
 
 @pytest.fixture(scope="module")
@@ -37,7 +38,7 @@ def cache(tmp_path_factory):
 def made(stages, cache, monkeypatch):
     """Return a function that makes the stages of an experiment; all share the backbone."""
     monkeypatch.setenv("ICIIA_EXP_CACHE", str(cache))
-    return lambda *overrides: stages(*METHOD, *overrides)
+    return lambda *overrides, method=METHOD: stages(*method, *overrides)
 
 
 @pytest.fixture
@@ -90,6 +91,32 @@ def test_the_whole_way(made, monkeypatch):
     images = torch.from_numpy(np.array(served.features.array("images")[numbers]))
     x = torch.from_numpy(np.array(served.features.array()[numbers])).float()
     assert served.predict(x, arrays={"images": images}).shape == (4, 10)
+
+
+@pytest.mark.parametrize(
+    ("method", "settings"),
+    [
+        (("method=fedavg", *TRAINED), ()),
+        (("method=fedavg", *TRAINED), ("payload=int8", "participation=0.7", "unavailable=0.5")),
+        (METHOD, ("payload=int8", "retune=device", "retune_images=8", "unavailable=0.5")),
+        (METHOD, ("payload=int8", "retune=mixed", "retune_images=8")),
+        (METHOD, ("arm=centralised", "unavailable=0.5")),
+    ],
+)
+def test_what_was_sent_is_what_the_ledger_states(made, tmp_path, method, settings):
+    settings = (f"method.{setting}" for setting in settings)
+    run = made(*settings, "method.devices=4", f"output_dir={tmp_path}", method=method)
+    row = execute(run)
+    ledger = pd.read_parquet(run.evaluation.folder / "ledger.parquet")
+    sent = ledger[ledger["measured_bytes"].notna()]
+    assert np.allclose(sent["bytes"], sent["measured_bytes"])
+    missing = ledger[ledger["measured_bytes"].isna() & ledger["kind"].notna() & (ledger["phase"] != "request")]
+    assert not missing[missing["what"] != "backbone"]["bytes"].any()
+    last = pd.read_parquet(run.evaluation.folder / "rounds.parquet").iloc[-1]
+    assert row["rounds_up_bytes"] + row["client_up_bytes"] == last["up_bytes"]
+    weights = ledger[(ledger["phase"] == "client_once") & (ledger["kind"] == "weights")]["bytes"].sum()
+    after = 0 if method is METHOD else weights  # FedAvg's network goes down once more after the rounds
+    assert row["rounds_down_bytes"] + row["client_down_bytes"] - after == pytest.approx(last["down_bytes"], abs=1)
 
 
 @pytest.mark.slow

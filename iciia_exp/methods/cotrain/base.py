@@ -362,6 +362,17 @@ class CoTrained(Method):
         weights = {name: t for name, t in weights_of(self.small).items() if name.startswith(part)}
         return packed_weights_bytes(weights, self.form)
 
+    def payload(self) -> dict[str, Tensor]:
+        """Return the network as it is sent to a device that answers with it, without the counters of batch norms."""
+        return self.packed_once(self.small)
+
+    def packed_once(self, network: Backbone) -> dict[str, Tensor]:
+        """Return a network as it is sent once: values by name and, with ``int8``, scales as ``<name>.scale``."""
+        packed = pack_weights(weights_of(network), self.form)
+        return {
+            f"{name}{end}": t for name, parts in packed.items() for end, t in zip(("", ".scale"), parts, strict=False)
+        }
+
     def image_lines(self, sender: Place, count: int, sizes: Sizes) -> list[Line]:
         """Return the lines of images with their labels that a site sends once; none of no images."""
         if not count:
@@ -378,7 +389,7 @@ class CoTrained(Method):
         down = sum(self.weight_bytes() for job in jobs if job.devices)
         up = sum(self.weight_bytes(job.part) for job in jobs if job.devices)
         images = sizes.train + sizes.received
-        own = [(job, job.epochs * self.job_samples(job, images)) for job in jobs if job.devices]
+        own = [(job, job.epochs * self.job_samples(job, images, sizes.cloud)) for job in jobs if job.devices]
         macs: int | None = 0
         for job in jobs:
             if job.cloud and macs is not None:
@@ -391,8 +402,11 @@ class CoTrained(Method):
             Line("round", "cloud", "training", macs=macs),
         ]
 
-    def job_samples(self, job: Job, images: int) -> int:
-        """Return how many of a site's images a job takes."""
+    def job_samples(self, job: Job, images: int, held: int = 0) -> int:
+        """Return how many images a job takes at a site with ``images``.
+
+        ``held`` are the cloud's, where the site is a device: for some jobs it has been sent some of them.
+        """
         return images
 
     def cloud_images(self, job: Job, images: int, held: int) -> int | None:
@@ -402,7 +416,7 @@ class CoTrained(Method):
         """
         if not job.equal_steps or not job.devices:
             return job.epochs * self.job_samples(job, held)
-        steps = job.epochs * -(-self.job_samples(job, images) // self.batch_size)
+        steps = job.epochs * -(-self.job_samples(job, images, held) // self.batch_size)
         return steps * min(self.cloud_batch_size, held)
 
     def budget(self, sizes: Sizes) -> Budget:

@@ -219,22 +219,22 @@ class DCCCL(CoTrained):
         return beside
 
     def payload(self) -> dict[str, Tensor]:
-        """Return f_C, which a device is sent once."""
-        return {} if self.control is None else weights_of(self.control)
+        """Return f_C as a device is sent it, once."""
+        return {} if self.control is None else self.packed_once(self.control)
 
     def budget(self, sizes: Sizes) -> Budget:
         """f_C and images once, f_S in every round, images up and logits down in a request."""
         images = sizes.train + sizes.received
         lines = self.image_lines("cloud", sizes.received, sizes)
         if self.control is not None:
-            macs = self.network_macs()
+            passed = sum(self.job_samples(job, images, sizes.cloud) for job in self.jobs(0) if job.devices)
             distilled = self.control_recipe.epochs * sizes.cloud
             lines += [
                 Line(
                     "cloud_once", "cloud", "training", macs=distilled * (self.step_macs() + self.dim * self.num_classes)
                 ),
                 Line("client_once", "cloud", "method", kind="weights", bytes=self.weight_bytes()),
-                Line("client_once", "device", "training", macs=images * macs),
+                Line("client_once", "device", "training", macs=passed * self.network_macs()),
             ]
         if self.arm == "large_on_device":
             lines.append(Line("client_once", "cloud", "backbone", kind="weights", bytes=sizes.backbone_bytes))
@@ -250,9 +250,11 @@ class DCCCL(CoTrained):
         ]
         return Budget(tuple(lines), 0)
 
-    def job_samples(self, job: Job, images: int) -> int:
-        """Return how many of a device's images a job takes."""
-        return min(images, self.retune_images) if job.name == "retune" else images
+    def job_samples(self, job: Job, images: int, held: int = 0) -> int:
+        """Return how many images a job takes at a site; with ``retune=device`` some of the cloud's have come down."""
+        if job.name != "retune":
+            return images
+        return min(images, self.retune_images) + (min(self.retune_images, held) if self.retune == "device" else 0)
 
     def cloud_images(self, job: Job, images: int, held: int) -> int | None:
         """Return how many images the cloud's steps take; None where images of devices are among them."""

@@ -5,12 +5,16 @@ Li et al., "Federated Optimization in Heterogeneous Networks" (MLSys 2020), whos
 near to the network that it was sent.
 """
 
+from collections.abc import Mapping
 from typing import Any
+
+from torch import Tensor
 
 from iciia_exp.data.views import CloudView
 from iciia_exp.errors import check_float
 from iciia_exp.methods.base import Facts, Fit, Record
 from iciia_exp.methods.cotrain.base import CoTrained
+from iciia_exp.models.payloads import pack_weights, unpack_weights
 
 __all__ = ["FedAvg"]
 
@@ -37,3 +41,7 @@ class FedAvg(CoTrained):
         self.start(self.small)
         self.eval()
         return {}
+
+    def load(self, weights: Mapping[str, Tensor]) -> None:
+        """Take the weights of a round as a device receives them, since devices answer."""
+        super().load(unpack_weights(pack_weights(weights, self.form)))
