@@ -71,10 +71,15 @@ def _at_targets(logits_TSK: Tensor, mask_TS: Tensor) -> Tensor:
 
 
 def _without_each(batch: ClientBatch, past: int) -> ClientBatch:
-    """Return a batch of one sequence ``past`` times, each without one of the images before the target."""
-    mask_PS = batch.mask_CS.expand(past, -1).clone()
-    mask_PS.fill_diagonal_(False)
-    return ClientBatch(batch.x_CSD.expand(past, -1, -1), batch.y_CS, mask_PS, batch.client_C.expand(past))
+    """Return one sequence ``past`` times, each without one of the images before the target, which comes last."""
+    place_PS = torch.arange(past + 1, device=batch.x_CSD.device).expand(past, -1)
+    kept_PS = place_PS[~torch.eye(past, past + 1, dtype=torch.bool, device=place_PS.device)].view(past, past)
+    return ClientBatch(
+        batch.x_CSD[0, kept_PS],
+        batch.y_CS[0, kept_PS],
+        torch.ones_like(kept_PS, dtype=torch.bool),
+        batch.client_C.expand(past),
+    )
 
 
 def _log_probability(task: Task, logits_MK: Tensor, answer: Tensor) -> Tensor:
@@ -174,7 +179,7 @@ def _example(
     past = int(batch.mask_CS.sum()) - 1
     logits_K, before_K = method.logits(batch)[0, past], head(batch.x_CSD[0, past])
     answer = _answer(logits_K, task)
-    without_PK = method.logits(_without_each(batch, past))[:, past]
+    without_PK = method.logits(_without_each(batch, past))[:, -1]
     influence_P = (
         (_log_probability(task, logits_K[None], answer) - _log_probability(task, without_PK, answer)).cpu().numpy()
     )

@@ -10,10 +10,12 @@ import torch
 from PIL import Image
 
 from iciia_exp.config.settings import Evaluation
+from iciia_exp.data.batches import ClientBatch
 from iciia_exp.data.clients import Clients, Ragged
-from iciia_exp.engine.evaluation.attribution import CASES, attribution_table, thumbnail
+from iciia_exp.engine.evaluation.attribution import CASES, _without_each, attribution_table, thumbnail
 from iciia_exp.engine.evaluation.history import Setup
 from iciia_exp.methods.adapt.client_types import ClientTypesMethod
+from iciia_exp.methods.adapt.encoder import ConvAcrossImages
 from iciia_exp.methods.adapt.heads import LinearHead
 from iciia_exp.methods.adapt.iciia import IciiaMethod
 from iciia_exp.methods.adapt.prior_em import PriorEM
@@ -104,6 +106,19 @@ def test_influence_is_that_of_leaving_the_image_out(method_class):
         else:
             assert others["weight"].isna().all()
             assert others["influence"].abs().is_monotonic_decreasing
+
+
+def test_no_hole_is_left_where_an_image_was():
+    """A convolution reads neighbours: those of the image that is left out become neighbours."""
+    torch.manual_seed(0)
+    method = ConvAcrossImages(Facts.of(torch.nn.Linear(8, 4)), num_layers=2).eval()
+    x_1SD, padded = torch.randn(1, 6, 8), torch.zeros(1, 2, 8)
+    mask = torch.arange(8)[None] < 6
+    batch = ClientBatch(torch.cat([x_1SD, padded], 1), torch.zeros(1, 8, dtype=torch.int64), mask, torch.tensor([3]))
+    got = method.logits(_without_each(batch, 5))[:, -1]
+    for number in range(5):
+        left = [i for i in range(6) if i != number]
+        torch.testing.assert_close(got[number], method(x_1SD[:, left])[0, -1])
 
 
 def test_cases_say_what_became_of_the_answer():
