@@ -201,7 +201,8 @@ def _name_in_library(target: str) -> str:
         return name
     import torch
 
-    return name if getattr(torch.optim, name, get_object(target)) is get_object(target) else f"{package}.{name}"
+    found = get_object(target)
+    return name if getattr(torch.optim, name, found) is found else f"{package}.{name}"
 
 
 def trainer_science(config: dict[str, Any]) -> dict[str, Any]:

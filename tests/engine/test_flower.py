@@ -151,6 +151,14 @@ def test_the_network_is_that_of_one_process(made, tmp_path, identity, method):
         assert here[key] == there[key], key
 
 
+@pytest.fixture
+def undisturbed(made, tmp_path, identity):
+    """Return a run, the files of its devices, and the rounds with all of them."""
+    run = made()
+    files = files_of(run, tmp_path)
+    return run, files, rounds_with(run, Grid(files), tmp_path / "whole")
+
+
 def test_a_device_that_does_not_answer_is_left_out(made, tmp_path, identity, caplog):
     run = made("method.retune=none")
     grid = Grid(files_of(run, tmp_path))
@@ -163,10 +171,8 @@ def test_a_device_that_does_not_answer_is_left_out(made, tmp_path, identity, cap
     assert "device 1: out of memory" in caplog.text
 
 
-def test_a_device_that_is_waited_for_comes_back_as_another_node(made, tmp_path, identity, monkeypatch):
-    run = made()
-    files = files_of(run, tmp_path)
-    whole = rounds_with(run, Grid(files), tmp_path / "whole")
+def test_a_device_that_is_waited_for_comes_back_as_another_node(undisturbed, tmp_path, monkeypatch):
+    run, files, whole = undisturbed
     grid = Grid(files)
     grid.silent.add(101)
 
@@ -196,12 +202,8 @@ def no_more_than(monkeypatch, times):
 
 
 @pytest.mark.parametrize("how", ["silent", "unreached"])
-def test_a_device_that_does_not_take_what_it_is_sent_is_sent_it_again(
-    made, tmp_path, identity, monkeypatch, caplog, how
-):
-    run = made()
-    files = files_of(run, tmp_path)
-    whole = rounds_with(run, Grid(files), tmp_path / "whole")
+def test_a_device_that_does_not_take_what_it_is_sent_is_sent_it_again(undisturbed, tmp_path, monkeypatch, caplog, how):
+    run, files, whole = undisturbed
     grid = Grid(files)
     meanwhile = no_more_than(monkeypatch, 2)
     if how == "silent":
@@ -215,10 +217,8 @@ def test_a_device_that_does_not_take_what_it_is_sent_is_sent_it_again(
     )
 
 
-def test_a_device_that_comes_back_and_misses_the_answer_joins_later(made, tmp_path, identity, monkeypatch):
-    run = made()
-    files = files_of(run, tmp_path)
-    whole = rounds_with(run, Grid(files), tmp_path / "whole")
+def test_a_device_that_comes_back_and_misses_the_answer_joins_later(undisturbed, tmp_path, monkeypatch):
+    run, files, whole = undisturbed
     grid = Grid(files)
     grid.silent.add(101)
 
@@ -231,10 +231,8 @@ def test_a_device_that_comes_back_and_misses_the_answer_joins_later(made, tmp_pa
     assert same(whole, rounds_with(run, grid, tmp_path / "restarted", wait=True))
 
 
-def test_a_node_that_was_away_joins_again(made, tmp_path, identity, monkeypatch):
-    run = made()
-    files = files_of(run, tmp_path)
-    whole = rounds_with(run, Grid(files), tmp_path / "whole")
+def test_a_node_that_was_away_joins_again(undisturbed, tmp_path, monkeypatch):
+    run, files, whole = undisturbed
     grid = Grid(files)
     grid.silent.add(101)
 
@@ -275,10 +273,8 @@ def test_a_device_that_comes_back_wrong_is_left_out(made, tmp_path, identity, ca
     assert "round 2: goes on without device 1, which did not answer" in caplog.text
 
 
-def test_a_server_that_is_killed_goes_on_after_the_last_round(made, tmp_path, identity):
-    run = made()
-    files = files_of(run, tmp_path)
-    whole = rounds_with(run, Grid(files), tmp_path / "whole")
+def test_a_server_that_is_killed_goes_on_after_the_last_round(undisturbed, tmp_path):
+    run, files, whole = undisturbed
     shutil.copytree(tmp_path / "whole", tmp_path / "killed")
     for name in ("manifest.json", "0002.safetensors"):
         (tmp_path / "killed" / name).unlink()

@@ -15,6 +15,16 @@ def finished(stages, undrawn):
     return made
 
 
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """Return an untrained causal run, as a service has one; modules that need another define their own."""
+    from tests.serving.test_session import make_run
+
+    folder = tmp_path_factory.mktemp("runs") / "iciia-1"
+    folder.mkdir()
+    return make_run(folder, num_layers=2, attention="causal")
+
+
 @pytest.fixture
 def browser():
     """Start Chromium, or skip."""

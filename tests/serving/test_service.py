@@ -41,13 +41,6 @@ pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
 BINARY = {"content-type": "application/octet-stream", "accept": "application/octet-stream"}
 
 
-@pytest.fixture(scope="module")
-def run(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("runs") / "iciia-1"
-    folder.mkdir()
-    return make_run(folder, num_layers=2, attention="causal")
-
-
 @contextlib.contextmanager
 def redis_server():
     """Start a Redis server of the tests' own on loopback."""

@@ -18,16 +18,9 @@ from iciia_exp.serving.scheduler import Scheduler
 from iciia_exp.serving.service import open_store
 from iciia_exp.serving.states import Change, SqliteStore, StoreError
 from tests.serving.test_service import TestClient, alone, ask, redis_server
-from tests.serving.test_session import D, make_run
+from tests.serving.test_session import D
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
-
-
-@pytest.fixture(scope="module")
-def run(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("runs") / "iciia-1"
-    folder.mkdir()
-    return make_run(folder, num_layers=2, attention="causal")
 
 
 @contextlib.contextmanager

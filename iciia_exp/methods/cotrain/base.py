@@ -373,6 +373,10 @@ class CoTrained(Method):
             f"{name}{end}": t for name, parts in packed.items() for end, t in zip(("", ".scale"), parts, strict=False)
         }
 
+    def as_received(self, weights: Mapping[str, Tensor]) -> Weights:
+        """Return a network as a device that is sent it once has it, without the counters of batch norms."""
+        return unpack_weights(pack_weights(weights, self.form))
+
     def image_lines(self, sender: Place, count: int, sizes: Sizes) -> list[Line]:
         """Return the lines of images with their labels that a site sends once; none of no images."""
         if not count:

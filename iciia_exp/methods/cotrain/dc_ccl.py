@@ -110,9 +110,7 @@ class DCCCL(CoTrained):
             self.start(self.control)
             module = Distilled(self.control, self.large_logits, self.array, self.distillation)
             record = fit(module, cloud.clients.train.values, self.control_recipe)
-            # as devices get it
-            weights = unpack_weights(pack_weights(weights_of(self.control), self.form))
-            self.control.load_state_dict(weights, strict=False)
+            self.control.load_state_dict(self.as_received(weights_of(self.control)), strict=False)
         self.eval()
         return record
 

@@ -14,7 +14,6 @@ from iciia_exp.data.views import CloudView
 from iciia_exp.errors import check_float
 from iciia_exp.methods.base import Facts, Fit, Record
 from iciia_exp.methods.cotrain.base import CoTrained
-from iciia_exp.models.payloads import pack_weights, unpack_weights
 
 __all__ = ["FedAvg"]
 
@@ -44,4 +43,4 @@ class FedAvg(CoTrained):
 
     def load(self, weights: Mapping[str, Tensor]) -> None:
         """Take the weights of a round as a device receives them, since devices answer."""
-        super().load(unpack_weights(pack_weights(weights, self.form)))
+        super().load(self.as_received(weights))
