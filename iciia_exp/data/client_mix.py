@@ -15,7 +15,7 @@ from iciia_exp.data.clients import Clients, Ragged
 from iciia_exp.errors import ConfigError, check_choice, check_float, check_int
 from iciia_exp.seeding import generator
 
-__all__ = ["ClientMix", "unseen"]
+__all__ = ["ClientMix", "number_of_classes", "unseen"]
 
 _TYPES = ("natural", "random_classes", "homogeneous", "drifting")
 
@@ -149,7 +149,7 @@ class ClientMix:
         classes, codes = np.unique(labels[pool], return_inverse=True)
         of_class = Ragged.from_pairs(codes, pool, len(classes))
         low, high = (min(n, len(classes)) for n in (self.fewest_classes, self.most_classes))
-        sizes_C = np.floor(np.exp(rng.uniform(np.log(low), np.log(high + 1), number))).astype(np.int64).clip(low, high)
+        sizes_C = number_of_classes(low, high, number, rng)
         parts = [np.empty((0, images), np.int64)]
         for start in range(0, number, 4096):  # an order of all classes for each client, 4,096 clients at a time
             sizes_C1 = sizes_C[start : start + 4096, None]
@@ -161,6 +161,12 @@ class ClientMix:
         return np.concatenate(parts)
 
 
+def number_of_classes(fewest: int, most: int, number: int, rng: np.random.Generator) -> np.ndarray:
+    """Return sizes of random sets of classes, uniform on a log scale, int64 [number]."""
+    sizes = np.exp(rng.uniform(np.log(fewest), np.log(most + 1), number))
+    return np.floor(sizes).astype(np.int64).clip(fewest, most)
+
+
 def unseen(types: np.ndarray, share: float) -> np.ndarray:
     """Return the client types without natural clients, the same for every seed."""
     names = np.unique(types.astype(str))
@@ -170,29 +176,3 @@ def unseen(types: np.ndarray, share: float) -> np.ndarray:
 def _joined(natural: ClientIndex, drawn_CS: np.ndarray) -> ClientIndex:
     clients = np.concatenate([natural.client_C, np.full(len(drawn_CS), -1)])
     return ClientIndex(np.concatenate([natural.index_CS, drawn_CS]), clients)
-
-
-def drawn_clients(clients: Clients, labels: np.ndarray, number: int, images: int, client_type: str) -> Clients:
-    """Return ``number`` test clients of a type with ``images`` ordered images each."""
-    if client_type == "homogeneous":
-        mix = ClientMix(0.0, homogeneous=1.0)
-    else:
-        mix = ClientMix(0.0, random_classes=1.0, fewest_classes=2, most_classes=20)
-
-    def draw(part: str) -> np.ndarray:
-        rng = generator("kinds", client_type, part)
-        return mix.draw(clients.test, clients.types, labels, images, rng, number).index_CS
-
-    index_CS = draw("first")
-    if client_type == "drifting":
-        index_CS[:, images // 2 :] = draw("second")[:, images // 2 :]
-    return clients_in_order(index_CS, client_type)
-
-
-def clients_in_order(index_CS: np.ndarray, client_type: str) -> Clients:
-    """Return a client for each row of image numbers, with these test images in this order."""
-    number, images = index_CS.shape
-    test = Ragged.from_lengths(np.full(number, images), index_CS.ravel())
-    names = np.array([f"{client_type}-{i}" for i in range(number)], dtype=object)
-    types, empty = np.full(number, client_type, dtype=object), Ragged.empty(number)
-    return Clients(names, types, empty, empty, test, in_time=True)

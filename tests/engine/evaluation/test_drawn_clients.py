@@ -7,8 +7,9 @@ import torch
 
 from iciia_exp import Run
 from iciia_exp.config.settings import Evaluation
-from iciia_exp.data.client_mix import ClientMix, drawn_clients
-from iciia_exp.engine.evaluation.drawn_clients import drawn_clients_table
+from iciia_exp.data.client_mix import ClientMix
+from iciia_exp.data.clients import Clients, Ragged
+from iciia_exp.engine.evaluation.drawn_clients import drawn_clients, drawn_clients_table
 from iciia_exp.engine.evaluation.history import Setup
 from iciia_exp.engine.execute import execute
 from iciia_exp.errors import ConfigError, UserError
@@ -44,6 +45,40 @@ def test_there_can_be_many_more_drawn_clients_than_test_chunks():
     cloud = small_cloud(8, 4, clients=2)
     for client_type in DRAWN_TYPES:
         assert len(drawn_clients(cloud.clients, cloud.batches.labels, 5000, 4, client_type)) == 5000
+
+
+def one_client(labels):
+    """Return one client with a test image of each label."""
+    empty = Ragged.empty(1)
+    test = Ragged.from_rows([np.arange(len(labels))])
+    return Clients(np.array(["a"]), np.array(["a"]), empty, empty, test)
+
+
+@pytest.mark.parametrize("client_type", DRAWN_TYPES)
+@pytest.mark.parametrize("of_class", [1, 4, 50])
+def test_no_image_is_drawn_twice(client_type, of_class):
+    labels = np.repeat(np.arange(40), of_class)
+    drawn = drawn_clients(one_client(labels), labels, 200, 16, client_type)
+    sizes = drawn.classes_per_client(labels, "test")
+    for client in range(200):
+        assert len(set(drawn.test[client])) == 16
+    if client_type == "random_classes":  # as many classes as it takes
+        assert sizes.min() == {1: 16, 4: 4, 50: 2}[of_class]
+    if client_type == "drifting" and of_class == 4:  # eight images are all those of two classes
+        assert min(len(set(labels[drawn.test[c][:8]])) for c in range(200)) == 2
+
+
+@pytest.mark.parametrize("client_type", DRAWN_TYPES)
+def test_a_drawn_client_ends_where_the_test_images_do(client_type):
+    labels = np.array([0, 0, 1, 1, 2])
+    drawn = drawn_clients(one_client(labels), labels, 3, 16, client_type)
+    assert [sorted(drawn.test[c]) for c in range(3)] == [[0, 1, 2, 3, 4]] * 3
+
+
+def test_random_classes_are_equally_frequent():
+    labels = np.repeat([0, 1], [20, 200])
+    drawn = drawn_clients(one_client(labels), labels, 400, 16, "random_classes")
+    assert abs((labels[drawn.test.values] == 0).mean() - 0.5) < 0.02
 
 
 def test_attributes_have_no_sets_of_classes():
