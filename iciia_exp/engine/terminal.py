@@ -115,7 +115,7 @@ def partition_table(statistics: pd.DataFrame) -> Table:
 def result_table(rows: Sequence[dict[str, Any]]) -> Table:
     """Return a table in percent: a line of the backbone, and a line per setting, averaged over seeds.
 
-    Gains are over the backbone on the same images. The interval of one run is the 95 % bootstrap over clients; ``±`` of
+    Gains are over the backbone on the same images. The interval of one run is that over clients, 95 %; ``±`` of
     several runs is the standard error over runs. The share of harmed clients by chance alone is in brackets.
 
     Args:

@@ -118,9 +118,12 @@ def gain_per_client(clients: pd.DataFrame, row: dict[str, Any], path: Path) -> P
         else:
             hatch = "////" if colour == ORANGE else None
             axes.bar(position[part], gain[part], width=0.85, color=colour, hatch=hatch, edgecolor="white", label=label)
-    low, high, mean = (100 * row[k] for k in ("client_gain_low", "client_gain_high", "client_gain"))
-    axes.axhspan(low, high, color=DARK, alpha=0.15, linewidth=0, zorder=0)
-    mean_label = f"mean {mean:+.1f} points (95 % interval {low:+.1f} to {high:+.1f})"
+    mean = 100 * row["client_gain"]
+    mean_label = f"mean {mean:+.1f} points"
+    if pd.notna(row["client_gain_low"]):
+        low, high = (100 * row[f"client_gain_{side}"] for side in ("low", "high"))
+        axes.axhspan(low, high, color=DARK, alpha=0.15, linewidth=0, zorder=0)
+        mean_label += f" (95 % interval {low:+.1f} to {high:+.1f})"
     axes.axhline(mean, color=DARK, linewidth=1.2, label=mean_label)
     axes.axhline(0, color="black", linewidth=0.8)
     axes.set(xlim=(0.3, len(gain) + 0.7), ylim=(min(gain.min(), 0) - 2, max(gain.max(), 0) + 2))
@@ -201,7 +204,7 @@ def draw_accuracy_vs_overhead(rows: Sequence[dict[str, Any]], highlight: str | N
     backbone = backbone_line(table)
     base = 100 * backbone["backbone_accuracy"]
     axes.axhline(base, **BASELINE, label=f"{first['backbone']} alone: {base:.1f} %")
-    if backbone["runs"] == 1:
+    if backbone["runs"] == 1 and pd.notna(backbone["backbone_accuracy_low"]):
         low, high = (100 * backbone[f"backbone_accuracy_{side}"] for side in ("low", "high"))
         axes.axhspan(low, high, color=DARK, alpha=0.08, linewidth=0)
     for name, bound in (100 * oracles.groupby("method")["accuracy"].mean()).items():
@@ -212,7 +215,7 @@ def draw_accuracy_vs_overhead(rows: Sequence[dict[str, Any]], highlight: str | N
         style: dict[str, Any] = styles[method] | {"linestyle": "none"}
         label = f"{method}: {y:.1f} %" if crowded else method
         error: Any = 100 * point["accuracy_se"]
-        if point["runs"] == 1:
+        if point["runs"] == 1 and pd.notna(point["accuracy_low"]):
             error = [[y - 100 * point["accuracy_low"]], [100 * point["accuracy_high"] - y]]
         drawn = axes.errorbar(
             [x], [y], error, **style, markersize=7, capsize=3,

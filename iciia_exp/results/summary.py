@@ -125,6 +125,16 @@ def _bootstrap(counts: ClientCounts, resamples: int, seed: int) -> dict[str, np.
     return draws
 
 
+def _student(clients: int) -> float:
+    """Return the half width of a 95 % interval over clients, in standard errors; NaN for fewer than three.
+
+    Two clients that happen to be equal would have an interval of no width.
+    """
+    from scipy.special import stdtrit  # late: a tenth of a second
+
+    return float(stdtrit(clients - 1, 0.975)) if clients > 2 else float("nan")
+
+
 def harmed_by_chance(counts: ClientCounts) -> float:
     """Return the expected share of clients that would lose accuracy if all clients had the same true gain.
 
@@ -152,11 +162,13 @@ def harmed_by_chance(counts: ClientCounts) -> float:
 
 
 def summarise(counts: ClientCounts, resamples: int = RESAMPLES, seed: int = 0) -> dict[str, float | int]:
-    """Return the flat row of averages: method, backbone, paired gains with 95 % bootstrap intervals, and harm.
+    """Return the flat row of averages: method, backbone, paired gains with 95 % intervals over clients, and harm.
 
-    Accuracies and gains are fractions (0 to 1); intervals end in ``_low`` and ``_high``; ``se_clients`` is the
-    bootstrap standard error of ``client_accuracy`` over clients (not over seeds). ``log_loss_gain`` is the backbone's
-    log-loss less the method's, in nats, mean over clients, with a normal interval.
+    Accuracies and gains are fractions (0 to 1). Intervals end in ``_low`` and ``_high``: Student's with the bootstrap
+    standard error, within what is possible. Percentiles of the bootstrap are too narrow for few clients. ``se_clients``
+    is the standard error of ``client_accuracy`` over clients (not over seeds). ``log_loss_gain`` is the backbone's
+    log-loss less the method's, in nats, mean over clients. Of fewer than three clients intervals are NaN, of one the
+    standard error, too.
     """
     n_C = counts.decisions_C
     method = averages(counts.method_correct_C, counts.method_loss_C, n_C)
@@ -172,13 +184,17 @@ def summarise(counts: ClientCounts, resamples: int = RESAMPLES, seed: int = 0) -
         "harmed_share": float((counts.lost_C > counts.gained_C).mean()),
         "harmed_share_by_chance": harmed_by_chance(counts),
     }
-    draws = _bootstrap(counts, resamples, seed)
-    for name, values_R in draws.items():
-        row[f"{name}_low"], row[f"{name}_high"] = (float(v) for v in np.percentile(values_R, [2.5, 97.5]))
+    clients, student = len(counts), _student(len(counts))
+    correction = (clients / max(clients - 1, 1)) ** 0.5  # a resample of C clients varies with C - 1 degrees of freedom
+    for name, values_R in _bootstrap(counts, resamples, seed).items():
+        error, lowest = correction * float(values_R.std(ddof=1)), -1.0 if name.endswith("gain") else 0.0
+        ends = np.clip(row[name] + student * error * np.array([-1, 1]), lowest, 1.0)
+        row[f"{name}_low"], row[f"{name}_high"] = ends.tolist()
+        if name == "client_accuracy":
+            row["se_clients"] = error if clients > 1 else float("nan")
     saved_C = (counts.backbone_loss_C - counts.method_loss_C) / n_C
-    half = 1.96 * float(saved_C.std(ddof=1)) / len(counts) ** 0.5 if len(counts) > 1 else float("inf")
+    half = student * correction * float(saved_C.std()) / clients**0.5
     row["log_loss_gain"] = float(saved_C.mean())
     row["log_loss_gain_low"], row["log_loss_gain_high"] = row["log_loss_gain"] - half, row["log_loss_gain"] + half
-    row["se_clients"] = float(draws["client_accuracy"].std(ddof=1))
-    row["test_clients"], row["test_images"] = len(counts), int(counts.images_C.sum())
+    row["test_clients"], row["test_images"] = clients, int(counts.images_C.sum())
     return row

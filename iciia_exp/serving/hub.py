@@ -169,18 +169,21 @@ def _results(row: dict[str, Any]) -> str:
         value = row.get(key)
         return "" if value is None else f"{100 * value:.1f}"
 
+    def interval(key: str) -> str:
+        low, high = percent(f"{key}_low"), percent(f"{key}_high")
+        return f" [{low}, {high}]" if low else ""
+
     lines = [
         "## Results\n",
         f"Dataset `{row['dataset']}`: {row['test_clients']:,} test clients with {row['test_images']:,} images, "
         f"{row['images']} images of a client together. Intervals are over clients, 95 %.\n",
         "| | backbone alone | with this model |",
         "|---|---|---|",
-        f"| accuracy | {percent('backbone_accuracy')} | {percent('accuracy')} "
-        f"[{percent('accuracy_low')}, {percent('accuracy_high')}] |",
+        f"| accuracy | {percent('backbone_accuracy')} | {percent('accuracy')}{interval('accuracy')} |",
         f"| mean over clients | {percent('backbone_client_accuracy')} | {percent('client_accuracy')} |",
         f"| worst tenth of the clients | {percent('backbone_worst_decile')} | {percent('worst_decile')} |",
         f"| log-loss | {row['backbone_log_loss']:.3f} | {row['log_loss']:.3f} |",
-        f"\nGain {percent('gain')} points [{percent('gain_low')}, {percent('gain_high')}]; "
+        f"\nGain {percent('gain')} points{interval('gain')}; "
         f"{percent('harmed_share')} % of the clients are worse off than with the backbone alone "
         f"({percent('harmed_share_by_chance')} % by chance).\n",
     ]

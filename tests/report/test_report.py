@@ -11,6 +11,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from iciia_exp import Run
 from iciia_exp.artifacts import read_json, write_json
 from iciia_exp.config.experiment import Experiment
 from iciia_exp.engine.execute import execute
@@ -21,6 +22,7 @@ from iciia_exp.report import text as text_tables
 from iciia_exp.report.__main__ import main
 from iciia_exp.results.tables import comparisons, load_runs, select, settings
 from tests.making.damage import DAMAGE, unchecked
+from tests.making.vectors import make_vectors
 
 
 @pytest.fixture(scope="module")
@@ -63,6 +65,25 @@ def test_a_repository_does_not_take_the_place_of_its_run(outputs, tmp_path):
     shutil.copy(run["run_dir"] / "results.json", tmp_path / "a_model")
     (found,) = load_runs([tmp_path])
     assert found["run_dir"] == tmp_path / "runs" / "a" / run["run_dir"].name
+
+
+@pytest.mark.slow
+def test_two_clients_have_no_interval_anywhere(compose, tmp_path, capsys):
+    owner = np.repeat(["train0", "train1", "train2", "val0", "test0", "test1"], 20).tolist()
+    make_vectors(tmp_path / "data", owner=owner, split=[name[:-1] for name in owner])
+    config = compose(
+        *("dataset=features", "backbone=precomputed", f"data_dir={tmp_path}/data", "partition=owner"),
+        *("method=client_prior", "logger=csv", "trainer=cpu", f"output_dir={tmp_path}/runs"),
+    )
+    row = execute(made := Stages(Experiment.from_config(config)))
+    assert row["test_clients"] == 2
+    assert read_json(made.evaluation.folder / "results.json")["gain_low"] is None
+    main([str(tmp_path / "runs"), "--out", str(tmp_path / "out"), "--html", str(tmp_path / "page.html")])
+    table = (tmp_path / "out" / "table.md").read_text()
+    assert f"{100 * row['gain']:+.1f} |" in table
+    assert "nan" not in table.lower() + capsys.readouterr().out.lower()
+    Run.load(made.run.folder).save_pretrained(tmp_path / "hub")
+    assert f"Gain {100 * row['gain']:.1f} points; " in (tmp_path / "hub" / "README.md").read_text()
 
 
 @pytest.mark.slow
