@@ -225,12 +225,14 @@ class DCCCL(CoTrained):
         images = sizes.train + sizes.received
         lines = self.image_lines("cloud", sizes.received, sizes)
         if self.control is not None:
-            passed = sum(self.job_samples(job, images, sizes.cloud) for job in self.jobs(0) if job.devices)
-            distilled = self.control_recipe.epochs * sizes.cloud
+            jobs = self.jobs(0)
+            passed = sum(self.job_samples(job, images, sizes.cloud) for job in jobs if job.devices)
+            distilled = self.control_recipe.epochs * sizes.cloud * (self.step_macs() + self.dim * self.num_classes)
+            held = sum(self.job_samples(job, sizes.cloud) for job in jobs if job.cloud) * self.network_macs()
+            # with `mixed`, the cloud passes images of all devices through f_C
+            once = None if self.retune == "mixed" else distilled + held
             lines += [
-                Line(
-                    "cloud_once", "cloud", "training", macs=distilled * (self.step_macs() + self.dim * self.num_classes)
-                ),
+                Line("cloud_once", "cloud", "training", macs=once),
                 Line("client_once", "cloud", "method", kind="weights", bytes=self.weight_bytes()),
                 Line("client_once", "device", "training", macs=passed * self.network_macs()),
             ]

@@ -130,8 +130,28 @@ def test_the_cloud_computes_what_the_budget_states(retune):
     with FlopCounterMode(display=False) as counter:
         for job in method.jobs(0):
             method.train_on(cloud, weights, job, 3 if job.equal_steps else None)
-    own = sum(li.macs for li in method.budget(sizes).lines if (li.phase, li.site, li.kind) == ("round", "cloud", None))
+    own, once = (
+        sum(li.macs for li in method.budget(sizes).lines if (li.phase, li.site, li.kind) == (phase, "cloud", None))
+        for phase in ("round", "cloud_once")
+    )
     assert counter.get_total_flops() // 2 == own
+    fresh = Site(CLOUD, cloud.samples)
+    images, control = torch.utils.data.TensorDataset(torch.zeros(40, D), cloud.samples.x), method.control
+    with FlopCounterMode(display=False) as counter:
+        for job in method.jobs(0):
+            if job.cloud:
+                method.partner(fresh, job, method.samples_of(fresh, job))
+        for _ in range(method.control_recipe.epochs):
+            for x_BD, pictures in torch.utils.data.DataLoader(images, 8):
+                Distilled(control.train(), method.large_logits, "images", "mse").loss(
+                    x_BD, None, images=pictures
+                ).backward()
+    assert counter.get_total_flops() // 2 == once
+
+
+def test_what_the_cloud_passes_of_all_devices_is_not_stated():
+    (line,) = (li for li in dc_ccl(retune="mixed").budget(Sizes(cloud=40, train=20)).lines if li.phase == "cloud_once")
+    assert line.macs is None
 
 
 def test_the_average():
