@@ -282,6 +282,18 @@ TABLES |= {
         TUNING,
         "linear_probe",
     ),
+    "miet_jpeg": Table(
+        "miet.md",
+        30,
+        f"{MIET_TINY} {VIT} {LONG}",
+        {
+            f"miet blocks={blocks}{label}": f"method=miet method.blocks={blocks} {way}"
+            for blocks in (0, 1)
+            for label, way in (("", ""), (" features.jpeg=75", "features.jpeg=75"))
+        },
+        ("request_up_bytes", "request_down_bytes"),
+        "miet blocks=0",
+    ),
     "miet_omniglot": Table(
         "miet.md",
         40,

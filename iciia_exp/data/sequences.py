@@ -1,10 +1,9 @@
 """Sequences for the history protocols: ordered images of one client; the last image is the target.
 
 - ``stream``: several seeded orders of a client's images (or the order of time, if the data has it); the image at
-  position n is a target with the n images before it.
-- ``prefix`` (as the paper's Figure 6): every image is a target; its history is the first n other images of the client.
-
-Clients with too few images are not in the longer histories; in the paper they stay, with all the images that they have.
+  position n is a target with the n images before it. Clients with too few images are not in the longer histories.
+- ``prefix`` (as the paper's Figure 6): every image is a target; its history is the first n other images of the client,
+  or all others if they are fewer.
 
 Legend: C clients, B sequences of a batch, S images of a sequence.
 """
@@ -43,11 +42,11 @@ def stream_orders(test: Ragged, orders: int, longest: int, seed: int, in_time: b
 
 
 def prefix_sequences(test: Ragged, length: int, longest: int) -> Sequences:
-    """Return one sequence for every image with at least ``length`` others: the first of the others, then the image.
+    """Return one sequence for every image: the first ``length`` others of its client, or all, then the image.
 
     With `ALL` the history has all other images, at most ``longest``.
     """
-    clients = np.flatnonzero(test.lengths > max(length, 0))
+    clients = np.flatnonzero(test.lengths)
     sizes = test.lengths[clients]
     owner, target = np.repeat(clients, sizes), positions(sizes)  # of every sequence
     history = np.repeat(np.minimum(sizes - 1, longest if length == ALL else length), sizes)

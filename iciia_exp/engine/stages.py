@@ -154,6 +154,7 @@ class Stages(Inputs):
 
         e = self.experiment
         values = vars(e.evaluation) | {"images": e.images, "cost_images": e.cost_images}
+        values["prefix"] = "every client"  # formerly, those with as many images as the history
         if drawn := e.evaluation.drawn_clients:
             values["drawn_clients"] = [drawn, "distinct"]  # formerly, an image could be drawn twice
         return Artifact(

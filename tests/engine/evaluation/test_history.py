@@ -72,7 +72,8 @@ def test_every_target_by_itself(world, attention, layers):
     summary = history_summary(table).set_index(["protocol", "history"])
     assert summary.loc[("stream", 5), "clients"] == 2
     assert summary.loc[("stream", 5), "targets"] == 6
-    assert summary.loc[("prefix", 0), "targets"] == sum(SIZES)
+    for n in (0, 5):  # in the paper's protocol clients with fewer images stay
+        assert summary.loc[("prefix", n), "targets"] == sum(SIZES)
 
 
 def test_of_many_clients_some_are_drawn(world):
@@ -86,7 +87,7 @@ def test_of_many_clients_some_are_drawn(world):
     keys = ["protocol", "history", "client"]
     want = every[every["client"].isin(drawn) & (every["protocol"] == "prefix")].set_index(keys)
     got = some[some["protocol"] == "prefix"].set_index(keys)
-    assert got["method_correct"].equals(want["method_correct"])
+    assert got["method_correct"].equals(want["method_correct"].loc[got.index])
 
 
 def test_no_length_that_nobody_has(world):
