@@ -148,7 +148,7 @@ TABLES = {
     "groups": Table(
         "results.md",
         30,
-        f"name=digits {ALL_SEEDS} {DRAWN}",
+        f"name=digits {ALL_SEEDS} {ALONE}",
         of("linear_head")
         | {f"iciia groups={groups}": f"method=iciia groups={groups}" for groups in (512, 64, 16, 4, 1)},
     ),
@@ -165,7 +165,7 @@ TABLES = {
     "training": Table(
         "benchmarks.md",
         90,
-        f"{TINY_SMALL} method=iciia {DRAWN}",
+        f"{TINY_SMALL} method=iciia {ALONE}",
         {
             "published": "training=published",
             "default": "",
@@ -189,7 +189,7 @@ TABLES = {
     "own_classifier": Table(
         "results.md",
         40,
-        f"{TINY_OWN} {MOBILENET} num_layers=1 groups=256 {DRAWN}",
+        f"{TINY_OWN} {MOBILENET} num_layers=1 groups=256 {ALONE}",
         of("linear_head", "iciia", "client_types", "client_profile"),
     ),
     "omniglot_drawer": Table("rivals.md", 20, f"{OMNIGLOT} name=omniglot_drawer {DRAWN}", METHODS | PARTS_OF_PROFILE),
@@ -210,7 +210,7 @@ TABLES = {
     "clients": Table(
         "client_profile.md",
         60,
-        f"{TINY_SMALL} {DRAWN}",
+        f"{TINY_SMALL} {ALONE}",
         of("client_profile", "iciia"),
         clients=True,
     ),
@@ -236,7 +236,7 @@ TABLES = {
     "backbones": Table(
         "results.md",
         300,
-        f"{TINY} {DRAWN}",
+        f"{TINY} {ALONE}",
         {
             f"{name} {pixels} {label}": f"{backbone} backbone.model.image_size={pixels} {way}"
             for name, backbone in BACKBONES.items()
