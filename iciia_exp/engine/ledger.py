@@ -16,7 +16,7 @@ from iciia_exp.engine.inputs import Inputs
 from iciia_exp.ledger import Budget, Link, Sizes, payload_bytes
 from iciia_exp.methods.base import Method
 from iciia_exp.methods.cotrain.base import CoTrained
-from iciia_exp.methods.cotrain.sites import CLOUD
+from iciia_exp.methods.cotrain.sites import CLOUD, OF_DEVICES
 from iciia_exp.methods.route.base import PromptRouter
 
 __all__ = ["cost_row", "ledger_table", "sizes_of"]
@@ -42,6 +42,7 @@ def sizes_of(inputs: Inputs, **more: Any) -> Sizes:
         backbone_bytes=manifest.get("weights_bytes") if own else None,
         image_bytes=manifest.get("image_bytes", int(np.prod(manifest["input_shape"]))) if own else None,
         sample_bytes=_sample_bytes(inputs),
+        input_macs=_input_macs(inputs, manifest),
         **further,
         **more,
     )
@@ -54,6 +55,15 @@ def _sample_bytes(inputs: Inputs) -> int | None:
     array = inputs.open_store().array(str(inputs.method_config["array"]))
     size = 4 if array.dtype == np.float16 else array.dtype.itemsize
     return int(np.prod(array.shape[1:])) * size
+
+
+def _input_macs(inputs: Inputs, manifest: dict[str, Any]) -> int | None:
+    """Return the MACs of making what a co-trained method reads of an image; None if they are unknown."""
+    if inputs.rounds is None or (array := str(inputs.method_config["array"])) == "images":
+        return 0
+    if array in OF_DEVICES:
+        return manifest.get(f"{array}_macs")
+    return None if manifest["macs"] is None else manifest["macs"] - manifest["dim"] * manifest["num_classes"]
 
 
 def ledger_table(inputs: Inputs, method: Method, routes: pd.DataFrame | None = None) -> pd.DataFrame:

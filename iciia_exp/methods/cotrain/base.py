@@ -25,7 +25,18 @@ from iciia_exp.errors import ConfigError, NotApplicable, UserError, check_bool, 
 from iciia_exp.ledger import KINDS, Budget, Line, Link, Sizes
 from iciia_exp.ledger import Site as Place
 from iciia_exp.methods.base import Facts, Method
-from iciia_exp.methods.cotrain.sites import CLOUD, Job, Packed, Samples, Site, Update, Weights, average, weights_of
+from iciia_exp.methods.cotrain.sites import (
+    CLOUD,
+    OF_DEVICES,
+    Job,
+    Packed,
+    Samples,
+    Site,
+    Update,
+    Weights,
+    average,
+    weights_of,
+)
 from iciia_exp.methods.cotrain.steps import batches_of, freeze_all_but, train_steps
 from iciia_exp.models.backbones.base import Backbone, BackboneSpec
 from iciia_exp.models.payloads import PAYLOADS, pack_weights, packed_weights_bytes, unpack_weights
@@ -73,7 +84,7 @@ class CoTrained(Method):
     site: ClassVar[Place]
     #: Whether devices have the logits of the backbone's classifier, which breaks the premise: a bound.
     large_on_devices: bool = False
-    #: The setting, if any, with which images go up or the large model's logits down: against the premise.
+    #: The setting, if any, with which images go up, or the large model or its logits down: against the premise.
     against_premise: str | None = None
     #: Weight of the squared distance to the network that was sent, in the loss.
     proximal: float = 0.0
@@ -101,6 +112,8 @@ class CoTrained(Method):
     ) -> None:
         super().__init__(facts)
         self.array, self.shape = array, _shape(facts, array, self.name)
+        #: whether the backbone computes it, which devices then have, too
+        self.on_backbone = array not in ("images", *OF_DEVICES)
         #: kind of the array as a payload
         self.kind = array if array in KINDS else "features"
         self.reads = self.reads_with({"array": array})
@@ -348,6 +361,12 @@ class CoTrained(Method):
         """Return the MACs of an image."""
         return count_macs(self.small, self.example())
 
+    def served_macs(self, sizes: Sizes) -> int | None:
+        """Return the MACs of an image in a request, those of its input included unless the backbone makes it."""
+        if self.on_backbone:
+            return self.network_macs()
+        return None if sizes.input_macs is None else sizes.input_macs + self.network_macs()
+
     def step_macs(self, part: str = "") -> int:
         """Return the MACs of an image in training of a part of the network."""
         trained = {name for name, p in self.small.named_parameters() if name.startswith(part)}
@@ -386,6 +405,15 @@ class CoTrained(Method):
             Line("client_once", sender, "training", kind=self.kind, bytes=size),
             Line("client_once", sender, "training", kind="labels", bytes=4 * count),
         ]
+
+    def input_lines(self, sizes: Sizes) -> list[Line]:
+        """Return the lines of what a device computes and is sent, once, for the network's inputs of its own images."""
+        lines = []
+        if self.array != "images":
+            lines.append(Line("client_once", "device", "training", macs=times(sizes.train, sizes.input_macs)))
+        if self.on_backbone:
+            lines.append(Line("client_once", "cloud", "backbone", kind="weights", bytes=sizes.backbone_bytes))
+        return lines
 
     def round_lines(self, sizes: Sizes) -> list[Line]:
         """Return the lines of a round: those of a device that takes part, and those of the cloud."""
@@ -427,11 +455,19 @@ class CoTrained(Method):
         """Rounds of training, and requests that the network answers on the device."""
         lines = (
             *self.image_lines("cloud", sizes.received, sizes),
+            *self.input_lines(sizes),
             *self.round_lines(sizes),
             Line("client_once", "cloud", "method", kind="weights", bytes=self.weight_bytes()),
-            Line("request", "device", "method", macs=sizes.requested * self.network_macs()),
+            Line("request", "device", "method", macs=times(sizes.requested, self.served_macs(sizes))),
         )
+        if self.on_backbone:
+            lines += (Line("request", "device", "backbone", macs=times(sizes.requested, sizes.input_macs)),)
         return Budget(lines, 0)
+
+
+def times(count: int, macs: int | None) -> int | None:
+    """Return the MACs of a number of images; None if those of one are unknown."""
+    return 0 if not count else None if macs is None else count * macs
 
 
 def images_of(sent: Mapping[str, Tensor], name: str) -> Samples:

@@ -22,7 +22,7 @@ from iciia_exp.data.views import CloudView
 from iciia_exp.errors import check_choice, check_float, check_int
 from iciia_exp.ledger import Budget, Line, Link, Sizes
 from iciia_exp.methods.base import Facts, Fit, Record, copy_of
-from iciia_exp.methods.cotrain.base import CoTrained, images_of
+from iciia_exp.methods.cotrain.base import CoTrained, images_of, times
 from iciia_exp.methods.cotrain.sites import Job, Samples, Site, Weights, weights_of
 from iciia_exp.methods.cotrain.steps import logits_of
 from iciia_exp.models.payloads import pack_weights, unpack_weights
@@ -98,8 +98,9 @@ class DCCCL(CoTrained):
         #: f_C; None where f_S is trained without it.
         self.control = self.fresh("control") if arm in ("dc_ccl", "wrong_control") else None
         self.alone, self.large_on_devices = arm == "centralised", arm in ("large_on_device", "centralised")
-        if self.large_on_devices or retune == "mixed":
-            self.against_premise = f"arm={arm}" if self.large_on_devices else f"retune={retune}"
+        broken = {f"arm={arm}": self.large_on_devices, "retune=mixed": retune == "mixed"}
+        broken[f"array={self.array}"] = self.on_backbone  # devices then have f_L's trunk
+        self.against_premise = next((setting for setting, broke in broken.items() if broke), None)
 
     def learn(self, cloud: CloudView, fit: Fit) -> Record:
         """Distil f_C on the cloud's images."""
@@ -223,28 +224,34 @@ class DCCCL(CoTrained):
     def budget(self, sizes: Sizes) -> Budget:
         """f_C and images once, f_S in every round, images up and logits down in a request."""
         images = sizes.train + sizes.received
-        lines = self.image_lines("cloud", sizes.received, sizes)
+        lines = self.image_lines("cloud", sizes.received, sizes) + self.input_lines(sizes)
+        backbone = sizes.backbone_macs
         if self.control is not None:
             jobs = self.jobs(0)
             passed = sum(self.job_samples(job, images, sizes.cloud) for job in jobs if job.devices)
             distilled = self.control_recipe.epochs * sizes.cloud * (self.step_macs() + self.dim * self.num_classes)
             held = sum(self.job_samples(job, sizes.cloud) for job in jobs if job.cloud) * self.network_macs()
+            read = 0 if self.on_backbone else times(sizes.cloud, sizes.input_macs)
+            trunks = [times(sizes.cloud, backbone), read]
             # with `mixed`, the cloud passes images of all devices through f_C
-            once = None if self.retune == "mixed" else distilled + held
+            known = self.retune != "mixed" and None not in trunks
+            once = distilled + held + sum(filter(None, trunks)) if known else None
             lines += [
                 Line("cloud_once", "cloud", "training", macs=once),
                 Line("client_once", "cloud", "method", kind="weights", bytes=self.weight_bytes()),
                 Line("client_once", "device", "training", macs=passed * self.network_macs()),
             ]
-        if self.arm == "large_on_device":
-            lines.append(Line("client_once", "cloud", "backbone", kind="weights", bytes=sizes.backbone_bytes))
+        if self.arm == "large_on_device" and not self.on_backbone:
+            lines += [
+                Line("client_once", "cloud", "backbone", kind="weights", bytes=sizes.backbone_bytes),
+                Line("client_once", "device", "training", macs=times(images, backbone)),
+            ]
         lines += self._premise_lines(sizes)
-        backbone = None if sizes.backbone_macs is None else sizes.requested * sizes.backbone_macs
         up = None if sizes.image_bytes is None else sizes.requested * sizes.image_bytes
         lines += [
             *self.round_lines(sizes),
-            Line("request", "cloud", "backbone", macs=backbone),
-            Line("request", "cloud", "method", macs=sizes.requested * self.network_macs()),
+            Line("request", "cloud", "backbone", macs=times(sizes.requested, backbone)),
+            Line("request", "cloud", "method", macs=times(sizes.requested, self.served_macs(sizes))),
             Line("request", "device", "backbone", kind="images", bytes=up),
             Line("request", "cloud", "method", kind="logits", bytes=4 * sizes.requested * self.num_classes),
         ]

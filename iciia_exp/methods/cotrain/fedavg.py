@@ -19,7 +19,7 @@ __all__ = ["FedAvg"]
 
 
 class FedAvg(CoTrained):
-    """A small network, trained by federated averaging; the backbone takes no part.
+    """A small network, trained by federated averaging; the backbone takes no part, unless it makes the network's input.
 
     Args:
         facts: task, sizes, and the shape of the array.

@@ -120,7 +120,7 @@ class Backbone(nn.Module, ABC):
         return count_macs(self, example[None])
 
     def further_costs(self, example: Tensor) -> dict[str, int]:
-        """Return other costs of an image, by their names in `iciia_exp.ledger.Sizes`; by default none."""
+        """Return other costs of an image, as `iciia_exp.ledger.Sizes` names them, or ``<array>_macs``; none here."""
         return {}
 
     def faster(self, example: Tensor) -> list[str]:

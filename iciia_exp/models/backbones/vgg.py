@@ -12,6 +12,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from iciia_exp.cost import count_macs
 from iciia_exp.errors import ConfigError, check_float, check_int
 from iciia_exp.models.backbones.small_images import SmallImageBackbone
 
@@ -80,6 +81,10 @@ class VGG(SmallImageBackbone):
         """Return ``features`` [B, D] and, if wanted, ``stem`` [B, channels, height, width]."""
         stem = self.stem(images)
         return {"features": self.trunk(stem)} | ({"stem": stem} if "stem" in wanted else {})
+
+    def further_costs(self, example: Tensor) -> dict[str, int]:
+        """Return the MACs of the stem."""
+        return {"stem_macs": count_macs(self.stem, example[None])} if "stem" in self.gives else {}
 
     def transform(self, image: Any) -> Tensor:
         """Turn an image into the normalised input."""

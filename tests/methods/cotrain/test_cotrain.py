@@ -1,5 +1,6 @@
 """Methods whose network is trained in rounds: the average, the link, the ledger, the jobs."""
 
+from dataclasses import replace
 from functools import partial
 
 import numpy as np
@@ -130,6 +131,7 @@ def test_the_cloud_computes_what_the_budget_states(retune):
     with FlopCounterMode(display=False) as counter:
         for job in method.jobs(0):
             method.train_on(cloud, weights, job, 3 if job.equal_steps else None)
+    sizes = replace(sizes, backbone_macs=1000)  # f_L passes over the images once
     own, once = (
         sum(li.macs for li in method.budget(sizes).lines if (li.phase, li.site, li.kind) == (phase, "cloud", None))
         for phase in ("round", "cloud_once")
@@ -146,12 +148,53 @@ def test_the_cloud_computes_what_the_budget_states(retune):
                 Distilled(control.train(), method.large_logits, "images", "mse").loss(
                     x_BD, None, images=pictures
                 ).backward()
-    assert counter.get_total_flops() // 2 == once
+    assert counter.get_total_flops() // 2 == once - 40 * 1000
 
 
 def test_what_the_cloud_passes_of_all_devices_is_not_stated():
     (line,) = (li for li in dc_ccl(retune="mixed").budget(Sizes(cloud=40, train=20)).lines if li.phase == "cloud_once")
     assert line.macs is None
+
+
+FEATURES = {"network": PERCEPTRON, "array": "features"}
+SECOND = Facts.of(nn.Linear(D, K), arrays={"second": (D,)})
+
+
+def stated(method, phase, site, what=None, kind=None, **sizes):
+    lines = method.budget(Sizes(train=20, cloud=40, backbone_macs=1000, backbone_bytes=4000, **sizes)).lines
+    of_key = [line for line in lines if (line.phase, line.site, line.kind) == (phase, site, kind)]
+    return [line.bytes if kind else line.macs for line in of_key if what in (None, line.what)]
+
+
+def test_a_device_makes_the_input_of_its_network():
+    """From an image, with a network that it has, or with the backbone, which is sent."""
+    method = FedAvg(SECOND, network=PERCEPTRON, array="second", share_down=0.0)
+    macs = method.network_macs()
+    assert stated(method, "request", "device", input_macs=700) == [700 + macs]
+    assert stated(method, "client_once", "device", "training", input_macs=700) == [20 * 700]
+    assert not stated(method, "client_once", "cloud", "backbone", "weights", input_macs=700)
+    assert stated(method, "request", "device", input_macs=None) == [None]
+    method = FedAvg(FACTS, **FEATURES)
+    assert stated(method, "request", "device", "method", input_macs=900) == [macs]
+    assert stated(method, "request", "device", "backbone", input_macs=900) == [900]
+    assert stated(method, "client_once", "device", "training", input_macs=900) == [20 * 900]
+    assert stated(method, "client_once", "cloud", "backbone", "weights", input_macs=900) == [4000]
+    assert method.against_premise is None
+
+
+def test_features_of_the_large_model_break_the_premise():
+    method = DCCCL(FACTS, **FEATURES)
+    assert method.against_premise == "array=features"
+    assert stated(method, "client_once", "cloud", "backbone", "weights", input_macs=900) == [4000]
+    assert stated(method, "request", "cloud", "method", input_macs=900) == [method.network_macs()]
+    method = DCCCL(SECOND, network=PERCEPTRON, array="second")
+    assert method.against_premise is None
+    assert stated(method, "request", "cloud", "method", input_macs=700) == [700 + method.network_macs()]
+
+
+def test_the_large_model_on_a_device_computes_there():
+    method = dc_ccl(arm="large_on_device", retune="none")
+    assert stated(method, "client_once", "device", "training", received=6) == [26 * 1000]
 
 
 def test_the_average():
