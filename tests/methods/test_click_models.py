@@ -193,6 +193,14 @@ def test_a_user_costs_what_the_budget_states(cloud, method, monkeypatch):
         assert counter.get_total_flops() // 2 == macs
 
 
+@pytest.mark.parametrize(("method", "images"), [(MPDA, 0), (partial(MPDA, matching="nearest"), 5), (CoDA, 0)])
+def test_a_model_of_ids_needs_features_only_to_send_them(cloud, method, images):
+    method = method(cloud.facts, **RECIPE)
+    cloud.learned(method, [0])
+    lines = method.budget(Sizes(train=5, val=4, backbone_macs=10)).lines
+    assert [line.macs for line in lines if (line.site, line.what) == ("device", "backbone")][-1:] == [10 * images]
+
+
 def test_a_sample_is_a_row_of_ids_and_a_label(cloud):
     _, link = cloud.learned(CoDA(cloud.facts, retrieval="random", ratio=2, **RECIPE), [0])
     samples = 2 * LENGTHS[0]

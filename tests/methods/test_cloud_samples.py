@@ -231,6 +231,26 @@ def test_a_device_learns_the_same_alone(head, cloud, kind, options, monkeypatch)
     }
 
 
+@pytest.mark.parametrize(
+    ("method", "images"),
+    [
+        (partial(MPDA), 20),
+        (partial(MPDA, judge="val"), 27),
+        (partial(MPDA, patience=2), 27),
+        (partial(MPDA, arm="local", judge="val"), 20),  # nothing is judged
+        (partial(CoDA), 20),
+        (partial(CoDA, retrieval="sample"), 20),
+        (partial(CoDA, patience=1), 27),
+    ],
+)
+def test_the_backbone_passes_over_what_is_used(cloud, method, images):
+    method = method(Facts.of(nn.Linear(D, K)), **RECIPE)
+    method.learn(cloud.view, no_fit)
+    lines = method.budget(Sizes(train=20, val=7, backbone_macs=10)).lines
+    (line,) = (li for li in lines if (li.phase, li.site, li.what) == ("client_once", "device", "backbone"))
+    assert line.macs == 10 * images
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "method",

@@ -95,21 +95,28 @@ class PersonalClassifier(Personal):
     def _example(self) -> Tensor:
         return torch.zeros(1, *self.shape, device=self.head.weight.device)
 
-    def device_budget(self, sizes: Sizes, macs: int = 0) -> Budget:
+    def device_budget(self, sizes: Sizes, macs: int = 0, *, judged: bool = False, sent: bool = False) -> Budget:
         """Return the budget of a network that replaces the backbone's classifier, or the backbone.
 
         Training takes `step_macs` for a train image and epoch, of a classifier 2 D K, the same for a sample of others
-        and pass, and with ``patience`` `forward_macs` for the val images of every epoch and the start.
+        and pass, and with ``patience`` `forward_macs` for the val images of every epoch and the start. A classifier
+        reads the backbone's features of the train images, and of the val images if they decide something.
 
         Args:
             sizes: of client and request.
             macs: of the device's training beside these.
+            judged: whether val images decide without ``patience``, too.
+            sent: whether the train images' features are sent, which a network that replaces the backbone needs for
+                nothing else.
         """
         served = serve(sizes, self.num_classes, macs=0, weights=0, state_bytes=self.state_bytes())
         macs += (sizes.passed + sizes.epochs * sizes.train) * self.step_macs
         if self.patience is not None:
             macs += (sizes.epochs + 1) * sizes.val * self.forward_macs
-        own = None if sizes.backbone_macs is None else (sizes.train + sizes.val) * sizes.backbone_macs
+        images = sizes.train if sent else 0
+        if self.net is self.head:
+            images = sizes.train + (sizes.val if judged or self.patience is not None else 0)
+        own = None if sizes.backbone_macs is None else images * sizes.backbone_macs
         learned = (
             Line("client_once", "device", "backbone", macs=own),
             Line("client_once", "device", "training", macs=macs),

@@ -175,7 +175,9 @@ class CloudSamples(PersonalClassifier):
         """Return nothing: a device starts with the backbone."""
         return {}
 
-    def sample_budget(self, sizes: Sizes, *, up: Mapping[str, int], macs: int, cloud_macs: int) -> Budget:
+    def sample_budget(
+        self, sizes: Sizes, *, up: Mapping[str, int], macs: int, cloud_macs: int, judged: bool = False
+    ) -> Budget:
         """Return the budget of a device that gets ``sizes.received`` samples.
 
         Args:
@@ -183,8 +185,9 @@ class CloudSamples(PersonalClassifier):
             up: bytes that the device sends, by kind.
             macs: of the device, beside training on samples of others and on its own images (`device_budget`).
             cloud_macs: of finding the samples.
+            judged: whether val images decide what is accepted.
         """
-        served, size = self.device_budget(sizes, macs), 4 * math.prod(self.shape)
+        served, size = self.device_budget(sizes, macs, judged=judged, sent="features" in up), 4 * math.prod(self.shape)
         received = (
             Line("client_once", "cloud", "training", macs=cloud_macs),
             *(Line("client_once", "device", "training", kind=kind, bytes=size) for kind, size in up.items()),

@@ -169,11 +169,11 @@ class MPDA(CloudSamples):
         Of a classifier, training takes 2 D K MACs for every sample and pass, and D K for every image that judges and
         candidate, and for the start.
         """
-        judging, up, matching = 0, {}, 0
+        judging, up, matching, judged = 0, {}, 0, bool(self.candidates) and self.judge == "val"
         if self.candidates:
-            images = sizes.train + (sizes.val if self.judge == "val" else 0)
+            images = sizes.train + (sizes.val if judged else 0)
             judging = (self.candidates + 1) * images * self.forward_macs
             kind, width = sent_to_match(self.matching, self.task, self.dim, self.num_classes)
             up = {kind: 4 * width or 8}
             matching = int(self.clients) * width
-        return self.sample_budget(sizes, up=up, macs=judging, cloud_macs=matching)
+        return self.sample_budget(sizes, up=up, macs=judging, cloud_macs=matching, judged=judged)
