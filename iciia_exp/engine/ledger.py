@@ -66,13 +66,16 @@ def _input_macs(inputs: Inputs, manifest: dict[str, Any]) -> int | None:
     return None if manifest["macs"] is None else manifest["macs"] - manifest["dim"] * manifest["num_classes"]
 
 
-def ledger_table(inputs: Inputs, method: Method, routes: pd.DataFrame | None = None) -> pd.DataFrame:
+def ledger_table(
+    inputs: Inputs, method: Method, routes: pd.DataFrame | None = None, cloud_share: float | None = None
+) -> pd.DataFrame:
     """Return one row per line of the budget: phase, site, what, kind, MACs, bytes, and the bytes that a link counted.
 
     Numbers of ``client_once`` are means over the test clients; MACs and bytes are NaN where they are unknown.
     ``measured_bytes`` is NaN where no payload was sent: those of requests, and the backbone's weights. Those of a round
     are means over the devices that were drawn (down), and over those that answered (up). ``routes`` are the test
-    requests of a prompt router (`iciia_exp.engine.evaluation.routes.routes_table`), which are sent.
+    requests of a prompt router (`iciia_exp.engine.evaluation.routes.routes_table`), which are sent; ``cloud_share`` is
+    the share of the test images that another routed method sends.
     """
     measured: dict[tuple[Any, ...], float] = {}
     if inputs.rounds is not None:
@@ -88,7 +91,7 @@ def ledger_table(inputs: Inputs, method: Method, routes: pd.DataFrame | None = N
         budget, measured = _requests(inputs, method, prompts, len(routes))
         budgets = [(1.0, budget)]
     elif inputs.states is None:
-        budgets = [(1.0, method.budget(sizes_of(inputs)))]
+        budgets = [(1.0, method.budget(sizes_of(inputs, cloud_share=cloud_share)))]
     else:
         manifest = read_json(inputs.states.folder / "manifest.json")
         counts = {name: values for name, values in manifest.get("counts", {}).items() if name in _SIZES}

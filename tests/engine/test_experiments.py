@@ -174,6 +174,10 @@ def test_every_experiment_runs(name, compose, tmp_path, monkeypatch, offline_wei
     assert row["backbone_macs"] is None if name == "features" else row["backbone_macs"] > 0
     assert 0 <= row["accuracy"] <= 1
     assert execute(stages) == row
+    if name == "route_tiny_imagenet":  # what the cloud computes is that of the images that were sent
+        assert row["request_cloud_macs"] == pytest.approx(row["cloud_share"] * row["backbone_macs"], abs=1)
+    if name == "dc_ccl_tiny_imagenet":  # the second trunk is in the answer
+        assert row["streaming_macs"] > stages.open_store().manifest["second_macs"] > 0
 
 
 def test_images_go_to_the_cloud_as_jpeg(compose, tmp_path, monkeypatch, offline_weights):

@@ -87,7 +87,7 @@ def evaluate(inputs: Inputs, folder: Path) -> None:
     seconds = time.monotonic() - start
     training = read_json(inputs.run.folder / "training.json")
     errors = module.calibration_errors() | module.class_accuracies() | routed
-    ledger = ledger_table(inputs, run.method)
+    ledger = ledger_table(inputs, run.method, cloud_share=routed.get("cloud_share"))
     row = result_row(inputs, run.method, store, counts, ledger, training, errors, seconds, table)
     _write(folder, "clients", table)
     _write(folder, "ledger", ledger)
