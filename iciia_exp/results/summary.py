@@ -166,7 +166,9 @@ def summarise(counts: ClientCounts, resamples: int = RESAMPLES, seed: int = 0) -
 
     Accuracies and gains are fractions (0 to 1). Intervals end in ``_low`` and ``_high``: Student's with the bootstrap
     standard error, within what is possible. Percentiles of the bootstrap are too narrow for few clients. ``se_clients``
-    is the standard error of ``client_accuracy`` over clients (not over seeds). ``log_loss_gain`` is the backbone's
+    is the standard error of ``client_accuracy`` over clients (not over seeds). ``gain_where_backbone_is_worst`` is of
+    the tenth of the clients with the lowest accuracy of the backbone on the same images, so a part of it is regression
+    to the mean: with few images it is large for any method whose errors are others. ``log_loss_gain`` is the backbone's
     log-loss less the method's, in nats, mean over clients. Of fewer than three clients intervals are NaN, of one the
     standard error, too.
     """

@@ -29,6 +29,9 @@ from iciia_exp.tasks import CLICK, Task
 
 __all__ = ["BackboneModule", "BaseModule", "ClassifierModule", "MethodModule"]
 
+# The largest float32 below 1.
+_BELOW_ONE = 1 - 2**-24
+
 MONITOR = "val/accuracy"
 
 
@@ -237,7 +240,9 @@ class MethodModule(BaseModule):
             logits_TK = logits_CSK[batch.mask_CS]
             task = self.method.task
             correct_T = task.correct(logits_TK, y).flatten()
-            self._calibration(who).update(task.confidence(logits_TK).flatten(), correct_T)
+            # the metric puts a confidence of 1 into a bin of its own
+            confidence_T = task.confidence(logits_TK).flatten().clamp(max=_BELOW_ONE)
+            self._calibration(who).update(confidence_T, correct_T)
             if self.unseen is not None:
                 unseen_T = torch.isin(y, torch.tensor(self.unseen, device=y.device))
                 for part, chosen_T in (("seen", ~unseen_T), ("unseen", unseen_T)):

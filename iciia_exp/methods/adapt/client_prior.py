@@ -111,7 +111,8 @@ class ClientPrior(ClassPrior):
     def log_prior(self, b_CSK: Tensor, real_CS: Tensor, causal: bool) -> tuple[Tensor, Tensor]:
         """Return the log-prior of every image, [C, S, K], and the probability of a training client, [C, S].
 
-        With all other images as the past, each one's own part is taken out of the sums over all.
+        With all other images as the past, each one's own part is taken out of the sums over all: an approximation, as
+        the parts of later images were found with it in their past.
         """
         images = self._images(*self.likelihoods(b_CSK), real_CS)
         if causal:
