@@ -36,6 +36,7 @@ def main() -> None:
     tracebacks = asked == "1"
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra raises its errors instead of printing them
     os.environ.setdefault("ICIIA_EXP_PID", str(os.getpid()))  # for the folders of sweeps that start in the same second
+    os.environ["ICIIA_EXP_MAIN"] = str(os.getpid())  # for the workers of a sweep, which end with it
     for flag in {"-m", "--multirun"} & set(sys.argv[1:]):  # Hydra accepts it first or last, not between overrides
         sys.argv.remove(flag)
         sys.argv.insert(1, flag)

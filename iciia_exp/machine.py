@@ -107,8 +107,11 @@ def _environment_number(name: str, otherwise: int) -> int:
 
 
 def end_with_parent(every: float = 1.0) -> None:
-    """End this process soon after its parent has ended, which a process of a killed sweep would survive."""
-    parent = os.getppid()
+    """End this process soon after its parent has ended, which a process of a killed sweep would survive.
+
+    The parent is the process of the command line (``ICIIA_EXP_MAIN``), which may have ended before this is called.
+    """
+    parent = int(os.environ.get("ICIIA_EXP_MAIN") or os.getppid())
 
     def watch() -> None:
         while os.getppid() == parent:

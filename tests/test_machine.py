@@ -102,3 +102,13 @@ def test_the_tasks_of_an_interactive_slurm_job_are_not_processes(monkeypatch):
     for name in ("bash", "interactive"):
         monkeypatch.setenv("SLURM_JOB_NAME", name)
         assert process_count() == 1
+
+
+@pytest.mark.parametrize("ended", [True, False])
+def test_a_worker_ends_with_the_command_even_if_that_has_ended_before(ended):
+    gone = subprocess.Popen([sys.executable, "-c", ""])
+    gone.wait()
+    code = "import time; from iciia_exp.machine import end_with_parent; end_with_parent(0.01); time.sleep(1)"
+    environment = os.environ | {"ICIIA_EXP_MAIN": str(gone.pid if ended else os.getpid())}
+    found = subprocess.run([sys.executable, "-c", code], env=environment, timeout=60)
+    assert found.returncode == (-9 if ended else 0)
