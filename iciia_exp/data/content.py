@@ -5,6 +5,7 @@ its size, its time of modification or its time of change (of the inode, which no
 million files cost a request each, some seconds on a local disk, and are not read again.
 """
 
+import contextlib
 import hashlib
 import logging
 import os
@@ -139,13 +140,13 @@ def _known(file: Path | None, names: np.ndarray, now: np.ndarray) -> tuple[np.nd
 
 
 def _keep(file: Path, names: np.ndarray, now: np.ndarray, values: np.ndarray) -> None:
-    """Write digests, beside those of other files of the folder."""
+    """Write digests, beside those of other files of the folder; without a place to write, they are computed again."""
     there = now[:, 0] >= 0
     columns = {"path": _encoded(names), **dict(zip(_COLUMNS, now.T, strict=True)), "content": values}
     table, before = pd.DataFrame(columns)[there], _read(file)
     if before is not None:
         table = pd.concat([before[~before["path"].isin(table["path"])], table])
-    with atomic_write(file, "wb") as out:
+    with contextlib.suppress(OSError), atomic_write(file, "wb") as out:
         table.to_parquet(out, index=False)
 
 

@@ -1,5 +1,6 @@
 """Dataset facts: class names, fingerprint and the like, cached so that later stages run without the dataset's files."""
 
+import contextlib
 import json
 import logging
 from collections.abc import Callable, Iterable, Iterator
@@ -63,11 +64,12 @@ class DatasetFacts:
         return json.loads(json.dumps(self._experiment.named(lambda: read(dataset), "dataset")))  # as from the cache
 
     def remember(self) -> None:
-        """Write the facts to the cache."""
+        """Write the facts to the cache, if it can be written to."""
         if self._missing is None and self._kept.get("fingerprint", ...) != self.fingerprint:
             names = ("fingerprint", "class_names", "shown_names", "backbone_arguments", "has_backbone_images")
             facts = {name: getattr(self, name) for name in names}
-            write_json(self._file, {"facts": facts, "digest": digest(facts)})
+            with contextlib.suppress(OSError):
+                write_json(self._file, {"facts": facts, "digest": digest(facts)})
 
     @cached_property
     def fingerprint(self) -> Any:

@@ -49,8 +49,10 @@ def execute(stages: Stages, brief: bool = False) -> dict[str, Any] | None:
     """
     stage, run = stages.experiment.stage, stages.run
     parts = [part for part in (run, stages.states, stages.rounds, stages.evaluation) if part is not None]
-    if stages.features.finished and stages.experiment.extraction.on_bad_image == "error":
-        stages.open_store()  # also of a finished run, which may lack images
+    if stages.features.finished:
+        stages.facts.remember()  # the data as it was last, for runs without its files
+        if stages.experiment.extraction.on_bad_image == "error":
+            stages.open_store()  # also of a finished run, which may lack images
     if "evaluation" in KINDS[stage] and all(part.finished for part in parts):
         log.info("%s: finished before", _shown(run.folder))
         if in_wandb_sweep() and stages.tracker.wandb:  # the sweep's agent waits for a run

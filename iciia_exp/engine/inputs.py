@@ -256,6 +256,12 @@ class Inputs:
         return file_digest(path)
 
     @property
+    def files(self) -> dict[str, Any]:
+        """Digests of the content of all files that features are made of, by their keys."""
+        weights = {"backbone.weights": self.weights_digest, "backbone.classes": self.weights_classes}
+        return {"data_dir": self.facts.fingerprint, **weights}
+
+    @cached_property
     def weights_classes(self) -> str | list[str] | None:
         """Classes of the initial weights: the name of a list, the digest of a file of names, or the names."""
         classes = self.experiment.backbone.classes

@@ -6,6 +6,8 @@
 Everything that can change a number, and nothing else, goes into the ``science`` of an artifact.
 """
 
+import shutil
+from collections.abc import Callable
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -17,6 +19,8 @@ from iciia_exp.engine.graph import Artifact
 from iciia_exp.engine.inputs import Inputs
 from iciia_exp.engine.training import train_backbone, train_method
 from iciia_exp.engine.training.processes import in_processes
+from iciia_exp.errors import UserError
+from iciia_exp.machine import process_rank
 from iciia_exp.methods.cotrain.base import CoTrained
 from iciia_exp.methods.tune.base import Personal
 from iciia_exp.results.labels import REPORTED
@@ -203,4 +207,26 @@ class Stages(Inputs):
         """Return an artifact of the cache."""
         folder = "features" if kind == "features" else "backbones"
         label = f"{self.experiment.backbone.name}-{self.experiment.dataset_class.name}"
+        if kind != "head":
+            make = partial(self._make_of_files, make)
         return Artifact(kind, label, parts, make, self.experiment.cache_dir / folder, needs, report=report)
+
+    def _make_of_files(self, make: Callable[[Path], None], folder: Path) -> None:
+        """Make an artifact of the dataset's and the weights' files; if these have changed meanwhile, nothing is kept.
+
+        Its digest is that of the files before, and it may have been made of others.
+        """
+        before = self.files
+        make(folder)
+        if process_rank() > 0:
+            return
+        try:
+            now = Inputs(self.experiment).files
+        except UserError as error:  # they are gone
+            now = dict.fromkeys(before, str(error))
+        if lost := [key for key, content in before.items() if now[key] != content]:
+            shutil.rmtree(folder)
+            spec = self.experiment.backbone
+            given = {"backbone.weights": spec.weights, "backbone.classes": spec.classes}
+            names = " and ".join(f"{key}={given.get(key, self.experiment.config['data_dir'])}" for key in lost)
+            raise UserError(f"{names}: changed while it was read; nothing made of it is kept; repeat the command")
