@@ -14,6 +14,7 @@ import math
 import os
 import re
 import shutil
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -28,14 +29,17 @@ from rich.filesize import decimal
 from iciia_exp.checksums import CHECKSUMS, changed, checksums_of, verify
 from iciia_exp.errors import UserError, first_line
 
+if sys.platform != "win32":
+    import fcntl
+
 if TYPE_CHECKING:
     import numpy as np
     import pandas as pd
     from torch import Tensor
 
 __all__ = [
-    *("allocate", "atomic_write", "finished_folder", "folder_name", "is_temporary", "load_tensors", "locked"),
-    *("make_folder", "partial_folder", "read_array", "read_json", "read_parquet", "replacing_folder"),
+    *("allocate", "atomic_write", "finished_folder", "folder_name", "in_use", "is_temporary", "load_tensors"),
+    *("locked", "make_folder", "partial_folder", "read_array", "read_json", "read_parquet", "replacing_folder"),
     *("resolve_cache_dir", "save_tensors", "write_json"),
 ]
 
@@ -56,6 +60,18 @@ def locked(path: Path, what: str) -> Iterator[None]:
         log.info("waiting for another process that is making %s", what)
         held = lock.acquire()
     with held:
+        yield
+
+
+@contextlib.contextmanager
+def in_use(path: Path) -> Iterator[None]:
+    """Keep ``python -m iciia_exp.cache clean`` from deleting a finished folder while it is read in the block."""
+    with contextlib.ExitStack() as held:
+        if sys.platform != "win32":  # whose locks cannot be shared
+            with contextlib.suppress(OSError):  # read-only, or being deleted
+                lock = os.open(path.with_name(f".{path.name}.lock"), os.O_RDONLY | os.O_CREAT, 0o666)
+                held.callback(os.close, lock)
+                fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
         yield
 
 

@@ -4,6 +4,7 @@ import argparse
 import os
 import re
 import shutil
+import stat
 import sys
 from dataclasses import dataclass
 from datetime import datetime, timedelta
@@ -52,11 +53,22 @@ def entries(cache_dir: Path) -> list[Entry]:
             unfinished = path.suffix in (".partial", ".deleted")
             if not unfinished and not _has_manifest(path):
                 continue
-            status = [path.lstat(), *(os.lstat(os.path.join(at, f)) for at, _, files in os.walk(path) for f in files)]
+            inside = [os.path.join(at, file) for at, _, files in os.walk(path) for file in files]
+            status = [there for file in (str(path), *inside) if (there := _status(file)) is not None]
+            if not status:  # it has been finished, or deleted, this moment
+                continue
             changed = datetime.fromtimestamp(max(s.st_mtime for s in status))
-            size = sum(s.st_size for s in status[1:])
+            size = sum(s.st_size for s in status if stat.S_ISREG(s.st_mode))
             found.append(Entry(kind, path, "partial" if unfinished else "whole", size, changed))
     return sorted(found, key=lambda e: e.changed)
+
+
+def _status(file: str) -> os.stat_result | None:
+    """Return the status of a file or folder; None if another process has just renamed or deleted it."""
+    try:
+        return os.lstat(file)
+    except FileNotFoundError:
+        return None
 
 
 def _has_manifest(path: Path) -> bool:
@@ -90,7 +102,7 @@ def remove(entry: Entry) -> str | None:
                 shutil.rmtree(aside)
             return None
     except Timeout:
-        return "a process is making it now"
+        return "a process is making or reading it now"
     except OSError as error:  # a folder in it is mounted or protected
         return f"{error.filename}: {error.strerror}"
 
@@ -110,15 +122,20 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--partial", action="store_true", help="only entries that a killed run left unfinished")
     parser.add_argument("--older-than", type=float, metavar="DAYS", help="only entries unchanged for so many days")
     parser.add_argument("--yes", action="store_true", help="clean without asking")
-    options = parser.parse_args(arguments)
+    options = parser.parse_intermixed_args(arguments)
     return exit_status(lambda: _list_or_clean(options), failed=2)
 
 
 def _list_or_clean(options: argparse.Namespace) -> int:
     if options.cache_dir == "":
         raise UserError("ICIIA_EXP_CACHE or --cache-dir is empty; name a folder, or unset it")
+    if "" in options.names:
+        raise UserError("NAME is empty, and every name contains it; leave it out to choose all")
+    if options.older_than is not None and not 0 <= options.older_than < 1e6:
+        raise UserError(f"--older-than {options.older_than:g}: must be a number of days, 0 to 1,000,000")
     cache_dir = resolve_cache_dir(options.cache_dir)
-    last_change = datetime.now() - timedelta(days=options.older_than or 0)
+    days = min(options.older_than or 0, (datetime.now() - datetime.min).days - 1)
+    last_change = datetime.now() - timedelta(days=days)
     chosen = [
         e
         for e in entries(cache_dir)
@@ -126,7 +143,8 @@ def _list_or_clean(options: argparse.Namespace) -> int:
         and (not options.partial or e.state == "partial")
         and (options.older_than is None or e.changed < last_change)
     ]
-    print(f"{cache_dir}: {len(chosen)} entries, {sum(e.bytes for e in chosen) / 1e6:,.1f} MB")
+    there = "" if cache_dir.is_dir() else "no such folder, "
+    print(f"{cache_dir}: {there}{len(chosen)} entries, {sum(e.bytes for e in chosen) / 1e6:,.1f} MB")
     for e in chosen:
         name = printable(e.path.name) + ("" if e.state == "whole" else "  (unfinished)")
         print(f"  {e.bytes / 1e6:10,.1f} MB  {e.changed:%Y-%m-%d %H:%M}  {e.kind:<9}  {name}")

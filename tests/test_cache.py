@@ -6,8 +6,9 @@ import pytest
 from filelock import FileLock
 
 from iciia_exp import cache as cache_module
-from iciia_exp.artifacts import write_json
-from iciia_exp.cache import entries, main
+from iciia_exp.artifacts import in_use, write_json
+from iciia_exp.cache import entries, main, remove
+from iciia_exp.engine.execute import execute
 
 
 @pytest.fixture
@@ -69,7 +70,7 @@ def test_clean_by_age(cache):
 def test_what_is_being_made_is_kept(cache, capsys):
     with FileLock(cache / "features" / ".b-000000000003.lock"):
         assert main(["clean", "b-000000000003", "--yes"]) == 1
-    assert "is making it now" in capsys.readouterr().err
+    assert "is making or reading it now" in capsys.readouterr().err
     assert ("features", "b-000000000003.partial", "partial") in names(cache)
 
 
@@ -146,3 +147,49 @@ def test_an_empty_name_is_no_folder(monkeypatch, capsys):
     monkeypatch.setenv("ICIIA_EXP_CACHE", "")
     assert main(["list"]) == 2
     assert "is empty; name a folder, or unset it" in capsys.readouterr().err
+
+
+def test_what_a_run_reads_is_kept(cache, capsys):
+    path = cache / "features" / "a-000000000002"
+    with in_use(path), in_use(path):  # several may read it
+        assert main(["clean", "--yes", "a-000000000002"]) == 1
+        assert "a process is making or reading it now" in capsys.readouterr().err
+        assert path.is_dir()
+    assert main(["clean", "--yes", "a-000000000002"]) == 0
+    assert not path.exists()
+
+
+def test_a_run_holds_what_it_reads(stages, monkeypatch):
+    """The features, while a method is trained on them."""
+    kept = []
+
+    def clean(*_, **__):
+        kept.append([remove(entry) for entry in entries(made.experiment.cache_dir)])
+        raise KeyboardInterrupt
+
+    execute(stages("method=backbone"))
+    made = stages("method=linear_head")
+    monkeypatch.setattr("iciia_exp.engine.training.fit.fit", clean)
+    with pytest.raises(KeyboardInterrupt):
+        execute(made)
+    assert kept == [["a process is making or reading it now"] * 2]  # backbone and features
+    assert [remove(entry) for entry in entries(made.experiment.cache_dir)] == [None, None]
+
+
+def test_a_file_that_has_just_gone_is_passed_over(cache, monkeypatch):
+    real = os.walk
+    monkeypatch.setattr("iciia_exp.cache.os.walk", lambda at: [(a, d, [*f, "gone"]) for a, d, f in real(at)])
+    assert len(names(cache)) == 3
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ([""], "NAME is empty"),
+        *((["--older-than", days], f"--older-than {days}: must be a number of days") for days in ("nan", "inf", "-5")),
+    ],
+)
+def test_wrong_arguments_delete_nothing(cache, capsys, arguments, said):
+    assert main(["clean", "--yes", *arguments]) == 2
+    assert said in capsys.readouterr().err
+    assert len(names(cache)) == 3

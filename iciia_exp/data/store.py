@@ -60,7 +60,7 @@ class FeatureStore:
     def open(cls, path: Path) -> FeatureStore:
         """Open the store at ``path``; a missing, unknown or damaged store raises `UserError`."""
         if not finished_folder(path):
-            raise UserError(f"{path}: no feature store there (manifest.json is missing)")
+            raise UserError(f"{path}: no feature store there (manifest.json is missing); repeat the run's command")
         manifest = read_json(path / "manifest.json")
         if (found := manifest.get("format")) != FORMAT:
             raise UserError(f"{path}: a store of format {found}, this version reads {FORMAT}; delete it and repeat")

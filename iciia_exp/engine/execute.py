@@ -1,14 +1,14 @@
 """Execute: make the missing artifacts of an experiment's stage, and show the results."""
 
 import logging
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 from pathlib import Path
 from tempfile import TemporaryFile
 from typing import Any
 
 import torch
 
-from iciia_exp.artifacts import read_json
+from iciia_exp.artifacts import in_use, read_json
 from iciia_exp.data.views import require_own_labels
 from iciia_exp.engine.data_check import compared, findings, split_table, unreadable, weights_problem
 from iciia_exp.engine.graph import Artifact, NotMade, ensure
@@ -132,9 +132,13 @@ def _make(stages: Stages) -> None:
     stage, spec = stages.experiment.stage, stages.experiment.backbone
     if stage in ("all", "backbone") and spec.train == "none":
         log.info("backbone: %s, nothing to train", spec.name)
-    failed, shared = True, _shared(stages)
+    failed, shared, read = True, _shared(stages), ExitStack()
+    parts = [part for part in (stages.backbone, stages.features, stages.head) if part is not None]
     try:
         for goal in _goals(stages):
+            for part in [part for part in parts if part.finished]:
+                read.enter_context(in_use(part.folder))
+                parts.remove(part)
             if not shared and torch.distributed.is_initialized():  # the other processes have ended
                 torch.distributed.destroy_process_group()
             shared = [other for other in shared if other is not goal]
@@ -148,6 +152,7 @@ def _make(stages: Stages) -> None:
                 ) from error
         failed = False
     finally:
+        read.close()
         stages.tracker.close(failed)
 
 

@@ -32,7 +32,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--history", action="store_true", help="also accuracy by images seen before")
     parser.add_argument("--html", type=Path, metavar="FILE", help="write one page with all of it, to open in a browser")
     parser.add_argument("--out", type=Path, metavar="DIR", help="write tables and figures into this folder")
-    options = parser.parse_args(arguments)
+    options = parser.parse_intermixed_args(arguments)
     return exit_status(lambda: _report(options), failed=1)
 
 

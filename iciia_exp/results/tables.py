@@ -1,6 +1,8 @@
 """Tables: finished runs, settings with their seeds averaged, and accuracy by length of history."""
 
+import contextlib
 import logging
+import os
 import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -36,17 +38,19 @@ _OF_CLIENTS = ("client", "client_type", "images", "classes", "decisions", "backb
 
 
 def load_runs(folders: Iterable[Path]) -> list[dict[str, Any]]:
-    """Return the rows of all finished runs in the folders, at any depth, each with its ``run_dir``; each run once.
+    """Return the rows of all finished runs in the folders, at any depth, each with its ``run_dir``.
+
+    A run is there once for every name of an experiment. Links to folders are followed.
 
     A run with a damaged file is left out, with a warning. Raises a `UserError` that names a folder without finished
     runs.
     """
-    rows: dict[str, dict[str, Any]] = {}
+    rows: dict[tuple[str, str], dict[str, Any]] = {}
     for folder in folders:
         if not folder.is_dir():
             raise UserError(f"{folder}: no such folder; give a run directory, or a folder with some (outputs)")
         # a repository made from a run has its results, and not its tables: the run comes first
-        paths = sorted(folder.rglob("results.json"), key=lambda path: (not path.match("evaluation-*/*"), path))
+        paths = sorted(_results_in(folder), key=lambda path: (not path.match("evaluation-*/*"), path))
         if not paths:
             raise UserError(f"{folder}: no finished runs in it (no results.json); repeat their command to finish them")
         damaged = []
@@ -59,12 +63,24 @@ def load_runs(folders: Iterable[Path]) -> list[dict[str, Any]]:
                 damaged.append(error)
                 continue
             row |= {"run_dir": path.parent, "latency_percent": _latency(path.parent.parent)}
-            rows.setdefault(row["evaluation_digest"], row)
+            rows.setdefault((row["name"], row["evaluation_digest"]), row)
         if len(damaged) == len(paths):
             raise damaged[0]
         for problem in damaged:
             log.warning("left out: %s", printable(problem))
     return sorted(rows.values(), key=lambda row: str(row.get("finished")))  # of several evaluations the newest counts
+
+
+def _results_in(folder: Path) -> Iterator[Path]:
+    """Yield every ``results.json``; a folder to which several links lead is read once."""
+    read = set()
+    for at, folders, files in os.walk(folder, followlinks=True):
+        if (real := os.path.realpath(at)) in read:
+            folders.clear()
+            continue
+        read.add(real)
+        if "results.json" in files:
+            yield Path(at, "results.json")
 
 
 def _latency(run: Path) -> float | None:
@@ -114,10 +130,20 @@ def select(rows: list[dict[str, Any]], conditions: Iterable[str]) -> list[dict[s
             near = nearest(key, [k.removeprefix("config.") for k in keys])
             hint = f"; did you mean {near}?" if near else ""
             raise UserError(f"--where {condition}: no run has a key {key}{hint}")
-        rows = [row for row in rows if str(row.get(name)) in values.split(",")]
+        rows = [row for row in rows if any(_is(row.get(name), text) for text in values.split(","))]
     if not rows:
         raise UserError("no run is left of those that --where selects")
     return rows
+
+
+def _is(value: Any, text: str) -> bool:
+    """Return whether a text is a value, as one writes it on the command line or in YAML."""
+    if isinstance(value, bool) or value is None:
+        return text.lower() in {True: ("true",), False: ("false",), None: ("null", "none")}[value]
+    if isinstance(value, int | float):
+        with contextlib.suppress(ValueError):
+            return float(text) == value
+    return str(value) == text
 
 
 def comparisons(rows: list[dict[str, Any]]) -> Iterator[tuple[str, list[dict[str, Any]]]]:

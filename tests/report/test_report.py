@@ -87,6 +87,32 @@ def test_two_clients_have_no_interval_anywhere(compose, tmp_path, capsys):
 
 
 @pytest.mark.slow
+def test_a_run_is_in_the_table_of_every_experiment_and_links_are_followed(outputs, tmp_path):
+    shutil.copytree(outputs, tmp_path / "runs" / "digits")
+    (tmp_path / "elsewhere").mkdir()
+    for name, at in (("other", "runs"), ("linked", "elsewhere")):
+        for path in sorted(outputs.rglob("results.json"))[:2]:
+            copy = tmp_path / at / name / path.parent.parent.name / path.parent.name
+            shutil.copytree(path.parent, copy)
+            row = read_json(path) | {"name": name, "setting_digest": name}
+            (copy / "results.json").write_text(json.dumps(row))
+            unchecked(copy)
+    (tmp_path / "runs" / "link").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "elsewhere" / "round").symlink_to(tmp_path / "runs")  # no end
+    names = [row["name"] for row in load_runs([tmp_path / "runs"])]
+    assert {name: names.count(name) for name in names} == {"digits": 5, "other": 2, "linked": 2}
+
+
+@pytest.mark.slow
+def test_values_are_chosen_as_they_are_written(outputs):
+    rows = load_runs([outputs])
+    several = [row for row in rows if row["method"] == "iciia"]
+    assert select(rows, ["optimizer.lr=3e-3"]) == select(rows, ["optimizer.lr=0.003"]) == several
+    assert select(rows, ["training.shuffle_images=true"]) == several
+    assert len(select(rows, ["method.groups=16,4.0"])) == len(several)
+
+
+@pytest.mark.slow
 def test_seeds_are_averaged(outputs):
     rows = load_runs([outputs])
     assert len(rows) == 5

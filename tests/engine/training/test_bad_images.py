@@ -5,6 +5,7 @@ import pytest
 from iciia_exp import Run
 from iciia_exp.data.store import FeatureWriter
 from iciia_exp.engine.execute import execute
+from iciia_exp.engine.inputs import Inputs
 from iciia_exp.engine.training.modules import BackboneModule
 from iciia_exp.errors import UserError
 from tests.making.extraction import (
@@ -163,6 +164,7 @@ def test_an_image_repaired_between_a_kill_and_its_repetition_is_read(root, folde
         with pytest.raises(ZeroDivisionError):
             execute(stages)
     repair(root)
+    monkeypatch.setattr(Inputs, "files", {})  # as if the disk had failed, and not the files
     execute(stages)
     got = store_of(stages)
     assert got[2] == []
