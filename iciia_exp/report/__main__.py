@@ -19,6 +19,10 @@ _EPILOG = """examples:
 """
 
 
+# names of the files of a report, in its folder
+_LIST = ".report"
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Print the tables; return the exit status."""
     parser = argparse.ArgumentParser(
@@ -44,7 +48,7 @@ def _report(options: argparse.Namespace) -> int:
     from iciia_exp.results.columns import DRAWN_TYPES
     from iciia_exp.results.tables import comparisons, load_runs, select, settings
 
-    rows = select(load_runs(options.folders), options.where)
+    rows, written = select(load_runs(options.folders), options.where), list[Path]()
     shown = [(title, settings(part)) for title, part in comparisons(rows)]
     for number, (title, table) in enumerate(shown):
         text = summary(table)
@@ -62,33 +66,46 @@ def _report(options: argparse.Namespace) -> int:
             files = {"table.csv": csv(table), "table.md": lines, "table.tex": latex(text, title)}
             files |= {f"{name}.md": history for name, history in histories.items()}
             for name, content in (files | dict(all_figures(table, title))).items():
-                _write(options.out / (f"{number}-{name}" if number else name), content)
+                written += _write(options.out / (f"{number}-{name}" if number else name), content)
     sweeps = partition_sweeps(rows)
     for number, sweep in enumerate(sweeps):
         swept = markdown(sweep_table(sweep))
         print(f"\n## {printable(sweep.title, lines=False)}\n\n{swept}")
         if options.out:
-            _write(options.out / f"{number}-heterogeneity.md", swept)
-            _write(options.out / f"{number}-heterogeneity", draw_heterogeneity(sweep))
+            written += _write(options.out / f"{number}-heterogeneity.md", swept)
+            written += _write(options.out / f"{number}-heterogeneity", draw_heterogeneity(sweep))
     if options.html:
         _write(options.html, page(shown, sweeps))
         print(f"\npage: {printable(options.html)}")
     if options.out:
+        _only(options.out, {path.name for path in written})
         print(f"\ntables and figures in {printable(options.out)}")
     return 0
 
 
-def _write(path: Path, content: Any) -> None:
-    """Write a text, or a figure as PDF and PNG."""
+def _write(path: Path, content: Any) -> list[Path]:
+    """Write a text, or a figure as PDF and PNG; return the files."""
     from iciia_exp.artifacts import atomic_write
     from iciia_exp.results.drawing import save
 
     if isinstance(content, str):
         with atomic_write(path) as file:
             file.write(content)
-    else:
-        for ending in ("pdf", "png"):
-            save(content, Path(f"{path}.{ending}"))
+        return [path]
+    return [save(content, Path(f"{path}.{ending}")) for ending in ("pdf", "png")]
+
+
+def _only(folder: Path, names: set[str]) -> None:
+    """Delete what an earlier report has written into a folder and this one has not; keep the list of what is there."""
+    from iciia_exp.artifacts import atomic_write
+
+    kept = folder / _LIST
+    earlier = kept.read_text(encoding="utf-8").splitlines() if kept.is_file() else []
+    for name in set(earlier) - names:
+        if Path(name).name == name and (folder / name).is_file():
+            (folder / name).unlink()
+    with atomic_write(kept) as file:
+        file.write("\n".join(sorted(names)) + "\n")
 
 
 if __name__ == "__main__":

@@ -113,6 +113,20 @@ def test_values_are_chosen_as_they_are_written(outputs):
 
 
 @pytest.mark.slow
+def test_a_report_takes_the_place_of_an_earlier_one(outputs, tmp_path):
+    out = tmp_path / "out"
+    assert main([str(outputs), "--out", str(out)]) == 0
+    several = {path.name for path in out.iterdir()}
+    (out / "1-notes.md").write_text("mine")
+    (out / "accuracy_vs_bytes.png").write_text("mine")
+    assert main([str(outputs), "--where", "method=backbone", "--out", str(out)]) == 0
+    left = {path.name for path in out.iterdir()}
+    assert {"1-notes.md", "accuracy_vs_bytes.png", "table.csv"} < left
+    assert several - left
+    assert "iciia" not in "".join(path.read_text(errors="ignore") for path in out.glob("*.md"))
+
+
+@pytest.mark.slow
 def test_seeds_are_averaged(outputs):
     rows = load_runs([outputs])
     assert len(rows) == 5
