@@ -330,7 +330,7 @@ TABLES |= {
 
 # ---- devices that learn on samples of the cloud
 
-SAMPLES = ("client_down_bytes", "client_up_bytes", "client_device_macs")
+SAMPLES = ("client_down_bytes", "client_up_bytes")
 OWN_ALONE = named("mpda", "arm=local")
 CODA_TINY = (
     "+experiment=coda_tiny_imagenet data_dir={data} dataset.parents={parents} "
