@@ -162,10 +162,15 @@ def _takes_any_key(target: Callable[..., Any]) -> bool:
 def identity(target: Any) -> str:
     """Return the stable name of a target: its attribute ``name``, else its own name, without the module.
 
-    A class can move to another module without renaming artifacts.
+    A class can move to another module without renaming artifacts. That of another package is ``<package>:<name>``, or
+    its whole path if it has no name of its own: a subclass inherits that of its base, and is another class.
     """
-    name = getattr(target, "name", None)
-    return name if isinstance(name, str) else target.__name__
+    package = target.__module__.partition(".")[0]
+    if package == __name__.partition(".")[0]:
+        name = getattr(target, "name", None)
+        return name if isinstance(name, str) else target.__name__
+    name = getattr(target, "__dict__", {}).get("name")
+    return f"{package}:{name}" if isinstance(name, str) else f"{target.__module__}.{target.__qualname__}"
 
 
 def science(node: Any) -> Any:

@@ -298,11 +298,11 @@ def test_images_of_the_backbones_own_make_it_the_partitions_stranger(stages):
 def test_a_class_that_moves_to_another_module_renames_nothing(stages, key, monkeypatch):
     node = OmegaConf.select(OmegaConf.create(stages().experiment.config), key)
     here = get_object(node["_target_"])
-    moved = type(here.__name__, (here,), {"__module__": "tests.elsewhere"})
-    module = types.ModuleType("tests.elsewhere")
+    moved = type(here.__name__, (here,), {"__module__": "iciia_exp.elsewhere"})
+    module = types.ModuleType("iciia_exp.elsewhere")
     setattr(module, here.__name__, moved)
-    monkeypatch.setitem(sys.modules, "tests.elsewhere", module)
-    there = stages(f"{key}._target_=tests.elsewhere.{here.__name__}")
+    monkeypatch.setitem(sys.modules, "iciia_exp.elsewhere", module)
+    there = stages(f"{key}._target_=iciia_exp.elsewhere.{here.__name__}")
     assert get_object(OmegaConf.select(OmegaConf.create(there.experiment.config), key)["_target_"]) is moved
     assert there.evaluation.folder == stages().evaluation.folder
     assert there.features.folder == stages().features.folder
@@ -318,3 +318,20 @@ def test_classes_of_the_same_name_are_told_apart(stages):
 
     assert digest("torch.optim.Adafactor") != digest("timm.optim.Adafactor")
     assert digest("torch.optim.AdamW") == digest("timm.optim.AdamW")
+
+
+def test_another_class_is_another_run(stages, monkeypatch):
+    """One that inherits its name, one of another package with the same name, and one with a name of its own."""
+    from iciia_exp.methods.adapt.iciia import IciiaMethod
+
+    digests = {run_digest(stages)}
+    for package in ("one.parts", "other.parts", "other.more"):
+        module = types.ModuleType(package)
+        for key in ("inherited", "iciia"):
+            own = {"__module__": package, **({"name": key} if key == "iciia" else {})}
+            setattr(module, key.title(), type(key.title(), (IciiaMethod,), own))
+        monkeypatch.setitem(sys.modules, package.partition(".")[0], types.ModuleType(package.partition(".")[0]))
+        monkeypatch.setitem(sys.modules, package, module)
+        digests |= {run_digest(stages, f"method._target_={package}.{key}") for key in ("Inherited", "Iciia")}
+    # a class with a name of its own may move within its package
+    assert len(digests) == 1 + 3 + 2

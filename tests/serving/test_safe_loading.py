@@ -240,7 +240,7 @@ def test_plug_ins_are_loaded_where_the_caller_names_them(stages, plugin, monkeyp
     if isinstance(plugin, str):
         monkeypatch.setitem(sys.modules, "tests.plugin", sys.modules[__name__])
         plugin = "tests.plugin"
-    with pytest.raises(UserError, match=r"'mine': no such Method in this package or its plug-ins; .*plugins="):
+    with pytest.raises(UserError, match=r"'tests:mine': no such Method in this package or its plug-ins; .*plugins="):
         Run.load(made.run.folder)
     run = Run.load(made.run.folder, plugins=[plugin])
     assert type(run.method) is Mine
