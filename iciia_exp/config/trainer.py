@@ -23,6 +23,7 @@ _REFUSED = {
     "fast_dev_run": "it leaves out checkpoints and test clients; use trainer=smoke",
     "barebones": "it leaves out checkpoints and loggers",
     "overfit_batches": "the samplers share out the clients; use trainer.limit_train_batches",
+    "max_time": "training is timed already; add a Timer: +callbacks.timer._target_=lightning.pytorch.callbacks.Timer",
     "max_steps": "training ends after an epoch, with val images and a checkpoint; use training.recipe.epochs",
 }
 

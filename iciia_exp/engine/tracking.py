@@ -50,6 +50,9 @@ MODES = ("auto", "online", "offline", "disabled")
 #: Arguments of Lightning's ``WandbLogger`` that are not arguments of ``wandb.init``.
 _LOGGER_ALONE = ("prefix", "checkpoint_name", "add_file_policy")
 
+#: Its arguments that ``wandb.init`` has under another name.
+_OF_LIGHTNING = {"save_dir": "dir", "version": "id"}
+
 #: Methods of a logger that Lightning calls.
 _CALLED = ("log_metrics", "log_hyperparams", "log_graph", "save", "finalize", "after_save_checkpoint")
 
@@ -182,11 +185,13 @@ class Tracker:
             node = {
                 k: v for k, v in self.nodes[self.wandb].items() if k not in (*_LOGGER_ALONE, "_target_", "log_model")
             }
-            mode = wandb_mode("offline" if node.pop("offline", False) else node.pop("mode", "auto"))
+            offline, mode = node.pop("offline", False), node.pop("mode", "auto")
+            mode = wandb_mode("offline" if offline else mode)
             if mode == "disabled":
                 self._off.add(self.wandb)
                 return None
             node = {k: v for k, v in node.items() if v is not None}
+            node = {_OF_LIGHTNING.get(key, key): value for key, value in node.items()}
             init = self._init | node | {"tags": [*self._init["tags"], *node.get("tags", ())]}
             settings = wandb.Settings(silent=True, console="off", init_timeout=30)
             try:

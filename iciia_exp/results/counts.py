@@ -46,6 +46,11 @@ def batch_outcomes(
     task: Task, backbone_CSK: Tensor, method_CSK: Tensor, y_CS: Tensor, mask_CS: Tensor, client_C: Tensor
 ) -> tuple[Tensor, Outcomes, Outcomes]:
     """Return the arguments of `ClientCountsMetric.update` for a padded batch (`ClientBatch`), without masked images."""
+    if method_CSK.shape != backbone_CSK.shape:
+        got, wanted = list(method_CSK.shape), list(backbone_CSK.shape)
+        raise UserError(
+            f"the method gives logits {got} for features of {wanted[0]} clients; expected [C, S, K] {wanted}"
+        )
     client_M = client_C[:, None].expand_as(mask_CS)[mask_CS]
     y_M = y_CS[mask_CS]
     return client_M, outcomes(task, backbone_CSK[mask_CS], y_M), outcomes(task, method_CSK[mask_CS], y_M)

@@ -28,7 +28,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from pathlib import Path
@@ -121,7 +121,7 @@ class Run:
                 (entry points ``iciia_exp.methods`` and ``iciia_exp.backbones``) need not be named.
             cache_dir: folder of features and backbones; by default ICIIA_EXP_CACHE or the user's cache directory.
         """
-        path = Path(path)
+        path, plugins = Path(path), (plugins,) if isinstance(plugins, str) else tuple(plugins)
         if not path.is_dir():
             raise UserError(f"{path}: no such run directory")
         evaluation: Path | None
@@ -159,7 +159,7 @@ class Run:
         if isinstance(method, CoTrained) and (made := _newest(path, "rounds-*/manifest.json")) is not None:
             method.load(read_round(made, method.rounds)[0])
         place = resolve_cache_dir(str(cache_dir) if cache_dir else os.environ.get("ICIIA_EXP_CACHE"))
-        return cls(path, method, head.requires_grad_(False), info["images"], info, evaluation, place, tuple(plugins))
+        return cls(path, method, head.requires_grad_(False), info["images"], info, evaluation, place, plugins)
 
     @classmethod
     def from_pretrained(
@@ -310,6 +310,8 @@ class Run:
 
     def client_number(self, client: str) -> int:
         """Return the number of one of the partition's clients; raises a `UserError` that names a similar one."""
+        if not isinstance(client, str):
+            raise UserError(f"{self.path}: clients have names, texts as in run.partition.ids; got {client!r}")
         found = np.flatnonzero(self.partition.ids == client)
         if not len(found):
             near = nearest(client, self.partition.ids.tolist())
@@ -320,8 +322,8 @@ class Run:
     def predict(
         self,
         features: Any,
-        mask: Tensor | None = None,
-        clients: str | Sequence[str] | None = None,
+        mask: Any = None,
+        clients: str | Iterable[str] | None = None,
         arrays: Mapping[str, Any] | None = None,
     ) -> Tensor:
         """Return probabilities over `class_names` for the images of one client, [S, D], or of several, [C, S, D].
@@ -338,8 +340,7 @@ class Run:
         if x.ndim not in (2, 3) or x.shape[-1] != dim or not x.numel():
             raise UserError(f"predict: features are {shape}, got {list(x.shape)}")
         x_CSD = x if x.ndim == 3 else x[None]
-        if mask is not None and mask.shape != x_CSD.shape[:2]:
-            raise UserError(f"predict: mask is {list(mask.shape)}, the images are {list(x_CSD.shape[:2])}")
+        mask = None if mask is None else _as_mask(mask, x_CSD)
         real = x_CSD if mask is None else x_CSD[mask]
         if not real.isfinite().all():
             raise UserError("predict: features are not finite numbers")
@@ -347,7 +348,7 @@ class Run:
         if isinstance(self.method, Adaptive):
             logits_CSK = self.method(x_CSD, mask)
         else:
-            names = [clients] if isinstance(clients, str) else list(clients or ())
+            names = [clients] if isinstance(clients, str) else [] if clients is None else list(clients)
             if isinstance(self.method, Personal) and len(names) != len(x_CSD):
                 problem = f"has a state for every client; {len(x_CSD)} clients and {len(names)} names"
                 raise UserError(f"{self.method.name}: {problem}: give clients=, as in run.partition.ids")
@@ -358,6 +359,20 @@ class Run:
         probabilities = self.method.task.probabilities(logits_CSK)
         check_answers("predict", probabilities if mask is None else probabilities[mask])
         return probabilities if x.ndim == 3 else probabilities[0]
+
+
+def _as_mask(mask: Any, x_CSD: Tensor) -> Tensor:
+    """Return a mask as bool [C, S], from bools or numbers 0 and 1."""
+    try:
+        found = torch.as_tensor(mask, device=x_CSD.device)
+    except (TypeError, ValueError, RuntimeError):
+        found = torch.empty(0)
+    if found.shape != x_CSD.shape[:2]:
+        got = list(found.shape) if found.numel() else type(mask).__name__
+        raise UserError(f"predict: mask is {got}, the images are {list(x_CSD.shape[:2])}")
+    if not ((found == 0) | (found == 1)).all():
+        raise UserError("predict: mask is True where an image is real, and False where it is padding")
+    return found.bool()
 
 
 def _network(stored: Mapping[str, Any], plugins: Plugins, **arguments: Any) -> Backbone:

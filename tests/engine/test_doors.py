@@ -87,6 +87,7 @@ def test_a_second_checkpoint_stays(stages):
         ("+trainer.fast_dev_run=true", "trainer.fast_dev_run=True: cannot be used: .*trainer=smoke"),
         ("trainer._target_=builtins.dict", "trainer._target_=builtins.dict: must be Lightning's Trainer"),
         ("+trainer.overfit_batches=1", "trainer.overfit_batches=1: cannot be used: .*limit_train_batches"),
+        ("+trainer.max_time='00:00:00:02'", "trainer.max_time=.*: cannot be used: .*Timer"),
         ("+trainer.max_steps=3", "trainer.max_steps=3: cannot be used: .*training.recipe.epochs"),
         ("+trainer.max_epochs=0", "trainer.max_epochs=0: must be 1 or more, or -1"),
         ("+trainer.max_epochs=many", "trainer.max_epochs=many: must be 1 or more"),

@@ -34,6 +34,16 @@ def inspect(run_dir):
 
 
 @pytest.mark.slow
+def test_arguments_of_lightnings_logger(stages, tmp_path, capsys):
+    more = ("+logger.wandb.offline=true", f"+logger.wandb.save_dir={tmp_path}/elsewhere", "+logger.wandb.version=abc")
+    (tmp_path / "elsewhere").mkdir()
+    execute(stages("logger=wandb", "method=linear_head", *more))
+    assert "goes on without it" not in capsys.readouterr().out
+    (file,) = (tmp_path / "elsewhere").rglob("run-*.wandb")
+    assert file.name == "run-abc.wandb"
+
+
+@pytest.mark.slow
 def test_an_offline_run_holds_everything(stages, monkeypatch, capsys):
     monkeypatch.setattr(columns, "COLUMNS", [*columns.COLUMNS, columns.Column("se_clients", wandb="test")])
     made = stages("logger=wandb", "logger.wandb.tags=[mine]", "logger.wandb.log_model=true")

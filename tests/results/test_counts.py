@@ -61,6 +61,13 @@ def test_batches_add_up_in_any_grouping():
         torch.testing.assert_close(value, parts[0].compute()[name] + parts[1].compute()[name])
 
 
+def test_logits_of_another_shape_are_refused():
+    backbone, y, mask = torch.zeros(2, 3, 4), torch.zeros(2, 3, dtype=torch.int64), torch.ones(2, 3, dtype=torch.bool)
+    for wrong in ((2, 3, 5), (2, 1, 4), (6, 4)):
+        with pytest.raises(UserError, match=r"the method gives logits .* expected \[C, S, K\] \[2, 3, 4\]"):
+            batch_outcomes(SINGLE_LABEL, backbone, torch.zeros(wrong), y, mask, torch.arange(2))
+
+
 def test_one_client():
     metric = ClientCountsMetric(1)
     metric.update(*batch_outcomes(SINGLE_LABEL, *batch(np.random.default_rng(0), 1)))

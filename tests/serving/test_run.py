@@ -74,6 +74,13 @@ def test_wrong_features_are_refused(finished):
             run.predict(wrong)
     with pytest.raises(UserError, match=r"mask is \[2\], the images are \[1, 2\]"):
         run.predict(torch.zeros(2, 32), mask=torch.ones(2, dtype=torch.bool))
+    for mask in ([["a", "b"]], object()):
+        with pytest.raises(UserError, match=r"predict: mask is \w+, the images are"):
+            run.predict(torch.zeros(2, 32), mask=mask)
+    with pytest.raises(UserError, match="mask is True where an image is real"):
+        run.predict(torch.zeros(2, 32), mask=[[0.5, 1]])
+    with pytest.raises(UserError, match=r"clients have names, texts as in run.partition.ids; got 3"):
+        run.client_number(3)
 
 
 def test_features_of_any_layout(finished):
@@ -93,6 +100,9 @@ def test_features_of_any_layout(finished):
     torch.testing.assert_close(run.predict((10 * x).astype(np.int16)), run.predict(np.trunc(10 * x)))
     padded = np.concatenate([x, np.full_like(x, np.nan)])[None]
     mask = torch.arange(8)[None] < 4
+    zeros, forms = np.nan_to_num(padded), (mask, mask.numpy(), mask.int(), mask.tolist())
+    for form in forms:
+        assert torch.equal(run.predict(zeros, mask=form), run.predict(zeros, mask=mask))
     torch.testing.assert_close(run.predict(np.nan_to_num(padded), mask=mask)[0, :4], want)
 
 

@@ -242,7 +242,7 @@ def test_plug_ins_are_loaded_where_the_caller_names_them(stages, plugin, monkeyp
         plugin = "tests.plugin"
     with pytest.raises(UserError, match=r"'tests:mine': no such Method in this package or its plug-ins; .*plugins="):
         Run.load(made.run.folder)
-    run = Run.load(made.run.folder, plugins=[plugin])
+    run = Run.load(made.run.folder, plugins=plugin if isinstance(plugin, str) else [plugin])
     assert type(run.method) is Mine
     if plugin is not Mine:
         assert type(run.load_backbone()) is MyNetwork
