@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import math
 from collections.abc import Callable, Iterable, Sequence
+from numbers import Integral
 from typing import Any, TypeVar
 
 __all__ = [
@@ -114,6 +115,8 @@ def check_int(key: str, value: Any, low: int, high: int | None = None, why: str 
     Traceback (most recent call last):
     iciia_exp.errors.ConfigError: heads=0: must be a whole number of at least 1
     """
+    if isinstance(value, Integral) and not isinstance(value, int):
+        value = int(value)  # of NumPy
     wrong = isinstance(value, bool) or not isinstance(value, int)
     if not wrong and high is None and value >= 2**63:
         high = 2**63 - 1

@@ -1,6 +1,7 @@
 import math
 import pickle
 
+import numpy as np
 import pytest
 
 from iciia_exp.errors import ConfigError, check_bool, check_choice, check_float, check_int, nearest
@@ -39,3 +40,11 @@ def test_nearest_finds_a_leaf_of_a_dotted_key():
 def test_config_error_survives_pickling():
     error = pickle.loads(pickle.dumps(ConfigError("a.b", 3, "too many")))
     assert str(error) == "a.b=3: too many"
+
+
+def test_whole_numbers_of_numpy_are_whole_numbers():
+    found = check_int("history", np.int64(3), 0)
+    assert type(found) is int
+    assert found == 3
+    with pytest.raises(ConfigError):
+        check_int("history", np.float64(3), 0)

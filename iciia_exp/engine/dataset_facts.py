@@ -14,7 +14,7 @@ from iciia_exp.data.content import Content
 from iciia_exp.data.dataset import ImageDataset, MissingFiles
 from iciia_exp.digest import digest
 from iciia_exp.engine.terminal import progress_bar
-from iciia_exp.errors import UserError
+from iciia_exp.errors import ConfigError, UserError
 
 __all__ = ["DatasetFacts"]
 
@@ -92,7 +92,15 @@ class DatasetFacts:
     @cached_property
     def class_names(self) -> list[str]:
         """Names of the K classes."""
-        return self._fact("class_names", lambda dataset: list(dataset.class_names))
+
+        def read(dataset: ImageDataset) -> list[str]:
+            names = list(dataset.class_names)
+            if wrong := [name for name in names if not isinstance(name, str)]:
+                problem = f"class_names must be texts, got {type(wrong[0]).__name__} {wrong[0]!r}"
+                raise ConfigError("_target_", type(dataset).__name__, problem)
+            return names
+
+        return self._fact("class_names", read)
 
     @cached_property
     def shown_names(self) -> list[str]:

@@ -106,7 +106,9 @@ class Inputs:
     def clients(self) -> Clients:
         """The partition of the dataset's images."""
         e, table = self.experiment, self.table  # outside the call: its errors name other keys
-        return e.named(lambda: e.partition.assign(table, self.num_classes), "partition")
+        return e.named(
+            lambda: _checked(e.partition.assign(table.copy(), self.num_classes), e.partition, table), "partition"
+        )
 
     @cached_property
     def backbone_rows(self) -> np.ndarray:
@@ -316,3 +318,21 @@ class Inputs:
             problem = f"knows {' and '.join(method.tasks)} tasks; this dataset's is {e.dataset_class.task}"
             raise NotApplicable("method", method.name, problem)
         return {"_target_": e.config["method"]["_target_"], **canonical}
+
+
+def _checked(clients: Any, partition: Any, table: pd.DataFrame) -> Clients:
+    """Return what a partition has assigned; raises a `ConfigError` if it is no partition of the table's images."""
+    problem = None
+    if not isinstance(clients, Clients):
+        problem = f"assign must return Clients, got {type(clients).__name__}"
+    elif len(np.unique(clients.ids.astype(str))) < len(clients.ids):
+        problem = "two clients have the same id"
+    elif not all(
+        ((v >= 0) & (v < len(table))).all() for v in (clients.train.values, clients.val.values, clients.test.values)
+    ):
+        problem = f"images are numbered 0 to {len(table) - 1}, and a client has another number"
+    elif not len(clients.test.values):
+        problem = "no client has test images"
+    if problem is not None:
+        raise ConfigError("_target_", type(partition).__name__, problem)
+    return clients

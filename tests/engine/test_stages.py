@@ -5,6 +5,7 @@ import os
 import re
 import shutil
 import time
+from dataclasses import replace
 
 import numpy as np
 import pandas as pd
@@ -13,6 +14,7 @@ import torch
 from safetensors.torch import load_file
 
 from iciia_exp import Run
+from iciia_exp.data.clients import Ragged
 from iciia_exp.data.store import FeatureStore, FeatureWriter
 from iciia_exp.engine import graph
 from iciia_exp.engine.evaluation import evaluate as evaluation
@@ -21,7 +23,7 @@ from iciia_exp.engine.terminal import setup_logging
 from iciia_exp.engine.training import modules as training
 from iciia_exp.engine.training import train_backbone as backbones
 from iciia_exp.engine.training import train_method
-from iciia_exp.errors import UserError
+from iciia_exp.errors import ConfigError, UserError
 from tests.making.kill import Killed
 
 pytestmark = pytest.mark.usefixtures("undrawn")
@@ -332,3 +334,43 @@ def test_a_training_that_diverges_is_an_error_that_names_the_rate(stages, where)
 def test_mixed_precision_with_and_without_clipping(stages, clip):
     row = execute(stages("trainer.precision=bf16-mixed", f"training.recipe.clip_norm={clip}"))
     assert row["test_clients"] > 0
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda clients: None, "assign must return Clients, got NoneType"),
+        (lambda clients: replace(clients, test=Ragged.empty(len(clients))), "no client has test images"),
+        (lambda clients: replace(clients, ids=np.full(len(clients), "a")), "two clients have the same id"),
+        (
+            lambda clients: replace(clients, train=replace(clients.train, values=clients.train.values + 9999)),
+            "images are numbered 0 to 359, and a client has another number",
+        ),
+    ],
+)
+def test_what_a_partition_assigns_is_checked(stages, monkeypatch, change, message):
+    good, made = stages().clients, stages()
+    monkeypatch.setattr(type(made.experiment.partition), "assign", lambda *_: change(good))
+    with pytest.raises(ConfigError, match=f"partition._target_=ClassesPerClient: {message}"):
+        execute(made)
+
+
+def test_a_partition_cannot_change_the_table(stages, monkeypatch):
+    made = stages()
+    assign = type(made.experiment.partition).assign
+
+    def changing(self, table, num_classes):
+        found = assign(self, table, num_classes)
+        table["label"] = 0
+        return found
+
+    monkeypatch.setattr(type(made.experiment.partition), "assign", changing)
+    made.clients  # noqa: B018
+    assert made.table["label"].nunique() == 10
+
+
+def test_class_names_are_texts(stages, monkeypatch):
+    made = stages()
+    monkeypatch.setattr(made.experiment.dataset_class, "class_names", tuple(range(10)))
+    with pytest.raises(ConfigError, match="_target_=Digits: class_names must be texts, got int 0"):
+        stages().facts.class_names  # noqa: B018
