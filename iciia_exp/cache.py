@@ -134,14 +134,13 @@ def _list_or_clean(options: argparse.Namespace) -> int:
     if options.older_than is not None and not 0 <= options.older_than < 1e6:
         raise UserError(f"--older-than {options.older_than:g}: must be a number of days, 0 to 1,000,000")
     cache_dir = resolve_cache_dir(options.cache_dir)
-    days = min(options.older_than or 0, (datetime.now() - datetime.min).days - 1)
-    last_change = datetime.now() - timedelta(days=days)
+    now = datetime.now()
     chosen = [
         e
         for e in entries(cache_dir)
         if (not options.names or any(n in e.path.name for n in options.names))
         and (not options.partial or e.state == "partial")
-        and (options.older_than is None or e.changed < last_change)
+        and (options.older_than is None or now - e.changed > timedelta(days=options.older_than))
     ]
     there = "" if cache_dir.is_dir() else "no such folder, "
     print(f"{cache_dir}: {there}{len(chosen)} entries, {sum(e.bytes for e in chosen) / 1e6:,.1f} MB")

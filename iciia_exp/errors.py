@@ -115,9 +115,8 @@ def check_int(key: str, value: Any, low: int, high: int | None = None, why: str 
     Traceback (most recent call last):
     iciia_exp.errors.ConfigError: heads=0: must be a whole number of at least 1
     """
-    if isinstance(value, Integral) and not isinstance(value, int):
-        value = int(value)  # of NumPy
-    wrong = isinstance(value, bool) or not isinstance(value, int)
+    wrong = isinstance(value, bool) or not isinstance(value, Integral)
+    value = value if wrong else int(value)  # of NumPy, too
     if not wrong and high is None and value >= 2**63:
         high = 2**63 - 1
     span = f"at least {low}" if high is None else f"{low} to {high}"

@@ -17,7 +17,7 @@ from typing import Any, Literal, TypeVar
 
 __all__ = [
     *("KINDS", "PHASES", "SITES", "Budget", "Line", "Link", "Phase", "Site", "Sizes"),
-    *("added_up", "payload_bytes", "serve"),
+    *("added_up", "payload_bytes", "serve", "total"),
 ]
 
 Phase = Literal["cloud_once", "client_once", "round", "request"]
@@ -134,18 +134,18 @@ class Budget:
 
     def macs(self, phase: Phase, site: Site | None = None) -> int | None:
         """Return the MACs of a phase, at one site or both; None if some are unknown."""
-        return _total(line.macs for line in self.lines if line.phase == phase and site in (None, line.site))
+        return total(line.macs for line in self.lines if line.phase == phase and site in (None, line.site))
 
     def bytes(self, phase: Phase, sender: Site) -> int | None:
         """Return the bytes that a site sends in a phase; None if some are unknown."""
-        return _total(line.bytes for line in self.lines if line.phase == phase and line.site == sender)
+        return total(line.bytes for line in self.lines if line.phase == phase and line.site == sender)
 
     def method_macs(self) -> int | None:
         """Return the MACs of the method itself in a request; None if it computes on all images again."""
         found = [
             line.macs for line in self.lines if line.phase == "request" and line.what == "method" and not line.kind
         ]
-        return _total(found) if found else None
+        return total(found) if found else None
 
     def leaves_device(self) -> tuple[str, ...]:
         """Return the kinds of payloads that devices send, in any phase."""
@@ -157,13 +157,14 @@ class Budget:
         return {line.key for line in self.lines}
 
 
-def _total(values: Iterable[int | None]) -> int | None:
-    total = 0
+def total(values: Iterable[int | None]) -> int | None:
+    """Return a sum; None if a part of it is unknown."""
+    found = 0
     for value in values:
         if value is None:
             return None
-        total += value
-    return total
+        found += value
+    return found
 
 
 def serve(

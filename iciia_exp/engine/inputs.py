@@ -16,7 +16,7 @@ from iciia_exp.config.check import callbacks_science, flatten, science, target_o
 from iciia_exp.config.experiment import Experiment
 from iciia_exp.data.backbone_split import class_numbers, reserve_for_backbone, without_classes
 from iciia_exp.data.batches import FeatureBatches
-from iciia_exp.data.clients import Clients
+from iciia_exp.data.clients import ROLES, Clients
 from iciia_exp.data.dataset import MissingFiles, dense_labels
 from iciia_exp.data.images import readable
 from iciia_exp.data.readers.files import few
@@ -327,9 +327,7 @@ def _checked(clients: Any, partition: Any, table: pd.DataFrame) -> Clients:
         problem = f"assign must return Clients, got {type(clients).__name__}"
     elif len(np.unique(clients.ids.astype(str))) < len(clients.ids):
         problem = "two clients have the same id"
-    elif not all(
-        ((v >= 0) & (v < len(table))).all() for v in (clients.train.values, clients.val.values, clients.test.values)
-    ):
+    elif any(((v < 0) | (v >= len(table))).any() for v in (clients[role].values for role in ROLES)):
         problem = f"images are numbered 0 to {len(table) - 1}, and a client has another number"
     elif not len(clients.test.values):
         problem = "no client has test images"

@@ -190,8 +190,7 @@ class Tracker:
             if mode == "disabled":
                 self._off.add(self.wandb)
                 return None
-            node = {k: v for k, v in node.items() if v is not None}
-            node = {_OF_LIGHTNING.get(key, key): value for key, value in node.items()}
+            node = {_OF_LIGHTNING.get(k, k): v for k, v in node.items() if v is not None}
             init = self._init | node | {"tags": [*self._init["tags"], *node.get("tags", ())]}
             settings = wandb.Settings(silent=True, console="off", init_timeout=30)
             try:

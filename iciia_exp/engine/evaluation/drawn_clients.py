@@ -75,11 +75,11 @@ def drawn_clients(clients: Clients, labels: np.ndarray, number: int, images: int
 def _of_random_classes(of_class: Ragged, images: int, taken: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     """Return images of a random set of classes, without those that are taken, in a random order."""
     order_K = rng.permutation(len(of_class))
-    left_K = np.bincount(of_class.row_numbers[~np.isin(of_class.values, taken)], minlength=len(of_class))[order_K]
+    of_class = of_class.where(~np.isin(of_class.values, taken))
     low, high = (min(n, len(of_class)) for n in (_FEWEST_CLASSES, _MOST_CLASSES))
-    enough = int(np.searchsorted(np.cumsum(left_K), images)) + 1
+    enough = int(np.searchsorted(np.cumsum(of_class.lengths[order_K]), images)) + 1
     size = max(int(number_of_classes(low, high, 1, rng)[0]), enough)
-    left = [rng.permutation(np.setdiff1d(of_class[k], taken)).tolist() for k in order_K[:size]]
+    left = [rng.permutation(of_class[k]).tolist() for k in order_K[:size]]
     chosen: list[int] = []
     while len(chosen) < images and (left := [rest for rest in left if rest]):
         chosen.append(left[rng.integers(len(left))].pop())

@@ -22,7 +22,7 @@ from torch import Tensor
 from iciia_exp.cost import count_macs, count_step_macs
 from iciia_exp.data.batches import ClientBatch
 from iciia_exp.errors import ConfigError, NotApplicable, UserError, check_bool, check_choice, check_float, check_int
-from iciia_exp.ledger import KINDS, Budget, Line, Link, Sizes
+from iciia_exp.ledger import KINDS, Budget, Line, Link, Sizes, total
 from iciia_exp.ledger import Site as Place
 from iciia_exp.methods.base import Facts, Method
 from iciia_exp.methods.cotrain.sites import (
@@ -422,11 +422,8 @@ class CoTrained(Method):
         up = sum(self.weight_bytes(job.part) for job in jobs if job.devices)
         images = sizes.train + sizes.received
         own = [(job, job.epochs * self.job_samples(job, images, sizes.cloud)) for job in jobs if job.devices]
-        macs: int | None = 0
-        for job in jobs:
-            if job.cloud and macs is not None:
-                count = self.cloud_images(job, images, sizes.cloud)
-                macs = None if count is None else macs + count * self.step_macs(job.part)
+        cloud = [(job, self.cloud_images(job, images, sizes.cloud)) for job in jobs if job.cloud]
+        macs = total(None if count is None else count * self.step_macs(job.part) for job, count in cloud)
         return [
             Line("round", "cloud", "training", kind="weights", bytes=down),
             Line("round", "device", "training", kind="weights", bytes=up),

@@ -20,7 +20,7 @@ from torch.nn import functional as F
 from iciia_exp.data.batches import ClientBatch
 from iciia_exp.data.views import CloudView
 from iciia_exp.errors import check_choice, check_float, check_int
-from iciia_exp.ledger import Budget, Line, Link, Sizes
+from iciia_exp.ledger import Budget, Line, Link, Sizes, total
 from iciia_exp.methods.base import Facts, Fit, Record, copy_of
 from iciia_exp.methods.cotrain.base import CoTrained, images_of, times
 from iciia_exp.methods.cotrain.sites import Job, Samples, Site, Weights, weights_of
@@ -231,13 +231,14 @@ class DCCCL(CoTrained):
             passed = sum(self.job_samples(job, images, sizes.cloud) for job in jobs if job.devices)
             distilled = self.control_recipe.epochs * sizes.cloud * (self.step_macs() + self.dim * self.num_classes)
             held = sum(self.job_samples(job, sizes.cloud) for job in jobs if job.cloud) * self.network_macs()
-            read = 0 if self.on_backbone else times(sizes.cloud, sizes.input_macs)
-            trunks = [times(sizes.cloud, backbone), read]
-            # with `mixed`, the cloud passes images of all devices through f_C
-            known = self.retune != "mixed" and None not in trunks
-            once = distilled + held + sum(filter(None, trunks)) if known else None
+            once = (
+                distilled,
+                None if self.retune == "mixed" else held,  # the cloud passes images of all devices through f_C
+                times(sizes.cloud, backbone),
+                0 if self.on_backbone else times(sizes.cloud, sizes.input_macs),
+            )
             lines += [
-                Line("cloud_once", "cloud", "training", macs=once),
+                Line("cloud_once", "cloud", "training", macs=total(once)),
                 Line("client_once", "cloud", "method", kind="weights", bytes=self.weight_bytes()),
                 Line("client_once", "device", "training", macs=passed * self.network_macs()),
             ]
