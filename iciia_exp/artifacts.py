@@ -40,7 +40,7 @@ if TYPE_CHECKING:
 __all__ = [
     *("allocate", "atomic_write", "finished_folder", "folder_name", "in_use", "is_temporary", "load_tensors"),
     *("locked", "make_folder", "partial_folder", "read_array", "read_json", "read_parquet", "replacing_folder"),
-    *("resolve_cache_dir", "save_tensors", "write_json"),
+    *("resolve_cache_dir", "save_tensors", "unused", "write_json"),
 ]
 
 log = logging.getLogger(__name__)
@@ -65,14 +65,28 @@ def locked(path: Path, what: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def in_use(path: Path) -> Iterator[None]:
-    """Keep ``python -m iciia_exp.cache clean`` from deleting a finished folder while it is read in the block."""
+    """Keep ``python -m iciia_exp.cache clean`` from deleting a finished folder while it is read in the block.
+
+    The lock is not the one of those that make the folder: they would wait until all readers have ended.
+    """
     with contextlib.ExitStack() as held:
         if sys.platform != "win32":  # whose locks cannot be shared
             with contextlib.suppress(OSError):  # read-only, or being deleted
-                lock = os.open(path.with_name(f".{path.name}.lock"), os.O_RDONLY | os.O_CREAT, 0o666)
+                lock = os.open(_readers_lock(path), os.O_RDONLY | os.O_CREAT, 0o666)
                 held.callback(os.close, lock)
                 fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
         yield
+
+
+@contextlib.contextmanager
+def unused(path: Path) -> Iterator[None]:
+    """Hold a folder that no process makes or reads. Raises `filelock.Timeout` if one does."""
+    with FileLock(path.with_name(f".{path.name}.lock"), timeout=0), FileLock(_readers_lock(path), timeout=0):
+        yield
+
+
+def _readers_lock(path: Path) -> Path:
+    return path.with_name(f".{path.name}.use.lock")
 
 
 @contextlib.contextmanager

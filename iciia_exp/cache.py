@@ -10,9 +10,9 @@ from dataclasses import dataclass
 from datetime import datetime, timedelta
 from pathlib import Path
 
-from filelock import FileLock, Timeout
+from filelock import Timeout
 
-from iciia_exp.artifacts import is_temporary, read_json, resolve_cache_dir
+from iciia_exp.artifacts import is_temporary, read_json, resolve_cache_dir, unused
 from iciia_exp.checksums import CHECKSUMS
 from iciia_exp.errors import UserError, printable
 from iciia_exp.output import exit_status, print_error
@@ -91,7 +91,7 @@ def remove(entry: Entry) -> str | None:
     """Delete an entry; return why it was kept, or None."""
     path = entry.path
     try:
-        with FileLock(path.with_name(f".{_artifact(path.name)}.lock"), timeout=0):
+        with unused(path.with_name(_artifact(path.name))):
             aside = path
             if not path.name.startswith("."):  # else left by a removal that was killed
                 aside = path.with_name(f".{path.name}.deleted")

@@ -10,6 +10,7 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # one of several processes: a thread ea
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import importlib.metadata
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -47,6 +48,23 @@ def own_environment(tmp_path, monkeypatch):
         monkeypatch.setenv(name, str(tmp_path / "wandb-own"))
     monkeypatch.setenv("NETRC", str(tmp_path / "no-netrc"))
     monkeypatch.chdir(tmp_path)
+
+
+@pytest.fixture
+def spawn():
+    """Start processes as `subprocess.Popen` does; whichever still runs when the test ends is killed."""
+    started = []
+
+    def popen(*arguments, **options):
+        started.append(subprocess.Popen(*arguments, **options))
+        return started[-1]
+
+    yield popen
+    for process in started:
+        process.kill()
+        process.wait()
+        for stream in filter(None, (process.stdout, process.stderr)):
+            stream.close()
 
 
 @functools.cache

@@ -3,7 +3,9 @@ import json
 import math
 import multiprocessing
 import os
+import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +16,7 @@ from iciia_exp.artifacts import (
     allocate,
     atomic_write,
     finished_folder,
+    in_use,
     make_folder,
     read_json,
     replacing_folder,
@@ -102,6 +105,18 @@ def test_two_processes_make_it_once(tmp_path):
         worker.join(30)
     assert [w.exitcode for w in workers] == [0, 0, 0]
     assert len((tmp_path / "a" / "log").read_text().splitlines()) == 1
+
+
+def test_who_waited_for_a_folder_does_not_wait_for_its_readers(tmp_path):
+    both = threading.Barrier(2)
+
+    def read(path):
+        make_folder(path, "a", build)
+        with in_use(path):
+            both.wait(20)
+
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(read, [tmp_path / "a"] * 2))
 
 
 def test_a_maker_must_write_its_manifest(tmp_path):

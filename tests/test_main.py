@@ -15,15 +15,11 @@ from iciia_exp.__main__ import main
 pytestmark = pytest.mark.usefixtures("undrawn")
 
 
-def command(*overrides, **environment):
-    env = {**os.environ, **environment}
-    return subprocess.Popen(
-        [sys.executable, "-m", "iciia_exp", *overrides],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        env=env,
-    )
+@pytest.fixture
+def command(spawn):
+    """Start the command line in a process of its own."""
+    run = [sys.executable, "-m", "iciia_exp"]
+    return lambda *overrides: spawn([*run, *overrides], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
 def finished(process, timeout=240):
@@ -52,7 +48,7 @@ def test_help_is_quick_and_imports_no_torch(tmp_path):
 
 
 @pytest.mark.slow
-def test_two_identical_commands_at_once_then_a_third(tmp_path, small, monkeypatch, capsys):
+def test_two_identical_commands_at_once_then_a_third(tmp_path, command, small, monkeypatch, capsys):
     both = [command(*small) for _ in range(2)]
     results = [finished(p) for p in both]
     for code, out, err in results:
@@ -72,17 +68,13 @@ def test_two_identical_commands_at_once_then_a_third(tmp_path, small, monkeypatc
 
 
 @pytest.mark.slow
-def test_killed_for_real_and_repeated(tmp_path, stages, small):
+def test_killed_for_real_and_repeated(tmp_path, command, stages, small):
     """SIGKILL in the middle of the method's training; the repeated command ends as if nothing had happened."""
     from iciia_exp.engine.execute import execute
 
     longer = ("training.recipe.epochs=150", "training.patience=1000")
     process = command(*small, *longer)
-    deadline = time.monotonic() + 120
-    while not list(Path("outputs").glob("digits/*/checkpoints/last.ckpt")):
-        assert time.monotonic() < deadline
-        assert process.poll() is None, process.communicate()
-        time.sleep(0.02)
+    until(lambda: list(Path("outputs").glob("digits/*/checkpoints/last.ckpt")), process)
     process.send_signal(signal.SIGKILL)
     finished(process)
     assert not list(Path("outputs").glob("digits/*/*/results.json"))
@@ -91,6 +83,15 @@ def test_killed_for_real_and_repeated(tmp_path, stages, small):
     for key, value in whole.items():
         if not key.startswith("seconds") and key != "finished":
             assert resumed[key] == value, key
+
+
+def until(condition, process, seconds=400):
+    """Wait until a condition holds, which it must while the process runs."""
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "waited in vain"
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.02)
 
 
 def below(process):
@@ -108,18 +109,14 @@ def running(process):
 
 
 @pytest.mark.slow
-def test_the_jobs_of_a_killed_sweep_end(small):
+def test_the_jobs_of_a_killed_sweep_end(command, small):
     longer = ("training.recipe.epochs=3000", "training.patience=5000", "groups=1,2")
     process = command("-m", "+launcher=joblib", "hydra.launcher.n_jobs=2", *small, *longer)
-    deadline = time.monotonic() + 120
-    while len(list(Path("outputs").glob("digits/*/checkpoints/last.ckpt"))) < 2:
-        assert time.monotonic() < deadline
-        assert process.poll() is None, process.communicate()
-        time.sleep(0.02)
+    until(lambda: len(list(Path("outputs").glob("digits/*/checkpoints/last.ckpt"))) == 2, process)  # both train
     workers = [number for number in below(process.pid) if b"loky" in Path(f"/proc/{number}/cmdline").read_bytes()]
     assert len(workers) >= 2
     process.send_signal(signal.SIGKILL)
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + 120
     while any(map(running, workers)):
         assert time.monotonic() < deadline
         time.sleep(0.1)

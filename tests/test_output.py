@@ -95,13 +95,12 @@ def test_a_run_ends_well_on_any_terminal(small, encoding, monkeypatch):
 
 
 @pytest.mark.slow
-def test_a_reader_that_goes_away_ends_no_run(small, tmp_path):
+def test_a_reader_that_goes_away_ends_no_run(small, spawn, tmp_path):
     command = [sys.executable, "-u", "-m", "iciia_exp", *small, "method=backbone"]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    process = spawn(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     process.stdout.close()
     assert process.wait(timeout=120) in (0, 120)  # 120: Python could not write its last buffer
     assert b"Traceback" not in process.stderr.read()
-    process.stderr.close()
     assert list((tmp_path / "outputs").rglob("results.json"))
 
 

@@ -332,7 +332,7 @@ def test_methods_whose_devices_learn_know_the_clients_of_the_run(stages, undrawn
     assert ClientSession(Run.load(folder), "new").learned is None, "a session that can learn"
 
 
-def start(run, states, port, *more):
+def start(spawn, run, states, port, *more):
     command = [
         sys.executable,
         "-m",
@@ -343,16 +343,16 @@ def start(run, states, port, *more):
         "--port",
         str(port),
     ]
-    process = subprocess.Popen([*command, "--history", "5", *more], env={**os.environ, "OMP_NUM_THREADS": "1"})
+    process = spawn([*command, "--history", "5", *more], env={**os.environ, "OMP_NUM_THREADS": "1"})
     wait_for(port)
     return process
 
 
 @pytest.mark.slow
-def test_nothing_that_was_answered_is_lost_by_a_kill(run, tmp_path):
+def test_nothing_that_was_answered_is_lost_by_a_kill(run, spawn, tmp_path):
     port, states = free_port(), str(tmp_path / "states.sqlite")
     x, answered = torch.randn(4, 200, D), [0] * 4
-    process = start(run, states, port)
+    process = start(spawn, run, states, port)
     assert main([str(run.path), "--states", states, "--history", "5"]) == 1, "the file is in use"
     pool = ThreadPoolExecutor(4)
 
@@ -364,23 +364,20 @@ def test_nothing_that_was_answered_is_lost_by_a_kill(run, tmp_path):
 
     talks = [pool.submit(talk, number) for number in range(4)]
     while min(answered) < 20:
+        assert not any(talk.done() for talk in talks)
         time.sleep(0.01)
     process.send_signal(signal.SIGKILL)
     process.wait()
     assert all(talk.exception() is not None for talk in talks)
-    process = start(run, states, port)
-    try:
-        with httpx.Client(base_url=f"http://127.0.0.1:{port}") as client:
-            for number in range(4):
-                seen = client.get(f"/clients/c{number}").json()["seen"]
-                assert answered[number] <= seen <= answered[number] + 1
-                got = ask(client, f"c{number}", x[number, seen : seen + 1])
-                torch.testing.assert_close(
-                    got, alone(run, f"c{number}", x[number, : seen + 1])[-1:], atol=1e-6, rtol=1e-5
-                )
-    finally:
-        process.terminate()
-        assert process.wait(30) in (0, -signal.SIGTERM)  # uvicorn ends by the signal after it has closed
+    process = start(spawn, run, states, port)
+    with httpx.Client(base_url=f"http://127.0.0.1:{port}") as client:
+        for number in range(4):
+            seen = client.get(f"/clients/c{number}").json()["seen"]
+            assert answered[number] <= seen <= answered[number] + 1
+            got = ask(client, f"c{number}", x[number, seen : seen + 1])
+            torch.testing.assert_close(got, alone(run, f"c{number}", x[number, : seen + 1])[-1:], atol=1e-6, rtol=1e-5)
+    process.terminate()
+    assert process.wait(30) in (0, -signal.SIGTERM)  # uvicorn ends by the signal after it has closed
 
 
 @pytest.mark.slow
