@@ -136,6 +136,11 @@ class ImageDataset(ABC):
         labels = table["label"] if self.task == SINGLE_LABEL else table["label"].explode().dropna()
         if len(labels) and not labels.between(0, self.num_classes - 1).all():
             raise ValueError(f"{type(self).__name__}.load_table has labels outside 0..{self.num_classes - 1}")
+        index = table.index  # of rows that were selected; parts put together have numbers twice
+        numbered = index.is_unique and pd.api.types.is_integer_dtype(index)
+        if "path" not in table and numbered and not index.equals(pd.RangeIndex(len(table))):
+            problem = "has an index other than 0, 1, 2, ...; row numbers are the image numbers of __getitem__"
+            raise ValueError(f"{type(self).__name__}.load_table {problem}: end it with reset_index(drop=True)")
         return table.reset_index(drop=True)
 
     def __len__(self) -> int:

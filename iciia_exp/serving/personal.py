@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -15,7 +16,7 @@ from iciia_exp.data.batches import ClientBatch
 from iciia_exp.errors import UserError
 from iciia_exp.ledger import Link, Sizes
 from iciia_exp.methods.tune.base import Personal
-from iciia_exp.serving.features import as_arrays
+from iciia_exp.serving.features import as_arrays, as_features
 from iciia_exp.serving.run import Run
 from iciia_exp.tasks import SINGLE_LABEL
 
@@ -41,7 +42,7 @@ def stored(run: Run, client: str) -> State | None:
 def learn(
     run: Run,
     features: Any,
-    labels: Tensor,
+    labels: Any,
     val: Sequence[Any] | None,
     arrays: Mapping[str, Any] | None = None,
 ) -> State:
@@ -49,8 +50,8 @@ def learn(
 
     Args:
         run: of a personal method.
-        features: [n, D].
-        labels: of the images: int64 [n], or 0/1 [n, K] of a multi-label task.
+        features: numbers [n, D], as a tensor, array or list.
+        labels: of the images: whole numbers [n], or 0/1 [n, K] of a multi-label task.
         val: further features, labels and, where the method reads them, arrays, which choose the epoch; None: the last
             quarter of the images.
         arrays: what the method reads beside the features, [n, ...] by name.
@@ -58,12 +59,15 @@ def learn(
     method = run.method
     assert isinstance(method, Personal)
     train = _as_batch(run, features, labels, arrays)
+    images = train.x_CSD.shape[1]
     if val is not None:
+        if not isinstance(val, Sequence) or len(val) not in (2, 3):
+            raise UserError("learn: val is a tuple (features, labels) or (features, labels, arrays)")
         own = {"train": train, "val": _as_batch(run, *val)}
-    elif len(features) < 2:
+    elif images < 2:
         raise UserError("learn: needs two labelled images at least, one to learn from and one to choose the epoch")
     else:
-        cut = len(features) - max(1, len(features) // 4)
+        cut = images - max(1, images // 4)
         parts = (("train", slice(0, cut)), ("val", slice(cut, None)))
         own = {
             role: train._replace(
@@ -98,17 +102,19 @@ def classify(
 def _as_batch(run: Run, features: Any, labels: Any, arrays: Mapping[str, Any] | None = None) -> ClientBatch:
     """Return the labelled images of one client; raises a `UserError` if they do not fit the method."""
     method = run.method
-    features, labels = torch.as_tensor(features).float(), torch.as_tensor(labels)
-    classes = method.num_classes
+    features, classes = as_features(features, "learn", f"[n, {method.dim}]"), method.num_classes
+    labels = labels if isinstance(labels, Tensor) else np.asarray(labels)
+    if isinstance(labels, np.ndarray) and labels.dtype.kind in "iub":  # also big-endian, which torch refuses
+        labels = torch.from_numpy(labels.astype(np.int64))
     if features.ndim != 2 or features.shape[1] != method.dim or not len(features):
         raise UserError(f"learn: expected features [n, {method.dim}] of at least one image, got {list(features.shape)}")
     if not features.isfinite().all():
         raise UserError("learn: features are not finite numbers")
     single = method.task == SINGLE_LABEL
     want = [len(features)] if single else [len(features), classes]
-    if list(labels.shape) != want or labels.is_floating_point():
+    if list(labels.shape) != want or not isinstance(labels, Tensor) or labels.is_floating_point():
         raise UserError(f"learn: expected labels {want} of whole numbers, got {labels.dtype} {list(labels.shape)}")
-    labels, largest = labels.long(), classes if single else 2
+    labels, largest = labels.cpu().long(), classes if single else 2
     if labels.min() < 0 or labels.max() >= largest:
         raise UserError(f"learn: labels are 0 to {largest - 1}, got {labels.min()} to {labels.max()}")
     mask = torch.ones(1, len(features), dtype=torch.bool)

@@ -118,15 +118,15 @@ class ClientSession:
     def learn(
         self,
         features: Any,
-        labels: Tensor,
+        labels: Any,
         val: Sequence[Any] | None = None,
         arrays: Mapping[str, Any] | None = None,
     ) -> None:
         """Learn the client's state from labelled images, for a method whose devices learn.
 
         Args:
-            features: [n, D].
-            labels: numbers of ``run.class_names``, int64 [n]; of a multi-label task 0/1 [n, K].
+            features: numbers [n, D], as a tensor, array or list.
+            labels: numbers of ``run.class_names`` [n]; of a multi-label task 0/1 [n, K].
             val: further features and labels (and arrays), which choose the epoch; None: the last quarter of the images.
             arrays: what the method reads beside the features, by name: ``{"tokens": [n, tokens, d]}``.
         """

@@ -5,7 +5,7 @@ Legend: C clients, n new images, P kept images, E numbers kept of each, D featur
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -30,7 +30,7 @@ _PADDED = 16
 
 @torch.inference_mode()
 def predict_together(
-    sessions: Sequence[ClientSession], features: Any, arrays: Mapping[str, Any] | None = None
+    sessions: Iterable[ClientSession], features: Any, arrays: Mapping[str, Any] | None = None
 ) -> Tensor:
     """Serve one image of each of many clients, with histories of any lengths.
 
@@ -42,6 +42,7 @@ def predict_together(
     Returns:
         Probabilities [C, K], equal to `ClientSession.predict` of each alone.
     """
+    sessions = list(sessions)
     if not sessions:
         raise UserError("predict_together: no sessions")
     if len({id(s) for s in sessions}) < len(sessions):

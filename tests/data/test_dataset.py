@@ -34,6 +34,17 @@ def test_tables_are_checked(change, message):
         Broken(**GOOD | change).table  # noqa: B018
 
 
+def test_a_table_that_was_filtered_is_not_renumbered():
+    class Filtered(Broken):
+        def load_table(self):
+            return super().load_table().query("label == 1")
+
+    with pytest.raises(ValueError, match=r"Filtered.load_table has an index other than 0, 1, 2.*reset_index"):
+        Filtered(**GOOD).table  # noqa: B018
+    paths = Filtered(**GOOD, path=["a.png", "b.png"])  # which are read by their paths
+    assert (list(paths.table.index), paths.path(0)) == ([0], "b.png")
+
+
 def test_missing_columns_are_named():
     with pytest.raises(ValueError, match="owner"):
         Broken(label=[0], split=["train"], parent=[None]).table  # noqa: B018

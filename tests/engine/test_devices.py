@@ -215,6 +215,9 @@ def test_sessions_serve_new_images(stages):
     ]
     new.learn(*labelled[0], val=labelled[1])
     torch.testing.assert_close(torch.stack([new.predict(row) for row in x]), got, atol=1e-5, rtol=1e-5)
+    lists = ClientSession(run, client="lists")
+    lists.learn([list(row) for row in labelled[0][0]], labelled[0][1].numpy().astype(">i2"), val=labelled[1])
+    torch.testing.assert_close(lists.predict(x[0]), new.predict(x[0]))
     new.save("new.session")
     torch.testing.assert_close(ClientSession.load("new.session", run).predict(x[0]), got[0], atol=1e-5, rtol=1e-5)
 
@@ -231,9 +234,13 @@ def test_learning_refuses_what_does_not_fit(stages):
         (x, y + 100, "labels are 0 to 9"),
         (x * torch.nan, y, "not finite"),
         (x[:1], y[:1], "two labelled images"),
+        ([["a"]], y, "expected features, numbers"),
+        (x, ["0", "1", "0", "1"], "whole numbers"),
     ):
         with pytest.raises(UserError, match=problem):
             session.learn(features, labels)
+    with pytest.raises(UserError, match=r"val is a tuple \(features, labels\)"):
+        session.learn(x, y, val=x)
     with pytest.raises(UserError, match="history and compile do not apply"):
         ClientSession(run, client="new", history=4)
     with pytest.raises(UserError, match="has no client nobody"):

@@ -282,7 +282,7 @@ def test_features_with_a_batch_axis_are_no_grey_picture(run, kind):
 def test_together_takes_arrays_and_lists(run):
     x = np.random.default_rng(0).normal(size=(2, D)).astype(np.float32)
     answers = [
-        predict_together([ClientSession(run), ClientSession(run)], same) for same in (torch.tensor(x), x, x.tolist())
+        predict_together((ClientSession(run) for _ in range(2)), same) for same in (torch.tensor(x), x, x.tolist())
     ]
     for answer in answers[1:]:
         torch.testing.assert_close(answer, answers[0])

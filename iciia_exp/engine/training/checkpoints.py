@@ -2,8 +2,10 @@
 
 import io
 import logging
+import pickle
 import shutil
 import zipfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +14,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 
 from iciia_exp.artifacts import atomic_write
-from iciia_exp.errors import first_line
+from iciia_exp.errors import UserError, first_line
 from iciia_exp.machine import process_rank
 
 __all__ = ["AtomicCheckpoints", "resumable"]
@@ -24,8 +26,11 @@ class AtomicCheckpoints(TorchCheckpointIO):
     """Writes a checkpoint in its own folder and renames it.
 
     Lightning writes into the temporary folder of the system first. Where that is another file system, a kill leaves
-    half a checkpoint (Lightning issue 21253).
+    half a checkpoint (Lightning issue 21253). Before the first one, its content is checked: what cannot be
+    loaded without executing stored code would be lost at the end of the training.
     """
+
+    _readable = False
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any | None = None) -> None:
         """Write a checkpoint; one on another machine (``s3://...``) as Lightning does."""
@@ -33,9 +38,33 @@ class AtomicCheckpoints(TorchCheckpointIO):
             super().save_checkpoint(checkpoint, path, storage_options)
             return
         content = io.BytesIO()  # on a full disk, torch.save into a file raises a RuntimeError about positions
+        if not self._readable:
+            _check_readable(checkpoint)
+            self._readable = True
         torch.save(checkpoint, content)
         with atomic_write(Path(path), "wb") as file:
             file.write(content.getbuffer())
+
+
+def _check_readable(checkpoint: Mapping[str, Any]) -> None:
+    """Raise a `UserError` that names what of a checkpoint cannot be written, or read without executing code."""
+    if (problem := _stored_code(checkpoint)) is None:
+        return
+    states = checkpoint.get("callbacks", {})
+    name = next((name for name, state in states.items() if _stored_code(state) is not None), None)
+    what = "the checkpoint" if name is None else f"callbacks: the state of {name}"
+    hint = "return tensors, numbers, texts, lists and dicts from state_dict"
+    raise UserError(f"{what} has {problem}, which could not be loaded without executing stored code; {hint}")
+
+
+def _stored_code(state: object) -> str | None:
+    content = io.BytesIO()
+    try:
+        torch.save(state, content)
+    except (pickle.PicklingError, AttributeError, TypeError) as error:  # by the kind of object
+        return f"an object that cannot be stored ({first_line(error)})"
+    content.seek(0)
+    return ", ".join(torch.serialization.get_unsafe_globals_in_checkpoint(content)) or None
 
 
 def resumable(folder: Path, best: ModelCheckpoint | None) -> Path | None:

@@ -16,6 +16,7 @@ from iciia_exp.engine.training.callbacks import Diverged, LastCheckpoint, Resume
 from iciia_exp.engine.training.checkpoints import resumable
 from iciia_exp.engine.training.modules import BaseModule
 from iciia_exp.engine.training.trainer import interruptible, make_trainer, quiet_lightning
+from iciia_exp.errors import ConfigError, first_line
 from iciia_exp.machine import process_rank, wait_for_others
 
 __all__ = ["fit"]
@@ -49,6 +50,9 @@ def fit(
 
     Returns:
         Number of epochs, best epoch (from 1) and its val accuracy (None without one), and seconds of training.
+
+    Raises:
+        UserError: the training diverged, or a callback or a key of the Trainer does not fit the training.
     """
     recipe, given = module.recipe, dict(callbacks or {})
     best = _place(given, folder)
@@ -77,13 +81,18 @@ def fit(
             default_root_dir=folder,
         )
         resumed = resumable(folder, best)
-        with interruptible(trainer):
-            trainer.fit(module, data, ckpt_path=resumed, weights_only=True)
-    if (error := diverged.error(module.recipe_key, recipe.lr)) is not None:
+        try:
+            with interruptible(trainer):
+                trainer.fit(module, data, ckpt_path=resumed, weights_only=True)
+        except Exception as error:  # Lightning raises several kinds
+            if (wrong := _configuration(error, trainer, trainer_config, given)) is None:
+                raise
+            raise wrong from error
+    if (problem := diverged.error(module.recipe_key, recipe.lr)) is not None:
         wait_for_others()
         if process_rank() == 0:
             shutil.rmtree(folder)  # the last checkpoint is of no use
-        raise error
+        raise problem
     record: dict[str, Any] = {"epochs": trainer.current_epoch, "best_epoch": None, "val_accuracy": None}
     if best is not None and best.best_model_path:
         state = torch.load(best.best_model_path, weights_only=True, map_location="cpu")
@@ -102,3 +111,17 @@ def _place(callbacks: dict[str, pl.Callback], folder: Path) -> ModelCheckpoint |
             best = callback if chosen else best
             callback.dirpath = callback.dirpath or str(folder if chosen else folder.parent / name)
     return best
+
+
+def _configuration(
+    error: Exception, trainer: pl.Trainer, config: Mapping[str, Any], callbacks: Mapping[str, pl.Callback]
+) -> ConfigError | None:
+    """Return an error of Lightning with the key that it is about, or None if it names none."""
+    text = first_line(error)
+    for name, callback in callbacks.items():
+        monitor = getattr(callback, "monitor", None)
+        logged = sorted(trainer.callback_metrics)
+        if monitor not in (None, *logged) and (f"`{monitor}`" in text or repr(monitor) in text):
+            return ConfigError(f"callbacks.{name}.monitor", monitor, f"is not logged; valid: {', '.join(logged)}")
+    key = next((key for key in config if f"`{key}`" in text), None)
+    return None if key is None else ConfigError(f"trainer.{key}", config[key], text)

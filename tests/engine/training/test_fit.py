@@ -4,8 +4,10 @@ import re
 import signal
 import zipfile
 from functools import partial
+from pathlib import Path
 from types import SimpleNamespace
 
+import lightning.pytorch as pl
 import numpy as np
 import pytest
 import torch
@@ -42,10 +44,10 @@ def run(tmp_path):
         "val": Ragged.from_rows([np.empty(0, int)] * 8 + np.split(np.arange(80, 160), 4)),
     }
 
-    def make(folder, schedule="cosine", patience=0, epochs=6, lr=0.01):
+    def make(folder, schedule="cosine", patience=0, epochs=6, lr=0.01, callbacks=(), trainer=()):
         adamw = partial(torch.optim.AdamW, lr=lr, weight_decay=0.01, fused=True)
         recipe = Recipe(adamw, SCHEDULERS[schedule], epochs, 2, clip_norm=1.0)
-        callbacks = {"model_checkpoint": ModelCheckpoint(monitor="val/accuracy", mode="max")}
+        callbacks = {"model_checkpoint": ModelCheckpoint(monitor="val/accuracy", mode="max")} | dict(callbacks)
         if patience:
             callbacks["early_stopping"] = EarlyStopping("val/accuracy", mode="max", patience=patience)
         torch.manual_seed(1)
@@ -53,7 +55,7 @@ def run(tmp_path):
         module = MethodModule(IciiaMethod(Facts.of(head), 1, 2, 4, dropout=0.3), head, recipe, 12)
         data = FeatureBatches(features, labels)
         batches = ClientDataModule(clients, data, 4, batch_size=2, eval_batch_size=2)
-        options = {"trainer_config": TRAINER, "loggers": [], "callbacks": callbacks}
+        options = {"trainer_config": TRAINER | dict(trainer), "loggers": [], "callbacks": callbacks}
         record = fit(module, batches, seed=3, folder=tmp_path / folder, **options)
         last = torch.load(tmp_path / folder / "last.ckpt", weights_only=True)["state_dict"]
         return module.method.state_dict() | {f"last.{name}": t for name, t in last.items()}, record
@@ -218,6 +220,49 @@ def test_checkpoints_hold_tensors_and_plain_values(run, tmp_path):
     for path in paths:
         state = torch.load(path, weights_only=True)
         assert not any("head" in k for k in state["state_dict"])
+
+
+class Keeps(pl.Callback):
+    """A callback with a state."""
+
+    def __init__(self, state):
+        self.state = state
+
+    def state_dict(self):
+        return {"state": self.state}
+
+
+@pytest.mark.parametrize(
+    ("state", "message"),
+    [
+        (
+            Path("a"),
+            "the state of Keeps has pathlib.PosixPath, which could not be loaded without executing stored code",
+        ),
+        (np.ones(3), "the state of Keeps has numpy"),
+        (lambda: 3, "the state of Keeps has an object that cannot be stored (Can't pickle"),
+    ],
+)
+def test_a_state_that_could_not_be_loaded_is_said_at_the_first_epoch(run, state, message):
+    with pytest.raises(UserError, match=re.escape(f"callbacks: {message}")):
+        run("x", callbacks={"keeps": Keeps(state)})
+
+
+@pytest.mark.parametrize(
+    ("callbacks", "trainer", "message"),
+    [
+        (
+            {"stop": EarlyStopping("val/acuracy")},
+            {},
+            "callbacks.stop.monitor=val/acuracy: is not logged; valid: train/",
+        ),
+        ({"model_checkpoint": ModelCheckpoint(monitor="x")}, {}, "callbacks.model_checkpoint.monitor=x: is not logged"),
+        ({}, {"val_check_interval": 99}, "trainer.val_check_interval=99: `val_check_interval` (99) must be less than"),
+    ],
+)
+def test_what_does_not_fit_the_training_names_its_key(run, callbacks, trainer, message):
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        run("x", callbacks=callbacks, trainer=trainer)
 
 
 def test_bad_trainer_arguments_name_their_key():
