@@ -14,7 +14,7 @@ from torch import Tensor
 from iciia_exp.errors import UserError
 from iciia_exp.methods.base import Method
 
-__all__ = ["all_finite", "as_arrays", "as_features", "check_answers", "check_features", "numeric"]
+__all__ = ["all_finite", "as_arrays", "as_features", "as_mask", "check_answers", "check_features", "numeric"]
 
 
 def numeric(value: Any) -> bool:
@@ -55,6 +55,20 @@ def as_features(value: Any, who: str, shape: str) -> Tensor:
     if isinstance(value, np.ndarray):  # also big-endian or with negative strides, which torch refuses
         value = torch.from_numpy(np.ascontiguousarray(value, dtype=np.float32))
     return value.detach().cpu().float()
+
+
+def as_mask(mask: Any, x_CSD: Tensor) -> Tensor:
+    """Return a mask as bool [C, S], from bools or numbers 0 and 1."""
+    try:
+        found = torch.as_tensor(mask, device=x_CSD.device)
+    except (TypeError, ValueError, RuntimeError):
+        found = torch.empty(0)
+    if found.shape != x_CSD.shape[:2]:
+        got = list(found.shape) if found.numel() else type(mask).__name__
+        raise UserError(f"predict: mask is {got}, the images are {list(x_CSD.shape[:2])}")
+    if not ((found == 0) | (found == 1)).all():
+        raise UserError("predict: mask is True where an image is real, and False where it is padding")
+    return found.bool()
 
 
 def all_finite(values: Tensor) -> bool:

@@ -58,7 +58,7 @@ from iciia_exp.models.backbones.weights import listed_classes
 from iciia_exp.results.tables import read_table
 from iciia_exp.seeding import derive_seed
 from iciia_exp.serving import hub
-from iciia_exp.serving.features import as_arrays, as_features, check_answers
+from iciia_exp.serving.features import as_arrays, as_features, as_mask, check_answers
 from iciia_exp.serving.run_info import FORMAT, checked_info
 from iciia_exp.tasks import TASKS
 
@@ -244,8 +244,7 @@ class Run:
     @cached_property
     def clients(self) -> pd.DataFrame:
         """One row per test client: images, classes, correct decisions and log-loss sums of backbone and method."""
-        if self.is_repository:
-            raise UserError(f"{self.path}: a repository has no clients; they are in the run that it was made from")
+        self._needs_clients()
         return read_parquet(self._evaluated("clients.parquet"))
 
     @cached_property
@@ -257,7 +256,12 @@ class Run:
     @cached_property
     def partition(self) -> Clients:
         """The images of each client."""
+        self._needs_clients()
         return Clients.load(self.path / "partition.parquet")
+
+    def _needs_clients(self) -> None:
+        if self.is_repository:
+            raise UserError(f"{self.path}: a repository has no clients; they are in the run that it was made from")
 
     @cached_property
     def features(self) -> FeatureStore:
@@ -340,7 +344,7 @@ class Run:
         if x.ndim not in (2, 3) or x.shape[-1] != dim or not x.numel():
             raise UserError(f"predict: features are {shape}, got {list(x.shape)}")
         x_CSD = x if x.ndim == 3 else x[None]
-        mask = None if mask is None else _as_mask(mask, x_CSD)
+        mask = None if mask is None else as_mask(mask, x_CSD)
         real = x_CSD if mask is None else x_CSD[mask]
         if not real.isfinite().all():
             raise UserError("predict: features are not finite numbers")
@@ -359,20 +363,6 @@ class Run:
         probabilities = self.method.task.probabilities(logits_CSK)
         check_answers("predict", probabilities if mask is None else probabilities[mask])
         return probabilities if x.ndim == 3 else probabilities[0]
-
-
-def _as_mask(mask: Any, x_CSD: Tensor) -> Tensor:
-    """Return a mask as bool [C, S], from bools or numbers 0 and 1."""
-    try:
-        found = torch.as_tensor(mask, device=x_CSD.device)
-    except (TypeError, ValueError, RuntimeError):
-        found = torch.empty(0)
-    if found.shape != x_CSD.shape[:2]:
-        got = list(found.shape) if found.numel() else type(mask).__name__
-        raise UserError(f"predict: mask is {got}, the images are {list(x_CSD.shape[:2])}")
-    if not ((found == 0) | (found == 1)).all():
-        raise UserError("predict: mask is True where an image is real, and False where it is padding")
-    return found.bool()
 
 
 def _network(stored: Mapping[str, Any], plugins: Plugins, **arguments: Any) -> Backbone:
