@@ -87,6 +87,7 @@ class Sizes:
         cloud: labelled images of the cloud, where it trains together with the devices.
         sample_bytes: size of what such a method reads of an image, as it is stored; None if unknown.
         input_macs: MACs of making that of an image; None if unknown.
+        input_on_backbone: whether the backbone makes it, and no network that devices have anyway.
         second_macs: MACs of the trunk of the second network of a pair, for one image; None if unknown.
         encoder_macs: MACs of the text encoder for a prompt; None if unknown.
         cloud_macs: MACs of a picture of the cloud's text-to-image model; None if unknown.
@@ -108,6 +109,7 @@ class Sizes:
     cloud: int = 0
     sample_bytes: int | None = None
     input_macs: int | None = 0
+    input_on_backbone: bool = False
     second_macs: int | None = None
     encoder_macs: int | None = None
     cloud_macs: int | None = None

@@ -138,7 +138,7 @@ class ImageDataset(ABC):
             raise ValueError(f"{type(self).__name__}.load_table has labels outside 0..{self.num_classes - 1}")
         index = table.index  # of rows that were selected; parts put together have numbers twice
         numbered = index.is_unique and pd.api.types.is_integer_dtype(index)
-        if "path" not in table and numbered and not index.equals(pd.RangeIndex(len(table))):
+        if "path" not in table and numbered and not np.array_equal(index.to_numpy(), np.arange(len(table))):
             problem = "has an index other than 0, 1, 2, ...; row numbers are the image numbers of __getitem__"
             raise ValueError(f"{type(self).__name__}.load_table {problem}: end it with reset_index(drop=True)")
         return table.reset_index(drop=True)

@@ -325,7 +325,7 @@ def _checked(clients: Any, partition: Any, table: pd.DataFrame) -> Clients:
     problem = None
     if not isinstance(clients, Clients):
         problem = f"assign must return Clients, got {type(clients).__name__}"
-    elif len(np.unique(clients.ids.astype(str))) < len(clients.ids):
+    elif not pd.Index(clients.ids).is_unique:
         problem = "two clients have the same id"
     elif any(((v < 0) | (v >= len(table))).any() for v in (clients[role].values for role in ROLES)):
         problem = f"images are numbered 0 to {len(table) - 1}, and a client has another number"

@@ -16,7 +16,7 @@ from iciia_exp.engine.inputs import Inputs
 from iciia_exp.ledger import Budget, Link, Sizes, payload_bytes
 from iciia_exp.methods.base import Method
 from iciia_exp.methods.cotrain.base import CoTrained
-from iciia_exp.methods.cotrain.sites import CLOUD, OF_DEVICES
+from iciia_exp.methods.cotrain.sites import CLOUD
 from iciia_exp.methods.route.base import PromptRouter
 
 __all__ = ["cost_row", "ledger_table", "sizes_of"]
@@ -24,6 +24,8 @@ __all__ = ["cost_row", "ledger_table", "sizes_of"]
 #: Counts of a device that a budget depends on.
 _SIZES = frozenset(field.name for field in fields(Sizes))
 
+#: Arrays of networks that devices have anyway; others are those with MACs of their own (`Backbone.further_costs`).
+_OF_DEVICES = ("second", "stem")
 
 #: Directions of payloads, and who sends them.
 _DIRECTIONS = (("down", "cloud"), ("up", "device"))
@@ -42,7 +44,7 @@ def sizes_of(inputs: Inputs, **more: Any) -> Sizes:
         backbone_bytes=manifest.get("weights_bytes") if own else None,
         image_bytes=manifest.get("image_bytes", int(np.prod(manifest["input_shape"]))) if own else None,
         sample_bytes=_sample_bytes(inputs),
-        input_macs=_input_macs(inputs, manifest),
+        **_of_input(inputs, manifest),
         **further,
         **more,
     )
@@ -57,13 +59,13 @@ def _sample_bytes(inputs: Inputs) -> int | None:
     return int(np.prod(array.shape[1:])) * size
 
 
-def _input_macs(inputs: Inputs, manifest: dict[str, Any]) -> int | None:
-    """Return the MACs of making what a co-trained method reads of an image; None if they are unknown."""
+def _of_input(inputs: Inputs, manifest: dict[str, Any]) -> dict[str, Any]:
+    """Return what of `Sizes` is about what a co-trained method reads of an image: its MACs, and who makes it."""
     if inputs.rounds is None or (array := str(inputs.method_config["array"])) == "images":
-        return 0
-    if array in OF_DEVICES:
-        return manifest.get(f"{array}_macs")
-    return None if manifest["macs"] is None else manifest["macs"] - manifest["dim"] * manifest["num_classes"]
+        return {}
+    of_devices = array in _OF_DEVICES or f"{array}_macs" in manifest
+    trunk = None if manifest["macs"] is None else manifest["macs"] - manifest["dim"] * manifest["num_classes"]
+    return {"input_macs": manifest.get(f"{array}_macs") if of_devices else trunk, "input_on_backbone": not of_devices}
 
 
 def ledger_table(

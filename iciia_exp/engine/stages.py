@@ -224,6 +224,9 @@ class Stages(Inputs):
             now = Inputs(self.experiment).files
         except UserError as error:  # they are gone
             now = dict.fromkeys(before, str(error))
+        except BaseException:  # not compared, so not finished
+            (folder / "manifest.json").unlink(missing_ok=True)
+            raise
         if lost := [key for key, content in before.items() if now[key] != content]:
             shutil.rmtree(folder)
             spec = self.experiment.backbone

@@ -185,9 +185,10 @@ def draw_accuracy_vs_overhead(rows: Sequence[dict[str, Any]], highlight: str | N
     """
     table = settings(list(rows))
     oracles = table[table["oracle"]]
-    points = table[~table["oracle"] & (table["method"] != "backbone")]
     in_percent = table["backbone_macs"].notna().all()  # unknown for features that were made elsewhere
-    cost = points["overhead_percent" if in_percent else "sequence_macs"]
+    cost = pd.to_numeric(table["overhead_percent" if in_percent else "sequence_macs"])
+    points = table[~table["oracle"] & (table["method"] != "backbone") & cost.notna()]  # some costs are unknown
+    cost = cost[points.index]
     methods = sorted(set(points["method"]))
     styles = dict(zip(methods, line_styles(methods, table["method"]), strict=True))
     crowded = len(methods) > 6

@@ -72,15 +72,23 @@ def load_runs(folders: Iterable[Path]) -> list[dict[str, Any]]:
 
 
 def _results_in(folder: Path) -> Iterator[Path]:
-    """Yield every ``results.json``; a folder to which several links lead is read once."""
-    read = set()
-    for at, folders, files in os.walk(folder, followlinks=True):
-        if (real := os.path.realpath(at)) in read:
-            folders.clear()
-            continue
-        read.add(real)
-        if "results.json" in files:
-            yield Path(at, "results.json")
+    """Yield every ``results.json`` once, by its own path if it has one in the folder, else by a link that leads to it.
+
+    Links to a folder around this one are not followed.
+    """
+    own, read, pending = Path(os.path.realpath(folder)), set(), [folder]
+    while pending:
+        links = []
+        for top in pending:
+            for at, folders, files in os.walk(top):
+                if (real := os.path.realpath(at)) in read:
+                    folders.clear()
+                    continue
+                read.add(real)
+                if "results.json" in files:
+                    yield Path(at, "results.json")
+                links += [path for name in sorted(folders) if (path := Path(at, name)).is_symlink()]
+        pending = [link for link in links if not own.is_relative_to(os.path.realpath(link))]
 
 
 def _latency(run: Path) -> float | None:
@@ -242,10 +250,13 @@ def unbalanced(table: pd.DataFrame) -> str:
 
 
 def pareto_front(cost: pd.Series, accuracy: pd.Series) -> np.ndarray:
-    """Return which points no other point of the same cost or less beats in accuracy, bool; NaN beats none."""
+    """Return which points no other point of the same cost or less beats in accuracy, bool.
+
+    An accuracy of NaN beats none; a cost of NaN is on no front.
+    """
     costs, accuracies = cost.to_numpy(dtype=float), accuracy.to_numpy(dtype=float)
     beaten = (costs <= costs[:, None]) & (accuracies > accuracies[:, None])
-    return ~np.any(beaten, axis=1)
+    return ~np.any(beaten, axis=1) & ~np.isnan(costs)
 
 
 def history_summary(table: pd.DataFrame, resamples: int = 500) -> pd.DataFrame:

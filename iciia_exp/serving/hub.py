@@ -200,8 +200,9 @@ def _cost(row: dict[str, Any]) -> str:
     if one_more is not None:
         share = f" ({100 * one_more / backbone:.2f} % of the backbone)" if backbone else ""
         lines.append(f"| one more image, with the state of the others kept | {one_more:,}{share} |")
-    share = f" ({row['per_image_overhead_percent']:.2f} % of the backbone)" if backbone else ""
-    lines.append(f"| {row['cost_images']} images together | {row['sequence_macs']:,} for all, a sequence's{share} |")
+    if (together := row["sequence_macs"]) is not None:
+        share = f" ({row['per_image_overhead_percent']:.2f} % of the backbone)" if backbone else ""
+        lines.append(f"| {row['cost_images']} images together | {together:,} for all, a sequence's{share} |")
     lines.append(f"| parameters beside the backbone | {row['parameters']:,} |")
     lines.append(f"| state of a client | {row['state_bytes']:,} bytes |")
     for key, what in (("client_down_bytes", "down to a client, once"), ("request_up_bytes", "up, with every request")):

@@ -57,7 +57,7 @@ def _added_macs(run: Run) -> float | None:
         return None
     one_more, backbone = row["streaming_macs"], row["backbone_macs"]
     one_more = row["sequence_macs"] if one_more is None else one_more
-    return 100 * one_more / backbone if backbone else None
+    return 100 * one_more / backbone if backbone and one_more is not None else None
 
 
 def _milliseconds(path: Path, feed: dict[str, np.ndarray], threads: int) -> dict[str, float]:

@@ -41,6 +41,8 @@ def test_a_table_that_was_filtered_is_not_renumbered():
 
     with pytest.raises(ValueError, match=r"Filtered.load_table has an index other than 0, 1, 2.*reset_index"):
         Filtered(**GOOD).table  # noqa: B018
+    given = {name: pd.Series(values, index=pd.Index([0, 1], dtype="Int64")) for name, values in GOOD.items()}
+    assert len(Broken(**given)) == 2
     paths = Filtered(**GOOD, path=["a.png", "b.png"])  # which are read by their paths
     assert (list(paths.table.index), paths.path(0)) == ([0], "b.png")
 

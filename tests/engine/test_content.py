@@ -127,6 +127,21 @@ def test_files_that_change_while_they_are_read(compose, tmp_path, monkeypatch, o
     assert folder.exists()
 
 
+def test_what_could_not_be_compared_is_not_finished(stages, tmp_path, monkeypatch):
+    """A Ctrl-C between the features' manifest and the comparison of the files that they were made of."""
+    made, folder = stages(), tmp_path / "features"
+    folder.mkdir()
+
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    assert made.files is not None
+    monkeypatch.setattr("iciia_exp.engine.stages.Inputs", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        made._make_of_files(lambda at: (at / "manifest.json").touch(), folder)
+    assert not (folder / "manifest.json").exists()
+
+
 def test_digests_are_computed_where_none_can_be_kept(tmp_path):
     """As in a cache that others may only read."""
     (tmp_path / "a").write_bytes(b"a")

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -15,8 +16,11 @@ from iciia_exp.data.rounds import round_path, write_round
 from iciia_exp.engine import rounds, wandb_media
 from iciia_exp.engine.execute import execute
 from iciia_exp.engine.graph import ensure
+from iciia_exp.engine.ledger import _of_input
 from iciia_exp.engine.stages import Stages
 from iciia_exp.errors import UserError
+from iciia_exp.results.plots import draw_accuracy_vs_overhead
+from iciia_exp.results.tables import settings
 from tests.making.imagenet import make_imagenet
 
 pytestmark = pytest.mark.usefixtures("undrawn")
@@ -91,6 +95,33 @@ def test_the_whole_way(made, monkeypatch):
     images = torch.from_numpy(np.array(served.features.array("images")[numbers]))
     x = torch.from_numpy(np.array(served.features.array()[numbers])).float()
     assert served.predict(x, arrays={"images": images}).shape == (4, 10)
+
+
+def test_unknown_costs_are_left_out(made, tmp_path, monkeypatch):
+    """Features that were made before the MACs of an array were stored."""
+    monkeypatch.setattr("iciia_exp.engine.ledger._of_input", lambda *_: {"input_macs": None})
+    run = made(f"output_dir={tmp_path}", method=("method=fedavg", *TRAINED))
+    row = execute(run)
+    assert row["backbone_macs"]
+    assert row["overhead_percent"] is row["sequence_macs"] is row["request_device_macs"] is None
+    (axes,) = draw_accuracy_vs_overhead([row]).axes
+    assert not axes.containers
+    (point,) = settings([row]).to_dict("records")
+    assert not point["front"]
+    card = Run.load(run.run.folder).save_pretrained(tmp_path / "card") / "README.md"
+    assert "images together" not in card.read_text()
+
+
+@pytest.mark.parametrize("array", ["second", "own"])
+def test_who_makes_what_a_network_reads(array):
+    """Arrays with MACs of their own are made on the device, without the backbone."""
+    inputs = SimpleNamespace(rounds=True, method_config={"array": array})
+    manifest = {"macs": 100, "dim": 3, "num_classes": 4}
+    assert _of_input(inputs, manifest | {f"{array}_macs": 7}) == {"input_macs": 7, "input_on_backbone": False}
+    trunk = {"input_macs": 88, "input_on_backbone": True}
+    assert _of_input(inputs, manifest) == (
+        trunk if array == "own" else {"input_macs": None, "input_on_backbone": False}
+    )
 
 
 @pytest.mark.parametrize(

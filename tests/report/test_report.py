@@ -20,7 +20,7 @@ from iciia_exp.errors import UserError
 from iciia_exp.report import figures
 from iciia_exp.report import text as text_tables
 from iciia_exp.report.__main__ import main
-from iciia_exp.results.tables import comparisons, load_runs, select, settings
+from iciia_exp.results.tables import _results_in, comparisons, load_runs, select, settings
 from tests.making.damage import DAMAGE, unchecked
 from tests.making.vectors import make_vectors
 
@@ -84,6 +84,18 @@ def test_two_clients_have_no_interval_anywhere(compose, tmp_path, capsys):
     assert "nan" not in table.lower() + capsys.readouterr().out.lower()
     Run.load(made.run.folder).save_pretrained(tmp_path / "hub")
     assert f"Gain {100 * row['gain']:.1f} points; " in (tmp_path / "hub" / "README.md").read_text()
+
+
+def test_results_have_their_own_path_before_that_of_a_link(tmp_path):
+    for name in ("project/outputs/a/run/evaluation-1", "project/outputs/b/run/evaluation-2", "elsewhere/evaluation-3"):
+        (tmp_path / name).mkdir(parents=True)
+        (tmp_path / name / "results.json").touch()
+    outputs = tmp_path / "project" / "outputs"
+    (outputs / "best").symlink_to(outputs / "b" / "run" / "evaluation-2")
+    (outputs / "a" / "up").symlink_to(tmp_path)  # around the folder
+    (outputs / "b" / "other").symlink_to(tmp_path / "elsewhere")
+    found = [str(path.parent.relative_to(outputs)) for path in _results_in(outputs)]
+    assert sorted(found) == ["a/run/evaluation-1", "b/other/evaluation-3", "b/run/evaluation-2"]
 
 
 @pytest.mark.slow

@@ -21,13 +21,16 @@ __all__ = ["AtomicCheckpoints", "resumable"]
 
 log = logging.getLogger(__name__)
 
+#: What `torch.save` raises for an object that cannot be pickled, by its kind.
+_NOT_STORED = (pickle.PicklingError, AttributeError, TypeError)
+
 
 class AtomicCheckpoints(TorchCheckpointIO):
     """Writes a checkpoint in its own folder and renames it.
 
     Lightning writes into the temporary folder of the system first. Where that is another file system, a kill leaves
-    half a checkpoint (Lightning issue 21253). Before the first one, its content is checked: what cannot be
-    loaded without executing stored code would be lost at the end of the training.
+    half a checkpoint (Lightning issue 21253). The content of the first one is checked before it is written: what cannot
+    be loaded without executing stored code would be lost at the end of the training.
     """
 
     _readable = False
@@ -47,24 +50,43 @@ class AtomicCheckpoints(TorchCheckpointIO):
 
 
 def _check_readable(checkpoint: Mapping[str, Any]) -> None:
-    """Raise a `UserError` that names what of a checkpoint cannot be written, or read without executing code."""
-    if (problem := _stored_code(checkpoint)) is None:
-        return
+    """Raise a `UserError` if a checkpoint cannot be stored, or not be loaded at the end of the training.
+
+    The latter is done where a `ModelCheckpoint` has a ``monitor``; without one only an interrupted training is lost.
+    """
     states = checkpoint.get("callbacks", {})
-    name = next((name for name, state in states.items() if _stored_code(state) is not None), None)
-    what = "the checkpoint" if name is None else f"callbacks: the state of {name}"
-    hint = "return tensors, numbers, texts, lists and dicts from state_dict"
-    raise UserError(f"{what} has {problem}, which could not be loaded without executing stored code; {hint}")
-
-
-def _stored_code(state: object) -> str | None:
-    content = io.BytesIO()
+    hint = "return tensors, numbers, texts, lists and dicts from its state_dict"
     try:
-        torch.save(state, content)
-    except (pickle.PicklingError, AttributeError, TypeError) as error:  # by the kind of object
-        return f"an object that cannot be stored ({first_line(error)})"
+        if not (found := _stored_code(checkpoint)):
+            return
+    except _NOT_STORED as error:
+        problem = f"{_first_with(states, 'an object that cannot be stored')} ({first_line(error)})"
+        raise UserError(f"{problem}; {hint}") from error
+    problem = f"{_first_with(states, found[0])}, which cannot be loaded without executing stored code"
+    if any("best_model_path" in state and state.get("monitor") for state in states.values()):
+        raise UserError(f"{problem}; {hint}")
+    log.warning("%s: if the training is interrupted, it starts again", problem)
+
+
+def _first_with(states: Mapping[str, Any], what: str) -> str:
+    """Name the first callback whose state cannot be stored or loaded."""
+
+    def fails(state: object) -> bool:
+        try:
+            return bool(_stored_code(state))
+        except _NOT_STORED:
+            return True
+
+    name = next((name for name, state in states.items() if fails(state)), None)
+    return f"the checkpoint has {what}" if name is None else f"callbacks: the state of {name} has {what}"
+
+
+def _stored_code(state: object) -> list[str]:
+    """Return the names of the code that loading would execute."""
+    content = io.BytesIO()
+    torch.save(state, content)
     content.seek(0)
-    return ", ".join(torch.serialization.get_unsafe_globals_in_checkpoint(content)) or None
+    return torch.serialization.get_unsafe_globals_in_checkpoint(content)
 
 
 def resumable(folder: Path, best: ModelCheckpoint | None) -> Path | None:

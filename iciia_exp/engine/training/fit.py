@@ -3,6 +3,7 @@
 import logging
 import shutil
 import sys
+import traceback
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -116,7 +117,10 @@ def _place(callbacks: dict[str, pl.Callback], folder: Path) -> ModelCheckpoint |
 def _configuration(
     error: Exception, trainer: pl.Trainer, config: Mapping[str, Any], callbacks: Mapping[str, pl.Callback]
 ) -> ConfigError | None:
-    """Return an error of Lightning with the key that it is about, or None if it names none."""
+    """Return an error of Lightning with the key that it is about, or None if it names none or is another's."""
+    *_, (raised, _) = traceback.walk_tb(error.__traceback__)
+    if not str(raised.f_globals.get("__name__")).startswith("lightning."):
+        return None
     text = first_line(error)
     for name, callback in callbacks.items():
         monitor = getattr(callback, "monitor", None)

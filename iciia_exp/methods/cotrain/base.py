@@ -27,7 +27,6 @@ from iciia_exp.ledger import Site as Place
 from iciia_exp.methods.base import Facts, Method
 from iciia_exp.methods.cotrain.sites import (
     CLOUD,
-    OF_DEVICES,
     Job,
     Packed,
     Samples,
@@ -84,7 +83,7 @@ class CoTrained(Method):
     site: ClassVar[Place]
     #: Whether devices have the logits of the backbone's classifier, which breaks the premise: a bound.
     large_on_devices: bool = False
-    #: The setting, if any, with which images go up, or the large model or its logits down: against the premise.
+    #: The setting, if any, with which images go up, or logits of the large model down: against the premise.
     against_premise: str | None = None
     #: Weight of the squared distance to the network that was sent, in the loss.
     proximal: float = 0.0
@@ -112,8 +111,6 @@ class CoTrained(Method):
     ) -> None:
         super().__init__(facts)
         self.array, self.shape = array, _shape(facts, array, self.name)
-        #: whether the backbone computes it, which devices then have, too
-        self.on_backbone = array not in ("images", *OF_DEVICES)
         #: kind of the array as a payload
         self.kind = array if array in KINDS else "features"
         self.reads = self.reads_with({"array": array})
@@ -363,7 +360,7 @@ class CoTrained(Method):
 
     def served_macs(self, sizes: Sizes) -> int | None:
         """Return the MACs of an image in a request, those of its input included unless the backbone makes it."""
-        if self.on_backbone:
+        if sizes.input_on_backbone:
             return self.network_macs()
         return None if sizes.input_macs is None else sizes.input_macs + self.network_macs()
 
@@ -411,7 +408,7 @@ class CoTrained(Method):
         lines = []
         if self.array != "images":
             lines.append(Line("client_once", "device", "training", macs=times(sizes.train, sizes.input_macs)))
-        if self.on_backbone:
+        if sizes.input_on_backbone:
             lines.append(Line("client_once", "cloud", "backbone", kind="weights", bytes=sizes.backbone_bytes))
         return lines
 
@@ -457,7 +454,7 @@ class CoTrained(Method):
             Line("client_once", "cloud", "method", kind="weights", bytes=self.weight_bytes()),
             Line("request", "device", "method", macs=times(sizes.requested, self.served_macs(sizes))),
         )
-        if self.on_backbone:
+        if sizes.input_on_backbone:
             lines += (Line("request", "device", "backbone", macs=times(sizes.requested, sizes.input_macs)),)
         return Budget(lines, 0)
 

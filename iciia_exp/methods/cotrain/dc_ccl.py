@@ -99,7 +99,6 @@ class DCCCL(CoTrained):
         self.control = self.fresh("control") if arm in ("dc_ccl", "wrong_control") else None
         self.alone, self.large_on_devices = arm == "centralised", arm in ("large_on_device", "centralised")
         broken = {f"arm={arm}": self.large_on_devices, "retune=mixed": retune == "mixed"}
-        broken[f"array={self.array}"] = self.on_backbone  # devices then have f_L's trunk
         self.against_premise = next((setting for setting, broke in broken.items() if broke), None)
 
     def learn(self, cloud: CloudView, fit: Fit) -> Record:
@@ -235,14 +234,14 @@ class DCCCL(CoTrained):
                 distilled,
                 None if self.retune == "mixed" else held,  # the cloud passes images of all devices through f_C
                 times(sizes.cloud, backbone),
-                0 if self.on_backbone else times(sizes.cloud, sizes.input_macs),
+                0 if sizes.input_on_backbone else times(sizes.cloud, sizes.input_macs),
             )
             lines += [
                 Line("cloud_once", "cloud", "training", macs=total(once)),
                 Line("client_once", "cloud", "method", kind="weights", bytes=self.weight_bytes()),
                 Line("client_once", "device", "training", macs=passed * self.network_macs()),
             ]
-        if self.arm == "large_on_device" and not self.on_backbone:
+        if self.arm == "large_on_device" and not sizes.input_on_backbone:
             lines += [
                 Line("client_once", "cloud", "backbone", kind="weights", bytes=sizes.backbone_bytes),
                 Line("client_once", "device", "training", macs=times(images, backbone)),

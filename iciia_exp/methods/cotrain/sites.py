@@ -12,16 +12,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-__all__ = ["CLOUD", "OF_DEVICES", "Job", "Packed", "Samples", "Site", "Update", "Weights", "average", "weights_of"]
+__all__ = ["CLOUD", "Job", "Packed", "Samples", "Site", "Update", "Weights", "average", "weights_of"]
 
 #: Parameters and running statistics by name.
 Weights = dict[str, Tensor]
 
 #: Weights as they are sent (`iciia_exp.models.payloads.pack_weights`).
 Packed = dict[str, tuple[Tensor, ...]]
-
-#: Arrays of networks that devices have anyway (`Backbone.further_costs` has their MACs).
-OF_DEVICES = ("second", "stem")
 
 #: Number of the cloud among the sites; devices have numbers from 0.
 CLOUD = -1

@@ -120,7 +120,10 @@ class Backbone(nn.Module, ABC):
         return count_macs(self, example[None])
 
     def further_costs(self, example: Tensor) -> dict[str, int]:
-        """Return other costs of an image, as `iciia_exp.ledger.Sizes` names them, or ``<array>_macs``; none here."""
+        """Return other costs of an image, as `iciia_exp.ledger.Sizes` names them, or ``<array>_macs``; none here.
+
+        The latter are the MACs of an array that devices can make without the backbone.
+        """
         return {}
 
     def faster(self, example: Tensor) -> list[str]:

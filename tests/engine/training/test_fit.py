@@ -17,6 +17,7 @@ from torch.optim import lr_scheduler
 
 from iciia_exp.data.batches import FeatureBatches
 from iciia_exp.data.clients import Ragged
+from iciia_exp.engine.training.checkpoints import AtomicCheckpoints
 from iciia_exp.engine.training.data_module import ClientDataModule
 from iciia_exp.engine.training.fit import fit
 from iciia_exp.engine.training.modules import MethodModule
@@ -237,7 +238,7 @@ class Keeps(pl.Callback):
     [
         (
             Path("a"),
-            "the state of Keeps has pathlib.PosixPath, which could not be loaded without executing stored code",
+            "the state of Keeps has pathlib.PosixPath, which cannot be loaded without executing stored code",
         ),
         (np.ones(3), "the state of Keeps has numpy"),
         (lambda: 3, "the state of Keeps has an object that cannot be stored (Can't pickle"),
@@ -246,6 +247,26 @@ class Keeps(pl.Callback):
 def test_a_state_that_could_not_be_loaded_is_said_at_the_first_epoch(run, state, message):
     with pytest.raises(UserError, match=re.escape(f"callbacks: {message}")):
         run("x", callbacks={"keeps": Keeps(state)})
+
+
+def test_where_nothing_is_loaded_at_the_end_such_a_state_is_a_warning(tmp_path, caplog):
+    write = AtomicCheckpoints().save_checkpoint
+    for name in ("a", "b"):
+        write({"callbacks": {"Keeps": {"state": Path("a")}}}, tmp_path / name)
+        assert (tmp_path / name).is_file()
+    assert caplog.text.count("if the training is interrupted, it starts again") == 1
+
+
+class Raises(pl.Callback):
+    """A callback with an error of its own."""
+
+    def on_train_start(self, trainer, pl_module):
+        raise RuntimeError("my loader: give `devices` to Loader")
+
+
+def test_errors_of_others_stay_theirs(run):
+    with pytest.raises(RuntimeError, match="my loader"):
+        run("x", callbacks={"raises": Raises()})
 
 
 @pytest.mark.parametrize(

@@ -174,19 +174,18 @@ def test_a_device_makes_the_input_of_its_network():
     assert stated(method, "client_once", "device", "training", input_macs=700) == [20 * 700]
     assert not stated(method, "client_once", "cloud", "backbone", "weights", input_macs=700)
     assert stated(method, "request", "device", input_macs=None) == [None]
-    method = FedAvg(FACTS, **FEATURES)
-    assert stated(method, "request", "device", "method", input_macs=900) == [macs]
-    assert stated(method, "request", "device", "backbone", input_macs=900) == [900]
-    assert stated(method, "client_once", "device", "training", input_macs=900) == [20 * 900]
-    assert stated(method, "client_once", "cloud", "backbone", "weights", input_macs=900) == [4000]
-    assert method.against_premise is None
+    method, trunk = FedAvg(FACTS, **FEATURES), {"input_macs": 900, "input_on_backbone": True}
+    assert stated(method, "request", "device", "method", **trunk) == [macs]
+    assert stated(method, "request", "device", "backbone", **trunk) == [900]
+    assert stated(method, "client_once", "device", "training", **trunk) == [20 * 900]
+    assert stated(method, "client_once", "cloud", "backbone", "weights", **trunk) == [4000]
 
 
-def test_features_of_the_large_model_break_the_premise():
-    method = DCCCL(FACTS, **FEATURES)
-    assert method.against_premise == "array=features"
-    assert stated(method, "client_once", "cloud", "backbone", "weights", input_macs=900) == [4000]
-    assert stated(method, "request", "cloud", "method", input_macs=900) == [method.network_macs()]
+def test_the_backbone_makes_the_input_of_a_co_submodel():
+    method, trunk = DCCCL(FACTS, **FEATURES), {"input_macs": 900, "input_on_backbone": True}
+    assert method.against_premise is None, "nothing more is sent, and Flower may run it"
+    assert stated(method, "client_once", "cloud", "backbone", "weights", **trunk) == [4000]
+    assert stated(method, "request", "cloud", "method", **trunk) == [method.network_macs()]
     method = DCCCL(SECOND, network=PERCEPTRON, array="second")
     assert method.against_premise is None
     assert stated(method, "request", "cloud", "method", input_macs=700) == [700 + method.network_macs()]
