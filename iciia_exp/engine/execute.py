@@ -6,8 +6,6 @@ from pathlib import Path
 from tempfile import TemporaryFile
 from typing import Any
 
-import torch
-
 from iciia_exp.artifacts import in_use, read_json
 from iciia_exp.data.views import require_own_labels
 from iciia_exp.engine.data_check import compared, findings, split_table, unreadable, weights_problem
@@ -16,7 +14,7 @@ from iciia_exp.engine.rounds import check_sites
 from iciia_exp.engine.stages import Stages
 from iciia_exp.engine.terminal import console, log_file, partition_table, result_table
 from iciia_exp.engine.tracking import in_wandb_sweep
-from iciia_exp.engine.training.processes import join, only_first_logs
+from iciia_exp.engine.training.processes import join, leave_group, only_first_logs
 from iciia_exp.engine.training.train_method import draw_clients
 from iciia_exp.errors import ConfigError, UserError, printable
 from iciia_exp.machine import check_started, process_count, process_rank
@@ -139,8 +137,8 @@ def _make(stages: Stages) -> None:
             for part in [part for part in parts if part.finished]:
                 read.enter_context(in_use(part.folder))
                 parts.remove(part)
-            if not shared and torch.distributed.is_initialized():  # the other processes have ended
-                torch.distributed.destroy_process_group()
+            if not shared:  # the other processes have ended
+                leave_group()
             shared = [other for other in shared if other is not goal]
             try:
                 ensure(goal, _kinds(stages))

@@ -22,6 +22,7 @@ from iciia_exp.data.dataset import ImageDataset, dense_labels
 from iciia_exp.data.images import Jpeg, TransformedImages, problems_of, readable, tell_bad
 from iciia_exp.data.store import FeatureWriter
 from iciia_exp.engine.training.extractor import Extractor, WriteFeatures, in_time
+from iciia_exp.engine.training.processes import join_group, leave_group
 from iciia_exp.engine.training.trainer import interruptible, make_trainer, quiet_lightning
 from iciia_exp.errors import ConfigError, UserError
 from iciia_exp.ledger import payload_bytes
@@ -117,9 +118,9 @@ def extract(
             trainer = extraction_trainer(trainer_config, extraction, WriteFeatures(folder))
             logging.getLogger("torch.multiprocessing.spawn").setLevel(logging.ERROR)  # names each process that it ends
             with plain_errors(f"features.devices={extraction.devices}"), interruptible(trainer):
+                join_group(trainer)
                 trainer.predict(module, return_predictions=False)
-        if torch.distributed.is_initialized():  # what follows is the first process's alone; metrics would wait for all
-            torch.distributed.destroy_process_group()
+        leave_group()
     if not first:
         return
     bad = FeatureWriter.bad_images(folder)

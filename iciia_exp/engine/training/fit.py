@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader
 from iciia_exp.engine.training.callbacks import Diverged, LastCheckpoint, Resume, SeedSteps
 from iciia_exp.engine.training.checkpoints import resumable
 from iciia_exp.engine.training.modules import BaseModule
+from iciia_exp.engine.training.processes import join_group
 from iciia_exp.engine.training.trainer import interruptible, make_trainer, quiet_lightning
 from iciia_exp.errors import ConfigError, first_line
 from iciia_exp.machine import process_rank, wait_for_others
@@ -84,6 +85,7 @@ def fit(
         resumed = resumable(folder, best)
         try:
             with interruptible(trainer):
+                join_group(trainer)
                 trainer.fit(module, data, ckpt_path=resumed, weights_only=True)
         except Exception as error:  # Lightning raises several kinds
             if (wrong := _configuration(error, trainer, trainer_config, given)) is None:

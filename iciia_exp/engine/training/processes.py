@@ -15,18 +15,27 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from omegaconf import OmegaConf
+from torch.distributed import PrefixStore, TCPStore
 
 from iciia_exp.artifacts import partial_folder
+from iciia_exp.checksums import changed
 from iciia_exp.engine.graph import Artifact
 from iciia_exp.engine.terminal import log_file, setup_logging
 from iciia_exp.machine import plain_errors, process_count, process_rank
 
 if TYPE_CHECKING:
+    import lightning.pytorch as pl
+
     from iciia_exp.engine.inputs import Inputs
 
-__all__ = ["in_processes", "join", "only_first_logs", "spawn", "training_processes"]
+__all__ = [
+    *("in_processes", "join", "join_group", "leave_group", "only_first_logs", "spawn", "training_processes"),
+]
 
 log = logging.getLogger(__name__)
+
+#: Number of process groups that this process has left.
+_left = 0
 
 
 def training_processes(config: dict[str, Any]) -> int:
@@ -91,6 +100,28 @@ def _make_together(config: dict[str, Any], overrides: Sequence[str], kind: str, 
             stages.tracker.close()
 
 
+def leave_group() -> None:
+    """End the process group, if there is one: what follows is the first process's alone, and metrics wait for all."""
+    global _left
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+        _left += 1
+
+
+def join_group(trainer: "pl.Trainer") -> None:
+    """Make another process group than the first that a job has had; Lightning makes the first one.
+
+    torchrun's store keeps the addresses of a group that has ended, at which nobody answers.
+    """
+    again = _left and trainer.world_size > 1 and not torch.distributed.is_initialized()
+    if not again or os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":  # else the store ends with the group
+        return
+    host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    store = PrefixStore(f"group {_left}", TCPStore(host, port, trainer.world_size, is_master=False))
+    backend = "nccl" if trainer.strategy.root_device.type == "cuda" else "gloo"  # as Lightning chooses
+    torch.distributed.init_process_group(backend, store=store, rank=trainer.global_rank, world_size=trainer.world_size)
+
+
 def only_first_logs() -> None:
     """Silence the log lines of all processes but the first."""
     if process_rank() > 0:
@@ -102,7 +133,9 @@ def join(goal: Artifact) -> None:
     for need in goal.needs:
         while not need.finished:  # the first process makes it alone
             time.sleep(0.2)
-    if not goal.finished:
-        folder = goal.folder if goal.in_place else partial_folder(goal.folder)
-        folder.mkdir(parents=True, exist_ok=True)
+    if goal.finished:
+        return
+    folder = goal.folder if goal.in_place else partial_folder(goal.folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    if not (folder / goal.last).is_file() or changed(folder):  # else its checksums alone are missing
         goal.make(folder)

@@ -1,5 +1,8 @@
 """Training in two processes (gloo) against one."""
 
+import subprocess
+import sys
+
 import pytest
 import torch
 from omegaconf import OmegaConf
@@ -7,8 +10,10 @@ from omegaconf import OmegaConf
 from iciia_exp.artifacts import load_tensors, read_json
 from iciia_exp.config.experiment import Experiment
 from iciia_exp.engine.execute import execute
+from iciia_exp.engine.graph import Artifact
 from iciia_exp.engine.stages import Stages
 from iciia_exp.engine.terminal import setup_logging
+from iciia_exp.engine.training.processes import join
 from iciia_exp.errors import ConfigError
 from tests.making.processes import together
 
@@ -96,3 +101,45 @@ def test_what_does_not_fit_is_refused_before_any_work(stages, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "3")
     with pytest.raises(ConfigError, match="^trainer.devices=2: torchrun or SLURM says 3 processes"):
         execute(stages("trainer.devices=2"))
+
+
+TWO_GROUPS = """
+import sys, time
+from types import SimpleNamespace
+import torch
+from iciia_exp.engine.training.processes import join_group, leave_group
+from iciia_exp.machine import process_rank
+rank, total = process_rank(), torch.ones(1)
+torch.distributed.init_process_group("gloo")  # as Lightning does
+torch.distributed.all_reduce(total)
+leave_group()
+time.sleep(2 * (rank == int(sys.argv[1])))
+device = SimpleNamespace(root_device=torch.device("cpu"))
+join_group(SimpleNamespace(world_size=2, global_rank=rank, strategy=device))
+torch.distributed.all_reduce(total)
+assert total == 4
+leave_group()
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("late", ["0", "1"])
+def test_torchrun_may_have_several_groups_after_each_other(tmp_path, late):
+    """Features and method are each made by a group; torchrun's store has the addresses of the first when either waits."""
+    (tmp_path / "two.py").write_text(TWO_GROUPS)
+    run = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "two.py", late]
+    done = subprocess.run(run, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+
+
+def test_a_process_leaves_alone_what_lacks_its_checksums(tmp_path):
+    """The first process, which was killed before it wrote them, writes them alone now."""
+    made = []
+    goal = Artifact("kind", "label", {}, made.append, tmp_path, in_place=True)
+    goal.folder.mkdir(parents=True)
+    (goal.folder / goal.last).touch()
+    join(goal)
+    assert not made
+    (goal.folder / goal.last).unlink()
+    join(goal)
+    assert made == [goal.folder]
