@@ -164,6 +164,7 @@ def call(monkeypatch, *arguments):
         (["groups=["], "groups=[: not of the form key=value"),
         (["groups"], "groups: not of the form key=value"),
         (["stage=check", "method=finetune"], "method=finetune: learns from labelled images of the test clients; "),
+        (["stage=check", "+experiment=coda_digits", "partition.deals=2"], "method=coda: gets samples of other clients"),
         (["method=[0,1]"], "method=[0,1]: no such option; valid: arm_cml"),
         (["data_dir=/x/ü[1]"], """quote twice: 'data_dir="/x/ü[1]"'"""),
         (["partition=owner"], "partition=owner: 1,297 of the dataset's 1,297 images have no owner"),

@@ -22,6 +22,7 @@ from iciia_exp.methods.adapt.stream import StreamMethod
 from iciia_exp.methods.base import Ask
 from iciia_exp.methods.cotrain.base import CoTrained
 from iciia_exp.methods.tune.base import Personal
+from iciia_exp.methods.tune.cloud_samples import CloudSamples
 
 __all__ = ["execute"]
 
@@ -198,8 +199,11 @@ def _check(stages: Stages) -> None:
     method = stages.untrained_method()
     if isinstance(method, CoTrained):
         check_sites(stages, method)
+    known = e.client_mix.known(stages.clients)
     if Ask.CLIENT_LABELS in e.method_class.asks:
-        require_own_labels(e.client_mix.known(stages.clients), e.method_class.name)
+        require_own_labels(known, e.method_class.name)
+    if isinstance(method, CloudSamples):
+        method.check_clients(known)
     if e.method_class.trainable:
         draw_clients(stages, stages.clients, "train")
     if isinstance(method, StreamMethod):  # it is calibrated on val clients that are drawn like the training clients

@@ -163,6 +163,8 @@ class NodeFleet:
             number = devices[node]
             if reply.has_error():
                 log.warning("device %d: %s", number, reply.error.reason)
+                self._known.discard(node)  # it may have started again, without what it was sent
+                del self.nodes[number]
                 continue
             content = reply.content
             copy = self.link.up("weights", to_packed(content[ARRAYS]), "round", "training")

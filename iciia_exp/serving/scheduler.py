@@ -124,7 +124,9 @@ class Scheduler:
         self.history = new_session(run, "", history, keep).history
         self._together, self._most_waiting, self._threads = together, waiting, threads or os.cpu_count() or 1
         self._sessions: OrderedDict[str, tuple[ClientSession, int, float]] = OrderedDict()  # and version, and when
-        width = 0 if self.personal else 4 * self.history * (2 * run.method.dim + run.method.state_width)  # type: ignore[operator]
+        method = run.method
+        of_image = 0 if isinstance(method, Personal) else 4 * (2 * method.dim + method.state_width)  # type: ignore[operator]
+        width = method.state_bytes() if isinstance(method, Personal) else self.history * of_image
         self._most_sessions = max(together, memory // max(4096, width))
         self._new: queue.SimpleQueue[_Request | Callable[[], None] | None] = queue.SimpleQueue()
         self._clients: OrderedDict[str, deque[_Request]] = OrderedDict()
@@ -216,6 +218,8 @@ class Scheduler:
                         self._clients.setdefault(item.client, deque()).append(item)
                     else:
                         item()
+                    if time.monotonic() - expired > _EVERY:  # look-ups alone would go on for ever
+                        break
             except queue.Empty:
                 pass
             if self._clients:
@@ -323,7 +327,9 @@ class Scheduler:
             if request.next and request.client not in self._sessions:  # forgotten since its first images
                 request.start_again()
         if self.personal:
-            return [self._personal_session(request) for request in requests]
+            sessions = [self._personal_session(request) for request in requests]
+            self._make_room(requests)
+            return sessions
         starting = [request for request in requests if not request.next]
         cached = {r.client: self._sessions[r.client][1:] for r in starting if r.client in self._sessions}
         current = dict(zip(cached, self.store.versions(list(cached)), strict=True)) if self.store.shared else {}
@@ -343,13 +349,20 @@ class Scheduler:
                 self._sessions[request.client] = session, stored.version, time.time()
             except UserError as error:
                 self._resolve(request, error)
+        self._make_room(requests)
+        return [None if request.ended else self._sessions[request.client][0] for request in requests]
+
+    def _make_room(self, requests: Sequence[_Request]) -> None:
+        """Drop the sessions that were not used for longest, and that nobody waits for.
+
+        Where devices learn, the number of images that such a client has sent starts again: nothing depends on it.
+        """
         for request in requests:
             if not request.ended:
                 self._sessions.move_to_end(request.client)
         busy = {request.client for request in requests} | set(self._clients)
         while len(self._sessions) > self._most_sessions and next(iter(self._sessions)) not in busy:
             self._sessions.popitem(last=False)
-        return [None if request.ended else self._sessions[request.client][0] for request in requests]
 
     def _personal_session(self, request: _Request) -> ClientSession | None:
         try:

@@ -43,7 +43,7 @@ _LEARNED = "learned."  # in the file of a session
 
 KEEP = ("recent", "reservoir", "diverse")
 
-_FORMAT = 1
+_FORMAT = 2
 
 _LARGEST = 4 << 30  # bytes of the kept states
 

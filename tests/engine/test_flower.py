@@ -246,6 +246,20 @@ def test_a_node_that_was_away_joins_again(undisturbed, tmp_path, monkeypatch):
     assert grid.handled.count((101, "train.accept")) == 2
 
 
+def test_a_node_that_starts_again_between_greetings_is_sent_its_method_again(undisturbed, tmp_path):
+    run, files, whole = undisturbed
+
+    class Restarting(Grid):
+        def answer(self, message, node):
+            if self.handled.count((node, "train")) == 1 and node == 101:
+                self.start(101, {"device": 1, "data": str(files[1])})
+            return super().answer(message, node)
+
+    grid = Restarting(files)
+    assert same(whole, rounds_with(run, grid, tmp_path / "restarted", wait=True))
+    assert grid.handled.count((101, "train.accept")) == 2
+
+
 @pytest.mark.parametrize("wrong", ["a wrong file", "gone"])
 def test_a_device_that_comes_back_wrong_is_left_out(made, tmp_path, identity, caplog, wrong):
     """It has a file of other images, or is lost in the middle of a round, of which the SuperLink tells."""

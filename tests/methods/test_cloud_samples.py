@@ -54,6 +54,7 @@ def test_images_that_several_clients_have_are_refused(cloud, kind):
     cloud.clients = replace(cloud.clients, train=Ragged.from_rows(train))
     with pytest.raises(ConfigError, match=f"method={kind.name}: gets samples of other clients.*partition.deals=1"):
         learned(kind(Facts.of(nn.Linear(D, K))), cloud)
+    learned(MPDA(Facts.of(nn.Linear(D, K)), arm="local"), cloud)  # receives nothing
 
 
 def images(cloud, client, role="train"):

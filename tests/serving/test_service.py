@@ -30,7 +30,7 @@ from iciia_exp.engine.execute import execute
 from iciia_exp.errors import UserError
 from iciia_exp.serving.app import Limits, make_app
 from iciia_exp.serving.run import Run
-from iciia_exp.serving.scheduler import about, new_session
+from iciia_exp.serving.scheduler import Scheduler, about, new_session
 from iciia_exp.serving.service import _states_of, main, open_store
 from iciia_exp.serving.session import ClientSession
 from iciia_exp.serving.states import Change, RedisStore, SqliteStore
@@ -320,6 +320,14 @@ def test_methods_whose_devices_learn_know_the_clients_of_the_run(stages, undrawn
         assert client.get(f"/clients/{name}").json()["seen"] == 0, "what it has learned is the run's"
         assert [client.request(kind, "/clients/nobody").status_code for kind in ("GET", "DELETE")] == [404, 404]
         assert client.get("/health").json()["clients"] == len(run.method.states)
+    scheduler = Scheduler(run, SqliteStore(":memory:", {}), together=1, memory=1)
+
+    async def ask_each():
+        return [(await scheduler.submit(name, x)).seen for name in run.partition.ids[:3]]
+
+    assert asyncio.run(ask_each()) == [2, 2, 2]
+    scheduler.close()
+    assert list(scheduler._sessions) == [run.partition.ids[2]], "those that are not used are dropped"
     folder, states = run.save_pretrained(tmp_path / "model"), tmp_path / "states.sqlite"
     for path, more, message in (
         (run.path, ["--history", "7"], "history and keep do not apply"),

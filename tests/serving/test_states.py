@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import sqlite3
 import threading
+import time
 
 import pytest
 import torch
@@ -206,3 +207,16 @@ def test_a_call_that_nobody_waits_for_any_more_ends_nothing(run):
         assert future.cancel()
         together.set()
         assert scheduler.look_up("a").result(30) is None
+
+
+def test_look_ups_do_not_keep_the_thread_from_forgetting(run, tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "_EVERY", 0.05)
+    store = open_store(str(tmp_path / "s"), run, 5, "recent", seconds=60)
+    times = []
+    monkeypatch.setattr(store, "expire", lambda: times.append(time.monotonic()) or [])
+    with scheduled(run, store) as scheduler:
+        end = time.monotonic() + 20
+        while len(times) < 3 and time.monotonic() < end:
+            scheduler.call(lambda: None)
+            time.sleep(0.005)
+    assert len(times) >= 3

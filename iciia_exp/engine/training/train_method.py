@@ -227,7 +227,9 @@ def draw_clients(
 
 
 def _drawn_val(inputs: Inputs, clients: Clients, batches: FeatureBatches, orders: int = 4) -> Iterator[ClientBatch]:
-    """Yield batches of val clients drawn as the training clients, in several orders."""
+    """Yield batches of val clients drawn as the training clients, in several orders; none where none has val images."""
+    if not len(clients.val.values):
+        return
     draw, _ = draw_clients(inputs, clients, "val")
     for order in range(orders):
         rng = generator("calibration", inputs.experiment.seed, order)

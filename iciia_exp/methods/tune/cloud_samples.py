@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from iciia_exp.data.batches import ClientBatch, ClientIndex
+from iciia_exp.data.clients import Clients
 from iciia_exp.data.views import CloudView
 from iciia_exp.errors import ConfigError, NotApplicable, UserError, check_choice, check_int
 from iciia_exp.ledger import Budget, Line, Link, Sizes
@@ -102,20 +103,25 @@ class CloudSamples(PersonalClassifier):
         """Those of the click model."""
         return {name: p for name, p in self.starting().items() if self.model and is_table(name)}
 
-    def learn(self, cloud: CloudView, fit: Fit) -> Record:
-        """Count what the cloud holds; nothing is trained: its model is the backbone, or its classifier.
+    @property
+    def receives(self) -> bool:
+        """Whether devices get samples of other clients."""
+        return True
 
-        Raises a `NotApplicable` where several clients have the same image, which is no sample of another client.
-        """
-        images = cloud.clients.train.values
-        if len(np.unique(images)) < len(images):
+    def check_clients(self, clients: Clients) -> None:
+        """Raise a `NotApplicable` where several clients have the same image, which is no sample of another client."""
+        images = clients.train.values
+        if self.receives and len(np.unique(images)) < len(images):
             problem = "gets samples of other clients, and this partition deals an image to several"
-            problem += "; use partition.deals=1"
-            raise NotApplicable("method", self.name, problem)
+            raise NotApplicable("method", self.name, f"{problem}; use partition.deals=1")
+
+    def learn(self, cloud: CloudView, fit: Fit) -> Record:
+        """Count what the cloud holds; nothing is trained: its model is the backbone, or its classifier."""
+        self.check_clients(cloud.clients)
         if self.model is not None:
             self.model.load_state_dict(cloud.backbone().net.state_dict())
         self.clients.fill_(int((cloud.clients.train.lengths > 0).sum()))
-        self.samples.fill_(len(images))
+        self.samples.fill_(len(cloud.clients.train.values))
         self.eval()
         return {}
 

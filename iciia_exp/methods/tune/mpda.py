@@ -87,9 +87,14 @@ class MPDA(CloudSamples):
         self.most = check_int("candidates", candidates, 1)
 
     @property
+    def receives(self) -> bool:
+        """Whether devices get samples of other clients."""
+        return self.arm != "local"
+
+    @property
     def candidates(self) -> int:
         """M: all other clients if there are fewer than asked for."""
-        return 0 if self.arm == "local" else max(0, min(self.most, int(self.clients) - 1))
+        return 0 if not self.receives else max(0, min(self.most, int(self.clients) - 1))
 
     def most_held(self, cloud: CloudView, most: int) -> int:
         """Those of the M largest clients."""
