@@ -411,7 +411,10 @@ class Scheduler:
                 for r, s in both
             ]
             for (request, session), version in zip(both, self.store.write(changes), strict=True):
-                if version:
+                if isinstance(version, StoreError):  # of this client alone
+                    self._sessions.pop(request.client)
+                    self._resolve(request, version)
+                elif version:
                     self._sessions[request.client] = session, version, time.time()
                     session.changed.clear()
                 else:

@@ -83,10 +83,11 @@ class ClientStore(ABC):
         """Return what is stored of each client."""
 
     @abstractmethod
-    def write(self, changes: Sequence[Change]) -> list[int]:
+    def write(self, changes: Sequence[Change]) -> Sequence[int | StoreError]:
         """Write changes of different clients, each whole or not at all.
 
-        Returns the new versions; 0 where the client was forgotten since, or changed by another process.
+        Returns the new versions; 0 where the client was forgotten since, or changed by another process; an error in
+        place of one that could not be written while others were.
         """
 
     @abstractmethod
@@ -341,7 +342,7 @@ class RedisStore(ClientStore):
                 raise UserError(f"{client}: what is kept of it is damaged ({first_line(error)})") from error
         return found
 
-    def write(self, changes: Sequence[Change]) -> list[int]:
+    def write(self, changes: Sequence[Change]) -> list[int | StoreError]:
         """Write each change by a script, atomically."""
         lives = "0" if self.seconds is None else str(max(1, int(1000 * self.seconds)))
         pipe = self._db.pipeline(transaction=False)
@@ -351,9 +352,15 @@ class RedisStore(ClientStore):
             fields += [part for place, row in c.rows.items() for part in (place, row)]
             self._write(keys=[self._key(c.client)], args=[c.version, lives, *fields], client=pipe)
         try:
-            return [version * int(done) for version, done in zip(versions, pipe.execute(), strict=True)]
+            answers = pipe.execute(raise_on_error=False)
         except self._error as error:
             raise StoreError(f"the Redis server does not answer ({first_line(error)})") from error
+        return [
+            StoreError(f"{change.client}: the Redis server has not written it ({first_line(done)})")
+            if isinstance(done, Exception)
+            else version * int(done)
+            for change, version, done in zip(changes, versions, answers, strict=True)
+        ]
 
     def delete(self, client: str) -> bool:
         """Forget a client."""

@@ -33,7 +33,7 @@ from iciia_exp.serving.run import Run
 from iciia_exp.serving.scheduler import Scheduler, about, new_session
 from iciia_exp.serving.service import _states_of, main, open_store
 from iciia_exp.serving.session import ClientSession
-from iciia_exp.serving.states import Change, RedisStore, SqliteStore
+from iciia_exp.serving.states import Change, RedisStore, SqliteStore, StoreError
 from tests.serving.test_session import D, K, make_run
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
@@ -401,6 +401,27 @@ def test_two_processes_share_clients_in_redis(run, redis_url):
             rows = RedisStore(redis_url, {"test": "shared"}).read([f"c{number}"])[0].rows
             ages = sorted(int.from_bytes(row[:8], "little") for row in rows.values())
             assert ages == list(range(1, count + 1)), "every image has a place of its own"
+
+
+def test_what_redis_does_not_write_of_one_client_is_an_error_of_that_client(run, redis_url):
+    store = RedisStore(redis_url, {"test": "one"})
+    store._db.set(store._key("bad"), "no hash")
+    bad, good = store.write([Change(name, 0, 1, "", {0: b"x"}) for name in ("bad", "good")])
+    assert isinstance(bad, StoreError)
+    assert store.versions(["good"]) == [good] != [0]
+    x, write = torch.randn(2, D), store.write
+
+    def fail(changes):
+        versions = zip(changes, write(changes), strict=True)
+        return [StoreError("full") if change.client == "b" else version for change, version in versions]
+
+    with TestClient(make_app(run, store, 5)) as client:
+        store.write = fail
+        for name, status in (("a", 200), ("b", 503)):
+            assert client.post(f"/clients/{name}/predict", json={"features": x[:1].tolist()}).status_code == status
+        store.write = write
+        store.delete("b")  # whose state was written all the same
+        torch.testing.assert_close(ask(client, "b", x), alone(run, "b", x), atol=1e-6, rtol=1e-5)
 
 
 def test_stores(tmp_path, redis_url):
