@@ -195,7 +195,7 @@ def test_a_huge_feature_is_refused_and_the_past_unchanged(run, keep, tmp_path):
         ({"seen": None}, "seen=None"),
         ({"keep": "all"}, "keep=all"),
         ({"random": {}}, "is not a saved session"),
-        ({"format": 7}, "format 7, this version reads 1"),
+        ({"format": 7}, "format 7, this version reads 2"),
         ({"client": None, "run": 5}, r"belongs to the run iciia-1 \(5\), not to iciia-1 \("),
         ({"run": [5]}, r"belongs to the run iciia-1 \(\[5\]\)"),
     ],
