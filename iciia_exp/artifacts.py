@@ -252,6 +252,8 @@ def make_folder(
             (path / CHECKSUMS).unlink(missing_ok=True)
         folder = path if in_place else partial_folder(path)
         folder.mkdir(parents=True, exist_ok=True)
+        if not in_place:  # in a cache of which others may only read
+            _readers_lock(path).touch()
         if not together:  # nobody else writes into it
             for name in os.listdir(folder):
                 if is_temporary(name, folder, older=0.0):

@@ -73,6 +73,7 @@ def test_a_folder_is_made_once(tmp_path):
     assert make_folder(tmp_path / "a", "a", build)
     assert not make_folder(tmp_path / "a", "a", build)
     assert len((tmp_path / "a" / "log").read_text().splitlines()) == 1
+    assert (tmp_path / ".a.use.lock").is_file(), "who may only read cannot make it"
 
 
 def test_a_failed_build_leaves_its_work_aside_and_continues(tmp_path):

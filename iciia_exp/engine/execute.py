@@ -66,6 +66,7 @@ def execute(stages: Stages, brief: bool = False) -> dict[str, Any] | None:
         only_first_logs()
         for goal in shared:
             join(goal)
+        leave_group()
         return None
     if stage == "check":
         _check_data(stages)

@@ -150,7 +150,7 @@ class NodeFleet:
     def _answers(self, job: Job, weights: Weights, numbers: Sequence[int]) -> dict[int, Update]:
         from flwr.app import ConfigRecord, RecordDict
 
-        from iciia_exp.serving.flower import ARRAYS, CONFIG, METRICS, from_packed, to_packed
+        from iciia_exp.serving.flower import ARRAYS, CONFIG, METRICS, NOT_SENT, from_packed, to_packed
 
         packed = pack_weights(weights, self.method.form)
         received, messages = unpack_weights(packed), []
@@ -163,8 +163,9 @@ class NodeFleet:
             number = devices[node]
             if reply.has_error():
                 log.warning("device %d: %s", number, reply.error.reason)
-                self._known.discard(node)  # it may have started again, without what it was sent
-                del self.nodes[number]
+                if NOT_SENT in (reply.error.reason or ""):  # it has started again, under its number
+                    self._known.discard(node)
+                    del self.nodes[number]
                 continue
             content = reply.content
             copy = self.link.up("weights", to_packed(content[ARRAYS]), "round", "training")

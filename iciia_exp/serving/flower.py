@@ -29,10 +29,13 @@ if TYPE_CHECKING:
     from flwr.app import ArrayRecord, Context, Message
     from flwr.clientapp import ClientApp
 
-__all__ = ["ARRAYS", "CONFIG", "METRICS", "client_app", "from_packed", "read_device", "to_packed"]
+__all__ = ["ARRAYS", "CONFIG", "METRICS", "NOT_SENT", "client_app", "from_packed", "read_device", "to_packed"]
 
 #: Names in a message, and in what a SuperNode keeps between messages.
 ARRAYS, CONFIG, METRICS = "arrays", "config", "metrics"
+
+#: In the error of a device that has lost what it was sent once.
+NOT_SENT = "is asked to train before the cloud has sent its method"
 
 
 def client_app() -> "ClientApp":
@@ -87,7 +90,7 @@ def train(message: "Message", context: "Context") -> "Message":
     from flwr.app import Message, MetricRecord, RecordDict
 
     if CONFIG not in context.state:
-        raise UserError("the device is asked to train before the cloud has sent its method")
+        raise UserError(f"the device {NOT_SENT}")
     method = _method(str(context.state[CONFIG]["method"]))
     site = _site(method, context)
     received = unpack_weights(to_packed(message.content[ARRAYS]))  # type: ignore[arg-type]

@@ -218,7 +218,7 @@ class Scheduler:
                         self._clients.setdefault(item.client, deque()).append(item)
                     else:
                         item()
-                    if time.monotonic() - expired > _EVERY:  # look-ups alone would go on for ever
+                    if open_ and time.monotonic() - expired > _EVERY:  # look-ups alone would go on for ever
                         break
             except queue.Empty:
                 pass
@@ -410,7 +410,10 @@ class Scheduler:
                 Change(r.client, self._sessions[r.client][1], s.seen, s.random, {p: s.row(p) for p in s.changed})
                 for r, s in both
             ]
-            for (request, session), version in zip(both, self.store.write(changes), strict=True):
+            versions = self.store.write(changes)
+            if failed := [version for version in versions if isinstance(version, StoreError)]:
+                log.warning("%d of %d states are not written; %s", len(failed), len(versions), failed[0])
+            for (request, session), version in zip(both, versions, strict=True):
                 if isinstance(version, StoreError):  # of this client alone
                     self._sessions.pop(request.client)
                     self._resolve(request, version)

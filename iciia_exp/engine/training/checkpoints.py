@@ -43,7 +43,7 @@ class AtomicCheckpoints(TorchCheckpointIO):
         content = io.BytesIO()  # on a full disk, torch.save into a file raises a RuntimeError about positions
         if not self._readable:
             _check_readable(checkpoint)
-            self._readable = True
+            self._readable = "callbacks" in checkpoint  # else of weights alone
         torch.save(checkpoint, content)
         with atomic_write(Path(path), "wb") as file:
             file.write(content.getbuffer())
@@ -63,7 +63,8 @@ def _check_readable(checkpoint: Mapping[str, Any]) -> None:
         problem = f"{_first_with(states, 'an object that cannot be stored')} ({first_line(error)})"
         raise UserError(f"{problem}; {hint}") from error
     problem = f"{_first_with(states, found[0])}, which cannot be loaded without executing stored code"
-    if any("best_model_path" in state and state.get("monitor") for state in states.values()):
+    kept = [state for state in states.values() if isinstance(state, Mapping) and "best_model_path" in state]
+    if any(state.get("monitor") for state in kept):
         raise UserError(f"{problem}; {hint}")
     log.warning("%s: if the training is interrupted, it starts again", problem)
 

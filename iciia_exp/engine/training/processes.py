@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from omegaconf import OmegaConf
 from torch.distributed import PrefixStore, TCPStore
+from torch.distributed.constants import default_pg_timeout
 
 from iciia_exp.artifacts import partial_folder
 from iciia_exp.checksums import changed
@@ -116,10 +117,16 @@ def join_group(trainer: "pl.Trainer") -> None:
     again = _left and trainer.world_size > 1 and not torch.distributed.is_initialized()
     if not again or os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":  # else the store ends with the group
         return
+    strategy, size = trainer.strategy, trainer.world_size
+    timeout = getattr(strategy, "_timeout", None) or default_pg_timeout
+    backend = getattr(strategy, "_process_group_backend", None)
+    backend = backend or ("nccl" if strategy.root_device.type == "cuda" else "gloo")  # as Lightning chooses
     host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-    store = PrefixStore(f"group {_left}", TCPStore(host, port, trainer.world_size, is_master=False))
-    backend = "nccl" if trainer.strategy.root_device.type == "cuda" else "gloo"  # as Lightning chooses
-    torch.distributed.init_process_group(backend, store=store, rank=trainer.global_rank, world_size=trainer.world_size)
+    keys = f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT')} group {_left}"
+    store = PrefixStore(keys, TCPStore(host, port, size, is_master=False, timeout=timeout))
+    torch.distributed.init_process_group(
+        backend, store=store, rank=trainer.global_rank, world_size=size, timeout=timeout
+    )
 
 
 def only_first_logs() -> None:
