@@ -53,7 +53,7 @@ _NO_ALLOCATION = {errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS, errno.ENODEV, er
 def locked(path: Path, what: str) -> Iterator[None]:
     """Hold the lock beside ``path``. If another process holds it, log that ``what`` is being made, and wait."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(path.with_name(f".{path.name}.lock"))
+    lock = FileLock(_makers_lock(path))
     try:
         held = lock.acquire(timeout=0)
     except Timeout:
@@ -81,8 +81,12 @@ def in_use(path: Path) -> Iterator[None]:
 @contextlib.contextmanager
 def unused(path: Path) -> Iterator[None]:
     """Hold a folder that no process makes or reads. Raises `filelock.Timeout` if one does."""
-    with FileLock(path.with_name(f".{path.name}.lock"), timeout=0), FileLock(_readers_lock(path), timeout=0):
+    with FileLock(_makers_lock(path), timeout=0), FileLock(_readers_lock(path), timeout=0):
         yield
+
+
+def _makers_lock(path: Path) -> Path:
+    return path.with_name(f".{path.name}.lock")
 
 
 def _readers_lock(path: Path) -> Path:

@@ -28,6 +28,7 @@ import torch
 from torch import Tensor
 
 from iciia_exp.errors import UserError, first_line
+from iciia_exp.methods.adapt.base import Adaptive
 from iciia_exp.methods.tune.base import Personal
 from iciia_exp.models.backbones.base import Backbone
 from iciia_exp.serving.features import all_finite
@@ -124,10 +125,7 @@ class Scheduler:
         self.history = new_session(run, "", history, keep).history
         self._together, self._most_waiting, self._threads = together, waiting, threads or os.cpu_count() or 1
         self._sessions: OrderedDict[str, tuple[ClientSession, int, float]] = OrderedDict()  # and version, and when
-        method = run.method
-        of_image = 0 if isinstance(method, Personal) else 4 * (2 * method.dim + method.state_width)  # type: ignore[operator]
-        width = method.state_bytes() if isinstance(method, Personal) else self.history * of_image
-        self._most_sessions = max(together, memory // max(4096, width))
+        self._most_sessions = max(together, memory // max(4096, self._session_bytes()))
         self._new: queue.SimpleQueue[_Request | Callable[[], None] | None] = queue.SimpleQueue()
         self._clients: OrderedDict[str, deque[_Request]] = OrderedDict()
         self._answers: list[tuple[asyncio.Future[Answer], Answer | Exception]] = []
@@ -203,6 +201,14 @@ class Scheduler:
         """Answer what is waiting, then close the store."""
         self._new.put(None)
         self._thread.join()
+
+    def _session_bytes(self) -> int:
+        """Return what a client's session takes in memory with a whole history, about."""
+        method = self.run.method
+        if isinstance(method, Personal):
+            return method.state_bytes()
+        assert isinstance(method, Adaptive)
+        return 4 * self.history * (2 * method.dim + method.state_width)
 
     # ---- the thread
 
