@@ -45,6 +45,7 @@ _IMAGES = 16  # of a batch of the backbone
 _IN_ONE_PASS = 32  # images of a client, where `predict_next` takes several
 _LARGE = 256  # vectors of a pass, from which it takes all cores; a smaller one is done before they have started
 _EVERY = 5.0  # seconds between two looks for clients whose time is over
+_AGAIN = 0.05  # the same after a look that found some: a store forgets only so many at once
 _TRIES = 50  # of a request whose client is forgotten, or changed by another process
 
 
@@ -213,7 +214,7 @@ class Scheduler:
     # ---- the thread
 
     def _work(self) -> None:
-        open_, expired = True, time.monotonic()
+        open_, due = True, time.monotonic() + _EVERY
         while open_ or self._clients:
             try:
                 while True:
@@ -224,24 +225,26 @@ class Scheduler:
                         self._clients.setdefault(item.client, deque()).append(item)
                     else:
                         item()
-                    if open_ and time.monotonic() - expired > _EVERY:  # look-ups alone would go on for ever
+                    if open_ and time.monotonic() > due:  # look-ups alone would go on for ever
                         break
             except queue.Empty:
                 pass
             if self._clients:
                 self._serve()
-            if time.monotonic() - expired > _EVERY:
-                expired = time.monotonic()
-                self._expire()
+            if time.monotonic() > due:
+                due = time.monotonic() + (_AGAIN if self._expire() else _EVERY)
         self.store.close()
 
-    def _expire(self) -> None:
-        """Forget clients whose time is over, also in memory."""
+    def _expire(self) -> int:
+        """Forget clients whose time is over, also in memory; return how many."""
         try:
-            for client in self.store.expire():
-                self._sessions.pop(client, None)
+            gone = self.store.expire()
         except Exception as error:  # this thread goes on
             log.warning("clients whose time is over are kept (%s)", first_line(error))
+            return 0
+        for client in gone:
+            self._sessions.pop(client, None)
+        return len(gone)
 
     def _serve(self) -> None:
         """Serve the next images of some clients."""

@@ -220,3 +220,19 @@ def test_look_ups_do_not_keep_the_thread_from_forgetting(run, tmp_path, monkeypa
             scheduler.call(lambda: None)
             time.sleep(0.005)
     assert len(times) >= 3
+
+
+def test_a_thread_that_forgets_clients_soon_looks_for_more(run, monkeypatch):
+    monkeypatch.setattr(module, "_EVERY", 0.05)
+    store, found = SqliteStore(":memory:", {}), [["a"], ["b"], []]
+
+    def expire():
+        monkeypatch.setattr(module, "_EVERY", 3600.0)
+        return found.pop(0)
+
+    monkeypatch.setattr(store, "expire", expire)
+    with scheduled(run, store):
+        end = time.monotonic() + 20
+        while found and time.monotonic() < end:
+            time.sleep(0.005)
+    assert not found
