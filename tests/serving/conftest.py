@@ -25,6 +25,21 @@ def run(tmp_path_factory):
     return make_run(folder, num_layers=2, attention="causal")
 
 
+@pytest.fixture(scope="module")
+def redis_url():
+    """Start a Redis server; return its address."""
+    from tests.serving.test_service import redis_server
+
+    with redis_server() as url:
+        yield url
+
+
+@pytest.fixture(params=["sqlite", "redis"])
+def states(request, tmp_path):
+    """Return where states are kept."""
+    return str(tmp_path / "states.sqlite") if request.param == "sqlite" else request.getfixturevalue("redis_url")
+
+
 @pytest.fixture
 def browser():
     """Start Chromium, or skip."""

@@ -4,12 +4,9 @@ import asyncio
 import base64
 import contextlib
 import io
-import os
 import shutil
-import signal
 import socket
 import subprocess
-import sys
 import time
 import warnings
 from concurrent.futures import ThreadPoolExecutor
@@ -20,21 +17,19 @@ import torch
 from PIL import Image
 
 pytest.importorskip("fastapi", reason="fastapi is not installed")
-import httpx
 
 with warnings.catch_warnings():  # of names in its own dependencies
     warnings.simplefilter("ignore", DeprecationWarning)
     from fastapi.testclient import TestClient
 
 from iciia_exp.engine.execute import execute
-from iciia_exp.errors import UserError
 from iciia_exp.serving.app import Limits, make_app
 from iciia_exp.serving.run import Run
-from iciia_exp.serving.scheduler import Scheduler, about, new_session
-from iciia_exp.serving.service import _states_of, main, open_store
+from iciia_exp.serving.scheduler import Scheduler, new_session
+from iciia_exp.serving.service import main, open_store
 from iciia_exp.serving.session import ClientSession
-from iciia_exp.serving.states import Change, RedisStore, SqliteStore, StoreError
-from tests.serving.test_session import D, K, make_run
+from iciia_exp.serving.states import SqliteStore
+from tests.serving.test_session import D, K
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
 
@@ -54,18 +49,6 @@ def redis_server():
             yield f"redis://127.0.0.1:{port}"
         finally:
             server.terminate()
-
-
-@pytest.fixture(scope="module")
-def redis_url():
-    with redis_server() as url:
-        yield url
-
-
-@pytest.fixture(params=["sqlite", "redis"])
-def states(request, tmp_path):
-    """Return where states are kept."""
-    return str(tmp_path / "states.sqlite") if request.param == "sqlite" else request.getfixturevalue("redis_url")
 
 
 @pytest.fixture
@@ -338,262 +321,6 @@ def test_methods_whose_devices_learn_know_the_clients_of_the_run(stages, undrawn
         assert message in capsys.readouterr().err
     assert not states.exists()
     assert ClientSession(Run.load(folder), "new").learned is None, "a session that can learn"
-
-
-def start(spawn, run, states, port, *more):
-    command = [
-        sys.executable,
-        "-m",
-        "iciia_exp.serving.service",
-        str(run.path),
-        "--states",
-        states,
-        "--port",
-        str(port),
-    ]
-    process = spawn([*command, "--history", "5", *more], env={**os.environ, "OMP_NUM_THREADS": "1"})
-    wait_for(port)
-    return process
-
-
-@pytest.mark.slow
-def test_nothing_that_was_answered_is_lost_by_a_kill(run, spawn, tmp_path):
-    port, states = free_port(), str(tmp_path / "states.sqlite")
-    x, answered = torch.randn(4, 200, D), [0] * 4
-    process = start(spawn, run, states, port)
-    assert main([str(run.path), "--states", states, "--history", "5"]) == 1, "the file is in use"
-    pool = ThreadPoolExecutor(4)
-
-    def talk(number):
-        with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=20) as client:
-            for row in x[number]:
-                ask(client, f"c{number}", row[None])
-                answered[number] += 1
-
-    talks = [pool.submit(talk, number) for number in range(4)]
-    while min(answered) < 20:
-        assert not any(talk.done() for talk in talks)
-        time.sleep(0.01)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    assert all(talk.exception() is not None for talk in talks)
-    process = start(spawn, run, states, port)
-    with httpx.Client(base_url=f"http://127.0.0.1:{port}") as client:
-        for number in range(4):
-            seen = client.get(f"/clients/c{number}").json()["seen"]
-            assert answered[number] <= seen <= answered[number] + 1
-            got = ask(client, f"c{number}", x[number, seen : seen + 1])
-            torch.testing.assert_close(got, alone(run, f"c{number}", x[number, : seen + 1])[-1:], atol=1e-6, rtol=1e-5)
-    process.terminate()
-    assert process.wait(30) in (0, -signal.SIGTERM)  # uvicorn ends by the signal after it has closed
-
-
-@pytest.mark.slow
-def test_two_processes_share_clients_in_redis(run, redis_url):
-    stores = [RedisStore(redis_url, {"test": "shared"}) for _ in range(2)]
-    apps = [make_app(run, store, 400) for store in stores]
-    x = torch.randn(1000, D)
-    with TestClient(apps[0]) as one, TestClient(apps[1]) as two, ThreadPoolExecutor(8) as pool:
-        list(pool.map(lambda i: ask((one, two)[i % 2], f"c{i % 3}", x[i : i + 1]), range(1000)))
-        for number, count in enumerate((334, 333, 333)):
-            known = one.get(f"/clients/c{number}").json()
-            assert (known["seen"], known["kept"]) == (count, count), "an update was lost"
-            rows = RedisStore(redis_url, {"test": "shared"}).read([f"c{number}"])[0].rows
-            ages = sorted(int.from_bytes(row[:8], "little") for row in rows.values())
-            assert ages == list(range(1, count + 1)), "every image has a place of its own"
-
-
-def test_what_redis_does_not_write_of_one_client_is_an_error_of_that_client(run, redis_url):
-    store = RedisStore(redis_url, {"test": "one"})
-    store._db.set(store._key("bad"), "no hash")
-    bad, good = store.write([Change(name, 0, 1, "", {0: b"x"}) for name in ("bad", "good")])
-    assert isinstance(bad, StoreError)
-    assert store.versions(["good"]) == [good] != [0]
-    x, write = torch.randn(2, D), store.write
-
-    def fail(changes):
-        versions = zip(changes, write(changes), strict=True)
-        return [StoreError("full") if change.client == "b" else version for change, version in versions]
-
-    with TestClient(make_app(run, store, 5)) as client:
-        store.write = fail
-        for name, status in (("a", 200), ("b", 503)):
-            assert client.post(f"/clients/{name}/predict", json={"features": x[:1].tolist()}).status_code == status
-        store.write = write
-        store.delete("b")  # whose state was written all the same
-        torch.testing.assert_close(ask(client, "b", x), alone(run, "b", x), atol=1e-6, rtol=1e-5)
-
-
-def test_stores(tmp_path, redis_url):
-    for store in (SqliteStore(tmp_path / "s", {"a": 1}, 0.5, most=2), RedisStore(redis_url, {"a": 1}, 0.5)):
-        assert store.read(["new"])[0].version == 0
-        (version,) = store.write([Change("c", 0, 1, "", {0: b"one", 1: b"two"})])
-        assert store.versions(["c", "d"]) == [version, 0]
-        (later,) = store.write([Change("c", version, 2, "x", {1: b"three"})])
-        assert store.read(["c"]) == [(later, 2, "x", {0: b"one", 1: b"three"})]
-        stale, new = store.write([Change("c", version, 9, "", {0: b"lost"}), Change("d", 0, 1, "", {})])
-        assert (stale, new > 0) == (0, True)
-        assert store.read(["c"])[0].seen == 2
-        time.sleep(0.6)
-        assert store.versions(["c"]) == [0], "its time is over"
-        store.write([Change("c", 0, 1, "", {0: b"new"})])
-        assert store.read(["c"])[0].rows == {0: b"new"}
-        assert store.delete("c")
-        assert not store.delete("c")
-        assert store.write([Change("c", later, 3, "", {0: b"lost"})]) == [0], "it was forgotten"
-        assert store.read(["c"])[0].version == 0
-        store.close()
-
-
-def test_states_that_cannot_be_written(run, tmp_path):
-    store = open_store(str(tmp_path / "states"), run, 5, "recent")
-    x = torch.randn(2, D)
-    with TestClient(make_app(run, store, 5)) as client:
-        ask(client, "c", x[:1])
-        pages = store._db.execute("PRAGMA page_count").fetchone()[0]
-        store._db.execute(f"PRAGMA max_page_count = {pages}")  # as a full disk
-        failed = [client.post(f"/clients/{i}/predict", content=x.numpy().tobytes(), headers=BINARY) for i in range(40)]
-        assert {answer.status_code for answer in failed} == {200, 503}
-        assert "cannot be written" in failed[-1].json()["error"]
-        store._db.execute("PRAGMA max_page_count = 1000000")
-        torch.testing.assert_close(ask(client, "39", x), alone(run, "39", x), atol=1e-6, rtol=1e-5)
-        torch.testing.assert_close(ask(client, "c", x[1:]), alone(run, "c", x)[1:], atol=1e-6, rtol=1e-5)
-
-
-def test_the_oldest_clients_of_too_many_are_forgotten(tmp_path):
-    store = SqliteStore(tmp_path / "s", {}, most=2)
-    for name in "abc":
-        store.write([Change(name, 0, 1, "", {0: b"x"})])
-        time.sleep(0.01)
-    assert store.expire() == ["a"]
-    assert store.versions(["a"]) == [0]
-    assert store.count() == 2
-
-
-def test_clients_whose_time_is_over_do_not_count_among_too_many(tmp_path):
-    store = SqliteStore(tmp_path / "s", {}, seconds=60, most=2)
-    for name in "abcd":
-        store.write([Change(name, 0, 1, "", {0: b"x"})])
-        time.sleep(0.01)
-    store._db.execute("UPDATE clients SET heard = 0 WHERE client = 'a'")
-    assert store.expire() == ["a", "b"]
-    assert store.count() == 2
-
-
-def test_files_and_servers_that_do_not_fit(run, tmp_path):
-    open_store(str(tmp_path / "s"), run, 5, "recent").close()
-    with pytest.raises(UserError, match="has states of .*choose another file"):
-        open_store(str(tmp_path / "s"), run, 6, "recent")
-    (tmp_path / "text").write_text("no database" * 100)
-    with pytest.raises(UserError, match="is not a file of client states"):
-        open_store(str(tmp_path / "text"), run, 5, "recent")
-    with pytest.raises(UserError, match="no Redis server answers"):
-        open_store(f"redis://127.0.0.1:{free_port()}", run, 5, "recent")
-    with pytest.raises(UserError, match="--max-clients: is of SQLite"):
-        open_store("redis://127.0.0.1:1", run, 5, "recent", most=3)
-    assert about(run, 5, "recent") == {"run": run.identity, "history": 5, "keep": "recent"}
-
-
-def test_states_are_of_what_a_run_computes_with(run, states, tmp_path):
-    x = torch.randn(3, D)
-    with TestClient(make_app(run, open_store(states, run, 5, "recent"), 5)) as client:
-        ask(client, "shared", x[:1])
-    same = Run.load(run.save_pretrained(tmp_path / "A" / "model"))
-    with TestClient(make_app(same, open_store(states, same, 5, "recent"), 5)) as client:
-        torch.testing.assert_close(ask(client, "shared", x[1:]), alone(run, "shared", x)[1:], atol=1e-6, rtol=1e-5)
-    (tmp_path / "other").mkdir()
-    other = Run.load(make_run(tmp_path / "other", seed=1).save_pretrained(tmp_path / "B" / "model"))
-    if states.startswith("redis"):
-        assert open_store(states, other, 5, "recent").read(["shared"])[0].version == 0
-    else:
-        with pytest.raises(UserError, match="has states of .*choose another file"):
-            open_store(states, other, 5, "recent")
-
-
-def test_passwords_are_not_shown(run, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("uvicorn.Server.run", lambda *_, **__: None)
-    port = free_port()
-    for url in (
-        f"redis://me:s3cret@127.0.0.1:{port}",
-        f"redis://:s3@cret@127.0.0.1:{port}/0?password=s3cret",
-        f"redis://:cr/s3cret@127.0.0.1:{port}",
-        "redis://:s3cret",
-    ):
-        assert main([str(run.path), "--states", url]) == 1
-        out, err = capsys.readouterr()
-        assert out == ""
-        assert "s3" not in err
-        assert "cret" not in err
-    with redis_server() as url:
-        import redis
-
-        redis.Redis.from_url(url).config_set("requirepass", "s3cret")
-        with_password = url.replace("//", "//:s3cret@")
-        assert main([str(run.path), "--states", with_password, "--port", str(free_port())]) == 0
-        out, err = capsys.readouterr()
-        assert f"states in {url.replace('//', '//***@')}" in out
-        assert "s3cret" not in out + err
-
-
-@pytest.mark.parametrize(
-    ("flag", "value"),
-    [
-        *(("--ttl", value) for value in ("-5", "0", "nan", "inf", "1e300")),
-        *((flag, value) for flag in ("--max-clients", "--threads", "--max-body") for value in ("-1", "0")),
-        *(("--threads", "100000"), ("--history", "-1"), ("--port", "0"), ("--port", "99999")),
-    ],
-)
-def test_a_number_out_of_range_is_refused_at_start(run, tmp_path, capsys, monkeypatch, flag, value):
-    monkeypatch.setattr("uvicorn.Server.run", lambda *_, **__: None)
-    states = tmp_path / "states.sqlite"
-    assert main([str(run.path), "--states", str(states), flag, value]) == 1
-    out, err = capsys.readouterr()
-    assert out == ""
-    assert err.startswith(f"error: {flag}=")
-    assert not states.exists()
-
-
-def test_what_stands_before_a_token_is_no_part_of_it(run, tmp_path, monkeypatch):
-    given = []
-    monkeypatch.setattr("uvicorn.Server.run", lambda *_, **__: None)
-    monkeypatch.setattr("iciia_exp.serving.service.make_app", lambda *arguments: given.append(arguments[5]))
-    (tmp_path / "token").write_text("\ufeffpässwort\n", encoding="utf-8")
-    command = [str(run.path), "--states", str(tmp_path / "states"), "--port", str(free_port())]
-    assert main([*command, "--token-file", str(tmp_path / "token")]) == 0
-    monkeypatch.setenv("ICIIA_EXP_TOKEN", " secret ")
-    assert main([*command[:2], str(tmp_path / "other"), *command[3:]]) == 0
-    assert given == ["pässwort", "secret"]
-
-
-def test_a_port_in_use_is_one_line_and_leaves_no_file(run, tmp_path, capsys):
-    with socket.socket() as taken:
-        taken.bind(("127.0.0.1", 0))
-        port = taken.getsockname()[1]
-        file = tmp_path / "states.sqlite"
-        for number, message in (
-            (port, f"error: 127.0.0.1: cannot listen on port {port} ("),
-            (99999, "error: --port=99999"),
-        ):
-            assert main([str(run.path), "--port", str(number), "--states", str(file)]) == 1
-            out, err = capsys.readouterr()
-            assert out == ""
-            assert err.startswith(message)
-    assert not file.exists()
-
-
-def test_states_of_a_repository_are_beside_it(run, tmp_path):
-    folder = run.save_pretrained(tmp_path / "model")
-    assert _states_of(Run.load(folder)) == str(tmp_path / "model.states.sqlite")
-    assert _states_of(run) == str(run.path / "states.sqlite")
-
-
-def test_clients_whose_time_is_over_are_not_counted(run, tmp_path):
-    store = SqliteStore(tmp_path / "states", about(run, 5, "recent"), seconds=0.2)
-    store.write([Change("a", 0, 1, "", {0: b"x"})])
-    assert store.count() == 1
-    time.sleep(0.3)
-    assert store.count() == 0
-    store.close()
 
 
 def test_a_service_without_its_states_is_not_healthy(run):
