@@ -11,6 +11,7 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # one of several processes: a thread ea
 
 import importlib.metadata
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -65,6 +66,13 @@ def spawn():
         process.wait()
         for stream in filter(None, (process.stdout, process.stderr)):
             stream.close()
+
+
+@pytest.fixture
+def command(spawn):
+    """Start the command line in a process of its own."""
+    run = [sys.executable, "-m", "iciia_exp"]
+    return lambda *overrides: spawn([*run, *overrides], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
 @functools.cache
