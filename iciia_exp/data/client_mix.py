@@ -31,8 +31,8 @@ class ClientMix:
         fewest_classes, most_classes: sizes of the random sets, drawn uniformly on a log scale.
         pool: images of a natural client: ``client``: its own; ``client_type``: those of all clients of its type.
         size: images of an epoch, relative to the train images of the partition.
-        unseen_types: share of the partition's client types without natural clients, to measure the accuracy on new
-            types; their images are used in the other shares.
+        unseen_types: share of the partition's client types without natural clients, in training and among the val
+            clients, to measure the accuracy on new types; their images are used in the other shares.
     """
 
     def __init__(
@@ -64,13 +64,16 @@ class ClientMix:
         return natural and self.pool == "client" and self.size == 1.0 and not self.unseen_types
 
     def known(self, clients: Clients) -> Clients:
-        """Return the clients without the train images of unseen types."""
-        return replace(clients, train=self._seen(clients.train, clients.types)) if self.unseen_types else clients
-
-    def _seen(self, train: Ragged, types: np.ndarray) -> Ragged:
+        """Return the clients without the train and val images of unseen types."""
         if not self.unseen_types:
-            return train
-        return train.where(~np.isin(types.astype(str), unseen(types, self.unseen_types))[train.row_numbers])
+            return clients
+        train, val = (self._seen(ragged, clients.types) for ragged in (clients.train, clients.val))
+        return replace(clients, train=train, val=val)
+
+    def _seen(self, ragged: Ragged, types: np.ndarray) -> Ragged:
+        if not self.unseen_types:
+            return ragged
+        return ragged.where(~np.isin(types.astype(str), unseen(types, self.unseen_types))[ragged.row_numbers])
 
     def check(self, labels: np.ndarray, train: Ragged, types: np.ndarray) -> None:
         """Raise `ConfigError` for random classes in a multi-label task, and for natural clients without images."""

@@ -86,8 +86,8 @@ def make_round(
 ) -> tuple[Weights, dict[str, Any]]:
     """Return the network after a round, and facts about it.
 
-    An answer with numbers that are not finite, or of another network, is left out. If nobody is left, the network stays
-    as it is.
+    An answer with numbers that are not finite, or of another network, is left out. If no device is left, the job changes
+    nothing: the cloud would train alone.
 
     Args:
         method: whose jobs are done.
@@ -103,7 +103,7 @@ def make_round(
         updates = {site: update for site, update in sorted(answers.items()) if site not in problems}
         for site, problem in sorted(problems.items()):
             log.warning("round %d: device %d answers with %s; it is left out", number + 1, site, problem)
-        if job.cloud:
+        if job.cloud and (updates or not job.devices):
             equal = job.equal_steps and updates
             steps = round(np.mean([u.steps for u in updates.values()])) if equal else None
             updates[CLOUD] = method.train_on(cloud, weights, job, steps)

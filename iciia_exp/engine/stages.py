@@ -79,13 +79,14 @@ class Stages(Inputs):
     def _run(self) -> Artifact:
         """The trained method. Without training by gradients neither recipe nor seed is part of its digest."""
         e, training = self.experiment, self.experiment.training
+        unseen_types = e.client_mix.unseen_types
         parts = {
             "reserve": e.backbone.reserve,
             "partition": science(e.config["partition"]),
             "method": science(self.method_config),
             "images": training.images,
-            # statistics are read from the seen client types alone
-            "unseen_types": e.client_mix.unseen_types,
+            # statistics are read from the seen client types alone; formerly, val clients had unseen types as well
+            "unseen_types": [unseen_types, "val"] if unseen_types else 0.0,
         }
         if self.unseen_classes is not None:
             parts["unseen classes"] = self.unseen_classes

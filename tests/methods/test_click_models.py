@@ -323,10 +323,14 @@ def test_settings_that_make_no_sense(cloud):
         (head, {"clip": "rows"}, "clip"),
         (head, {"measure": "auc"}, "measure"),
         (cloud.facts, {"trains": "classifier", "clip": "rows"}, "clip"),
+        (cloud.facts, {"trains": "classifier"}, "matching"),
     ):
         with pytest.raises(ConfigError) as caught:
             MPDA(facts, **settings)
         assert caught.value.key == key
+    with pytest.raises(ConfigError, match="retrieval=overlap: compares items, which only trains=backbone reads"):
+        CoDA(cloud.facts, trains="classifier")
+    assert MPDA(cloud.facts, arm="local", trains="classifier").candidates == 0
 
 
 def test_a_new_user_has_no_items_in_the_cloud(cloud):

@@ -169,7 +169,7 @@ def data_of(inputs: Inputs, clients: Clients, batches: FeatureBatches, recipe: R
 
     e, training = inputs.experiment, inputs.experiment.training
     return ClientDataModule(
-        clients,
+        e.client_mix.known(clients),
         batches,
         training.images,
         training.train_images,

@@ -85,7 +85,7 @@ class CoTrained(Method):
     large_on_devices: bool = False
     #: The setting, if any, with which images go up, or logits of the large model down: against the premise.
     against_premise: str | None = None
-    #: Weight of the squared distance to the network that was sent, in the loss.
+    #: Weight of the squared distance to the network that was sent, in the loss of a device.
     proximal: float = 0.0
 
     def __init__(
@@ -283,11 +283,11 @@ class CoTrained(Method):
         size = self.batch_of(site, job)
         batches = list(batches_of(len(samples.y), size, job.epochs, seed, steps))
         optimizer = torch.optim.SGD(trained, job.lr, self.momentum, weight_decay=self.weight_decay)
-        device = next(network.parameters()).device
+        device, proximal = next(network.parameters()).device, 0.0 if site.number == CLOUD else self.proximal
         with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
             torch.manual_seed(seed % 2**63)
             network.train(not job.part and len(samples.y) > 1)  # batch norm needs two images
-            loss = train_steps(network, optimizer, samples, partner, batches, self.proximal)
+            loss = train_steps(network, optimizer, samples, partner, batches, proximal)
         network.eval()
         sent = {name: t.clone() for name, t in weights_of(network).items() if name.startswith(job.part)}
         return Update(sent, len(samples.y), len(batches), loss)

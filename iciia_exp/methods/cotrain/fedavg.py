@@ -23,7 +23,7 @@ class FedAvg(CoTrained):
 
     Args:
         facts: task, sizes, and the shape of the array.
-        proximal: weight of FedProx's proximal term; 0 is FedAvg.
+        proximal: weight of FedProx's proximal term in the loss of a device; 0 is FedAvg.
         arguments: those of `CoTrained`. ``cloud_weight=0`` is federated learning of the devices alone, and with
             ``devices=1 share_down=0`` a device that learns by itself.
     """

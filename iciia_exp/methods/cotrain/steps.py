@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from iciia_exp.methods.cotrain.sites import Samples
 
-__all__ = ["batches_of", "freeze_all_but", "logits_of", "train_steps"]
+__all__ = ["batches_of", "freeze_all_but", "logits_of", "normalises", "train_steps"]
 
 _AT_ONCE = 512  # images of a pass without gradients
 
@@ -36,10 +36,11 @@ def train_steps(
         proximal: half of it times the squared distance to the first weights is added to the loss (FedProx).
     """
     start = [p.detach().clone() for p in network.parameters()] if proximal else []
-    losses = []
+    training, losses = network.training, []
     with torch.enable_grad():
         for rows in batches:
             at = torch.from_numpy(rows).to(samples.y.device)
+            network.train(training and normalises(network, len(rows)))
             logits_BK = network(samples.x[at])
             if partner is not None:
                 logits_BK = logits_BK + partner[at]
@@ -51,6 +52,11 @@ def train_steps(
             optimizer.step()
             losses.append(loss.detach())
     return float(torch.stack(losses).mean()) if losses else 0.0
+
+
+def normalises(network: nn.Module, images: int) -> bool:
+    """Return whether a network can be in training mode: `BatchNorm1d` has no variance of one image."""
+    return images > 1 or not any(isinstance(module, nn.BatchNorm1d) for module in network.modules())
 
 
 @torch.no_grad()

@@ -108,6 +108,12 @@ class CloudSamples(PersonalClassifier):
         """Whether devices get samples of other clients."""
         return True
 
+    def check_overlap(self, key: str, way: str) -> None:
+        """Raise a `ConfigError` if clients of a click task are compared by items, which a classifier does not read."""
+        if way == "overlap" and self.task == CLICK and self.model is None and self.receives:
+            other = "nearest" if key == "matching" else "sample"
+            raise ConfigError(key, way, f"compares items, which only trains=backbone reads; use {other} or random")
+
     def check_clients(self, clients: Clients) -> None:
         """Raise a `NotApplicable` where several clients have the same image, which is no sample of another client."""
         images = clients.train.values

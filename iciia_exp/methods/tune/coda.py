@@ -88,6 +88,7 @@ class CoDA(CloudSamples):
         if search == "faiss" and find_spec("faiss") is None:
             raise ConfigError("search", search, "is not installed; pip install 'iciia_exp[faiss]'")
         self.retrieval = check_choice("retrieval", retrieval, RETRIEVAL)
+        self.check_overlap("retrieval", retrieval)
         self.ratio = check_int("ratio", ratio, 1)
         self.keep = check_float("keep", keep, 0.0, 1.0, open_low=True)
         sgd = partial(torch.optim.SGD, lr=_FILTER_LR)

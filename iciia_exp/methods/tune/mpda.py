@@ -79,6 +79,7 @@ class MPDA(CloudSamples):
         super().__init__(facts, trains, lr, batch_size, clip_norm, clip, epochs, own_epochs, patience)
         self.arm = check_choice("arm", arm, ARMS)
         self.matching = check_choice("matching", matching, MATCHING)
+        self.check_overlap("matching", matching)
         self.judge = check_choice("judge", judge, ("train", "val"))
         self.measure = check_choice("measure", measure, ("loss", "auc"))
         if measure == "auc" and self.task != CLICK:

@@ -106,6 +106,7 @@ def test_kept_back_kinds_are_no_training_clients():
     mix = ClientMix(unseen_types=0.25)
     known = mix.known(cloud.clients)
     assert (known.train.lengths == 0).sum() == 3
+    assert ((known.val.lengths == 0) == (known.train.lengths == 0)).all()
     assert (known.test.lengths == cloud.clients.test.lengths).all()
     assert ClientMix().known(cloud.clients) is cloud.clients
 

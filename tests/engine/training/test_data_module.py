@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 import iciia_exp
+from iciia_exp.data.client_mix import unseen
 from iciia_exp.engine.execute import execute
 from iciia_exp.engine.training.data_module import ClientDataModule
 from iciia_exp.errors import UserError
@@ -49,6 +50,14 @@ def test_a_user_s_module_trains_on_the_batches_of_an_experiment(small):
     assert 0 <= result["val/accuracy"] <= 1
     clients = data.clients.train.lengths.nonzero()[0]  # of 16 images, one chunk each
     assert sorted(module.seen) == sorted([*clients] * 3)
+
+
+def test_unseen_types_are_not_among_the_val_clients(small):
+    data = iciia_exp.client_data("+experiment=digits_parents", *small, "client_mix.unseen_types=0.34")
+    (left_out,) = unseen(data.clients.types, 0.34)
+    types = {data.clients.types[client] for batch in data.val_dataloader() for client in batch.client_C}
+    assert types == set(data.clients.types) - {left_out}
+    assert left_out in {data.clients.types[client] for batch in data.test_dataloader() for client in batch.client_C}
 
 
 def batches_of(**loading):

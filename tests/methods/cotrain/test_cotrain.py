@@ -250,7 +250,22 @@ def test_a_device_with_one_image_trains_without_its_statistics():
     assert torch.equal(update.weights["trunk.0.running_mean"], torch.zeros(D))
 
 
-def test_no_batch_has_a_single_image():
+def test_batches_of_one_image_are_trained_on_without_their_statistics():
+    method = FedAvg(FACTS, network=PERCEPTRON, array="features", share_down=0.0, batch_size=2)
+    own = Site(0, Samples(torch.randn(5, D), torch.tensor([0, 1, 2, 3, 0])))
+    assert [len(rows) for rows in batches_of(5, 2, 1, 0, None)] == [2, 2, 1]
+    update = method.train_on(own, weights_of(method.small), method.jobs(0)[0])
+    assert update.finite
+    assert update.steps == 3
+    module = Distilled(PERCEPTRON(num_classes=K), nn.Linear(D, K), "features", "mse").train()
+    before = module.student.trunk[0].running_mean.clone()
+    module.loss(torch.randn(1, D), torch.tensor([0])).backward()
+    assert torch.equal(module.student.trunk[0].running_mean, before)
+    module.loss(torch.randn(2, D), torch.tensor([0, 1])).backward()
+    assert not torch.equal(module.student.trunk[0].running_mean, before)
+
+
+def test_no_usual_batch_has_a_single_image():
     assert [len(rows) for rows in batches_of(17, 16, 1, 0, None)] == [9, 8]
     assert [len(rows) for rows in batches_of(10, 4, 1, 0, 5)] == [4] * 5
     assert sorted(np.concatenate(list(batches_of(12, 4, 1, 0, 3)))) == list(range(12))
@@ -274,8 +289,19 @@ def test_a_device_that_answers_with_nan_is_left_out(caplog):
     assert all(torch.equal(alone[name], few[name]) for name in alone)
     assert more["jobs"][0]["excluded"] == [3, 4]
     assert "device 3 answers with weights of another network" in caplog.text
-    nobody, _ = make_round(method, start, 0, cloud, lambda job, weights: {})
-    assert all(t.isfinite().all() for t in nobody.values())
+
+
+@pytest.mark.parametrize("retune", RETUNE)
+def test_a_round_without_an_answer_changes_nothing_but_what_the_cloud_does_alone(retune):
+    method, cloud = dc_ccl(retune=retune), site(CLOUD, 200, (0, 1))
+    if retune == "mixed":
+        sizes = Sizes(train=20, received=2, cloud=200, sample_bytes=1)
+        method.join(site(0), cloud, Link(method.name, method.budget(sizes)))
+    start = {name: t.clone() for name, t in weights_of(method.small).items()}
+    weights, facts = make_round(method, start, 0, cloud, lambda job, weights: {})
+    changed = [name for name in start if not torch.equal(weights[name], start[name])]
+    assert changed == (["head.weight", "head.bias"] if retune == "mixed" else [])
+    assert [list(job["losses"]) for job in facts["jobs"]][:1] == [[]]
 
 
 @pytest.mark.parametrize("payload", ["float16", "int8"])
@@ -310,17 +336,23 @@ def test_wrong_control_has_the_logits_of_other_images():
     assert dc_ccl(arm="no_control").partner(device, job, device.own) is None
 
 
-def test_fedprox_stays_nearer():
-    device = site(0)
+def test_fedprox_holds_devices_alone():
+    near = {number: distances(site(number)) for number in (0, CLOUD)}
+    assert near[0][5.0] < 0.5 * near[0][0.0]
+    assert near[CLOUD][5.0] == near[CLOUD][0.0]
+
+
+def distances(where):
+    """Return the squared distance that the network of a site has moved, without and with a proximal term."""
     near = {}
     for mu in (0.0, 5.0):
         method = FedAvg(FACTS, proximal=mu, network=partial(NETWORK, dropout=0.0), lr=0.1)
         start = {name: t.clone() for name, t in weights_of(method.small).items()}
-        update = method.train_on(device, start, Job(0, lr=0.1, epochs=5))
+        update = method.train_on(where, start, Job(0, lr=0.1, epochs=5))
         near[mu] = sum(
             float((update.weights[name] - t).square().sum()) for name, t in start.items() if "run" not in name
         )
-    assert near[5.0] < 0.5 * near[0.0]
+    return near
 
 
 @pytest.mark.parametrize(
