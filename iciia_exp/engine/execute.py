@@ -21,7 +21,6 @@ from iciia_exp.machine import check_started, process_count, process_rank
 from iciia_exp.methods.adapt.stream import StreamMethod
 from iciia_exp.methods.base import Ask
 from iciia_exp.methods.cotrain.base import CoTrained
-from iciia_exp.methods.tune.base import Personal
 from iciia_exp.methods.tune.cloud_samples import CloudSamples
 
 __all__ = ["execute"]
@@ -183,7 +182,7 @@ def _shared(stages: Stages) -> list[Artifact]:
     """Return the unfinished artifacts of the stage that all processes of torchrun or srun make together."""
     kinds = ["features", "states"]
     if process_count() > 1 and stages.processes > 1:
-        kinds += ["backbone", "run"] if stages.trains_together else ["backbone"]
+        kinds += ["backbone", "run"] if stages.experiment.method_class.trainable else ["backbone"]
     return [goal for goal in _goals(stages) if goal.kind in kinds and not goal.finished]
 
 
@@ -194,8 +193,9 @@ def _check(stages: Stages) -> None:
     from iciia_exp.engine.training.trainer import make_trainer, quiet_lightning
 
     e = stages.experiment
-    if e.evaluation.site == "cloud" and issubclass(e.method_class, Personal):
-        problem = f"with method={e.method_class.name} every device answers with what it has learned; use device"
+    if e.evaluation.site == "cloud" and (site := e.method_class.site) is not None:
+        where = {"device": "on the devices", "cloud": "in the cloud", "both": "by device and cloud"}[site]
+        problem = f"has no effect with method={e.method_class.name}, whose requests are served {where}; leave it out"
         raise ConfigError("evaluation.site", e.evaluation.site, problem)
     method = stages.untrained_method()
     if isinstance(method, CoTrained):
@@ -205,7 +205,7 @@ def _check(stages: Stages) -> None:
         require_own_labels(known, e.method_class.name)
     if isinstance(method, CloudSamples):
         method.check_clients(known)
-    if e.method_class.trainable:
+    if "clients" in stages.trained_with:
         draw_clients(stages, stages.clients, "train")
     if isinstance(method, StreamMethod):  # it is calibrated on val clients that are drawn like the training clients
         draw_clients(stages, stages.clients, "val")

@@ -27,7 +27,6 @@ from iciia_exp.engine.graph import Artifact
 from iciia_exp.engine.training.processes import training_processes
 from iciia_exp.errors import ConfigError, NotApplicable, UserError
 from iciia_exp.methods.base import Facts, Method
-from iciia_exp.methods.cotrain.base import CoTrained
 from iciia_exp.models.backbones.base import Backbone
 from iciia_exp.serving.run import Run
 
@@ -272,6 +271,12 @@ class Inputs:
         path = Path(classes).expanduser()
         return file_digest(path) if path.is_file() else classes
 
+    @property
+    def trained_with(self) -> frozenset[str]:
+        """What of the configuration the training of the method uses (`Method.trained_with`)."""
+        method = self.experiment.method_class
+        return method.trained_with if method.trainable else frozenset()
+
     @cached_property
     def settings(self) -> dict[str, Any]:
         """Every setting that can change a number, flat, with dotted names.
@@ -279,7 +284,7 @@ class Inputs:
         They differ between two runs that differ in `Artifact.setting`, and otherwise in seeds only.
         """
         e = self.experiment
-        spec, trained = e.backbone, e.method_class.trainable
+        spec = e.backbone
         groups = ("dataset", "backbone", "features", "partition", "evaluation")
         config: dict[str, Any] = {group: science(e.config[group]) for group in groups}
         config["dataset"]["content"] = None if self.facts.fingerprint is None else digest(self.facts.fingerprint)
@@ -293,11 +298,15 @@ class Inputs:
         config["training"] = {"images": e.training.images}
         if spec.train == "all":
             config["backbone"]["trainer"] = self.trainer_science
-        if trained or issubclass(e.method_class, CoTrained):
+        if e.method_class.trainable:
             config["trainer"] = self.trainer_science
-        if trained:
-            config["training"] = science(e.config["training"]) | {"train_images": e.training.train_images}
-            config |= {name: config["training"]["recipe"].pop(name) for name in ("optimizer", "scheduler")}
+        training = science(e.config["training"]) | {"train_images": e.training.train_images}
+        recipe = training.pop("recipe")
+        if "recipe" in self.trained_with:
+            config |= {name: recipe.pop(name) for name in ("optimizer", "scheduler")}
+            config["training"]["recipe"] = recipe
+        if "clients" in self.trained_with:
+            config["training"] |= training
             nodes = {name: callbacks_science({name: node}) for name, node in e.config["callbacks"].items()}
             config["callbacks"] = {name: found[0] for name, found in nodes.items() if found}
             if not e.client_mix.plain:

@@ -162,17 +162,21 @@ def _answers(method: CoTrained, folder: Path, rounds: int) -> float:
     return total
 
 
-def _of_rounds(inputs: Inputs) -> dict[str, int]:
-    """Return the bytes of a device in all rounds as they were sent, a mean over the devices."""
+def _of_rounds(inputs: Inputs, method: Method, ledger: pd.DataFrame) -> dict[str, int | None]:
+    """Return bytes as they were sent and MACs of a device in all rounds, means over the devices."""
     if inputs.rounds is None:
         return {}
+    assert isinstance(method, CoTrained)
     manifest = read_json(inputs.rounds.folder / "manifest.json")
     sent = [(sender, size) for phase, sender, _, _, size in manifest["payloads"] if phase == "round"]
     sums = {name: sum(size for sender, size in sent if sender == site) for name, site in _DIRECTIONS}
-    return {f"rounds_{name}_bytes": round(size / manifest["devices"]) for name, size in sums.items()}
+    share = _answers(method, inputs.rounds.folder, manifest["rounds"]) / manifest["devices"]
+    macs = _sum(share * ledger.loc[(ledger["phase"] == "round") & (ledger["site"] == "device"), "macs"])
+    bytes_ = {f"rounds_{name}_bytes": round(size / manifest["devices"]) for name, size in sums.items()}
+    return {**bytes_, "rounds_device_macs": macs}
 
 
-def cost_row(inputs: Inputs, ledger: pd.DataFrame) -> dict[str, Any]:
+def cost_row(inputs: Inputs, method: Method, ledger: pd.DataFrame) -> dict[str, Any]:
     """Return the columns of ``results.json`` that are sums of a ledger; None where a part is unknown."""
     payloads = ledger[ledger["kind"].notna()]
     row: dict[str, Any] = {}
@@ -182,7 +186,7 @@ def cost_row(inputs: Inputs, ledger: pd.DataFrame) -> dict[str, Any]:
             row[f"{name}_{site}_macs"] = _sum(own.loc[own["site"] == site, "macs"])
         for direction, site in _DIRECTIONS:
             row[f"{name}_{direction}_bytes"] = _sum(own.loc[own["site"] == site, "bytes"])
-    row |= _of_rounds(inputs)
+    row |= _of_rounds(inputs, method, ledger)
     leaves = payloads.loc[payloads["site"] == "device", "kind"]
     return row | {"leaves_device": ", ".join(dict.fromkeys(leaves)) or "nothing"}
 

@@ -86,8 +86,8 @@ def make_round(
 ) -> tuple[Weights, dict[str, Any]]:
     """Return the network after a round, and facts about it.
 
-    An answer with numbers that are not finite, or of another network, is left out. If no device is left, the job changes
-    nothing: the cloud would train alone.
+    An answer with numbers that are not finite, or of another network, is left out. If no device is left, a job of the
+    devices changes nothing: the cloud does not train alone.
 
     Args:
         method: whose jobs are done.

@@ -92,24 +92,25 @@ class Stages(Inputs):
             parts["unseen classes"] = self.unseen_classes
         if issubclass(e.method_class, Personal):
             parts["states"] = True  # formerly, such runs kept answers to test images
-        if issubclass(e.method_class, CoTrained):  # of what is trained before the rounds
-            parts |= {"trainer": self.trainer_science, "seed": e.seed}
+        if issubclass(e.method_class, CoTrained):
+            parts["rounds"] = 2  # formerly, the cloud trained alone without answers, and with FedProx's term
         if e.method_class.trainable:
+            parts |= {"trainer": self.trainer_science, "seed": e.seed}
+        if "recipe" in self.trained_with:
+            parts["recipe"] = science(e.config["training"]["recipe"])
+        if "clients" in self.trained_with:
             parts |= {
-                "recipe": science(e.config["training"]["recipe"]),
                 "train_images": training.train_images,
                 "shuffle_images": training.shuffle_images,
                 "client_mix": None if e.client_mix.plain else science(e.config["client_mix"]),
                 "callbacks": callbacks_science(e.config["callbacks"]),
-                "trainer": self.trainer_science,
-                "seed": e.seed,
             }
         return Artifact(
             "run",
             e.method_class.name,
             parts,
             partial(in_processes, self, "run", train_method.train_method)
-            if self.trains_together
+            if e.method_class.trainable
             else partial(train_method.train_method, self),
             e.output_dir / e.name,
             (self.base,),
@@ -117,12 +118,6 @@ class Stages(Inputs):
             in_place=True,
             report=train_method.report_run,
         )
-
-    @property
-    def trains_together(self) -> bool:
-        """Whether several processes train the method: it calls `fit`, as DC-CCL does before its rounds."""
-        method = self.experiment.method_class
-        return method.trainable or issubclass(method, CoTrained)
 
     def _states(self) -> Artifact | None:
         """What the clients' devices have learned, in the run's folder; None if they learn nothing."""

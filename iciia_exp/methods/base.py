@@ -21,7 +21,9 @@ from iciia_exp.ledger import Budget, Sizes
 from iciia_exp.recipe import Recipe
 from iciia_exp.tasks import QUALITY, SINGLE_LABEL, TASKS, Task
 
-__all__ = ["Ask", "Facts", "Fit", "Method", "Part", "Record", "copy_of", "make_part", "resize_on_load"]
+__all__ = [
+    *("Ask", "Facts", "Fit", "Method", "Part", "Record", "copy_of", "make_part", "resize_on_load", "without_seed"),
+]
 
 _Made = TypeVar("_Made")
 
@@ -46,7 +48,8 @@ class Fit(Protocol):
                 or, with ``rows``, a network trained by its ``loss(x_BD, y)`` on single images. If it has ``reads``,
                 names of arrays, they are further arguments of its loss.
             rows: numbers of the images, of train or val.
-            recipe: how the network is trained; by default as the configuration says.
+            recipe: how the network is trained; by default as the configuration says. With ``rows`` the last epoch is
+                kept, and the configuration's callbacks are not used.
             arrays: further arrays of these images, [len(rows), ...], by the names in the network's ``reads``.
         """
 
@@ -127,6 +130,11 @@ def resize_on_load(module: nn.Module, *names: str) -> None:
     module.register_load_state_dict_pre_hook(resize)
 
 
+def without_seed(config: dict[str, Any]) -> dict[str, Any]:
+    """Return a method's settings without the seed, for settings that draw nothing; see `Method.canonical`."""
+    return {key: value for key, value in config.items() if key != "seed"}
+
+
 class Method(nn.Module, ABC):
     """A way to classify a client's images together. Built by the engine as ``Method(facts, **config)``.
 
@@ -142,8 +150,13 @@ class Method(nn.Module, ABC):
     reads: frozenset[str] = frozenset({"features"})
     #: What it must know of a client.
     asks: ClassVar[frozenset[Ask]] = frozenset()
-    #: Whether it is trained by gradients with the configuration's recipe, which then counts in its digest.
+    #: Whether it is trained by gradients: `learn` calls ``fit``.
     trainable: ClassVar[bool] = True
+    #: What ``fit`` then uses of the configuration, which counts in the digest: the ``recipe``, unless the method gives
+    #: its own; the training ``clients`` and the callbacks, unless it trains on single images.
+    trained_with: ClassVar[frozenset[str]] = frozenset({"recipe", "clients"})
+    #: Where requests are served: ``device``, ``cloud`` or ``both``; None: where the configuration says.
+    site: ClassVar[str | None] = None
     #: Whether `logits` can use the images before each image as its context, in one pass.
     causal: bool = False
 

@@ -128,7 +128,11 @@ class EncoderLayer(nn.Module):
 
     def forward(self, x_CSD: Tensor, visible: Tensor | None = None) -> Tensor:
         """Return the layer's output, [C, S, D]."""
-        return self._perceptron(self.norm1(x_CSD + self.dropout(self.attention(x_CSD, visible))))
+        return self.after(x_CSD, self.attention(x_CSD, visible))
+
+    def after(self, x: Tensor, y: Tensor) -> Tensor:
+        """Return the layer's output for images [..., D] with attention's output for them, [..., D]."""
+        return self._perceptron(self.norm1(x + self.dropout(y)))
 
     def step(self, x_CD: Tensor, past_2CPD: Tensor, visible: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Return the output for one more image, [C, D], and its key and value; see `ImageAttention.step`."""

@@ -67,9 +67,16 @@ class TokenMixer(nn.Module):
 
     def forward(self, x_CSD: Tensor, visible: Tensor | None = None) -> Tensor:
         """Return [C, S, D]; costs (4 S + 4) D^2 / G + 4 S D for S images. ``visible`` marks the real images."""
+        return self.attend(x_CSD, self.context(x_CSD, visible))
+
+    def context(self, x_CSD: Tensor, visible: Tensor | None = None) -> Tensor:
+        """Return the token of each client, [C, 1, D]; costs D^2 / G."""
+        real_CS1 = x_CSD.new_ones(*x_CSD.shape[:2], 1) if visible is None else visible[:, 0, 0, :, None].to(x_CSD.dtype)
+        return self.token((x_CSD * real_CS1).sum(1, keepdim=True) / real_CS1.sum(1, keepdim=True).clamp(min=1))
+
+    def attend(self, x_CSD: Tensor, token_C1D: Tensor) -> Tensor:
+        """Return the attention's output for some images of each client, [C, S, D]."""
         C, S, D = x_CSD.shape
-        real_CS1 = x_CSD.new_ones(C, S, 1) if visible is None else visible[:, 0, 0, :, None].to(x_CSD.dtype)
-        token_C1D = self.token((x_CSD * real_CS1).sum(1, keepdim=True) / real_CS1.sum(1, keepdim=True).clamp(min=1))
         q_CSD, k_CSD, v_CSD = self.qkv(x_CSD).chunk(3, dim=-1)
         _, token_k, token_v = self.qkv(token_C1D).chunk(3, dim=-1)
         k_CS2D = torch.stack([k_CSD, token_k.expand_as(k_CSD)], 2)

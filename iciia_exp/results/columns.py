@@ -104,6 +104,7 @@ COLUMNS = [
     Column("client_up_bytes", "up, a client", "bytes", wandb="cost", seeds="common", total=True),
     Column("rounds_down_bytes", "down, all rounds", "bytes", wandb="cost", total=True),
     Column("rounds_up_bytes", "up, all rounds", "bytes", wandb="cost", total=True),
+    Column("rounds_device_macs", "device MACs, all rounds", "macs", wandb="cost", total=True),
     Column("client_device_macs", "learning, device MACs", "macs", wandb="cost", seeds="mean", total=True),
     Column("training_bytes", "learning, device memory", "bytes", wandb="cost", seeds="common", total=True),
     Column("request_down_bytes", "down, a request", "bytes", wandb="cost", seeds="common", total=True),

@@ -28,13 +28,20 @@ def _by_setting() -> dict[tuple[Any, ...], dict[str, Any]]:
     return {tuple(None if pd.isna(row[key]) else row[key] for key in keys): row for row in rows}
 
 
+#: Train and test images of a chunk of a parent category.
+_CHUNKS = {"imagenet": (80, 16), "ucf101": (16, 16)}
+_IMAGES = 16  # that are processed together
+
+
 def _published_form(row: dict[str, Any]) -> bool:
     """Whether a run has the paper's clients (users, or chunks of a parent category) and the paper's module."""
-    keys = {key.removeprefix("config.partition.") for key in row if key.startswith("config.partition.")}
-    if row["dataset"] in ("imagenet", "ucf101"):
-        clients = {"train_chunk", "test_chunk"} <= keys
+    partition = {k.removeprefix("config.partition."): v for k, v in row.items() if k.startswith("config.partition.")}
+    if (chunks := _CHUNKS.get(row["dataset"])) is not None:
+        clients = (partition.get("train_chunk"), partition.get("test_chunk")) == chunks
     else:
-        clients = not keys & {"classes_per_client", "alpha", "train_chunk"}
+        clients = not partition.keys() & {"classes_per_client", "alpha", "train_chunk"}
+    whole = partition.get("train_images") is None and partition.get("of", "samples") == "samples"
+    clients = clients and whole and row.get("images", _IMAGES) == _IMAGES
     module = {"shuffle": True, "attention": "full", "heads": 4}
     return clients and all(row.get(f"config.method.{key}", value) == value for key, value in module.items())
 
@@ -42,8 +49,8 @@ def _published_form(row: dict[str, Any]) -> bool:
 def published_number(row: dict[str, Any]) -> dict[str, Any] | None:
     """Return the published row that a run reproduces (``accuracy``, ``standard_error``, ``clients``), or None.
 
-    Dataset, number of classes, backbone, clients, method, layers, groups, heads and shuffle must agree; seeds and
-    training may differ.
+    Dataset, number of classes, backbone, clients (sizes of the chunks, what a ratio mixes, images processed together),
+    method, layers, groups, heads and shuffle must agree; seeds and training may differ.
     """
     sizes = (row.get("num_layers"), row.get("groups")) if row["method"] in ("iciia", "feedforward") else (None, None)
     names = row["dataset"], row["backbone"], row.get("num_classes"), row["method"]

@@ -12,6 +12,8 @@ from omegaconf import OmegaConf
 from iciia_exp.config.experiment import Experiment
 from iciia_exp.engine.stages import Stages
 from iciia_exp.errors import ConfigError
+from iciia_exp.methods.route.fixed_router import FixedRouter
+from iciia_exp.methods.route.route_t2i import RouteT2I
 from iciia_exp.results.labels import base_of, varying
 from tests.making.folder import make_folder, write_table
 
@@ -100,6 +102,23 @@ def test_keys_that_a_method_does_not_use_are_dropped(stages):
     plain = run_digest(stages, "method=backbone")
     assert run_digest(stages, "method=backbone", "seed=5", "optimizer.lr=1", "heads=8") == plain
     assert run_digest(stages, "method=linear_head", "seed=5") != run_digest(stages, "method=linear_head")
+
+
+def test_what_a_method_is_not_trained_with_names_no_run(stages):
+    """`client_profile` has recipes of its own, routers train on single prompts, and some methods draw nothing."""
+    one = stages("method=client_profile")
+    for override in ("training.recipe.epochs=4", "optimizer.lr=1", "client_mix=all_types", "training.train_images=8"):
+        other = stages("method=client_profile", override)
+        assert (other.run.digest, other.settings) == (one.run.digest, one.settings)
+    assert run_digest(stages, "method=client_profile", "seed=1") != one.run.digest
+    own = ("partition.split=within", "partition.deals=1")
+    for method, drawn in (("mpda", "method.matching=random"), ("coda", "method.keep=0.5")):
+        for more, digests in (((), 1), ((drawn,), 2)):
+            found = {run_digest(stages, f"method={method}", *own, *more, f"seed={seed}") for seed in (0, 1)}
+            assert len(found) == digests
+    for rule, kept in (("edge", {"rule": "edge"}), ("random", {"rule": "random", "seed": 3})):
+        assert FixedRouter.canonical({"rule": rule, "seed": 3}, 8) == kept
+    assert RouteT2I.trained_with == {"recipe"}
 
 
 def test_backbone_and_features_are_shared_where_they_can_be(stages):

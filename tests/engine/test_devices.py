@@ -186,8 +186,15 @@ def test_ledger_of_a_method_in_the_cloud(stages):
     assert on_device["digest"] == row["digest"]  # not trained again
     assert on_device["client_down_bytes"] > 0
     assert on_device["leaves_device"] == "nothing"
-    with pytest.raises(ConfigError, match=r"^evaluation\.site=cloud: with method=finetune every device answers"):
-        execute(stages("method=finetune", *OPTIONS[1:3], "evaluation.site=cloud"))
+    for method, where in (
+        ("finetune", "on the devices"),
+        ("dc_ccl", "in the cloud"),
+        ("linear_probe", "by device and"),
+    ):
+        with pytest.raises(
+            ConfigError, match=rf"^evaluation\.site=cloud: has no effect with method={method}, .* {where}"
+        ):
+            execute(stages(f"method={method}", *OPTIONS[1:3], "evaluation.site=cloud"))
 
 
 def test_sessions_serve_new_images(stages):

@@ -86,6 +86,9 @@ def test_the_whole_way(made, monkeypatch):
     assert row["rounds_down_bytes"] == 3 * ledger.loc[("round", "cloud", "training", "weights"), "bytes"]
     assert row["rounds_up_bytes"] == last["up_bytes"]
     assert row["rounds_down_bytes"] + row["client_down_bytes"] == pytest.approx(last["down_bytes"], abs=1)
+    macs = ledger["macs"].groupby(["phase", "site"]).sum()
+    assert row["rounds_device_macs"] == pytest.approx(3 * macs["round", "device"], abs=1)
+    assert row["client_device_macs"] == pytest.approx(macs["client_once", "device"], abs=1)
     monkeypatch.setattr(rounds, "make_round", None)
     assert execute(made()) == row  # nothing is made again
     served = Run.load(run.run.folder)
@@ -135,7 +138,7 @@ def test_who_makes_what_a_network_reads(array):
     ],
 )
 def test_what_was_sent_is_what_the_ledger_states(made, tmp_path, method, settings):
-    settings = (f"method.{setting}" for setting in settings)
+    settings = [f"method.{setting}" for setting in settings]
     run = made(*settings, "method.devices=4", f"output_dir={tmp_path}", method=method)
     row = execute(run)
     ledger = pd.read_parquet(run.evaluation.folder / "ledger.parquet")
@@ -146,6 +149,12 @@ def test_what_was_sent_is_what_the_ledger_states(made, tmp_path, method, setting
     last = pd.read_parquet(run.evaluation.folder / "rounds.parquet").iloc[-1]
     assert row["rounds_up_bytes"] + row["client_up_bytes"] == last["up_bytes"]
     weights = ledger[(ledger["phase"] == "client_once") & (ledger["kind"] == "weights")]["bytes"].sum()
+    in_a_round = ledger.loc[(ledger["phase"] == "round") & (ledger["site"] == "device"), "macs"].sum()
+    if "arm=centralised" in "".join(settings):
+        assert row["rounds_device_macs"] == 0
+    else:  # those who do not answer do not train
+        share = row["rounds_device_macs"] / (3 * in_a_round)
+        assert (0 < share < 0.9) if any("unavailable" in setting for setting in settings) else share == pytest.approx(1)
     after = 0 if method is METHOD else weights  # FedAvg's network goes down once more after the rounds
     assert row["rounds_down_bytes"] + row["client_down_bytes"] - after == pytest.approx(last["down_bytes"], abs=1)
 

@@ -23,6 +23,8 @@ from tests.methods.test_methods import OneMore, make
 
 D, K, S = 32, 5, 16
 METHODS = methods("adapt", "tune")
+#: the same with one layer, in place of two
+ONE_LAYER = [m for m in methods("adapt") if "${num_layers}" in (CONF_DIR / "method" / f"{m}.yaml").read_text()]
 IMAGE, LOGITS = 3 * 8 * 8, 4 * K  # bytes
 BACKBONE = nn.Sequential(nn.Flatten(), nn.Linear(IMAGE, D), nn.Linear(D, K))
 
@@ -33,7 +35,8 @@ def method(request, monkeypatch):
     # groups that are joined for speed multiply zeros too, and Gram matrices replace the passes over D x K weights
     monkeypatch.setattr("iciia_exp.models.grouped._JOINED_VECTORS", 1000)
     monkeypatch.setattr("iciia_exp.models.fit_many.is_plain_linear", lambda *_: False)
-    return make(CONF_DIR / "method" / f"{request.param}.yaml")
+    name, *layers = request.param if isinstance(request.param, tuple) else [request.param]
+    return make(CONF_DIR / "method" / f"{name}.yaml", *layers)
 
 
 def ledger(lines):
@@ -99,7 +102,7 @@ def play(method, site, together, budget):
 
 @pytest.mark.parametrize("together", [False, True])
 @pytest.mark.parametrize("site", ["device", "cloud"])
-@pytest.mark.parametrize("method", METHODS, indirect=True)
+@pytest.mark.parametrize("method", [*METHODS, *((name, 1) for name in ONE_LAYER)], indirect=True, ids=str)
 def test_a_request_costs_what_the_budget_states(method, site, together):
     if isinstance(method, Personal):
         if site == "cloud":

@@ -152,6 +152,18 @@ def test_context_token_looks_at_the_client(head, x):
     assert not torch.allclose(method(x[None])[0, 2], method(x[None, 2:3])[0, 0], atol=1e-3)
 
 
+@pytest.mark.parametrize("layers", [1, 2])
+def test_context_token_step_by_step(head, x, layers):
+    method = ContextToken(Facts.of(head), num_layers=layers, heads=2).eval()
+    past = torch.stack([x[:-1], x[:-1].flip(0)])
+    mask = torch.ones(2, S - 1, dtype=torch.bool)
+    mask[1, :2] = False
+    logits, kept = method.step(x[-1:].expand(2, D), past, mask)
+    torch.testing.assert_close(logits[0], method(x[None])[0, -1], atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(logits[1], method(torch.cat([past[1, 2:], x[-1:]])[None])[0, -1], atol=1e-5, rtol=1e-5)
+    assert torch.equal(kept, x[-1:].expand(2, D))
+
+
 def test_arm_s_context_is_the_mean(head, x):
     method = ArmCml(Facts.of(head), context=4, hidden=5).eval()
     contexts = torch.stack([method.context(z) for z in x])

@@ -58,6 +58,19 @@ def test_the_facts_are_whole():
         ({"config.method.heads": 8}, None),
         ({"method": "client_prior"}, None),
         ({"config.partition.ratio": 0.4}, None),
+        ({"config.partition.train_chunk": 8}, None),
+        ({"config.partition.test_chunk": 4}, None),
+        ({"config.partition.train_images": 5}, None),
+        ({"images": 8}, None),
+        (
+            {
+                "backbone": "efficientnet_b4",
+                "groups": 1,
+                "config.partition.ratio": 0.5,
+                "config.partition.of": "clients",
+            },
+            None,
+        ),
     ],
 )
 def test_which_run_is_which_row(change, accuracy):

@@ -19,7 +19,6 @@ from iciia_exp.digest import digest
 from iciia_exp.engine.inputs import Inputs
 from iciia_exp.engine.ledger import cost_row, sizes_of
 from iciia_exp.methods.base import Ask, Method
-from iciia_exp.methods.cotrain.base import CoTrained
 from iciia_exp.methods.tune.base import Personal
 from iciia_exp.results.summary import COUNTS, ClientCounts, summarise
 
@@ -86,7 +85,7 @@ def result_row(
     if "num_layers" not in attention:
         attention.pop("heads", None)
     seeds = {
-        "seed": e.seed if e.method_class.trainable else None,
+        "seed": e.seed if e.method_class.trainable else inputs.method_config.get("seed"),
         "partition_seed": settings.get("partition.seed"),
         "backbone_seed": settings.get("backbone.seed"),
     }
@@ -120,8 +119,8 @@ def result_row(
         "streaming_overhead_percent": cost["streaming"],
         "state_bytes": one_more.state_bytes,
         "training_bytes": method.training_bytes() if isinstance(method, Personal) else None,
-        "site": method.site if isinstance(method, CoTrained) else e.evaluation.site,
-        **cost_row(inputs, ledger),
+        "site": method.site or e.evaluation.site,
+        **cost_row(inputs, method, ledger),
         "parameters": method.num_parameters(),
         "epochs": training.get("epochs"),
         "best_epoch": training.get("best_epoch"),

@@ -18,7 +18,7 @@ the client vector, T types, W hidden units.
 
 from collections.abc import Sequence
 from functools import partial
-from typing import cast
+from typing import ClassVar, cast
 
 import numpy as np
 import torch
@@ -56,6 +56,7 @@ class ClientProfile(Adaptive):
     """
 
     name = "client_profile"
+    trained_with: ClassVar[frozenset[str]] = frozenset()  # perceptrons have a recipe of their own
     causal = True
     tasks = (SINGLE_LABEL,)
 

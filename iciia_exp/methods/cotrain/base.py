@@ -76,11 +76,9 @@ class CoTrained(Method):
     """
 
     tasks = (SINGLE_LABEL,)
-    trainable = False
+    trained_with: ClassVar[frozenset[str]] = frozenset()  # what is trained before the rounds has a recipe of its own
     causal = True
     parts: ClassVar[dict[str, type]] = {"network": Backbone}
-    #: Where requests are served, whatever the configuration says.
-    site: ClassVar[Place]
     #: Whether devices have the logits of the backbone's classifier, which breaks the premise: a bound.
     large_on_devices: bool = False
     #: The setting, if any, with which images go up, or logits of the large model down: against the premise.

@@ -41,6 +41,8 @@ class Routed(Method):
     causal = True
     #: Score from which on the device is expected to be better.
     even: ClassVar[float | None] = CAP
+    site = "both"
+    trained_with: ClassVar[frozenset[str]] = frozenset({"recipe"})
 
     def __init__(
         self,
@@ -92,6 +94,12 @@ class Routed(Method):
             problem = "has no val requests, whose scores give the threshold; choose a partition with val images"
             raise UserError(f"{self.name}: {problem}")
         self.reference_n = torch.cat(found).sort().values
+
+    def payload(self) -> dict[str, Tensor]:
+        """Return the router and the threshold of the configured share; the reference scores stay in the cloud."""
+        parts = {name: t for name, t in super().payload().items() if name != "reference_n"}
+        threshold = self.threshold() if len(self.reference_n) else torch.nan  # nan: before `refer`
+        return parts | {"threshold": torch.tensor(threshold, dtype=torch.float64)}
 
     def routing_lines(
         self, sizes: Sizes, *, router: int | None, device: int | None, cloud: int | None, up: Line, down: Line | None

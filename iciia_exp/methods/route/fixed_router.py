@@ -11,7 +11,7 @@ from torch import Tensor
 from iciia_exp.data.batches import ClientBatch
 from iciia_exp.data.prompts import as_text
 from iciia_exp.errors import check_choice, check_int
-from iciia_exp.methods.base import Ask, Facts
+from iciia_exp.methods.base import Ask, Facts, without_seed
 from iciia_exp.methods.route.base import PromptRouter
 from iciia_exp.seeding import generator
 
@@ -32,6 +32,11 @@ class FixedRouter(PromptRouter):
     name = "fixed_router"
     trainable = False
     even = None
+
+    @classmethod
+    def canonical(cls, config: dict[str, Any], dim: int) -> dict[str, Any]:
+        """Leave out the seed unless the rule is random."""
+        return config if config.get("rule", "random") == "random" else without_seed(config)
 
     def __init__(self, facts: Facts, rule: str = "random", seed: int = 0, **routing: Any) -> None:
         super().__init__(facts, **routing)

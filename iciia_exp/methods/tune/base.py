@@ -38,6 +38,7 @@ class Personal(Method):
     engine's choice. A device's state depends on its own images and on what the cloud sends it.
     """
 
+    site = "device"
     #: An image's logits depend on its client, not on other images.
     causal = True
     #: States by client number; None before the devices have learned.

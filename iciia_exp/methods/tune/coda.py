@@ -12,6 +12,7 @@ features, K classes.
 from collections.abc import Iterable, Mapping
 from functools import partial
 from importlib.util import find_spec
+from typing import Any
 
 import numpy as np
 import torch
@@ -23,7 +24,7 @@ from iciia_exp.data.clients import Ragged
 from iciia_exp.data.views import CloudView
 from iciia_exp.errors import ConfigError, check_choice, check_float, check_int
 from iciia_exp.ledger import Budget, Link, Sizes
-from iciia_exp.methods.base import Facts
+from iciia_exp.methods.base import Facts, without_seed
 from iciia_exp.methods.tune.base import Learned
 from iciia_exp.methods.tune.cloud_samples import CloudSamples
 from iciia_exp.methods.tune.matching import match_clients, sent_to_match
@@ -95,6 +96,12 @@ class CoDA(CloudSamples):
         self.filter_recipe = Recipe(sgd, None, check_int("filter_epochs", filter_epochs, 1), batch_size)
         self.seed = check_int("seed", seed, 0)
         self._pool: tuple[CloudView, Pool, np.ndarray] | None = None
+
+    @classmethod
+    def canonical(cls, config: dict[str, Any], dim: int) -> dict[str, Any]:
+        """Leave out the seed where no sample is random."""
+        drawn = config.get("retrieval") in ("random", "client_type") or config.get("keep", 1) != 1
+        return config if drawn else without_seed(config)
 
     def most_held(self, cloud: CloudView, most: int) -> int:
         """Retrieved samples; for a filter as many random and twice as many own ones too, all of them twice."""

@@ -56,8 +56,9 @@ class DeviceNetwork(Personal):
             (and level), class and register tokens apart from the patches. A deviation below a twentieth of
             the features' mean counts as that twentieth.
         payload: numbers that are sent: ``float32``, ``float16``, or ``int8`` with a scale for each token.
-        lr: rate of AdamW, after a warm-up of a tenth of the epochs; cosine. Of several, every client takes the one with
-            the best accuracy on its val images.
+        lr: rate of AdamW, after a warm-up of a tenth of the epochs; cosine (``OneCycleLR``, which also moves beta 1
+            from 0.95 to 0.85 and back). Of several, every client takes the one with the best accuracy on its val
+            images.
         weight_decay: of all parameters.
         batch_size: images of a step.
         epochs: of the network.
@@ -68,6 +69,7 @@ class DeviceNetwork(Personal):
     """
 
     trainable = False
+    site = "both"
     tasks = (SINGLE_LABEL,)
     asks: ClassVar[frozenset[Ask]] = frozenset({Ask.CLIENT_LABELS})
     #: Name of the array that comes down.

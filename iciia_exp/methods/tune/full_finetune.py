@@ -40,6 +40,7 @@ class FullFinetune(DeviceNetwork):
     name = "full_finetune"
     reads = frozenset({"features", "images"})
     array = "images"
+    site = "cloud"
     clients_at_once = 1
 
     def __init__(

@@ -12,6 +12,7 @@ Legend: C clients, n train and m val images of a client, M candidates, D feature
 """
 
 from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 import torch
@@ -21,7 +22,7 @@ from iciia_exp.data.batches import ClientBatch
 from iciia_exp.data.views import CloudView
 from iciia_exp.errors import ConfigError, check_choice, check_int
 from iciia_exp.ledger import Budget, Link, Sizes
-from iciia_exp.methods.base import Facts
+from iciia_exp.methods.base import Facts, without_seed
 from iciia_exp.methods.tune.base import Learned
 from iciia_exp.methods.tune.cloud_samples import CloudSamples
 from iciia_exp.methods.tune.matching import MATCHING, match_clients, sent_to_match
@@ -86,6 +87,11 @@ class MPDA(CloudSamples):
             raise ConfigError("measure", measure, "ranks items of a click task; use measure=loss")
         self.seed = check_int("seed", seed, 0)
         self.most = check_int("candidates", candidates, 1)
+
+    @classmethod
+    def canonical(cls, config: dict[str, Any], dim: int) -> dict[str, Any]:
+        """Leave out the seed unless clients are matched at random."""
+        return config if config.get("matching") == "random" else without_seed(config)
 
     @property
     def receives(self) -> bool:

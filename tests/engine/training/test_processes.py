@@ -92,7 +92,7 @@ def test_the_command_starts_the_processes(stages, undrawn):
 @pytest.mark.parametrize(("method", "together"), [("dc_ccl", True), ("iciia", True), ("finetune", False)])
 def test_methods_that_call_fit_are_trained_by_all_processes(stages, method, together):
     """Else Lightning would start the whole command again, which waits for the run's lock."""
-    assert stages(f"method={method}", "partition.split=within").trains_together is together
+    assert stages(f"method={method}", "partition.split=within").experiment.method_class.trainable is together
 
 
 def test_what_does_not_fit_is_refused_before_any_work(stages, monkeypatch):

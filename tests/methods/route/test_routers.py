@@ -30,6 +30,8 @@ def test_a_router_is_better_than_chance(name):
     least = {"fixed_router": -0.3, "oracle_router": 0.999}.get(name, 0.5)
     assert spearmanr(score, truth).statistic > least
     assert len(method.reference_n) == 50
+    assert method.payload()["threshold"] == method.threshold()
+    assert "reference_n" not in method.payload()
     assert ((method.reference_n < method.threshold(0.3)).float().mean() <= 0.3).item()
     to_cloud = method.to_cloud(test, 0.3)
     assert torch.equal(to_cloud, (method.score(test).double() < method.threshold(0.3)) & test.mask_CS)
