@@ -10,6 +10,7 @@ if "OMP_WAIT_POLICY" not in os.environ:
     os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
 import hydra
+import yaml
 from hydra.errors import HydraException
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
@@ -51,9 +52,11 @@ def main() -> None:
             print(f"iciia_exp {__version__}")
             sys.stdout.flush()
             return
-        from iciia_exp.config.hydra_errors import check_choices
+        from iciia_exp.config.hydra_errors import check_choices, check_hidden, own_folder
 
         check_choices(sys.argv[1:])
+        if (own := own_folder(sys.argv[1:])) is not None:
+            check_hidden(own)
         job()
         if "iciia_exp.engine.jobs" in sys.modules:  # --help and the like import no engine
             from iciia_exp.engine.jobs import take_failure
@@ -69,6 +72,13 @@ def main() -> None:
         from iciia_exp.config.hydra_errors import explain
 
         print_error(explain(error, sys.argv[1:]))
+        sys.exit(2)
+    except yaml.YAMLError as error:
+        if tracebacks:
+            raise
+        from iciia_exp.config.hydra_errors import of_yaml
+
+        print_error(of_yaml(error))
         sys.exit(2)
     except BrokenPipeError:  # `| head` has read enough
         discard_output()

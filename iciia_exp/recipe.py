@@ -119,6 +119,10 @@ def _checked(key: str, constructor: Constructor, first: Any, arguments: dict[str
     try:
         return constructor(first, **arguments)
     except Exception as error:
+        texts = {k: v for k, v in _given(constructor).items() if isinstance(v, str)}
+        if isinstance(error, TypeError) and texts:
+            name, text = next(iter(texts.items()))
+            raise ConfigError(f"{key}.{name}", text, f"is a text; must be a number? ({first_line(error)})") from error
         target = _target(constructor)
         given = ", ".join(f"{k}={v}" for k, v in _given(constructor).items())
         raise ConfigError(

@@ -1,6 +1,8 @@
 """Check: keys against signatures, stable names of targets, and the part of a configuration that counts in digests."""
 
 import inspect
+import logging
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import NoneType, UnionType
@@ -8,7 +10,8 @@ from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from hydra.utils import get_object
 
-from iciia_exp.errors import ConfigError, UserError, check_bool, check_choice, first_line, nearest
+from iciia_exp.config.source import source_digest
+from iciia_exp.errors import ConfigError, UserError, check_bool, check_choice, did_you_mean, first_line, nearest
 
 __all__ = [
     *("callbacks_science", "check_keys", "check_nodes", "class_of", "flatten", "identity", "of_library"),
@@ -41,14 +44,24 @@ def target_of(node: dict[str, Any], path: str) -> Callable[..., Any]:
     """Import the target of a configuration node."""
     if "_target_" not in node:
         raise ConfigError(path, node, "has no _target_; choose one of the group's options")
+    logger = logging.getLogger("hydra.utils")
+    level = logger.level
+    logger.setLevel(logging.CRITICAL + 1)  # the error below says it all
     try:
         target = get_object(node["_target_"])
     except Exception as error:
         name, cause = str(node["_target_"]), error.__cause__
+        module = sys.modules.get(name.rpartition(".")[0])
         problem = first_line(cause or error)
         if isinstance(cause, ModuleNotFoundError) and cause.name == name.partition(".")[0]:
             problem = f"no module {cause.name} in the working folder or on PYTHONPATH"
+        elif module is not None and isinstance(cause, ModuleNotFoundError | AttributeError):
+            names = [own for own, value in vars(module).items() if isinstance(value, type)]
+            near = did_you_mean(name.rpartition(".")[2], names, f"its classes are {', '.join(names)}")
+            problem = f"{module.__name__} has no {name.rpartition('.')[2]}; {near}"
         raise ConfigError(f"{path}._target_", name, f"cannot be imported ({problem})") from error
+    finally:
+        logger.setLevel(level)
     if not callable(target):
         raise ConfigError(f"{path}._target_", node["_target_"], "must be a class or a function")
     return target
@@ -176,8 +189,9 @@ def identity(target: Any) -> str:
 def science(node: Any) -> Any:
     """Return a configuration without the keys that cannot change a number (``cosmetic`` of its target).
 
-    Targets are replaced by their `identity`. A key that is left out has its default, and one that is None by default
-    and by value is left out: a new option of a class does not change the digests of what was made before.
+    Targets are replaced by their `identity`, with a digest of their code where it is the user's. A key that is left out
+    has its default, and one that is None by default and by value is left out: a new option of a class does not change
+    the digests of what was made before.
     """
     if isinstance(node, list | tuple):
         return [science(v) for v in node]
@@ -196,7 +210,13 @@ def science(node: Any) -> Any:
         defaults = {n: p.default for n, p in parameters_of(target).items() if p.default is not p.empty}
         node = {k: v for k, v in (defaults | node).items() if v is not None or defaults.get(k, ...) is not None}
     values = {k: science(v) for k, v in node.items() if k not in cosmetic and not k.startswith("_")}
-    return {"_target_": name, **values}
+    return {"_target_": name, **_source(node["_target_"]), **values}
+
+
+def _source(target: str) -> dict[str, str]:
+    """Return the digest of the code of a class or function of the user's, which may change under its name."""
+    code = None if of_library(target) else source_digest(get_object(target))
+    return {} if code is None else {"source_code": code}
 
 
 def _name_in_library(target: str) -> str:
@@ -214,7 +234,7 @@ def trainer_science(config: dict[str, Any]) -> dict[str, Any]:
     """Return the trainer's arguments that can change a number, its devices left out."""
     kept = {k: v for k, v in config.items() if k not in _TRAINER_COSMETIC and not k.startswith("_")}
     if not of_library(config.get("_target_", "")):
-        kept["_target_"] = identity(target_of(config, "trainer"))
+        kept |= {"_target_": identity(target_of(config, "trainer")), **_source(config["_target_"])}
     return kept
 
 

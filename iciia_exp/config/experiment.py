@@ -89,6 +89,9 @@ class Experiment:
         try:
             plain: dict[str, Any] = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)  # type: ignore[assignment]
         except OmegaConfBaseException as error:
+            if match := re.search(r"Error trying to access ([\w.]+): node `([\w.]+)` is not a container", str(error)):
+                inner, key = match.groups()
+                raise ConfigError(key, OmegaConf.select(config, key), f"holds several settings; set {inner}") from error
             key = f"{error.full_key}: " if error.full_key else ""
             raise UserError(key + first_line(error)) from error
         check_nodes(plain)
@@ -201,6 +204,11 @@ def _check_nodes(nodes: Any, group: str) -> None:
 
 def _check_top_level(config: DictConfig) -> None:
     for key in map(str, config):
+        if key == "experiment":
+            raise UserError("experiment: its file is empty, or its first line is not # @package _global_")
+        if "." in key and key.partition(".")[0] in TOP_LEVEL:
+            nested = " {".join(f"{part}:" for part in key.split("."))
+            raise UserError(f"{key}: keys are nested in a file, {nested} ...{'}' * key.count('.')}")
         if key not in TOP_LEVEL:
             hint = did_you_mean(key, [k for k in dotted_keys(config) if k != key], f"valid: {', '.join(TOP_LEVEL)}")
             raise UserError(f"{key}: no such key; {hint}")

@@ -1,10 +1,13 @@
 """Hydra errors: one line that names the nearest valid key or option."""
 
+import difflib
 import functools
 import re
 import shlex
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 
+import yaml
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import ConfigCompositionException, HydraException, MissingConfigException, OverrideParseException
 from omegaconf import DictConfig
@@ -12,7 +15,18 @@ from omegaconf import DictConfig
 from iciia_exp.config.paths import CONF_DIR
 from iciia_exp.errors import UserError, did_you_mean, first_line, printable
 
-__all__ = ["check_choices", "dotted_keys", "explain", "option_names", "override_key"]
+__all__ = [
+    *(
+        "check_choices",
+        "check_hidden",
+        "dotted_keys",
+        "explain",
+        "of_yaml",
+        "option_names",
+        "override_key",
+        "own_folder",
+    ),
+]
 
 
 #: Groups and keys of earlier releases, and their replacements.
@@ -33,9 +47,27 @@ _RENAMED = {
 _SEVERAL = ("callbacks", "logger", "experiment")
 
 
-def option_names(group: str) -> list[str]:
-    """Return the options of a configuration group."""
-    return sorted(path.stem for path in (CONF_DIR / group).glob("*.yaml"))
+def option_names(group: str, own: Path | None = None) -> list[str]:
+    """Return the options of a configuration group, those in a folder of the user's included."""
+    return sorted({path.stem for folder in (CONF_DIR, own) if folder for path in (folder / group).glob("*.yaml")})
+
+
+def own_folder(arguments: Sequence[str]) -> Path | None:
+    """Return the folder of ``--config-dir``, if it is among the arguments of a command."""
+    for argument, following in zip(arguments, [*arguments[1:], ""], strict=True):
+        if argument in ("--config-dir", "-cd"):
+            return Path(following)
+        if argument.startswith("--config-dir="):
+            return Path(argument.partition("=")[2])
+    return None
+
+
+def check_hidden(own: Path) -> None:
+    """Raise a `UserError` for an option in a folder of the user's that the package's of the same name hides."""
+    for path in sorted(own.glob("*/*.yaml")):
+        hidden_by = CONF_DIR / path.relative_to(own)
+        if hidden_by.is_file() and hidden_by.read_bytes() != path.read_bytes():
+            raise UserError(f"{path}: is hidden by the package's option of this name; give the file another name")
 
 
 def dotted_keys(config: DictConfig, prefix: str = "") -> Iterator[str]:
@@ -76,6 +108,24 @@ def _did_you_mean(word: str, choices: list[str], listed: str) -> str:
     return did_you_mean(word, choices, f"{listed}: {', '.join(choices)}")
 
 
+def _nearest_key(key: str, keys: list[str]) -> str:
+    """Return the advice for a key that is not there: the nearest one, or a plus sign for a further argument."""
+    parent = key.rpartition(".")[0]
+    if parent.partition(".")[0] not in keys:
+        return did_you_mean(key, keys, "see python -m iciia_exp --help")
+    leaves = [
+        k for k in keys if not k.rpartition(".")[2].startswith("_") and not any(o.startswith(f"{k}.") for o in keys)
+    ]
+    beside = [k for k in leaves if k.rpartition(".")[0] == parent]
+    names = {k.rpartition(".")[2]: k for k in beside}
+    near = difflib.get_close_matches(key.rpartition(".")[2], list(names), n=1, cutoff=0.7)
+    if near:
+        return f"did you mean {names[near[0]]}?"
+    if parent in keys:
+        return f"an argument that is not listed gets a plus sign: +{key}=..."
+    return did_you_mean(key, leaves, f"what is not listed gets a plus sign: +{key}=...")
+
+
 def override_key(override: str) -> str:
     """Return the key that an override sets.
 
@@ -112,7 +162,8 @@ def check_choices(overrides: Sequence[str]) -> None:
         if parsed.is_sweep_override():
             continue
         if not all(isinstance(option, str) for option in chosen):
-            raise UserError(f"{group}={written}: no such option; valid: {', '.join(option_names(group))}")
+            valid = ", ".join(option_names(group, own_folder(overrides)))
+            raise UserError(f"{group}={written}: no such option; valid: {valid}")
         if isinstance(value, list) and group not in _SEVERAL:
             raise UserError(
                 f"{group}={written}: takes one option; for a run of each, -m {group}={','.join(map(str, chosen))}"
@@ -127,6 +178,13 @@ def explain(error: Exception, overrides: Sequence[str]) -> str:
         overrides: of the command.
     """
     return str(error) if isinstance(error, UserError) else printable(_explained(error, overrides), lines=False)
+
+
+def of_yaml(error: yaml.YAMLError) -> str:
+    """Return one line for a file that is no YAML, with its place."""
+    mark, problem = getattr(error, "problem_mark", None), getattr(error, "problem", None)
+    place = "a file of the configuration" if mark is None else f"{mark.name}:{mark.line + 1}"
+    return printable(f"{place}: is not YAML ({problem or first_line(error)})", lines=False)
 
 
 def _explained(error: Exception, overrides: Sequence[str]) -> str:
@@ -151,14 +209,16 @@ def _explained(error: Exception, overrides: Sequence[str]) -> str:
             if f"{key}.".startswith(f"{old}."):
                 return f"{key}: no such key; {old} is now {new}"
         if key in _groups():  # a group that is not in the defaults list
-            return f"{key}: add a plus sign, +{key}=NAME; valid: {', '.join(option_names(key))}"
+            return f"{key}: add a plus sign, +{key}=NAME; valid: {', '.join(option_names(key, own_folder(overrides)))}"
         if re.search(r"No match in the defaults list", text):
             return f"{key}: no such key; {_did_you_mean(key, _groups(), 'the groups are')}"
         varied = any(o.lstrip("+").startswith("search=") for o in overrides)
         if varied and not any(o.lstrip("+~").startswith(f"{key}=") for o in overrides):
-            own = "copy conf/search/optuna.yaml into a folder of yours (--config-dir) and change its params"
-            return f"{key}: no such key; the search varies it, but this method has none: {own}"
-        return f"{key}: no such key; {did_you_mean(key, _keys(overrides), 'see python -m iciia_exp --help')}"
+            own = "copy conf/search/optuna.yaml to search/NAME.yaml in a folder of yours (--config-dir)"
+            return f"{key}: no such key; the search varies it, but this method has none: {own} and change its params"
+        return f"{key}: no such key; {_nearest_key(key, _keys(overrides))}"
+    if match := re.search(r"Could not append to config. An item is already at '([^']+)'", text):
+        return f"+{match.group(1)}: is there already; leave the plus sign out: {match.group(1)}=..."
     if match := re.search(r"Could not delete from config. '([^']+)' does not exist", text):
         key, keys = match.group(1), _keys(overrides)
         if key in keys:  # Hydra takes null for nothing

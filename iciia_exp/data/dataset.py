@@ -41,6 +41,12 @@ class ImageDataset(ABC):
 
     #: Short name for folders and tables.
     name: ClassVar[str]
+
+    def __init_subclass__(cls, **given: Any) -> None:
+        super().__init_subclass__(**given)
+        if "name" not in vars(cls) and not cls.__module__.startswith("iciia_exp."):
+            cls.name = cls.__name__  # not that of a base
+
     #: One of `iciia_exp.tasks.TASKS`.
     task: Task = SINGLE_LABEL
     #: Whether the items are feature vectors of a network that is not here: it can neither be sent nor trained.

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import yaml
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
@@ -131,7 +132,7 @@ def composed(overrides: Sequence[str], config_dir: str | Path | None = None) -> 
     from hydra.errors import HydraException
     from omegaconf.errors import OmegaConfBaseException
 
-    from iciia_exp.config.hydra_errors import check_choices, explain
+    from iciia_exp.config.hydra_errors import check_choices, check_hidden, explain, of_yaml
     from iciia_exp.config.paths import CONF_DIR
 
     if wrong := [override for override in overrides if not isinstance(override, str)]:
@@ -144,6 +145,7 @@ def composed(overrides: Sequence[str], config_dir: str | Path | None = None) -> 
     if config_dir is not None:
         if not Path(config_dir).is_dir():
             raise ConfigError("config_dir", config_dir, "no such folder; it has the layout of conf/")
+        check_hidden(Path(config_dir))
         own = [f"hydra.searchpath=[{json.dumps(f'file://{Path(config_dir).resolve()}', ensure_ascii=False)}]"]
     check_choices(overrides)
     setup_logging()
@@ -154,6 +156,8 @@ def composed(overrides: Sequence[str], config_dir: str | Path | None = None) -> 
             return compose("config", overrides=[*own, *overrides])
     except (HydraException, OmegaConfBaseException) as error:
         raise UserError(explain(error, overrides)) from error
+    except yaml.YAMLError as error:
+        raise UserError(of_yaml(error)) from error
     finally:
         GlobalHydra.instance().hydra = outer
 

@@ -142,7 +142,7 @@ class Method(nn.Module, ABC):
     several threads.
     """
 
-    #: Stable name: its identity in digests, ``run.json`` and tables.
+    #: Stable name: its identity in digests, ``run.json`` and tables. A class of the user's without one has its own.
     name: ClassVar[str]
     #: Tasks that it supports; by default those with labels.
     tasks: ClassVar[tuple[Task, ...]] = tuple(task for task in TASKS.values() if task != QUALITY)
@@ -159,6 +159,11 @@ class Method(nn.Module, ABC):
     site: ClassVar[str | None] = None
     #: Whether `logits` can use the images before each image as its context, in one pass.
     causal: bool = False
+
+    def __init_subclass__(cls, **given: Any) -> None:
+        super().__init_subclass__(**given)
+        if "name" not in vars(cls) and not cls.__module__.startswith("iciia_exp."):
+            cls.name = cls.__name__  # not that of a base
 
     def __init__(self, facts: Facts) -> None:
         super().__init__()

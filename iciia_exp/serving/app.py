@@ -189,7 +189,7 @@ def make_app(
             elif kind.startswith("image/"):
                 given = [body]
             else:
-                some = f"application/json, {_FEATURES}, image/jpeg or image/png"
+                some = f"application/json, {_FEATURES}, image/jpeg, image/png or another image"
                 raise _Refused(415, f"Content-Type is {kind or 'missing'}; expected {some}")
             if len(given) > limits.images:
                 raise _Refused(413, f"{len(given):,} images; at most {limits.images:,} in a request")
@@ -264,6 +264,14 @@ def make_app(
         return Response(generate_latest(registry), media_type="text/plain; version=0.0.4")
 
     from fastapi.exceptions import RequestValidationError
+    from starlette.exceptions import HTTPException
+
+    @app.exception_handler(HTTPException)
+    async def unknown(request: Request, error: HTTPException) -> Response:
+        """Answer a path or a method that is not there in the form of all errors."""
+        requests.labels(error.status_code).inc()
+        text = f"{request.method} {request.url.path}: {str(error.detail).lower()}"
+        return JSONResponse({"error": text}, error.status_code, error.headers)
 
     @app.exception_handler(RequestValidationError)
     async def invalid(request: Request, error: RequestValidationError) -> Response:
@@ -325,12 +333,15 @@ def _features(body: bytes, kind: str, dim: int) -> Tensor | list[bytes]:
         if keys != {"features"}:
             raise _Refused(422, 'expected an object {"features": ...} or {"images": [...]}')
         try:
-            values = np.asarray(given["features"], dtype=np.float32)
+            values = np.asarray(given["features"])
         except (ValueError, TypeError, OverflowError) as error:
             raise _Refused(422, f"features: expected {dim} numbers, or lists of them") from error
+        if values.dtype.kind not in "iuf":  # texts and booleans become numbers, too
+            raise _Refused(422, f"features: expected {dim} numbers, or lists of them")
         if values.ndim not in (1, 2) or values.shape[-1] != dim or not len(values):
             raise _Refused(422, f"features: expected {dim} numbers, or lists of them, got {list(values.shape)}")
-        values = values.reshape(-1, dim)
+        with np.errstate(over="ignore"):  # what float32 cannot hold becomes infinite
+            values = values.astype(np.float32).reshape(-1, dim)
     if not np.isfinite(values).all():  # NumPy's calls do not wait for PyTorch's threads
         raise _Refused(422, "features: are not finite numbers")
     return torch.from_numpy(values)

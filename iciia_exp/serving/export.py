@@ -41,7 +41,7 @@ from iciia_exp.methods.tune.base import Personal
 from iciia_exp.models.backbones.base import Backbone
 from iciia_exp.output import exit_status
 from iciia_exp.serving.latency import measure
-from iciia_exp.serving.options import add_backbone, chosen_backbone
+from iciia_exp.serving.options import add_backbone, add_run, chosen_backbone, chosen_run
 from iciia_exp.serving.programs import check_program, open_program, programs_of, write_program
 from iciia_exp.serving.quantize import quantize
 from iciia_exp.serving.run import Run
@@ -141,7 +141,7 @@ def _require_onnx() -> None:
 def main(arguments: list[str] | None = None) -> int:
     """Export a run; return the exit status."""
     parser = argparse.ArgumentParser(prog="python -m iciia_exp.serving.export", description="a run as programs")
-    parser.add_argument("run", metavar="RUN", help="directory of a run")
+    add_run(parser)
     parser.add_argument("--to", choices=tuple(_ENDINGS), default="onnx", help="default: onnx")
     parser.add_argument("--out", type=Path, metavar="DIR", help="default: the folder export of the run")
     add_backbone(parser, "programs on images as well")
@@ -154,7 +154,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 def _export(options: argparse.Namespace) -> int:
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)
-    run = Run.load(options.run)
+    run = chosen_run(options)
     backbone = chosen_backbone(run, options)
     if backbone is None and options.images is not None:
         raise UserError("--images: is of programs on images; add --with-backbone")

@@ -23,7 +23,7 @@ from iciia_exp.artifacts import atomic_write, read_json, replacing_folder, save_
 from iciia_exp.errors import UserError, first_line
 from iciia_exp.methods.tune.base import Personal
 from iciia_exp.output import exit_status
-from iciia_exp.serving.options import add_backbone, chosen_backbone
+from iciia_exp.serving.options import add_backbone, add_run, chosen_backbone, chosen_run
 from iciia_exp.serving.run_info import checked_info
 from iciia_exp.tasks import MULTI_LABEL, SINGLE_LABEL
 
@@ -44,7 +44,7 @@ _NOT_SHOWN = ("git_revision", "finished", "config.data_dir", "config.output_dir"
 
 
 def save_pretrained(
-    run: Run, folder: str | Path, backbone: Backbone | None = None, license: str = "apache-2.0", name: str | None = None
+    run: Run, folder: str | Path, backbone: Backbone | None = None, license: str | None = None, name: str | None = None
 ) -> Path:
     """Write a run as a repository into a folder, and return it.
 
@@ -52,7 +52,7 @@ def save_pretrained(
         run: the run.
         folder: new, empty, or of an earlier call.
         backbone: whose weights are written as well, for images.
-        license: of the weights, by its identifier on the hub.
+        license: of the weights, by its identifier on the hub; None: the card names none.
         name: of the repository, for the card.
     """
     folder = Path(folder)
@@ -81,7 +81,7 @@ def _shown_results(run: Run) -> dict[str, Any]:
 
 
 def push_to_hub(
-    run: Run, repo_id: str, backbone: Backbone | None = None, license: str = "apache-2.0", **options: Any
+    run: Run, repo_id: str, backbone: Backbone | None = None, license: str | None = None, **options: Any
 ) -> str:
     """Upload a run to a repository of the hub, which is made if need be; return its address.
 
@@ -126,24 +126,23 @@ def download(name: str, revision: str | None = None, **options: Any) -> Path:
         raise UserError(f"{name}: no such folder, and cannot be downloaded ({first_line(error)})") from error
 
 
-def model_card(run: Run, row: dict[str, Any], name: str, license: str, backbone: bool) -> str:
+def model_card(run: Run, row: dict[str, Any], name: str, license: str | None, backbone: bool) -> str:
     """Return the README of a repository: the hub's metadata, then what was trained, on what, and how good it is."""
     method = run.method.name
     header: dict[str, Any] = {
         "library_name": "iciia_exp",
-        "license": license,
+        **({} if license is None else {"license": license}),
         "pipeline_tag": "image-classification",
         "tags": ["client-adaptation", "test-time-adaptation", method, run.info["task"]],
     }
     if row:
-        header["datasets"] = [row["dataset"]]
         header["metrics"] = ["accuracy"]
         task = {"type": "image-classification", "name": "client-adaptive image classification"}
         metrics = [
             {"type": "accuracy", "value": round(100 * row["accuracy"], 2), "name": "accuracy over test images"},
             {"type": "gain", "value": round(100 * row["gain"], 2), "name": "gain over the backbone alone"},
         ]
-        of = {"type": row["dataset"], "name": row["dataset"], "split": "test"}
+        of = {"type": "other", "name": row["dataset"], "split": "test"}  # the type would be a dataset of the hub
         header["model-index"] = [{"name": name, "results": [{"task": task, "dataset": of, "metrics": metrics}]}]
     parts = [
         f"---\n{yaml.safe_dump(header, sort_keys=False, allow_unicode=True)}---\n\n# {name}\n",
@@ -228,20 +227,18 @@ def _usage(run: Run, name: str, backbone: bool) -> str:
 def main(arguments: list[str] | None = None) -> int:
     """Write or push a repository; return the exit status."""
     parser = argparse.ArgumentParser(prog="python -m iciia_exp.serving.hub", description="a run as a repository")
-    parser.add_argument("run", metavar="RUN", help="directory of a run")
+    add_run(parser)
     where = parser.add_mutually_exclusive_group(required=True)
     where.add_argument("--out", type=Path, metavar="DIR", help="write it into a folder")
     where.add_argument("--push", metavar="USER/NAME", help="upload it to the hub")
     add_backbone(parser, "with the backbone's weights, for images")
-    parser.add_argument("--license", default="apache-2.0", help="of the weights; default: apache-2.0")
+    parser.add_argument("--license", help="of the weights, by its identifier on the hub (apache-2.0); default: none")
     parser.add_argument("--private", action="store_true", help="the new repository is private")
     return exit_status(lambda: _publish(parser.parse_args(arguments)), failed=1)
 
 
 def _publish(options: argparse.Namespace) -> int:
-    from iciia_exp.serving.run import Run
-
-    run = Run.load(options.run)
+    run = chosen_run(options)
     backbone = chosen_backbone(run, options)
     if options.out is not None:
         print(f"written to {save_pretrained(run, options.out, backbone, options.license)}")

@@ -3,16 +3,38 @@
 from __future__ import annotations
 
 import argparse
+import importlib
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+from iciia_exp.errors import UserError, first_line
 
 if TYPE_CHECKING:
     from iciia_exp.models.backbones.base import Backbone
     from iciia_exp.serving.run import Run
 
-__all__ = ["WEIGHTS_HELP", "add_backbone", "chosen_backbone"]
+__all__ = ["WEIGHTS_HELP", "add_backbone", "add_run", "chosen_backbone", "chosen_run"]
 
 WEIGHTS_HELP = "of the backbone, if it was loaded from a file"
+
+
+def add_run(parser: argparse.ArgumentParser) -> None:
+    """Add the run and ``--plugin``."""
+    parser.add_argument("run", metavar="RUN", help="directory of a run")
+    what = "module with the method or backbone, if they are yours (mine.mean_prior); several times for several"
+    parser.add_argument("--plugin", action="append", default=[], metavar="MODULE", help=what)
+
+
+def chosen_run(options: argparse.Namespace) -> Run:
+    """Load the run; raises a `UserError` for a plug-in that cannot be imported."""
+    from iciia_exp.serving.run import Run
+
+    for plugin in options.plugin:
+        try:
+            importlib.import_module(plugin)
+        except Exception as error:  # of any kind: it is the user's code
+            raise UserError(f"--plugin {plugin}: cannot be imported ({first_line(error)})") from error
+    return Run.load(options.run, options.plugin)
 
 
 def add_backbone(parser: argparse.ArgumentParser, why: str) -> None:

@@ -29,7 +29,7 @@ from iciia_exp.methods.adapt.base import Adaptive
 from iciia_exp.models.backbones.base import Backbone
 from iciia_exp.output import exit_status
 from iciia_exp.serving.export import export
-from iciia_exp.serving.options import WEIGHTS_HELP
+from iciia_exp.serving.options import WEIGHTS_HELP, add_run, chosen_run
 from iciia_exp.serving.run import Run
 
 __all__ = ["main", "make_page"]
@@ -134,7 +134,7 @@ def _packed(scratch: Path) -> Path:
 def main(arguments: list[str] | None = None) -> int:
     """Write the page of a run; return the exit status."""
     parser = argparse.ArgumentParser(prog="python -m iciia_exp.serving.page", description="a run in the browser")
-    parser.add_argument("run", metavar="RUN", help="directory of a run")
+    add_run(parser)
     parser.add_argument("--out", type=Path, metavar="DIR", help="default: the folder page of the run")
     parser.add_argument("--weights", type=Path, metavar="FILE", help=WEIGHTS_HELP)
     parser.add_argument("--runtime", type=Path, metavar="DIR", help="npm package onnxruntime-web; default: npm pack")
@@ -142,7 +142,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _write(options: argparse.Namespace) -> int:
-    run = Run.load(options.run)
+    run = chosen_run(options)
     out = make_page(run, options.out or run.path / "page", run.load_backbone(options.weights), options.runtime)
     print(f"open {out.resolve() / 'index.html'}")
     return 0

@@ -28,6 +28,7 @@ from iciia_exp.methods.route.policy import Interval
 from iciia_exp.methods.route.route_t2i import RouteT2I
 from iciia_exp.models.backbones.text_to_image import TextToImage
 from iciia_exp.output import exit_status
+from iciia_exp.serving.options import add_run, chosen_run
 from iciia_exp.serving.run import Run
 
 __all__ = ["Route", "Router", "main"]
@@ -60,9 +61,13 @@ class Router:
     @classmethod
     def load(cls, path: str | Path, plugins: Plugins = (), cache_dir: str | Path | None = None) -> Router:
         """Load a router from a run's directory; arguments and errors as of `Run.load`."""
-        run = Run.load(path, plugins, cache_dir)
+        return cls.of(Run.load(path, plugins, cache_dir))
+
+    @classmethod
+    def of(cls, run: Run) -> Router:
+        """Return the router of a run; raises a `UserError` if its method routes no prompts."""
         if not isinstance(run.method, PromptRouter):
-            raise UserError(f"{path}: {run.method.name} routes no prompts; give a run of method=route_t2i, say")
+            raise UserError(f"{run.path}: {run.method.name} routes no prompts; give a run of method=route_t2i, say")
         backbone = run.load_backbone()
         assert isinstance(backbone, TextToImage)
         return cls(run.method, backbone)
@@ -118,7 +123,7 @@ class Router:
 def main(arguments: list[str] | None = None) -> int:
     """Route the prompts of a file; return the exit status."""
     parser = argparse.ArgumentParser(prog="python -m iciia_exp.serving.router", description="who answers which prompt")
-    parser.add_argument("run", metavar="RUN", help="directory of a run")
+    add_run(parser)
     parser.add_argument("prompts", type=Path, metavar="PROMPTS", help="text file with a prompt a line, or a table")
     parser.add_argument("--share", type=float, help="largest share of prompts in the cloud; default: that of the run")
     parser.add_argument("--out", type=Path, metavar="FILE", help="write a CSV file, and not to the terminal")
@@ -127,7 +132,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _route_file(options: argparse.Namespace) -> int:
-    router = Router.load(options.run)
+    router = Router.of(chosen_run(options))
     prompts = read_prompts(options.prompts)["prompt"].tolist()
     routes = router.route_all(prompts, options.share)
     rows: list[dict[str, Any]] = [{"prompt": r.prompt, "side": r.side, "score": r.score, **r.metrics} for r in routes]

@@ -176,13 +176,13 @@ class Run:
         return cls.load(hub.download(str(name), revision, **options), plugins)
 
     def save_pretrained(
-        self, folder: str | Path, backbone: Backbone | None = None, license: str = "apache-2.0"
+        self, folder: str | Path, backbone: Backbone | None = None, license: str | None = None
     ) -> Path:
         """Write the run as a repository (`iciia_exp.serving.hub`): weights, configuration, results, model card."""
         return hub.save_pretrained(self, folder, backbone, license)
 
     def push_to_hub(
-        self, repo_id: str, backbone: Backbone | None = None, license: str = "apache-2.0", **options: Any
+        self, repo_id: str, backbone: Backbone | None = None, license: str | None = None, **options: Any
     ) -> str:
         """Upload the run to the hub and return its address; see `iciia_exp.serving.hub.push_to_hub`."""
         return hub.push_to_hub(self, repo_id, backbone, license, **options)
@@ -280,6 +280,10 @@ class Run:
         if stored is None:
             raise UserError(f"{self.path}: its features were made elsewhere; there is no backbone to load")
         folder, file, shipped = stored["folder"], stored["weights"], self.path / hub.BACKBONE
+        if weights is not None and (shipped.is_file() or folder is not None or file is None):
+            where = "those of the library" if folder is None else "in the cache"
+            where = "in the repository" if shipped.is_file() else where
+            raise UserError(f"{weights}: is not needed; the backbone's weights are {where}")
         if folder is None and file is not None and not shipped.is_file():
             if weights is None:
                 hint = f"load_backbone(weights=...) with the file {file['file']}"

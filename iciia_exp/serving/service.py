@@ -24,7 +24,7 @@ from iciia_exp.errors import UserError, check_float, check_int, first_line
 from iciia_exp.methods.tune.base import Personal
 from iciia_exp.output import exit_status
 from iciia_exp.serving.app import Limits, check_served, make_app
-from iciia_exp.serving.options import add_backbone, chosen_backbone
+from iciia_exp.serving.options import add_backbone, add_run, chosen_backbone, chosen_run
 from iciia_exp.serving.run import Run
 from iciia_exp.serving.scheduler import about
 from iciia_exp.serving.session import KEEP, ClientSession
@@ -56,7 +56,7 @@ def open_store(
 def main(arguments: list[str] | None = None) -> int:
     """Serve a run; return the exit status."""
     parser = argparse.ArgumentParser(prog="python -m iciia_exp.serving.service", description="a run behind HTTP")
-    parser.add_argument("run", metavar="RUN", help="directory of a run")
+    add_run(parser)
     parser.add_argument(
         "--states", metavar="FILE|URL", help="SQLite file, or redis://HOST; default: states.sqlite in the run"
     )
@@ -104,7 +104,7 @@ def _serve(options: argparse.Namespace) -> int:
             raise UserError(f"{options.token_file}: cannot be read ({problem})") from error
     if token is not None and not (token := token.strip()):
         raise UserError(f"{options.token_file or 'ICIIA_EXP_TOKEN'}: the token is empty")
-    run, limits = Run.load(options.run), Limits(options.max_body)
+    run, limits = chosen_run(options), Limits(options.max_body)
     check_served(run, options.history, options.keep)
     backbone = chosen_backbone(run, options)
     states = options.states or _states_of(run)

@@ -18,6 +18,7 @@ Legend: P kept images, E numbers kept of each, D features, K classes.
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -43,7 +44,7 @@ _LEARNED = "learned."  # in the file of a session
 
 KEEP = ("recent", "reservoir", "diverse")
 
-_FORMAT = 2
+_FORMAT = 3
 
 _LARGEST = 4 << 30  # bytes of the kept states
 
@@ -278,6 +279,7 @@ class ClientSession:
             "seen": self.seen,
             "random": self._rng.bit_generator.state,
         }
+        facts["checksum"] = _checksum(facts, tensors)
         with atomic_write(Path(path), "wb") as file:
             file.write(save({k: v.contiguous() for k, v in tensors.items()}, {"session": json.dumps(facts)}))
 
@@ -309,6 +311,9 @@ class ClientSession:
             raise UserError(
                 f"{path}: belongs to the run {facts.get('name')} ({facts.get('run')}), not to {name} ({run.identity})"
             )
+        stored = tensors | {f"{_LEARNED}{name}": tensor for name, tensor in learned.items()}
+        if facts.pop("checksum", None) != _checksum(facts, stored):
+            raise UserError(f"{path}: is damaged; its content is not what was written")
         try:
             session = cls(run, str(facts["client"]), facts["history"], facts["keep"], backbone, compile=compile)
             session._restore(tensors, check_int("seen", facts["seen"], 0), facts["random"])
@@ -343,3 +348,12 @@ class ClientSession:
             memory[:kept] = tensors[name]
         self._age[:kept] = age
         self._real[0, :kept] = True
+
+
+def _checksum(facts: dict[str, Any], tensors: Mapping[str, Tensor]) -> str:
+    """Return a digest of what is saved."""
+    found = hashlib.sha256(json.dumps(facts, sort_keys=True).encode())
+    for name, tensor in sorted(tensors.items()):
+        found.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
+        found.update(tensor.contiguous().numpy().tobytes())
+    return found.hexdigest()

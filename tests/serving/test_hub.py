@@ -47,9 +47,12 @@ def test_a_folder_is_all_that_is_needed(finished, tmp_path, capsys):
 
 def test_the_card_is_one_of_the_hub(finished, tmp_path):
     run = Run.load(finished.run.folder)
-    card = ModelCard.load(run.save_pretrained(tmp_path / "digits-iciia") / "README.md")
+    folder = run.save_pretrained(tmp_path / "digits-iciia")
+    card = ModelCard.load(folder / "README.md")
     assert card.data.library_name == "iciia_exp"
-    assert card.data.license == "apache-2.0"
+    assert (card.data.license, card.data.datasets) == (None, None), "the weights are the user's"
+    assert main([str(folder), "--out", str(tmp_path / "free"), "--license", "mit"]) == 0
+    assert ModelCard.load(tmp_path / "free" / "README.md").data.license == "mit"
     found = {result.metric_type: result.metric_value for result in card.data.eval_results}
     assert found["accuracy"] == pytest.approx(100 * run.results["accuracy"], abs=0.01)
     assert found["gain"] == pytest.approx(100 * run.results["gain"], abs=0.01)

@@ -152,6 +152,10 @@ GOOD = [0.5] * D
         ({"content": b"[" * 8000}, 400, "the body is not JSON"),
         ({"json": {"vectors": GOOD}}, 422, "expected an object"),
         ({"json": [GOOD]}, 422, "expected an object"),
+        ({"json": {"features": ["1"] * D}}, 422, f"expected {D} numbers"),
+        ({"json": {"features": [True] * D}}, 422, f"expected {D} numbers"),
+        ({"json": {"features": [10**30] * D}}, 422, f"expected {D} numbers"),
+        ({"json": {"features": [1e39] * D}}, 422, "are not finite"),
         ({"content": b"123", "headers": BINARY}, 422, f"a multiple of {4 * D} bytes, got 3"),
         ({"content": b"", "headers": BINARY}, 422, "got 0"),
         ({"content": np.full(D, np.inf, "<f4").tobytes(), "headers": BINARY}, 422, "are not finite"),
@@ -177,6 +181,17 @@ def test_a_bad_request_is_one_sentence_and_changes_nothing(run, tmp_path, given,
         assert client.get("/clients/c").json()["seen"] == 1
         x = torch.randn(1, D)
         assert torch.allclose(ask(client, "c", x), alone(run, "c", torch.cat([torch.ones(1, D), x]))[1:], atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "status"),
+    [("PUT", "/clients/c/predict", 405), ("GET", "/nowhere", 404), ("POST", "/health", 405)],
+)
+def test_paths_that_are_not_there_have_the_form_of_all_errors(service, method, path, status):
+    answer = service.request(method, path)
+    assert answer.status_code == status
+    assert answer.json()["error"].startswith(f"{method} {path}: ")
+    assert (status == 405) == ("allow" in answer.headers)
 
 
 def test_an_image_that_fails_takes_back_the_others_of_its_request(service, run):

@@ -1,5 +1,6 @@
 """The service's command line: states, ports, tokens, and a kill."""
 
+import importlib
 import os
 import signal
 import socket
@@ -9,14 +10,18 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
+from torch import nn
 
 pytest.importorskip("fastapi", reason="fastapi is not installed")
 import httpx
 
-from iciia_exp.serving.run import Run
+from iciia_exp.errors import UserError
+from iciia_exp.methods.base import Facts
+from iciia_exp.serving import hub
+from iciia_exp.serving.run import Run, save_method
 from iciia_exp.serving.service import _states_of, main
 from tests.serving.test_service import alone, ask, free_port, redis_server, wait_for
-from tests.serving.test_session import D
+from tests.serving.test_session import D, K
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
 
@@ -144,3 +149,28 @@ def test_states_of_a_repository_are_beside_it(run, tmp_path):
     folder = run.save_pretrained(tmp_path / "model")
     assert _states_of(Run.load(folder)) == str(tmp_path / "model.states.sqlite")
     assert _states_of(run) == str(run.path / "states.sqlite")
+
+
+def test_a_method_of_ones_own_is_a_plug_in(tmp_path, capsys, monkeypatch):
+    monkeypatch.syspath_prepend(tmp_path)
+    name = "own_method_of_a_test"
+    (tmp_path / f"{name}.py").write_text(
+        "from iciia_exp.methods.adapt.iciia import IciiaMethod\n\n\nclass Own(IciiaMethod):\n    pass\n"
+    )
+    (tmp_path / "run").mkdir()
+    method = importlib.import_module(name).Own(Facts.of(nn.Linear(D, K)), heads=2)
+    head, config = nn.Linear(D, K), {"_target_": f"{name}.Own", "heads": 2}
+    stored = {"task": "single-label", "class_names": list("abcd"), "images": 4, "features": "f", "backbone": None}
+    save_method(tmp_path / "run", method, head, config, stored)
+    assert hub.main([str(tmp_path / "run"), "--out", str(tmp_path / "out")]) == 1
+    assert "name the plug-in that it comes from" in capsys.readouterr().err
+    command = [str(tmp_path / "run"), "--out", str(tmp_path / "out"), "--plugin"]
+    assert hub.main([*command, "no_such_module"]) == 1
+    assert "--plugin no_such_module: cannot be imported (No module named" in capsys.readouterr().err
+    assert hub.main([*command, name]) == 0
+
+
+def test_weights_that_are_not_needed_are_refused(finished):
+    run = Run.load(finished.run.folder)
+    with pytest.raises(UserError, match="^digit.png: is not needed; the backbone's weights are in the cache"):
+        run.load_backbone("digit.png")

@@ -16,7 +16,7 @@ from iciia_exp.data.readers.images import as_picture
 from iciia_exp.errors import UserError
 from iciia_exp.methods.base import Facts
 from iciia_exp.serving.run import Run, save_method
-from iciia_exp.serving.session import ClientSession
+from iciia_exp.serving.session import ClientSession, _checksum
 from iciia_exp.serving.together import predict_next, predict_together, takes_many
 
 D, K = 16, 4
@@ -195,7 +195,7 @@ def test_a_huge_feature_is_refused_and_the_past_unchanged(run, keep, tmp_path):
         ({"seen": None}, "seen=None"),
         ({"keep": "all"}, "keep=all"),
         ({"random": {}}, "is not a saved session"),
-        ({"format": 7}, "format 7, this version reads 2"),
+        ({"format": 7}, "format 7, this version reads 3"),
         ({"client": None, "run": 5}, r"belongs to the run iciia-1 \(5\), not to iciia-1 \("),
         ({"run": [5]}, r"belongs to the run iciia-1 \(\[5\]\)"),
     ],
@@ -211,10 +211,23 @@ def test_a_forged_session_is_refused(run, tmp_path, change, message):
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     facts |= {k: v for k, v in change.items() if k not in tensors}
     tensors |= {k: v for k, v in change.items() if k in tensors}
+    facts["checksum"] = _checksum({k: v for k, v in facts.items() if k != "checksum"}, tensors)
     save_file(tensors, tmp_path / "bad", {"session": json.dumps(facts)})
     with pytest.raises(UserError, match=f"^{tmp_path}/bad: .*{message}"):
         ClientSession.load(tmp_path / "bad", run)
     assert ClientSession.load(tmp_path / "good", run).seen == 6
+
+
+def test_a_damaged_session_is_refused(run, tmp_path):
+    session = ClientSession(run, history=3)
+    for row in torch.randn(6, D):
+        session.predict(row)
+    session.save(tmp_path / "good")
+    whole = bytearray((tmp_path / "good").read_bytes())
+    whole[-5] ^= 1
+    (tmp_path / "bad").write_bytes(whole)
+    with pytest.raises(UserError, match=f"^{tmp_path}/bad: is damaged; its content is not what was written"):
+        ClientSession.load(tmp_path / "bad", run)
 
 
 class Pictures:
