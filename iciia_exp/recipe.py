@@ -122,7 +122,7 @@ def _checked(key: str, constructor: Constructor, first: Any, arguments: dict[str
         texts = {k: v for k, v in _given(constructor).items() if isinstance(v, str)}
         if isinstance(error, TypeError) and texts:
             name, text = next(iter(texts.items()))
-            raise ConfigError(f"{key}.{name}", text, f"is a text; must be a number? ({first_line(error)})") from error
+            raise ConfigError(f"{key}.{name}", text, f"is a text, not a number ({first_line(error)})") from error
         target = _target(constructor)
         given = ", ".join(f"{k}={v}" for k, v in _given(constructor).items())
         raise ConfigError(

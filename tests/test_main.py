@@ -1,6 +1,7 @@
 """The command line: as a subprocess where the process matters, in this process for the many ways to mistype."""
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -9,7 +10,9 @@ from pathlib import Path
 
 import pytest
 
+from iciia_exp import run_experiment
 from iciia_exp.__main__ import main
+from iciia_exp.errors import UserError
 
 pytestmark = pytest.mark.usefixtures("undrawn")
 
@@ -115,6 +118,25 @@ def call(monkeypatch, *arguments):
             "training.recipe.epoks: no such key; did you mean training.recipe.epochs?",
         ),
         (["+partition.clases=3"], "partition.clases: no such key"),
+        (
+            ["optimizer.betas=[0.9,0.99]"],
+            "optimizer.betas: no such key; an argument that is not listed gets a plus sign",
+        ),
+        (["optimizer.lrr=1"], "optimizer.lrr: no such key; did you mean optimizer.lr?"),
+        (
+            ["callbacks.a._target_=x"],
+            "callbacks.a._target_: no such key; what is not listed gets a plus sign: +callbacks",
+        ),
+        (["+groups=16"], "+groups: is there already; leave the plus sign out: groups=..."),
+        (
+            ["backbone=timm", "backbone.model=resnet18"],
+            "backbone.model=resnet18: holds several settings; set backbone.mod",
+        ),
+        (["optimizer.lr=1e-3x"], "optimizer.lr=1e-3x: is a text, not a number ("),
+        (
+            ["+callbacks.a._target_=iciia_exp.recipe.Recip"],
+            "callbacks.a._target_=iciia_exp.recipe.Recip: cannot be import",
+        ),
         (["lr=3"], "lr: no such key; did you mean"),
         (["protocol=published"], "protocol: no such key; protocol is now training"),
         (["trainng=published"], "trainng: no such key; did you mean training?"),
@@ -227,9 +249,6 @@ def test_conf_works_from_any_folder(monkeypatch, tmp_path, capsys):
 
 
 def test_the_same_from_python(small, tmp_path):
-    from iciia_exp import run_experiment
-    from iciia_exp.errors import UserError
-
     run = run_experiment("method=prior_map", *small)
     assert run.results["method"] == "prior_map"
     assert run_experiment("method=prior_map", *small).path == run.path
@@ -248,8 +267,6 @@ def test_run_experiment_within_a_program_of_hydra(small, tmp_path, monkeypatch):
     import hydra
     from hydra.core.global_hydra import GlobalHydra
 
-    from iciia_exp import run_experiment
-
     (tmp_path / "mine.yaml").write_text(
         "defaults: [_self_, {override hydra/job_logging: none}, {override hydra/hydra_logging: none}]\nmine: 3\n"
     )
@@ -266,17 +283,11 @@ def test_run_experiment_within_a_program_of_hydra(small, tmp_path, monkeypatch):
 
 
 def test_overrides_are_texts():
-    from iciia_exp import run_experiment
-    from iciia_exp.errors import UserError
-
     with pytest.raises(UserError, match=r"overrides are texts, one by one.*run_experiment\(\*overrides\)"):
         run_experiment(["method=backbone", "seed=1"])
 
 
 def test_a_folder_of_options_of_ones_own(small, tmp_path):
-    from iciia_exp import run_experiment
-    from iciia_exp.errors import UserError
-
     (tmp_path / "my conf" / "method").mkdir(parents=True)
     (tmp_path / "my conf" / "method" / "mine.yaml").write_text("_target_: iciia_exp.methods.adapt.heads.BackboneOnly\n")
     assert run_experiment("method=mine", *small, config_dir="my conf").results["method"] == "backbone"
@@ -287,13 +298,43 @@ def test_a_folder_of_options_of_ones_own(small, tmp_path):
 
 
 def test_an_experiment_without_its_first_line(small, tmp_path):
-    from iciia_exp import run_experiment
-    from iciia_exp.errors import UserError
-
     (tmp_path / "conf" / "experiment").mkdir(parents=True)
     (tmp_path / "conf" / "experiment" / "own.yaml").write_text("defaults:\n  - override /method: backbone\n")
     with pytest.raises(UserError, match=r"^experiment/own: the first line of its file must be # @package _global_$"):
         run_experiment("+experiment=own", *small, config_dir=str(tmp_path / "conf"))
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("tab", "a:\n\t- b\n", "my_conf/experiment/tab.yaml:2: is not YAML (found character"),
+        (
+            "dotted",
+            "# @package _global_\noptimizer.lr: 0.1\n",
+            "optimizer.lr: keys are nested in a file, optimizer: {lr: ...}",
+        ),
+        ("empty", "", "experiment: its file is empty, or its first line is not # @package _global_"),
+        ("digits", "name: other\n", "my_conf/experiment/digits.yaml: is hidden by the package's option of this name"),
+    ],
+)
+def test_files_of_ones_own_that_are_wrong(monkeypatch, capsys, small, name, text, message):
+    folder = Path("my_conf/experiment")
+    folder.mkdir(parents=True)
+    (folder / f"{name}.yaml").write_text(text)
+    assert call(monkeypatch, "--config-dir", "my_conf", f"+experiment={name}", *small) == 2
+    err = capsys.readouterr().err
+    assert err.startswith("error: ")
+    assert message in err
+    assert err.count("\n") == 1
+    with pytest.raises(UserError, match=re.escape(message)):
+        run_experiment(f"+experiment={name}", *small, config_dir="my_conf")
+
+
+def test_options_of_ones_own_are_listed(monkeypatch, capsys):
+    (Path("my_conf/method")).mkdir(parents=True)
+    (Path("my_conf/method/own_one.yaml")).write_text("_target_: x\n")
+    assert call(monkeypatch, "--config-dir=my_conf", "method=5") == 2
+    assert "own_one" in capsys.readouterr().err
 
 
 def test_the_version(monkeypatch, capsys):

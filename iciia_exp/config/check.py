@@ -182,7 +182,8 @@ def identity(target: Any) -> str:
     if package == __name__.partition(".")[0]:
         name = getattr(target, "name", None)
         return name if isinstance(name, str) else target.__name__
-    name = getattr(target, "__dict__", {}).get("name")
+    own = getattr(target, "__dict__", {})
+    name = None if own.get("_unnamed") else own.get("name")
     return f"{package}:{name}" if isinstance(name, str) else f"{target.__module__}.{target.__qualname__}"
 
 

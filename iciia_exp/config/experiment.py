@@ -181,8 +181,9 @@ def _named(aliases: dict[str, str], function: Callable[[], _Made]) -> _Made:
     try:
         return function()
     except ConfigError as error:
-        if error.key in aliases:
-            raise error.at(aliases[error.key]) from error
+        for key, alias in aliases.items():
+            if error.key == key or error.key.startswith(f"{key}."):
+                raise error.at(alias + error.key.removeprefix(key)) from error
         raise
 
 

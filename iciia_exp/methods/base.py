@@ -163,7 +163,7 @@ class Method(nn.Module, ABC):
     def __init_subclass__(cls, **given: Any) -> None:
         super().__init_subclass__(**given)
         if "name" not in vars(cls) and not cls.__module__.startswith("iciia_exp."):
-            cls.name = cls.__name__  # not that of a base
+            cls.name, cls._unnamed = cls.__name__, True  # type: ignore[attr-defined]  # not the name of a base
 
     def __init__(self, facts: Facts) -> None:
         super().__init__()

@@ -8,7 +8,7 @@ import pandas as pd
 from iciia_exp.errors import printable
 from iciia_exp.results.columns import backbone_cell, cell, columns_of
 from iciia_exp.results.summary import ALL
-from iciia_exp.results.tables import backbone_history, backbone_line, cost_images, history_of, unbalanced
+from iciia_exp.results.tables import backbone_history, backbone_line, cost_images, counted, history_of, unbalanced
 
 __all__ = ["by_history", "csv", "latex", "markdown", "note", "summary"]
 
@@ -43,9 +43,9 @@ def summary(table: pd.DataFrame) -> pd.DataFrame:
 
 def note(table: pd.DataFrame) -> str:
     """Return a line that explains the table of `summary`."""
-    first = table.iloc[0]
+    clients, images = (counted(table, key) for key in ("test_clients", "test_images"))
     return (
-        f"{first['test_clients']:,} test clients, {first['test_images']:,} test images. Percent; ± standard error over "
+        f"{clients} test clients, {images} test images. Percent; ± standard error over "
         "runs, [95 % interval over clients]. Overhead in multiply-accumulates, of the backbone's for one image: "
         f"{cost_images(table)} images together, each of them, one more where state is kept. Payloads and MACs "
         "by site: of a client, once, and of a request, the backbone's included. * none of the same cost or less "

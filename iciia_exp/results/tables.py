@@ -21,7 +21,7 @@ from iciia_exp.results.summary import COUNTS, ClientCounts, averages, summarise
 from iciia_exp.tasks import TASKS
 
 __all__ = [
-    *("averages_by_history", "backbone_history", "backbone_line", "comparisons", "cost_images"),
+    *("averages_by_history", "backbone_history", "backbone_line", "comparisons", "cost_images", "counted"),
     *("history_of", "history_summary", "load_runs", "pareto_front", "read_table", "select", "settings", "unbalanced"),
 ]
 
@@ -30,7 +30,7 @@ log = logging.getLogger(__name__)
 # what runs that differ in seeds alone have in common, beside the columns of `COLUMNS` that are so
 _COMMON = (
     *("name", "dataset", "task", "backbone", "method", "oracle", "groups", "heads", "num_layers", "setting_digest"),
-    *("sequence_macs", "backbone_macs", "cost_images", "test_clients", "test_images"),
+    *("sequence_macs", "backbone_macs", "cost_images"),
 )
 
 # columns of `clients.parquet` that tables and figures read
@@ -202,6 +202,8 @@ def settings(rows: list[dict[str, Any]], keys: dict[str, list[str]] | None = Non
             fact = published_number(first | change) or {}
             line[key], line[f"{key}_se"] = (fact.get(k, np.nan) / 100 for k in ("accuracy", "standard_error"))
         line |= alone
+        for key in ("test_clients", "test_images"):  # of seeds of the dataset or partition, others
+            line[key] = [row.get(key) for row in part]
         line["partition_digests"] = [row["partition_digest"] for row in part]
         line["run_dirs"] = [Path(row["run_dir"]) for row in part if "run_dir" in row]
         lines.append(line)
@@ -232,6 +234,12 @@ def backbone_line(table: pd.DataFrame) -> pd.Series:
     return first[list(names)].rename(names).rename({"backbone_runs": "runs"})
 
 
+def counted(table: pd.DataFrame, key: str) -> str:
+    """Return how many test clients or images the runs of a table of `settings` have."""
+    counts = {count for counts in table[key] for count in counts}
+    return f"{min(counts):,}" if len(counts) == 1 else f"{min(counts):,} to {max(counts):,}"
+
+
 def cost_images(table: pd.DataFrame) -> str:
     """Return for how many images together the cost is stated."""
     low, high = table["cost_images"].min(), table["cost_images"].max()
@@ -244,8 +252,8 @@ def unbalanced(table: pd.DataFrame) -> str:
         return ""
     low, high = (100 * f for f in (table["backbone_accuracy"].min(), table["backbone_accuracy"].max()))
     return (
-        "Settings have runs with different seeds of backbone or partition. Gains are over the backbone in the same "
-        f"runs, whose accuracy is {low:.1f} to {high:.1f} %."
+        "Settings have runs with different seeds of dataset, backbone or partition. Gains are over the backbone in the "
+        f"same runs, whose accuracy is {low:.1f} to {high:.1f} %."
     )
 
 

@@ -175,9 +175,7 @@ class Run:
         """
         return cls.load(hub.download(str(name), revision, **options), plugins)
 
-    def save_pretrained(
-        self, folder: str | Path, backbone: Backbone | None = None, license: str | None = None
-    ) -> Path:
+    def save_pretrained(self, folder: str | Path, backbone: Backbone | None = None, license: str | None = None) -> Path:
         """Write the run as a repository (`iciia_exp.serving.hub`): weights, configuration, results, model card."""
         return hub.save_pretrained(self, folder, backbone, license)
 

@@ -9,6 +9,7 @@ import yaml
 from hydra.utils import get_object, instantiate
 from torch import nn
 
+from iciia_exp.config.check import identity
 from iciia_exp.config.paths import CONF_DIR
 from iciia_exp.cost import count_macs
 from iciia_exp.data.batches import ClientBatch
@@ -131,6 +132,19 @@ def test_loss_ignores_padding(method):
 
 def test_names_are_those_of_their_files(method):
     assert method.name in {f.stem for f in FILES}
+
+
+def test_a_class_of_the_user_s_without_a_name_has_its_own():
+    class Nameless(IciiaMethod):
+        pass
+
+    class Named(IciiaMethod):
+        name = "mine"
+
+    assert Nameless.name == "Nameless"
+    assert identity(Nameless).startswith("tests.methods.test_methods.")  # its whole path
+    assert (Named.name, identity(Named)) == ("mine", "tests:mine")
+    assert identity(IciiaMethod) == IciiaMethod.name == "iciia"
 
 
 def test_a_method_without_a_cost_cannot_exist():

@@ -4,7 +4,7 @@ import logging
 import posixpath
 from collections import Counter
 from collections.abc import Mapping
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 from typing import ClassVar
 
@@ -173,11 +173,16 @@ class Folder(ImageFiles):
         """Return paths relative to the root: of absolute ones, and of those relative to the table."""
         root, beside = (posixpath.normpath(place.absolute().as_posix()) for place in (self.root, file.parent))
 
+        resolved = cache(posixpath.realpath)
+
         def within(path: str) -> str:
             plain = posixpath.normpath(path)
             if plain in found or (beside == root and not plain.startswith("/")):
                 return plain
             other = posixpath.relpath(posixpath.join(beside, plain), root)  # of an absolute path that path itself
+            if other.startswith("../"):  # of one through a link
+                folder, name = posixpath.split(posixpath.join(beside, plain))
+                other = posixpath.join(posixpath.relpath(resolved(folder), resolved(root)), name)
             return other if other in found or plain.startswith(("/", "../")) else plain
 
         return paths.map(within)

@@ -158,7 +158,9 @@ def parents_of_classes(
     pairs = table[["label", "parent"]].dropna(subset=["parent"]).drop_duplicates("label")
     of_class = pairs.set_index("label")["parent"].sort_index()
     if missing := sorted(set(range(num_classes)) - set(of_class.index)):
-        raise ConfigError(key, value, f"the dataset has no parent category for the classes {few(missing, 5)}; {hint}")
+        which = "classes" if len(missing) == num_classes else f"classes with the numbers {few(missing, 5)}"
+        problem = f"the dataset has no parent category for its {which}; give them (of a folder: dataset.parents=FILE)"
+        raise ConfigError(key, value, f"{problem}, or {hint}")
     codes, names = pd.factorize(of_class, sort=True)
     return np.asarray(codes, dtype=np.int64), [str(n) for n in names]
 

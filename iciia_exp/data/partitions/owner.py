@@ -120,7 +120,8 @@ class Owner(Partition):
         if lacking := int(owners.isna().sum()):
             problem = f"{lacking:,} of the dataset's {len(used):,} images have no owner"
             if lacking == len(used):
-                raise ConfigError("", "owner", f"{problem}; choose another partition")
+                hint = "give them (of a folder: a table with a column owner, dataset.csv=FILE)"
+                raise ConfigError("", "owner", f"{problem}; {hint}, or choose another partition")
             log.warning("partition: %s; they are left out", problem)
             used, owners = used[owners.notna().to_numpy()], owners.dropna()
         client_N, names = pd.factorize(owners)

@@ -232,19 +232,23 @@ def test_wrong_folders_are_named(tmp_path, change, message):
         Folder(tmp_path).table  # noqa: B018
 
 
-@pytest.mark.parametrize("form", ["absolute", "beside the table", "backslashes"])
+@pytest.mark.parametrize("form", ["absolute", "through a link", "beside the table", "backslashes"])
 def test_paths_as_tables_have_them(tmp_path, form):
     root = make_folder(tmp_path / "data" / "images")
     write_table(root / "t.csv", path=paths())
     want = Folder(root, csv="t.csv").table
     file = tmp_path / "data" / "t.csv"
+    (tmp_path / "link").symlink_to(root)
     given = {
         "absolute": [str(root / path) for path in paths()],
+        "through a link": [str(tmp_path / "link" / path) for path in paths()],
         "beside the table": [f"images/{path}" for path in paths()],
         "backslashes": [path.replace("/", "\\") for path in paths()],
     }[form]
     write_table(file, path=given)
     assert Folder(root, csv=file).table.equals(want)
+    if form == "absolute":
+        assert Folder(tmp_path / "link", csv=file).table.equals(want)
 
 
 def test_columns_of_other_names(tmp_path):

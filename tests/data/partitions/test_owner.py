@@ -196,7 +196,12 @@ def test_images_of_the_backbone_need_no_owner():
         ({"min_images": 2000}, {}, "min_images", "every owner has fewer than 2000 images, the largest"),
         ({"test_share": 0}, {}, "test_share", "above 0"),
         ({"val_share": 1}, {}, "val_share", "at most 0.9"),
-        ({}, {"owner": None}, "", "of the dataset's .* images have no owner; choose another partition"),
+        (
+            {},
+            {"owner": None},
+            "",
+            "of the dataset's .* images have no owner; give them .*dataset.csv=FILE.*, or choose another partition",
+        ),
         ({}, {"split": "train"}, "split", "has test images; use split=client or split=within"),
         ({"split": "client"}, {"owner": "only"}, "split", "none of the 1 owners has val images; use split=given"),
         ({}, {"split": "backbone"}, "min_images", "every owner has fewer than 1 images, the largest 0"),

@@ -132,7 +132,12 @@ def test_ucf101_has_about_121_clients(reference):
         ({"val_share": 0}, {}, "val_share", "above 0"),
         ({"val_by": "video"}, {}, "val_by", "image, owner"),
         ({"val_by": "owner"}, {"owner": None}, "val_by", "without an owner"),
-        ({}, {"parent": None}, "", "no parent category for the classes 0, 1, 2, 3, 4 and 7 more"),
+        (
+            {},
+            {"parent": None},
+            "",
+            "no parent category for its classes; give them .*dataset.parents=FILE.*, or choose another partition",
+        ),
         ({}, {"split": "train"}, "test_chunk", "no parent category has both"),
         ({}, {"label": [[0]] * 2000}, "", "needs one label per image"),
     ],

@@ -109,7 +109,7 @@ def test_imagenet_has_as_many_clients_at_every_ratio(reference):
         ({"ratio": 1.1}, {}, "ratio", "at least 0, at most 1"),
         ({"of": "images"}, {}, "of", "samples, clients"),
         ({"train_chunk": 1}, {}, "train_chunk", "at least 2"),
-        ({}, {"parent": None}, "", "no parent category for the classes"),
+        ({}, {"parent": None}, "", "no parent category for its classes"),
         ({}, {"label": [[0]] * 6000}, "", "needs one label per image"),
         ({}, {"split": "train"}, "test_chunk", "no parent category has both"),
         ({"of": "clients"}, {"split": "train"}, "test_chunk", "no parent category has both"),
