@@ -88,6 +88,10 @@ class CloudView(Dataset[ClientBatch]):
         pairs = ragged.row_numbers * self.num_classes + labels[ragged.values]
         return np.bincount(pairs, minlength=counts_CK.size).reshape(counts_CK.shape).astype(np.float32)
 
+    def known_classes(self) -> np.ndarray:
+        """Return of which classes there are train or val images, bool [K]."""
+        return np.logical_or(self.class_counts("train").any(0), self.class_counts("val").any(0))
+
     def chunks(self, role: str, batch_size: int = 64, most_images: int | None = None) -> Iterator[ClientBatch]:
         """Yield batches of chunks in a fixed random order, until ``most_images`` images are reached."""
         index_CS, client_C = cut_chunks(self.clients[role], self.images)

@@ -3,7 +3,8 @@
 Source: Alexandari, Kundaje and Shrikumar 2020, "Maximum Likelihood with Bias-Corrected Calibration is Hard-To-Beat at
 Label Shift Adaptation". Logits are divided by a temperature; ``bcts`` (bias-corrected temperature scaling) adds a bias
 per class. Both minimise the log-loss on val images. A posterior divided by the mean of the calibrated posteriors there
-is a likelihood.
+is a likelihood. Classes without an image in the cloud are not rare for that: calibration is among the others, and they
+have the mean share.
 
 Legend: C clients, S images of a client, K classes, T images in all.
 """
@@ -14,12 +15,16 @@ import torch
 from torch import Tensor, nn
 
 from iciia_exp.data.batches import ClientBatch
+from iciia_exp.data.views import CloudView
 from iciia_exp.errors import check_choice
 from iciia_exp.methods.base import Facts, Record
 from iciia_exp.models.lbfgs import minimise
-from iciia_exp.tasks import MULTI_LABEL, Task
+from iciia_exp.tasks import MULTI_LABEL, SINGLE_LABEL, Task
 
-__all__ = ["VAL_IMAGES", "Calibrator", "choose", "first_images", "fit_calibrator", "mean_log_loss", "of_images"]
+__all__ = [
+    *("VAL_IMAGES", "Calibrator", "among_known", "choose", "first_images", "fit_calibrator", "mean_log_loss"),
+    "of_images",
+]
 
 CALIBRATORS = ("none", "temperature", "bcts")
 
@@ -40,6 +45,13 @@ def of_images(batches: Sequence[ClientBatch], values: Callable[[ClientBatch], Te
     parts = [(values(batch)[batch.mask_CS], batch.y_CS[batch.mask_CS]) for batch in batches]
     values_T, y_T = (torch.cat(part) for part in zip(*parts, strict=True))
     return values_T, y_T
+
+
+def among_known(known_K: Tensor, y_T: Tensor, *logits_TK: Tensor) -> tuple[Tensor, list[Tensor]]:
+    """Return labels and logits among the classes that are known, numbered anew; all labels are of known classes."""
+    if bool(known_K.all()):
+        return y_T, list(logits_TK)
+    return (known_K.cumsum(0) - 1)[y_T], [part_TK[:, known_K] for part_TK in logits_TK]
 
 
 def fit_calibrator(task: Task, b_TK: Tensor, y_T: Tensor, calibrator: str) -> tuple[Tensor, Tensor]:
@@ -74,6 +86,7 @@ class Calibrator(nn.Module):
     log_temperature: Tensor
     bias: Tensor
     log_source: Tensor
+    known_K: Tensor
 
     def __init__(self, facts: Facts, kind: str) -> None:
         super().__init__()
@@ -81,6 +94,12 @@ class Calibrator(nn.Module):
         self.register_buffer("log_temperature", torch.zeros(()))
         self.register_buffer("bias", torch.zeros(facts.num_classes))
         self.register_buffer("log_source", torch.full((facts.num_classes,), 1 / facts.num_classes).log())
+        self.register_buffer("known_K", torch.ones(facts.num_classes, dtype=torch.bool), persistent=False)
+
+    def read(self, cloud: CloudView) -> None:
+        """Read which classes the cloud has images of."""
+        if self.task == SINGLE_LABEL and (known_K := cloud.known_classes()).any():
+            self.known_K.copy_(torch.from_numpy(known_K))
 
     def forward(self, b: Tensor) -> Tensor:
         """Return calibrated logits."""
@@ -98,16 +117,17 @@ class Calibrator(nn.Module):
             batches: val clients.
         """
         b_TK, y_T = of_images(batches, lambda batch: classify(batch.x_CSD))
-        log_temperature, bias = fit_calibrator(self.task, b_TK, y_T, self.kind)
+        y_T, (b_Tk,) = among_known(self.known_K, y_T, b_TK)
+        log_temperature, bias_k = fit_calibrator(self.task, b_Tk, y_T, self.kind)
         self.log_temperature.copy_(log_temperature)
-        self.bias.copy_(bias)
-        logits_TK = self(b_TK)
+        self.bias[self.known_K] = bias_k
+        logits_TK = self(b_TK)[:, self.known_K]
         if self.task == MULTI_LABEL:
             self.log_source.copy_(logits_TK.sigmoid().mean(0).clamp(1e-6, 1 - 1e-6).log())
         elif self.kind != "none":
             # one image more, shared out evenly among the classes
-            mean_K = (logits_TK.softmax(-1).sum(0) + 1 / logits_TK.shape[1]) / (len(logits_TK) + 1)
-            self.log_source.copy_(mean_K.log())
+            mean_k = (logits_TK.softmax(-1).sum(0) + 1 / logits_TK.shape[1]) / (len(logits_TK) + 1)
+            self.log_source[self.known_K] = (mean_k * (len(mean_k) / len(self.log_source))).log()
         record: Record = {"images": len(y_T)}
         return record if self.kind == "none" else record | {"temperature": round(float(self.log_temperature.exp()), 4)}
 

@@ -80,6 +80,7 @@ class ClassPrior(nn.Module, ABC):
 
     def read(self, cloud: CloudView) -> None:
         """Read the class histograms of the training clients."""
+        self.calibrator.read(cloud)
         counts_CK = cloud.class_counts("train")
         counts_CK = counts_CK[counts_CK.sum(1) > 0]
         if not len(counts_CK):

@@ -29,7 +29,7 @@ from iciia_exp.data.clients import Ragged
 from iciia_exp.data.views import CloudView
 from iciia_exp.errors import check_int
 from iciia_exp.methods.adapt.base import Adaptive, full_precision, real_images
-from iciia_exp.methods.adapt.calibration import VAL_IMAGES
+from iciia_exp.methods.adapt.calibration import VAL_IMAGES, among_known
 from iciia_exp.methods.adapt.client_prior import ClientPrior
 from iciia_exp.methods.adapt.client_vector import ClientVector
 from iciia_exp.methods.adapt.image_classifier import keep_unknown
@@ -121,6 +121,7 @@ class ClientProfile(Adaptive):
             for i in range(len(self.ensemble_weight))
         ]
         y_T = torch.cat([batch.y_CS[batch.mask_CS] for batch in val])
+        y_T, logits = among_known(self.prior.calibrator.known_K, y_T, *logits)
         self.ensemble_weight.copy_(ensemble_weights(self.task, y_T, *logits))
         record: Record = {"backbone_and_perceptrons": [round(float(w), 3) for w in self.ensemble_weight]}
         # from here on an image is its logits, those of the backbone and the sum: they are computed once

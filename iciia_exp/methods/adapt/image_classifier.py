@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from iciia_exp.data.views import CloudView
 from iciia_exp.errors import check_int
-from iciia_exp.methods.adapt.calibration import VAL_IMAGES, of_images
+from iciia_exp.methods.adapt.calibration import VAL_IMAGES, among_known, of_images
 from iciia_exp.methods.base import Facts, Fit, copy_of
 from iciia_exp.models.perceptron import Perceptron, ensemble_weights
 from iciia_exp.tasks import SINGLE_LABEL
@@ -72,7 +72,9 @@ class ImageClassifier(nn.Module):
         if val := list(cloud.chunks("val", most_images=VAL_IMAGES)):
             x_MD, y = of_images(val, lambda batch: batch.x_CSD)
             with torch.no_grad():
-                logits = self.head(x_MD), self.perceptron(x_MD)
+                logits = [self.head(x_MD), self.perceptron(x_MD)]
+            if self.task == SINGLE_LABEL:
+                y, logits = among_known(torch.from_numpy(cloud.known_classes()), y, *logits)
             self.ensemble_weight.copy_(ensemble_weights(self.task, y, *logits))
 
     @property

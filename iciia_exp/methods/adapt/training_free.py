@@ -38,6 +38,7 @@ class TrainingFree(Adaptive):
 
     def learn(self, cloud: CloudView, fit: Fit) -> Record:
         """Read the cloud's statistics, then calibrate on val clients."""
+        self.calibrator.read(cloud)
         self.read(cloud)
         self.eval()
         chosen = self.calibrate(list(cloud.chunks("val", most_images=VAL_IMAGES)))
