@@ -10,6 +10,7 @@ from scipy.optimize import minimize
 from torch import nn
 from torch.nn import functional as F
 
+from iciia_exp.data.batches import FeatureBatches
 from iciia_exp.errors import ConfigError
 from iciia_exp.methods.adapt.calibration import fit_calibrator
 from iciia_exp.methods.adapt.class_prior import cluster_histograms
@@ -19,7 +20,7 @@ from iciia_exp.methods.adapt.prior_em import PriorEM, PriorMAP
 from iciia_exp.methods.adapt.smoothed_prior import SmoothedPrior
 from iciia_exp.methods.base import Facts
 from iciia_exp.tasks import MULTI_LABEL, SINGLE_LABEL
-from tests.making.cloud import K, S, studied
+from tests.making.cloud import K, S, SmallCloud, no_fit, small_cloud, studied
 
 
 def posteriors(method, x):
@@ -47,6 +48,29 @@ def test_calibrators_against_scipy(calibrator):
     got = np.append(log_t.numpy(), bias.numpy() if calibrator == "bcts" else [])
     assert loss(got) == pytest.approx(want.fun, abs=1e-5)
     assert (bias == 0).all() == (calibrator == "temperature")
+
+
+def test_classes_that_the_cloud_has_no_images_of_are_calibrated_as_the_others():
+    """They have no val images because their clients are new, not because they are rare."""
+    torch.manual_seed(0)
+    whole = small_cloud(8, 6, clients=12, noise=3.0)
+    labels = whole.batches.labels.copy()
+    labels[labels > 3] -= 3
+    batches = FeatureBatches(whole.batches.features, labels)
+    cloud = SmallCloud(whole.clients, batches, 6, whole.images).view
+    assert cloud.known_classes().tolist() == [True] * 4 + [False] * 2
+    head = nn.Linear(8, 6)
+    few = nn.Linear(8, 4)
+    few.load_state_dict({name: t[:4] for name, t in head.state_dict().items()})
+    found, want = (PriorMAP(Facts.of(linear), calibrator="bcts") for linear in (head, few))
+    found.learn(cloud, no_fit)
+    want.learn(SmallCloud(whole.clients, batches, 4, whole.images).view, no_fit)
+    torch.testing.assert_close(found.calibrator.log_temperature, want.calibrator.log_temperature)
+    torch.testing.assert_close(found.calibrator.bias[:4], want.calibrator.bias)
+    assert found.calibrator.bias[4:].tolist() == [0, 0]
+    source_K = found.calibrator.log_source.exp()
+    torch.testing.assert_close(source_K[:4], want.calibrator.log_source.exp() * 4 / 6)
+    torch.testing.assert_close(source_K[4:], torch.full((2,), 1 / 6))
 
 
 # ---- class priors
