@@ -16,16 +16,8 @@ from iciia_exp.config.paths import CONF_DIR
 from iciia_exp.errors import UserError, did_you_mean, first_line, printable
 
 __all__ = [
-    *(
-        "check_choices",
-        "check_hidden",
-        "dotted_keys",
-        "explain",
-        "of_yaml",
-        "option_names",
-        "override_key",
-        "own_folder",
-    ),
+    *("check_choices", "check_hidden", "dotted_keys", "explain", "of_yaml", "option_names", "override_key"),
+    "own_folder",
 ]
 
 

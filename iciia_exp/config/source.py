@@ -1,19 +1,32 @@
 """Source: the user's own code, which counts in digests as settings do."""
 
 import ast
-import inspect
+import importlib.util
 import sys
 import sysconfig
-from functools import cache
+from collections.abc import Iterator
+from functools import cache, lru_cache
 from pathlib import Path
 from types import ModuleType
-from typing import Any, TypeGuard
+from typing import Any, NamedTuple, TypeGuard
 
 from iciia_exp.digest import digest
 
 __all__ = ["source_digest"]
 
 _INSTALLED = tuple({sysconfig.get_path(name) for name in ("stdlib", "platstdlib", "purelib", "platlib")})
+
+_ALL = "*"
+
+
+class _Code(NamedTuple):
+    """What is in a file."""
+
+    lines: list[str]
+    #: Statements that define each top-level name.
+    nodes: dict[str, list[ast.stmt]]
+    #: Modules that each imported name is of, and what it is there: a name, or all.
+    imports: dict[str, list[tuple[str, str]]]
 
 
 @cache
@@ -31,27 +44,23 @@ def source_digest(target: Any) -> str | None:
     return digest(sorted([name, text] for (_, name), text in parts.items())) if parts else None
 
 
-def _follow(module: ModuleType, name: str, parts: dict[tuple[str, str], str]) -> None:
-    """Collect the text of a top-level name of a module, and of all that it names, by module and name."""
-    if (module.__name__, name) in parts:
+def _follow(module: ModuleType | None, name: str, parts: dict[tuple[str, str], str]) -> None:
+    """Collect the text of a top-level name of a module, or of all of it, and of all that it names."""
+    if not _own(module) or (module.__name__, name) in parts:
         return
-    nodes, lines = _top_level(module)
-    for node in nodes.get(name, ()):
-        text = "\n".join(_code(lines[_first_line(node) - 1 : node.end_lineno]))
-        parts[module.__name__, name] = parts.get((module.__name__, name), "") + text
-    if name in nodes:
-        found = {node.id for part in nodes[name] for node in ast.walk(part) if isinstance(node, ast.Name)}
-        for other in sorted(found - {name}):
-            _follow(module, other, parts)
-        return
-    value = vars(module).get(name)
-    if isinstance(value, ModuleType):
-        if _own(value):
-            parts[value.__name__, ""] = "\n".join(_code(_top_level(value)[1]))
-    elif inspect.isclass(value) or inspect.isfunction(value):
-        place = sys.modules.get(value.__module__)
-        if place is not module and _own(place):
-            _follow(place, value.__qualname__.partition(".")[0], parts)
+    code = _read(module)
+    if name == _ALL:
+        parts[module.__name__, name] = _text(code.lines)
+    elif name in code.nodes:
+        nodes = code.nodes[name]
+        parts[module.__name__, name] = "".join(_text(code.lines[_first(n) - 1 : n.end_lineno]) for n in nodes)
+        found = {node.id for part in nodes for node in ast.walk(part) if isinstance(node, ast.Name)}
+        for other in sorted(found | {_ALL}):  # what stars import may be named as well
+            for place, there in code.imports.get(other, ()):
+                inner = sys.modules.get(f"{place}.{there}")  # a module of a package
+                _follow(*((sys.modules.get(place), there) if inner is None else (inner, _ALL)), parts)
+            if other in code.nodes:
+                _follow(module, other, parts)
 
 
 def _own(module: ModuleType | None) -> TypeGuard[ModuleType]:
@@ -62,25 +71,49 @@ def _own(module: ModuleType | None) -> TypeGuard[ModuleType]:
     return module.__name__.partition(".")[0] != __name__.partition(".")[0] and Path(file).is_file()
 
 
-def _top_level(module: ModuleType) -> tuple[dict[str, list[ast.stmt]], list[str]]:
-    """Return the statements that define each top-level name of a module, and its lines."""
-    text = Path(str(module.__file__)).read_text(encoding="utf-8")
-    nodes: dict[str, list[ast.stmt]] = {}
-    for node in ast.parse(text).body:
+def _read(module: ModuleType) -> _Code:
+    path = Path(str(module.__file__))
+    return _read_file(path, path.stat().st_mtime_ns, module.__package__ or "")
+
+
+@lru_cache(64)
+def _read_file(path: Path, changed: int, package: str) -> _Code:
+    try:
+        text = path.read_text(encoding="utf-8")
+        tree = ast.parse(text)
+    except (OSError, ValueError, SyntaxError):  # changed since it was imported
+        return _Code([], {}, {})
+    code = _Code(text.splitlines(), {}, {})
+    for node in tree.body:
         if isinstance(node, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
-            nodes.setdefault(node.name, []).append(node)
+            code.nodes.setdefault(node.name, []).append(node)
         elif isinstance(node, ast.Assign | ast.AnnAssign | ast.AugAssign):
-            for part in node.targets if isinstance(node, ast.Assign) else [node.target]:
-                for named in ast.walk(part):
-                    if isinstance(named, ast.Name):
-                        nodes.setdefault(named.id, []).append(node)
-    return nodes, text.splitlines()
+            for target in node.targets if isinstance(node, ast.Assign) else [node.target]:
+                for name in {part.id for part in ast.walk(target) if isinstance(part, ast.Name)}:
+                    code.nodes.setdefault(name, []).append(node)
+    for name, place, there in _imports(tree, package):
+        code.imports.setdefault(name, []).append((place, there))
+    return code
 
 
-def _first_line(node: ast.stmt) -> int:
+def _imports(tree: ast.Module, package: str) -> Iterator[tuple[str, str, str]]:
+    """Yield names that are imported anywhere in a file, the modules that they are of, and what they are there."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            for alias in node.names:
+                yield alias.asname or alias.name.partition(".")[0], alias.name, _ALL
+        elif isinstance(node, ast.ImportFrom):
+            relative = "." * node.level + (node.module or "")
+            place = importlib.util.resolve_name(relative, package) if node.level else relative
+            for alias in node.names:
+                yield alias.asname or alias.name, place, alias.name
+
+
+def _first(node: ast.stmt) -> int:
+    """Return the number of a statement's first line, that of decorators included."""
     return min([node.lineno, *(decorator.lineno for decorator in getattr(node, "decorator_list", ()))])
 
 
-def _code(lines: list[str]) -> list[str]:
-    """Return lines without comments of their own and blank ones."""
-    return [line.rstrip() for line in lines if line.strip() and not line.lstrip().startswith("#")]
+def _text(lines: list[str]) -> str:
+    """Return lines without blank ones and those that are comments."""
+    return "\n".join(line.rstrip() for line in lines if line.strip() and not line.lstrip().startswith("#"))

@@ -12,7 +12,7 @@ from iciia_exp.results.labels import varying
 METHOD = """
 import torch
 from iciia_exp.methods.adapt.heads import BackboneOnly
-from other_code_of_a_test import SHIFT, shift
+from other_code_of_a_test import FACTOR as factor, shift
 
 SCALE = 2.0
 UNUSED = 1
@@ -31,9 +31,9 @@ class Own(BackboneOnly):
 
     # adds a constant
     def forward(self, x_CSD, mask_CS=None):
-        return shift(scaled(super().forward(x_CSD, mask_CS)))
+        return factor * shift(scaled(super().forward(x_CSD, mask_CS)))
 """
-OTHER = "SHIFT = 1.0\n\n\ndef shift(x):\n    return x + SHIFT\n"
+OTHER = "FACTOR = SHIFT = 1.0\nNOTHING = 1\n\n\ndef shift(x):\n    return x + SHIFT\n"
 
 
 @pytest.fixture
@@ -56,7 +56,13 @@ def code(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize(
     "change",
-    [("shift(scaled", "scaled(shift"), ("SCALE * x", "SCALE / x"), ("SCALE = 2", "SCALE = 3"), ("x + SHIFT", "x")],
+    [
+        ("shift(scaled", "scaled(shift"),
+        ("SCALE * x", "SCALE / x"),
+        ("SCALE = 2", "SCALE = 3"),
+        ("x + SHIFT", "x"),
+        ("FACTOR = SHIFT = 1", "FACTOR = SHIFT = 2"),
+    ],
 )
 def test_code_that_counts(code, change):
     assert source_digest(code(*change)) != source_digest(code())
@@ -64,7 +70,13 @@ def test_code_that_counts(code, change):
 
 @pytest.mark.parametrize(
     "change",
-    [("adds a constant", "says nothing"), ("UNUSED = 1", "UNUSED = 2"), ("value = 1", "value = 2"), ("\n\n\n", "\n\n")],
+    [
+        ("adds a constant", "says nothing"),
+        ("UNUSED = 1", "UNUSED = 2"),
+        ("NOTHING = 1", "NOTHING = 2"),
+        ("value = 1", "value = 2"),
+        ("\n\n\n", "\n\n"),
+    ],
 )
 def test_code_that_does_not(code, change):
     assert source_digest(code(*change)) == source_digest(code())
