@@ -203,20 +203,21 @@ def science(node: Any) -> Any:
     if "_target_" not in node:
         return {k: science(v) for k, v in node.items()}
     cosmetic: frozenset[str] = frozenset()
+    code: dict[str, str] = {}
     if of_library(node["_target_"]):
         name = _name_in_library(node["_target_"])
     else:
         target = get_object(node["_target_"])
-        name, cosmetic = identity(target), getattr(target, "cosmetic", frozenset())
+        name, cosmetic, code = identity(target), getattr(target, "cosmetic", frozenset()), _source(target)
         defaults = {n: p.default for n, p in parameters_of(target).items() if p.default is not p.empty}
         node = {k: v for k, v in (defaults | node).items() if v is not None or defaults.get(k, ...) is not None}
     values = {k: science(v) for k, v in node.items() if k not in cosmetic and not k.startswith("_")}
-    return {"_target_": name, **_source(node["_target_"]), **values}
+    return {"_target_": name, **code, **values}
 
 
-def _source(target: str) -> dict[str, str]:
+def _source(target: Any) -> dict[str, str]:
     """Return the digest of the code of a class or function of the user's, which may change under its name."""
-    code = None if of_library(target) else source_digest(get_object(target))
+    code = source_digest(target)
     return {} if code is None else {"source_code": code}
 
 
@@ -235,7 +236,8 @@ def trainer_science(config: dict[str, Any]) -> dict[str, Any]:
     """Return the trainer's arguments that can change a number, its devices left out."""
     kept = {k: v for k, v in config.items() if k not in _TRAINER_COSMETIC and not k.startswith("_")}
     if not of_library(config.get("_target_", "")):
-        kept |= {"_target_": identity(target_of(config, "trainer")), **_source(config["_target_"])}
+        target = target_of(config, "trainer")
+        kept |= {"_target_": identity(target), **_source(target)}
     return kept
 
 

@@ -1,6 +1,5 @@
 """Hydra errors: one line that names the nearest valid key or option."""
 
-import difflib
 import functools
 import re
 import shlex
@@ -13,7 +12,7 @@ from hydra.errors import ConfigCompositionException, HydraException, MissingConf
 from omegaconf import DictConfig
 
 from iciia_exp.config.paths import CONF_DIR
-from iciia_exp.errors import UserError, did_you_mean, first_line, printable
+from iciia_exp.errors import UserError, did_you_mean, first_line, nearest, printable
 
 __all__ = [
     *("check_choices", "check_hidden", "dotted_keys", "explain", "of_yaml", "option_names", "override_key"),
@@ -109,10 +108,8 @@ def _nearest_key(key: str, keys: list[str]) -> str:
         k for k in keys if not k.rpartition(".")[2].startswith("_") and not any(o.startswith(f"{k}.") for o in keys)
     ]
     beside = [k for k in leaves if k.rpartition(".")[0] == parent]
-    names = {k.rpartition(".")[2]: k for k in beside}
-    near = difflib.get_close_matches(key.rpartition(".")[2], list(names), n=1, cutoff=0.7)
-    if near:
-        return f"did you mean {names[near[0]]}?"
+    if near := nearest(key.rpartition(".")[2], beside):
+        return f"did you mean {near}?"
     if parent in keys:
         return f"an argument that is not listed gets a plus sign: +{key}=..."
     return did_you_mean(key, leaves, f"what is not listed gets a plus sign: +{key}=...")

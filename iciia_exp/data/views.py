@@ -89,8 +89,11 @@ class CloudView(Dataset[ClientBatch]):
         return np.bincount(pairs, minlength=counts_CK.size).reshape(counts_CK.shape).astype(np.float32)
 
     def known_classes(self) -> np.ndarray:
-        """Return of which classes there are train or val images, bool [K]."""
-        return np.logical_or(self.class_counts("train").any(0), self.class_counts("val").any(0))
+        """Return of which classes there are train or val images, bool [K]; of a task with one label per image."""
+        known_K = np.zeros(self.num_classes, dtype=bool)
+        for role in ("train", "val"):
+            known_K[self._batches.labels[self.clients[role].values]] = True
+        return known_K
 
     def chunks(self, role: str, batch_size: int = 64, most_images: int | None = None) -> Iterator[ClientBatch]:
         """Yield batches of chunks in a fixed random order, until ``most_images`` images are reached."""

@@ -334,10 +334,10 @@ def _features(body: bytes, kind: str, dim: int) -> Tensor | list[bytes]:
             raise _Refused(422, 'expected an object {"features": ...} or {"images": [...]}')
         try:
             values = np.asarray(given["features"])
+            if values.dtype.kind not in "iuf":  # texts and booleans would become numbers, too
+                raise TypeError
         except (ValueError, TypeError, OverflowError) as error:
             raise _Refused(422, f"features: expected {dim} numbers, or lists of them") from error
-        if values.dtype.kind not in "iuf":  # texts and booleans become numbers, too
-            raise _Refused(422, f"features: expected {dim} numbers, or lists of them")
         if values.ndim not in (1, 2) or values.shape[-1] != dim or not len(values):
             raise _Refused(422, f"features: expected {dim} numbers, or lists of them, got {list(values.shape)}")
         with np.errstate(over="ignore"):  # what float32 cannot hold becomes infinite

@@ -278,11 +278,12 @@ class Run:
         if stored is None:
             raise UserError(f"{self.path}: its features were made elsewhere; there is no backbone to load")
         folder, file, shipped = stored["folder"], stored["weights"], self.path / hub.BACKBONE
-        if weights is not None and (shipped.is_file() or folder is not None or file is None):
+        needed = folder is None and file is not None and not shipped.is_file()
+        if weights is not None and not needed:
             where = "those of the library" if folder is None else "in the cache"
             where = "in the repository" if shipped.is_file() else where
             raise UserError(f"{weights}: is not needed; the backbone's weights are {where}")
-        if folder is None and file is not None and not shipped.is_file():
+        if needed:
             if weights is None:
                 hint = f"load_backbone(weights=...) with the file {file['file']}"
                 raise UserError(f"{self.path}: the backbone's weights are in a file of their own; {hint}")

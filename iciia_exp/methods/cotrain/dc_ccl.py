@@ -24,7 +24,7 @@ from iciia_exp.ledger import Budget, Line, Link, Sizes, total
 from iciia_exp.methods.base import Facts, Fit, Record, copy_of
 from iciia_exp.methods.cotrain.base import CoTrained, images_of, times
 from iciia_exp.methods.cotrain.sites import Job, Samples, Site, Weights, weights_of
-from iciia_exp.methods.cotrain.steps import logits_of, normalises
+from iciia_exp.methods.cotrain.steps import logits_of, set_mode
 from iciia_exp.models.payloads import pack_weights, unpack_weights
 from iciia_exp.recipe import Recipe
 from iciia_exp.seeding import generator
@@ -296,7 +296,7 @@ class Distilled(nn.Module):
         """Return the mean squared error over images and classes, or the weighted sum of both losses."""
         with torch.no_grad():
             teacher_BK = self.teacher(x_BD)
-        self.student.train(self.training and normalises(self.student, len(x_BD)))
+        set_mode(self.student, self.training, len(x_BD))
         logits_BK = self.student(arrays.get(self.reads[0], x_BD))
         if self.form == "mse":
             return F.mse_loss(logits_BK, teacher_BK)

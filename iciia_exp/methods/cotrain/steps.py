@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from iciia_exp.methods.cotrain.sites import Samples
 
-__all__ = ["batches_of", "freeze_all_but", "logits_of", "normalises", "train_steps"]
+__all__ = ["batches_of", "freeze_all_but", "logits_of", "set_mode", "train_steps"]
 
 _AT_ONCE = 512  # images of a pass without gradients
 
@@ -40,7 +40,7 @@ def train_steps(
     with torch.enable_grad():
         for rows in batches:
             at = torch.from_numpy(rows).to(samples.y.device)
-            network.train(training and normalises(network, len(rows)))
+            set_mode(network, training, len(rows))
             logits_BK = network(samples.x[at])
             if partner is not None:
                 logits_BK = logits_BK + partner[at]
@@ -54,9 +54,12 @@ def train_steps(
     return float(torch.stack(losses).mean()) if losses else 0.0
 
 
-def normalises(network: nn.Module, images: int) -> bool:
-    """Return whether a network can be in training mode: `BatchNorm1d` has no variance of one image."""
-    return images > 1 or not any(isinstance(module, nn.BatchNorm1d) for module in network.modules())
+def set_mode(network: nn.Module, training: bool, images: int) -> None:
+    """Put a network in the mode for a batch: `BatchNorm1d`, in training, has no variance of one image."""
+    if training and images == 1:
+        training = not any(isinstance(module, nn.BatchNorm1d) for module in network.modules())
+    if network.training != training:
+        network.train(training)
 
 
 @torch.no_grad()
