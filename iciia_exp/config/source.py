@@ -5,7 +5,7 @@ import importlib.util
 import sys
 import sysconfig
 from collections.abc import Iterator
-from functools import cache, lru_cache
+from functools import lru_cache
 from pathlib import Path
 from types import ModuleType
 from typing import Any, NamedTuple, TypeGuard
@@ -29,7 +29,6 @@ class _Code(NamedTuple):
     imports: dict[str, list[tuple[str, str]]]
 
 
-@cache
 def source_digest(target: Any) -> str | None:
     """Return a digest of the code of a class or function, without comments and blank lines.
 

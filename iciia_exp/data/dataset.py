@@ -17,6 +17,7 @@ from iciia_exp.data.content import Content, bytes_digest
 from iciia_exp.data.readers.images import decode, open_image
 from iciia_exp.digest import digest
 from iciia_exp.errors import ConfigError, UserError
+from iciia_exp.named import Named
 from iciia_exp.tasks import MULTI_LABEL, SINGLE_LABEL, Task
 
 __all__ = ["SPLITS", "TABLE_COLUMNS", "ImageDataset", "ImageFiles", "MissingFiles", "dense_labels", "table_digest"]
@@ -32,7 +33,7 @@ class MissingFiles(ConfigError):
     """The files of a dataset are missing. Stages that only read stored features do not need them."""
 
 
-class ImageDataset(ABC):
+class ImageDataset(Named, ABC):
     """Images (or clips, or vectors) by number, with labels, splits, owners and parent categories in ``table``.
 
     It is a map-style dataset for `torch.utils.data.DataLoader` and can be pickled. The constructor of a subclass checks
@@ -41,12 +42,6 @@ class ImageDataset(ABC):
 
     #: Short name for folders and tables.
     name: ClassVar[str]
-
-    def __init_subclass__(cls, **given: Any) -> None:
-        super().__init_subclass__(**given)
-        if "name" not in vars(cls) and not cls.__module__.startswith("iciia_exp."):
-            cls.name, cls._unnamed = cls.__name__, True  # type: ignore[attr-defined]  # not the name of a base
-
     #: One of `iciia_exp.tasks.TASKS`.
     task: Task = SINGLE_LABEL
     #: Whether the items are feature vectors of a network that is not here: it can neither be sent nor trained.
@@ -124,7 +119,7 @@ class ImageDataset(ABC):
         """Return a digest of every image, int64 [M], 0 for an unreadable one; None where images are not compared."""
         return None
 
-    def probe(self, index: int) -> None:  # noqa: B027  # of most datasets there is nothing to see
+    def probe(self, index: int) -> None:  # of most datasets there is nothing to see
         """Raise what reading an image would raise, as far as that is seen without decoding it."""
 
     def backbone_arguments(self) -> dict[str, Any]:

@@ -18,6 +18,7 @@ from iciia_exp.data.batches import ClientBatch
 from iciia_exp.data.views import CloudView
 from iciia_exp.errors import ConfigError, within
 from iciia_exp.ledger import Budget, Sizes
+from iciia_exp.named import Named
 from iciia_exp.recipe import Recipe
 from iciia_exp.tasks import QUALITY, SINGLE_LABEL, TASKS, Task
 
@@ -135,7 +136,7 @@ def without_seed(config: dict[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in config.items() if key != "seed"}
 
 
-class Method(nn.Module, ABC):
+class Method(Named, nn.Module, ABC):
     """A way to classify a client's images together. Built by the engine as ``Method(facts, **config)``.
 
     Every method states its cost: `budget` is abstract. `logits` must not change the module: an evaluation calls it from
@@ -159,11 +160,6 @@ class Method(nn.Module, ABC):
     site: ClassVar[str | None] = None
     #: Whether `logits` can use the images before each image as its context, in one pass.
     causal: bool = False
-
-    def __init_subclass__(cls, **given: Any) -> None:
-        super().__init_subclass__(**given)
-        if "name" not in vars(cls) and not cls.__module__.startswith("iciia_exp."):
-            cls.name, cls._unnamed = cls.__name__, True  # type: ignore[attr-defined]  # not the name of a base
 
     def __init__(self, facts: Facts) -> None:
         super().__init__()
