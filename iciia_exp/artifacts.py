@@ -296,8 +296,12 @@ def replacing_folder(path: Path, sign: str, names: Iterable[str], what: str) -> 
             raise UserError(f"{given}: is there, and is no {what}; choose another folder")
         if others := [name for name in there if not any(fnmatchcase(name, pattern) for pattern in names)]:
             raise UserError(f"{given}: has {others[0]}, which is no part of the {what}; choose another folder")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as scratch:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        folder = tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent)
+    except OSError as error:
+        raise UserError(f"{given}: cannot be written ({error.strerror}); choose another folder") from error
+    with folder as scratch:
         made = Path(scratch) / "new"
         made.mkdir()
         yield made

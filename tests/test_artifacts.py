@@ -196,6 +196,8 @@ def test_a_folder_is_replaced_whole_or_not_at_all(tmp_path):
     for path in (tmp_path / "mine", tmp_path / "mine" / "file"):
         with pytest.raises(UserError, match="is there, and is no export"):
             replace(path)
+    with pytest.raises(UserError, match="file/out: cannot be written .*; choose another folder"):
+        replace(tmp_path / "mine" / "file" / "out")
     (tmp_path / "empty").mkdir()
     replace(tmp_path / "empty")
     assert (tmp_path / "empty" / "sign").is_file()

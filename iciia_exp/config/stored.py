@@ -19,7 +19,7 @@ from hydra.utils import get_object
 from iciia_exp.config.check import identity, parameters_of
 from iciia_exp.errors import ConfigError, UserError, did_you_mean, first_line
 
-__all__ = ["Plugins", "restore", "store"]
+__all__ = ["Plugins", "imported", "restore", "store"]
 
 #: Classes, modules, or names of modules, whose classes may be loaded.
 Plugins = Iterable[type | ModuleType | str]
@@ -128,12 +128,23 @@ def _installed(base: type[_Base]) -> Iterator[type[_Base]]:
 
 
 def _named(base: type[_Base], plugins: Plugins) -> Iterator[type[_Base]]:
-    for plugin in plugins:
+    for plugin in imported(plugins):
         if isinstance(plugin, type):
             if issubclass(plugin, base):
                 yield plugin
         else:
-            yield from _classes(importlib.import_module(plugin) if isinstance(plugin, str) else plugin, base)
+            yield from _classes(plugin, base)
+
+
+def imported(plugins: Plugins) -> tuple[type | ModuleType, ...]:
+    """Return plug-ins with modules in place of their names; raises a `UserError` for one that cannot be imported."""
+    found: list[type | ModuleType] = []
+    for plugin in plugins:
+        try:
+            found.append(importlib.import_module(plugin) if isinstance(plugin, str) else plugin)
+        except Exception as error:  # of any kind: it is the user's code
+            raise UserError(f"plug-in {plugin}: cannot be imported ({first_line(error)})") from error
+    return tuple(found)
 
 
 def _plain(value: Any, key: str) -> Any:

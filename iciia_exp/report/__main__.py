@@ -5,7 +5,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from iciia_exp.errors import printable
+from iciia_exp.errors import UserError, printable
 from iciia_exp.output import exit_status
 
 __all__ = ["main"]
@@ -48,6 +48,9 @@ def _report(options: argparse.Namespace) -> int:
     from iciia_exp.results.columns import DRAWN_TYPES
     from iciia_exp.results.tables import comparisons, load_runs, select, settings
 
+    for flag, path in (("--html", options.html), ("--out", options.out)):
+        if path is not None and path.exists() and path.is_dir() != (flag == "--out"):
+            raise UserError(f"{flag} {path}: is a {'file' if path.is_file() else 'folder'}; choose another name")
     rows, written = select(load_runs(options.folders), options.where), list[Path]()
     shown = [(title, settings(part)) for title, part in comparisons(rows)]
     for number, (title, table) in enumerate(shown):

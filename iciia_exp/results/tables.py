@@ -33,6 +33,9 @@ _COMMON = (
     *("sequence_macs", "backbone_macs", "cost_images"),
 )
 
+# results of a run itself; a repository has the same ones, and no tables beside them
+_EVALUATION = "evaluation-*/*"
+
 # columns of `clients.parquet` that tables and figures read
 _OF_CLIENTS = ("client", "client_type", "images", "classes", "decisions", "backbone_correct", "method_correct")
 
@@ -49,8 +52,7 @@ def load_runs(folders: Iterable[Path]) -> list[dict[str, Any]]:
     for folder in folders:
         if not folder.is_dir():
             raise UserError(f"{folder}: no such folder; give a run directory, or a folder with some (outputs)")
-        # a repository made from a run has its results, and not its tables: the run comes first
-        paths = sorted(_results_in(folder), key=lambda path: (not path.match("evaluation-*/*"), path))
+        paths = sorted(_results_in(folder))
         if not paths:
             raise UserError(f"{folder}: no finished runs in it (no results.json); repeat their command to finish them")
         damaged = []
@@ -62,8 +64,11 @@ def load_runs(folders: Iterable[Path]) -> list[dict[str, Any]]:
             except UserError as error:
                 damaged.append(error)
                 continue
-            row |= {"run_dir": path.parent, "latency_percent": _latency(path.parent.parent)}
-            rows.setdefault((row["name"], row["evaluation_digest"]), row)
+            whole = path.match(_EVALUATION)
+            row |= {"run_dir": path.parent, "latency_percent": _latency(path.parent.parent) if whole else None}
+            known = rows.setdefault((row["name"], row["evaluation_digest"]), row)
+            if whole and not known["run_dir"].match(_EVALUATION[:-2]):
+                rows[row["name"], row["evaluation_digest"]] = row
         if len(damaged) == len(paths):
             raise damaged[0]
         for problem in damaged:
@@ -138,9 +143,12 @@ def select(rows: list[dict[str, Any]], conditions: Iterable[str]) -> list[dict[s
             near = nearest(key, [k.removeprefix("config.") for k in keys])
             hint = f"; did you mean {near}?" if near else ""
             raise UserError(f"--where {condition}: no run has a key {key}{hint}")
-        rows = [row for row in rows if any(_is(row.get(name), text) for text in values.split(","))]
-    if not rows:
-        raise UserError("no run is left of those that --where selects")
+        left = [row for row in rows if any(_is(row.get(name), text) for text in values.split(","))]
+        if not left:
+            known = sorted({str(row[name]) for row in rows if name in row})
+            some = ", ".join(known[:8]) + (", ..." if len(known) > 8 else "")
+            raise UserError(f"--where {condition}: no run is left; of those before it, {key} is {some}")
+        rows = left
     return rows
 
 

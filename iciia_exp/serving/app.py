@@ -2,7 +2,6 @@
 
 import asyncio
 import base64
-import binascii
 import contextlib
 import hmac
 import io
@@ -352,7 +351,7 @@ def _from_base64(values: Any) -> list[bytes]:
         raise _Refused(422, "images: expected a list of texts, images in base64")
     try:
         return [base64.b64decode(value, validate=True) for value in values]
-    except binascii.Error as error:
+    except ValueError as error:
         raise _Refused(422, f"images: is not base64 ({first_line(error)})") from error
 
 

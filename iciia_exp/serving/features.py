@@ -52,8 +52,9 @@ def as_features(value: Any, who: str, shape: str) -> Tensor:
             got = f"{got} of {type(value[0]).__name__}"
         hint = "for images use the features of run.load_backbone(), or a session with backbone=, image by image"
         raise UserError(f"{who}: expected features, numbers {shape}, got {got}; {hint}")
-    if isinstance(value, np.ndarray):  # also big-endian or with negative strides, which torch refuses
-        value = torch.from_numpy(np.ascontiguousarray(value, dtype=np.float32))
+    if isinstance(value, np.ndarray):  # also big-endian, read-only or with negative strides, which torch refuses
+        with np.errstate(over="ignore"):  # what float32 cannot hold becomes infinite, and is refused
+            value = torch.from_numpy(np.require(value, np.float32, ["C", "W"]))
     return value.detach().cpu().float()
 
 

@@ -21,6 +21,8 @@ import yaml
 
 from iciia_exp.artifacts import atomic_write, read_json, replacing_folder, save_tensors, write_json
 from iciia_exp.errors import UserError, first_line
+from iciia_exp.methods.adapt.base import Adaptive, PerImage
+from iciia_exp.methods.cotrain.base import CoTrained
 from iciia_exp.methods.tune.base import Personal
 from iciia_exp.output import exit_status
 from iciia_exp.serving.options import add_backbone, add_run, chosen_backbone, chosen_run
@@ -58,6 +60,9 @@ def save_pretrained(
     folder = Path(folder)
     if run.info["task"] not in (SINGLE_LABEL, MULTI_LABEL):
         raise UserError(f"{run.method.name}: is not published; methods that classify images are")
+    if isinstance(run.method, Personal) and not run.method.learns_alone:
+        problem = "is not published; its devices learn with samples of other clients, which no repository has"
+        raise UserError(f"{run.method.name}: {problem}")
     if (folder / CONFIG).is_file():  # models of other libraries have such a file, too
         checked_info(read_json(folder / CONFIG), folder / CONFIG)
     with replacing_folder(folder, CONFIG, (*_FILES, CARD), "repository of a run") as made:
@@ -100,7 +105,7 @@ def push_to_hub(
             repo = api.create_repo(repo_id, private=options.pop("private", None), exist_ok=True)
             given = {"commit_message": f"{run.method.name} of {run.path.resolve().name}"} | options
             api.upload_folder(repo_id=repo.repo_id, folder_path=f"{folder}/repository", **given)
-        except (OSError, ValueError) as error:  # errors of the hub are among them
+        except Exception as error:  # of the hub, and of the library that it sends with
             raise UserError(f"{repo_id}: cannot be pushed ({first_line(error)})") from error
     return str(repo)
 
@@ -122,7 +127,7 @@ def download(name: str, revision: str | None = None, **options: Any) -> Path:
         return Path(snapshot_download(name, revision=revision, allow_patterns=_FILES, **options))
     except HFValidationError as error:
         raise UserError(f"{name}: no such folder, and not the name of a repository, user/name") from error
-    except (OSError, ValueError) as error:
+    except Exception as error:  # of the hub, and of the library that it reads with
         raise UserError(f"{name}: no such folder, and cannot be downloaded ({first_line(error)})") from error
 
 
@@ -159,8 +164,14 @@ def _summary(run: Run, method: str) -> str:
     classes = ", ".join(run.class_names[:10]) + (", ..." if len(run.class_names) > 10 else "")
     text = f"`{method}` on {on} (D = {run.head.in_features}), {len(run.class_names)} classes: {classes}.\n"
     if isinstance(run.method, Personal):
-        return text + "\nA client's device learns a state from its own labelled images; none is in this repository.\n"
-    return text + "\nThe unlabelled images of one client are classified together. No client trains anything.\n"
+        how = "A client's device learns a state from its own labelled images; none is in this repository."
+    elif isinstance(run.method, CoTrained):
+        how = "Cloud and devices trained it together, in rounds. Every image is classified by itself."
+    elif isinstance(run.method, PerImage):
+        how = "Every image is classified by itself. No client trains anything."
+    else:
+        how = "An image is classified together with other unlabelled images of its client. No client trains anything."
+    return f"{text}\n{how}\n"
 
 
 def _results(row: dict[str, Any]) -> str:
@@ -200,8 +211,8 @@ def _cost(row: dict[str, Any]) -> str:
         share = f" ({100 * one_more / backbone:.2f} % of the backbone)" if backbone else ""
         lines.append(f"| one more image, with the state of the others kept | {one_more:,}{share} |")
     if (together := row["sequence_macs"]) is not None:
-        share = f" ({row['per_image_overhead_percent']:.2f} % of the backbone)" if backbone else ""
-        lines.append(f"| {row['cost_images']} images together | {together:,} for all, a sequence's{share} |")
+        share = f" ({row['per_image_overhead_percent']:.2f} % of the backbone's for them)" if backbone else ""
+        lines.append(f"| {row['cost_images']} images together | {together:,}{share} |")
     lines.append(f"| parameters beside the backbone | {row['parameters']:,} |")
     lines.append(f"| state of a client | {row['state_bytes']:,} bytes |")
     for key, what in (("client_down_bytes", "down to a client, once"), ("request_up_bytes", "up, with every request")):
@@ -212,16 +223,31 @@ def _cost(row: dict[str, Any]) -> str:
 
 
 def _usage(run: Run, name: str, backbone: bool) -> str:
-    lines = ["## Use\n", "```python", "from iciia_exp import ClientSession, Run\n"]
-    lines.append(f'run = Run.from_pretrained("{name}")  # user/{name}, or a folder')
+    dim, session = run.head.in_features, isinstance(run.method, Personal | Adaptive)
+    arrays = {key: sizes for key, sizes in run.info.get("arrays", {}).items() if key in run.method.reads}
+    of_one = [f"features [{dim}]", *(f"{key} {list(sizes)}" for key, sizes in arrays.items())]
+    of_n = ", ".join(text.replace("[", "[n, ") for text in of_one)
     given = ", backbone=run.load_backbone()" if backbone else ""
+
+    def call(first: str, values: bool = True) -> str:
+        entries = ", ".join(f'"{key}": {key if values else "..."}' for key in arrays)
+        return f"({first}, arrays={{{entries}}})" if entries else f"({first})"
+
+    lines = ["## Use\n", "```python", f"from iciia_exp import {'ClientSession, ' if session else ''}Run\n"]
+    lines.append(f'run = Run.from_pretrained("{name}")  # user/{name}, or a folder')
+    answer = "probabilities over run.class_names"
+    if session:
+        client = "new" if isinstance(run.method, Personal) else "kitchen"
+        lines.append(f'session = ClientSession(run, client="{client}"{given})')
     if isinstance(run.method, Personal):
-        lines += [f'session = ClientSession(run, client="new"{given})', "session.learn(features, labels)"]
+        lines.append(f"session.learn{call('features, labels')}  # {of_n}, labels [n]")
+    if not session:
+        lines.append(f"run.predict{call('...', False)}  # {of_n}; {answer}")
+    elif backbone:
+        lines.append(f"session.predict(...)  # a PIL image; {answer}")
     else:
-        lines.append(f'session = ClientSession(run, client="kitchen"{given})')
-    what = "a PIL image" if backbone else f"features, {run.head.in_features} numbers"
-    lines += [f"session.predict(...)  # {what}; probabilities over run.class_names", "```", ""]
-    return "\n".join(lines)
+        lines.append(f"session.predict{call('...', False)}  # {', '.join(of_one)}; {answer}")
+    return "\n".join([*lines, "```", ""])
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import argparse
-import importlib
 from pathlib import Path
 from typing import TYPE_CHECKING
-
-from iciia_exp.errors import UserError, first_line
 
 if TYPE_CHECKING:
     from iciia_exp.models.backbones.base import Backbone
@@ -26,14 +23,9 @@ def add_run(parser: argparse.ArgumentParser) -> None:
 
 
 def chosen_run(options: argparse.Namespace) -> Run:
-    """Load the run; raises a `UserError` for a plug-in that cannot be imported."""
+    """Load the run."""
     from iciia_exp.serving.run import Run
 
-    for plugin in options.plugin:
-        try:
-            importlib.import_module(plugin)
-        except Exception as error:  # of any kind: it is the user's code
-            raise UserError(f"--plugin {plugin}: cannot be imported ({first_line(error)})") from error
     return Run.load(options.run, options.plugin)
 
 

@@ -58,6 +58,9 @@ def learn(
     """
     method = run.method
     assert isinstance(method, Personal)
+    if not method.learns_alone:
+        problem = "learns with samples of other clients, which the cloud holds"
+        raise UserError(f"{method.name}: {problem}; only clients of the run's partition can be served")
     train = _as_batch(run, features, labels, arrays)
     images = train.x_CSD.shape[1]
     if val is not None:

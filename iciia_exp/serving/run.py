@@ -26,6 +26,7 @@ Legend: C clients, S images of a client, D features, K classes.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 from collections.abc import Iterable, Mapping
@@ -41,7 +42,7 @@ from torch import Tensor, nn
 
 from iciia_exp.artifacts import load_tensors, read_json, read_parquet, resolve_cache_dir, save_tensors, write_json
 from iciia_exp.checksums import verify
-from iciia_exp.config.stored import Plugins, restore, store
+from iciia_exp.config.stored import Plugins, imported, restore, store
 from iciia_exp.data.batches import ClientBatch
 from iciia_exp.data.clients import Clients
 from iciia_exp.data.rounds import read_round
@@ -121,14 +122,15 @@ class Run:
                 (entry points ``iciia_exp.methods`` and ``iciia_exp.backbones``) need not be named.
             cache_dir: folder of features and backbones; by default ICIIA_EXP_CACHE or the user's cache directory.
         """
-        path, plugins = Path(path), (plugins,) if isinstance(plugins, str) else tuple(plugins)
+        path, plugins = Path(path), imported((plugins,) if isinstance(plugins, str) else plugins)
         if not path.is_dir():
             raise UserError(f"{path}: no such run directory")
+        path = path.absolute()  # files are read later, too, from another working directory
         evaluation: Path | None
         if path.name.startswith("evaluation-") and (path.parent / "run.json").is_file():
             path, evaluation = path.parent, path
         else:
-            evaluation = _newest(path, "evaluation-*/results.json")
+            evaluation = _last_finished(path)
         described, weights = path / "run.json", path / "weights.safetensors"
         if not described.is_file() and (path / hub.CONFIG).is_file():  # as `save_pretrained` writes it
             described, weights = path / hub.CONFIG, path / hub.WEIGHTS
@@ -154,9 +156,9 @@ class Run:
             part = {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
             _load_weights(module, part, weights)
         method.eval().requires_grad_(False)
-        if isinstance(method, Personal) and (made := _newest(path, "states-*/manifest.json")) is not None:
+        if isinstance(method, Personal) and (made := _folder_of(path, "states-*/manifest.json")) is not None:
             method.states = ClientStates(made, method.state_shapes, method.tables)
-        if isinstance(method, CoTrained) and (made := _newest(path, "rounds-*/manifest.json")) is not None:
+        if isinstance(method, CoTrained) and (made := _folder_of(path, "rounds-*/manifest.json")) is not None:
             method.load(read_round(made, method.rounds)[0])
         place = resolve_cache_dir(str(cache_dir) if cache_dir else os.environ.get("ICIIA_EXP_CACHE"))
         return cls(path, method, head.requires_grad_(False), info["images"], info, evaluation, place, plugins)
@@ -217,7 +219,7 @@ class Run:
     @property
     def is_repository(self) -> bool:
         """Whether it is a folder that `save_pretrained` has written, and not the run itself."""
-        return not (self.path / "run.json").is_file()
+        return (self.path / hub.CONFIG).is_file() and not (self.path / "run.json").is_file()
 
     @cached_property
     def results(self) -> dict[str, Any]:
@@ -374,10 +376,18 @@ def _network(stored: Mapping[str, Any], plugins: Plugins, **arguments: Any) -> B
     return restore(stored["model"], Backbone, plugins, **more)  # type: ignore[type-abstract]
 
 
-def _newest(path: Path, pattern: str) -> Path | None:
-    """Return the folder of the newest file that a pattern finds."""
-    found = sorted(path.glob(pattern), key=lambda file: file.stat().st_mtime)
-    return found[-1].parent if found else None
+def _last_finished(path: Path) -> Path | None:
+    """Return the folder of a run's newest evaluation, by what it says itself: a copy has other times."""
+    found = []
+    for file in sorted(path.glob("evaluation-*/results.json")):
+        with contextlib.suppress(UserError):  # which is raised when it is read
+            found.append((str(read_json(file).get("finished")), file.stat().st_mtime, file.parent))
+    return max(found)[-1] if found else None
+
+
+def _folder_of(path: Path, pattern: str) -> Path | None:
+    """Return the folder of the file that a pattern finds; a run has one such folder at most."""
+    return next((file.parent for file in path.glob(pattern)), None)
 
 
 def _load_weights(module: nn.Module, tensors: dict[str, Tensor], path: Path) -> None:

@@ -16,6 +16,7 @@ operators, ``/docs`` and ``/openapi.json`` describe all this.
 
 import argparse
 import os
+import re
 import socket
 import sys
 from pathlib import Path
@@ -50,6 +51,9 @@ def open_store(
         if most is not None:
             raise UserError("--max-clients: is of SQLite; limit Redis by its maxmemory and maxmemory-policy")
         return RedisStore(states, facts, seconds)
+    if re.match(r"[A-Za-z][A-Za-z0-9+.-]+:/", states):  # a drive has one letter
+        problem = "is neither an address of Redis, redis://HOST, nor the path of an SQLite file"
+        raise UserError(f"--states {without_password(states)}: {problem}")
     return SqliteStore(states, facts, seconds, most)
 
 

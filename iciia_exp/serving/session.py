@@ -76,6 +76,8 @@ class ClientSession:
         seed: int = 0,
         compile: str | None = None,
     ) -> None:
+        if not isinstance(run, Run):
+            raise UserError(f"ClientSession: expected a run, Run.load(path), got {type(run).__name__}")
         self.run, self.client, self.backbone, self.method = run, client, backbone, run.method
         #: What the client's device has learned; None if nothing.
         self.learned: personal.State | None = None
@@ -99,7 +101,6 @@ class ClientSession:
             problem = f"needs {need / 2**30:,.0f} GiB for the states of so many images; at most {limit:,}"
             raise UserError(f"history={self.history}: {problem}")
         self._state = torch.zeros(self.history, width)
-        self._past_1PE = self._state[None]  # the same memory
         self._features = torch.zeros(self.history, dim)
         self._age = np.zeros(self.history, dtype=np.int64)  # position of an image in the stream
         self._compiled = None
@@ -154,14 +155,13 @@ class ClientSession:
             return predict_together([self], x_1D, given | more)[0]
         assert isinstance(self.method, Adaptive)
         if self._compiled is None:
-            logits_1K, own_1E = self.method.step(
-                check_features(x_1D, [self.client], self.method.dim), self._state[None, : self.kept]
-            )
+            check_features(x_1D, [self.client], self.method.dim)
+            logits_1K, own_1E = self.method.step(x_1D, self.past(self.kept)[None])
             p_1K = self.method.task.probabilities(logits_1K)
         else:  # of one shape, so that there is one program
             check_features(x_1D, [self.client], self.method.dim, finite=False)
             try:
-                p_1K, own_1E, finite = self._compiled(x_1D, self._past_1PE, self._real)
+                p_1K, own_1E, finite = self._compiled(x_1D, self.past(self.history)[None], self._real)
             except Exception as error:
                 raise UserError(f"torch.compile failed ({first_line(error)}); leave compile out") from error
             if not finite:
@@ -169,6 +169,18 @@ class ClientSession:
         check_answers(self.client, p_1K, own_1E)  # before the past changes
         self._remember(own_1E[0], x_1D)
         return p_1K[0]
+
+    def past(self, places: int) -> Tensor:
+        """Return what is kept of the past images, the oldest first, [places, E]; ``places`` beyond them hold zeros."""
+        rows_PE = self._state
+        if self.seen > self.history > 0:  # places were taken again
+            if self.keep == "recent":  # in turn: a third of the time of any order
+                rows_PE = rows_PE.roll(-int(self._age.argmin()), 0)
+            else:
+                rows_PE = rows_PE[torch.from_numpy(self._age.argsort())]
+        if places > len(rows_PE):
+            return torch.nn.functional.pad(rows_PE, (0, 0, 0, places - len(rows_PE)))
+        return rows_PE[:places]
 
     def _as_features(self, image: Any) -> tuple[Tensor, dict[str, Tensor]]:
         """Return an image's features, [1, D], and of an image the arrays that the method reads, [1, ...]."""

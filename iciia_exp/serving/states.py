@@ -156,7 +156,8 @@ class SqliteStore(ClientStore):
         except sqlite3.OperationalError as error:
             if "locked" in str(error):
                 raise UserError(f"{path}: another process has it open; use Redis for several") from error
-            raise UserError(f"{path}: cannot be opened ({first_line(error)})") from error
+            problem = f"cannot be opened ({first_line(error)}); choose another file with --states"
+            raise UserError(f"{path}: {problem}") from error
         except (sqlite3.DatabaseError, OSError) as error:
             raise UserError(f"{path}: is not a file of client states ({first_line(error)})") from error
         if found is not None and found[0] != self.about:
@@ -205,7 +206,11 @@ class SqliteStore(ClientStore):
                     found.append(NOTHING)
                     continue
                 rows = self._db.execute("SELECT place, row FROM images WHERE client = ?", [client]).fetchall()
-                found.append(Stored(known[0], known[1], known[2], dict(rows)))
+                kinds = [*zip(known, (int, int, str), strict=True)]
+                kinds += [pair for place, row in rows for pair in ((place, int), (row, bytes))]
+                if wrong := [value for value, kind in kinds if not isinstance(value, kind)]:
+                    raise UserError(f"{client}: what is kept of it is damaged ({type(wrong[0]).__name__} in a column)")
+                found.append(Stored(*known, dict(rows)))
         return found
 
     def write(self, changes: Sequence[Change]) -> list[int]:
@@ -382,6 +387,6 @@ def without_password(states: str) -> str:
     >>> without_password("redis://me:s3cret@host:6379/0?password=s3cret")
     'redis://***@host:6379/0?password=***'
     """
-    if not states.startswith(REDIS):
+    if "://" not in states:
         return states
     return re.sub(r"(password=)[^&]*", r"\1***", re.sub(r"//.*@", "//***@", states))

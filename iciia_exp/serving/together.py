@@ -65,7 +65,8 @@ def _predict(sessions: Sequence[ClientSession], x_CD: Tensor, arrays: Mapping[st
     if isinstance(method, Personal):
         if nothing := [s.client for s in sessions if s.learned is None]:
             problem = f"{method.name} has no state of this client: it is not a test client of the run's partition"
-            raise UserError(f"{nothing[0]}: {problem}; give its session labelled images (session.learn)")
+            hint = "; give its session labelled images (session.learn)" if method.learns_alone else ""
+            raise UserError(f"{nothing[0]}: {problem}{hint}")
         states = [s.learned or {} for s in sessions]
         p_CK = method.task.probabilities(personal.classify(method, x_CD, arrays, states))
         _check_each(sessions, p_CK)
@@ -76,8 +77,8 @@ def _predict(sessions: Sequence[ClientSession], x_CD: Tensor, arrays: Mapping[st
     logits_CK = x_CD.new_empty(len(sessions), method.num_classes)
     states_CE = x_CD.new_empty(len(sessions), method.state_width)
     for batch, longest, same in _batches(sessions):
-        past_CPE = torch.stack([sessions[i]._state[:longest] for i in batch])
-        real_CP = None if same else torch.cat([sessions[i]._real[:, :longest] for i in batch])
+        past_CPE = torch.stack([sessions[i].past(longest) for i in batch])
+        real_CP = None if same else torch.tensor([sessions[i].kept for i in batch])[:, None] > torch.arange(longest)
         logits_CK[batch], states_CE[batch] = method.step(x_CD[batch], past_CPE, real_CP)
     p_CK = method.task.probabilities(logits_CK)
     _check_each(sessions, p_CK, states_CE)

@@ -63,8 +63,14 @@ def test_a_repository_does_not_take_the_place_of_its_run(outputs, tmp_path):
     shutil.copytree(run["run_dir"].parent, tmp_path / "runs" / "a")
     (tmp_path / "a_model").mkdir()
     shutil.copy(run["run_dir"] / "results.json", tmp_path / "a_model")
-    (found,) = load_runs([tmp_path])
-    assert found["run_dir"] == tmp_path / "runs" / "a" / run["run_dir"].name
+    write_json(tmp_path / "export" / "latency.json", {"added_percent": {"1": 219.0}})  # of another run
+    whole = tmp_path / "runs" / "a" / run["run_dir"].name
+    folders = ([tmp_path], [tmp_path / "a_model", tmp_path / "runs"], [tmp_path / "runs", tmp_path / "a_model"])
+    for given in folders:
+        (found,) = load_runs(given)
+        assert found["run_dir"] == whole
+    (alone,) = load_runs([tmp_path / "a_model"])
+    assert alone["latency_percent"] is None
 
 
 @pytest.mark.slow
@@ -185,8 +191,8 @@ def test_conditions(outputs):
         select(rows, ["method.grups=4"])
     with pytest.raises(UserError, match="expected key=value"):
         select(rows, ["groups"])
-    with pytest.raises(UserError, match="no run is left"):
-        select(rows, ["groups=5"])
+    with pytest.raises(UserError, match="^--where groups=5: no run is left; of those before it, groups is 16, 4$"):
+        select(rows, ["method=iciia", "groups=5"])
 
 
 def test_folders_without_runs(tmp_path, capsys):
@@ -194,6 +200,10 @@ def test_folders_without_runs(tmp_path, capsys):
     assert "no such folder" in capsys.readouterr().err
     assert main([str(tmp_path)]) == 1
     assert "no finished runs" in capsys.readouterr().err
+    (tmp_path / "file").touch()
+    for flag, name, kind in (("--html", "", "folder"), ("--out", "file", "file")):
+        assert main([str(tmp_path), flag, str(tmp_path / name)]) == 1
+        assert f"is a {kind}; choose another name" in capsys.readouterr().err
     write_json(tmp_path / "results.json", {"accuracy": 1})
     assert main([str(tmp_path)]) == 1
     assert "results.json: is not the results of a run" in capsys.readouterr().err

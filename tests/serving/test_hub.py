@@ -2,6 +2,7 @@
 
 import re
 import shutil
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -9,7 +10,10 @@ import torch
 from huggingface_hub import ModelCard
 from PIL import Image
 
+from iciia_exp import ClientSession
+from iciia_exp.config.experiment import Experiment
 from iciia_exp.engine.execute import execute
+from iciia_exp.engine.stages import Stages
 from iciia_exp.errors import UserError
 from iciia_exp.serving import hub
 from iciia_exp.serving.hub import main
@@ -57,7 +61,49 @@ def test_the_card_is_one_of_the_hub(finished, tmp_path):
     assert found["accuracy"] == pytest.approx(100 * run.results["accuracy"], abs=0.01)
     assert found["gain"] == pytest.approx(100 * run.results["gain"], abs=0.01)
     assert "| accuracy |" in card.text
+    macs, share = run.results["sequence_macs"], run.results["per_image_overhead_percent"]
+    assert f"16 images together | {macs:,} ({share:.2f} % of the backbone's for them) |" in card.text
     assert 'Run.from_pretrained("digits-iciia")' in card.text
+
+
+def shown(run, tmp_path):
+    """Return the card of a run's repository, and its code."""
+    card = ModelCard.load(run.save_pretrained(tmp_path / "my_model") / "README.md")
+    (code,) = re.findall("```python\n(.*?)```", card.text, re.S)
+    return card.text, code
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("experiment", ["miet_digits", "dc_ccl_digits"])
+def test_the_code_of_a_card_gives_what_the_method_reads(experiment, compose, tmp_path, monkeypatch):
+    rounds = ["method.rounds=1"] if experiment == "dc_ccl_digits" else ["method.epochs=1"]
+    made = Stages(Experiment.from_config(compose(f"+experiment={experiment}", "trainer=smoke", *rounds)))
+    execute(made)
+    run = Run.load(made.run.folder)
+    text, code = shown(run, tmp_path)
+    assert ("Every image is classified by itself" in text) == (experiment == "dc_ccl_digits")
+    assert "No client trains anything" not in text
+    (name,) = run.method.reads - {"features"}
+    monkeypatch.chdir(tmp_path)
+    features, arrays = torch.randn(6, run.head.in_features), torch.rand(6, *run.info["arrays"][name])
+    names = {"features": features, "labels": torch.tensor([0, 1, 0, 1, 0, 1]), name: arrays, "x": features, "a": arrays}
+    if "session" in code:
+        names |= {"x": features[0], "a": arrays[0]}
+    exec(code.replace("predict(...", "predict(x").replace('": ...', '": a'), names)
+
+
+@pytest.mark.slow
+def test_what_needs_the_cloud_is_not_published(compose, tmp_path):
+    made = Stages(Experiment.from_config(compose("+experiment=coda_digits", "trainer=smoke")))
+    execute(made)
+    run = Run.load(made.run.folder)
+    with pytest.raises(UserError, match="coda: is not published; its devices learn with samples of other clients"):
+        run.save_pretrained(tmp_path / "model")
+    session, features = ClientSession(run, "new"), torch.randn(4, run.head.in_features)
+    with pytest.raises(UserError, match="coda has no state of this client: .* partition$"):
+        session.predict(features[0])
+    with pytest.raises(UserError, match="coda: learns with samples of other clients, .* partition can be served"):
+        session.learn(features, [0, 1, 0, 1])
 
 
 @pytest.mark.parametrize("method", ["client_prior", "finetune"])
@@ -111,9 +157,10 @@ def test_pushing(tmp_path, monkeypatch):
     assert calls[0]["token"] == "hf_x"
     assert calls[1] == ("me/model", {"private": True, "exist_ok": True})
     assert calls[2][1] == ["README.md", "config.json", "model.safetensors"]
-    monkeypatch.setattr(Api, "upload_folder", lambda *_, **__: (_ for _ in ()).throw(OSError("no permission")))
-    with pytest.raises(UserError, match=r"me/model: cannot be pushed \(no permission\)"):
-        run.push_to_hub("me/model")
+    for error in (OSError("no permission"), RuntimeError("no network")):
+        monkeypatch.setattr(Api, "upload_folder", Mock(side_effect=error))
+        with pytest.raises(UserError, match=rf"me/model: cannot be pushed \({error}\)"):
+            run.push_to_hub("me/model")
 
 
 def test_names_that_are_not_there(tmp_path):

@@ -1,11 +1,13 @@
+import os
 import shutil
+import warnings
 
 import numpy as np
 import pytest
 import torch
 
-from iciia_exp import Run
-from iciia_exp.artifacts import write_json
+from iciia_exp import ClientSession, Run
+from iciia_exp.artifacts import read_json, write_json
 from iciia_exp.engine.execute import execute
 from iciia_exp.errors import UserError
 from tests.making.damage import unchecked
@@ -98,6 +100,12 @@ def test_features_of_any_layout(finished):
     ):
         torch.testing.assert_close(run.predict(same), want)
     torch.testing.assert_close(run.predict((10 * x).astype(np.int16)), run.predict(np.trunc(10 * x)))
+    fixed = x.copy()
+    fixed.flags.writeable = False
+    with warnings.catch_warnings(action="error"):
+        assert torch.equal(run.predict(fixed), run.predict(x))
+        with pytest.raises(UserError, match="are not finite numbers"):
+            run.predict(np.full_like(x, 1e200, dtype=np.float64))
     padded = np.concatenate([x, np.full_like(x, np.nan)])[None]
     mask = torch.arange(8)[None] < 4
     zeros, forms = np.nan_to_num(padded), (mask, mask.numpy(), mask.int(), mask.tolist())
@@ -106,12 +114,37 @@ def test_features_of_any_layout(finished):
     torch.testing.assert_close(run.predict(np.nan_to_num(padded), mask=mask)[0, :4], want)
 
 
+@pytest.mark.slow
+def test_it_is_read_from_another_working_directory_and_as_a_copy(stages, undrawn, tmp_path, monkeypatch):
+    """A copy has other times; the newest evaluation is that which says so."""
+    for orders in (1, 2):
+        execute(made := stages("method=prior_map", f"evaluation.history_orders={orders}"))
+    shutil.copytree(made.run.folder, tmp_path / "copy")
+    results = sorted((tmp_path / "copy").glob("evaluation-*/results.json"))
+    for path, year in zip(results, (2031, 2030), strict=True):
+        unchecked(path.parent)
+        write_json(path, read_json(path) | {"finished": f"{year}-01-01T00:00:00+00:00"})
+    os.utime(results[0], (1, 1))
+    monkeypatch.chdir(tmp_path)
+    run = Run.load("copy")
+    assert run.evaluation == results[0].parent
+    monkeypatch.chdir("/")
+    assert run.results["finished"].startswith("2031")
+    assert len(run.clients) == run.results["test_clients"]
+    assert run.config["method"]
+    assert not run.is_repository
+
+
 def test_missing_and_damaged_runs_are_named(finished, tmp_path):
     with pytest.raises(UserError, match="no such run directory"):
         Run.load(tmp_path / "nowhere")
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match="not a trained run"):
         Run.load(tmp_path / "empty")
+    with pytest.raises(UserError, match=r"^plug-in nowhere: cannot be imported \(No module named"):
+        Run.load(finished.run.folder, plugins="nowhere")
+    with pytest.raises(UserError, match=r"^ClientSession: expected a run, Run.load\(path\), got str"):
+        ClientSession(str(finished.run.folder))
     info = Run.load(finished.run.folder).info
     unchecked(finished.run.folder)
     write_json(finished.run.folder / "run.json", info | {"format": 99})

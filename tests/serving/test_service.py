@@ -295,8 +295,9 @@ def test_images_are_those_of_the_backbone(finished):
             answer = client.post("/clients/c/predict", content=content, headers=headers)
             assert answer.status_code == 422
             assert message in answer.json()["error"]
-        answer = client.post("/clients/c/predict", json={"images": ["!"]})
-        assert (answer.status_code, "base64" in answer.text) == (422, True)
+        for text in ("!", "é"):
+            answer = client.post("/clients/c/predict", json={"images": [text]})
+            assert (answer.status_code, "base64" in answer.json()["error"]) == (422, True)
         assert client.get("/clients/c").json()["seen"] == 4
 
 

@@ -166,7 +166,7 @@ def test_a_method_of_ones_own_is_a_plug_in(tmp_path, capsys, monkeypatch):
     assert "name the plug-in that it comes from" in capsys.readouterr().err
     command = [str(tmp_path / "run"), "--out", str(tmp_path / "out"), "--plugin"]
     assert hub.main([*command, "no_such_module"]) == 1
-    assert "--plugin no_such_module: cannot be imported (No module named" in capsys.readouterr().err
+    assert "plug-in no_such_module: cannot be imported (No module named" in capsys.readouterr().err
     assert hub.main([*command, name]) == 0
 
 

@@ -309,6 +309,42 @@ def test_recent_keeps_the_last(run):
     assert session.kept == 3
 
 
+PROFILE = {"_target_": "iciia_exp.methods.adapt.client_profile.ClientProfile", "hidden": 8, "vector": 2}
+
+
+@pytest.mark.parametrize("keep", ["recent", "reservoir", "diverse"])
+@pytest.mark.parametrize("compile", [None, "eager"])
+def test_a_past_is_in_its_order(tmp_path, keep, compile):
+    """As an image takes the place of another, and after loading; the next images of many come to the same."""
+    torch.manual_seed(0)
+    run = make_run(tmp_path, config=PROFILE, change=0.2)
+    method = run.method
+    session, many = ClientSession(run, history=4, keep=keep, compile=compile), ClientSession(run, history=4, keep=keep)
+    rows, states = 4 * torch.randn(14, D), {}
+    for number, x_D in enumerate(rows, 1):
+        past_PE = [states[age] for age in sorted(session._age[: session.kept].tolist())]
+        past_1PE = torch.stack(past_PE)[None] if past_PE else torch.zeros(1, 0, method.state_width)
+        with torch.inference_mode():
+            logits_1K, own_1E = method.step(x_D[None], past_1PE)
+        states[number] = own_1E[0]
+        torch.testing.assert_close(session.predict(x_D), logits_1K.softmax(-1)[0], atol=1e-6, rtol=1e-5)
+        if number == 9 and compile is None:
+            session.save(tmp_path / "session")
+            session = ClientSession.load(tmp_path / "session", run)
+    answers = torch.cat([predict_next([many], [part])[0] for part in rows.split(5)])
+    with torch.inference_mode():
+        reversed_1K, _ = method.step(x_D[None], past_1PE.flip(1))
+    assert (reversed_1K - logits_1K).abs().max() > 1e-3  # a method that looks at the order
+    torch.testing.assert_close(answers[-1], logits_1K.softmax(-1)[0], atol=1e-6, rtol=1e-5)
+
+
+def test_histories_of_several_lengths_are_served_together(run):
+    twins = [[ClientSession(run, str(history), history) for history in (0, 3, 5, 9)] for _ in range(2)]
+    for x_4D in torch.randn(12, 4, D):
+        alone = torch.stack([session.predict(x_D) for session, x_D in zip(twins[1], x_4D, strict=True)])
+        torch.testing.assert_close(predict_together(twins[0], x_4D), alone, atol=1e-5, rtol=1e-5)
+
+
 def test_a_reservoir_is_a_uniform_sample(run):
     kept = np.zeros(12)
     for seed in range(400):

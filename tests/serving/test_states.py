@@ -116,15 +116,25 @@ def test_a_damaged_client_is_its_own_matter(run, tmp_path, kind):
             equal(answers(scheduler, a=x[0])[0], alone(run, "a", x[0]))
 
 
-@pytest.mark.parametrize("column", ["version = 'x'", "seen = 'x'", "random = 'x'"])
-def test_damage_of_any_kind_concerns_one_client(run, column):
+DAMAGED = ("clients SET version = 'x'", "clients SET seen = 'x'", "clients SET seen = NULL", "clients SET random = 'x'")
+
+
+@pytest.mark.parametrize(
+    "change", [*DAMAGED, "images SET row = NULL", "images SET row = 'x'", "images SET place = 'x'"]
+)
+def test_damage_of_any_kind_concerns_one_client(run, change):
     x = torch.randn(2, 3, D)
     with scheduled(run, SqliteStore(":memory:", {})) as scheduler:
         answers(scheduler, a=x[0])
-        scheduler.call(lambda: scheduler.store._db.execute(f"UPDATE clients SET {column}")).result()
+        one = "" if "place" not in change else " WHERE place = 1"
+        scheduler.call(lambda: scheduler.store._db.execute(f"UPDATE {change}{one}")).result()
         scheduler._sessions.clear()
         damaged, whole = answers(scheduler, a=x[0], b=x[1])
-        assert isinstance(damaged, Exception)
+        assert isinstance(damaged, UserError)
+        assert str(damaged).startswith("a: what is kept of it is damaged")
+        if "random" not in change and "'x'" not in change.replace("row = 'x'", ""):
+            with pytest.raises(UserError, match="a: what is kept of it is damaged"):
+                scheduler.look_up("a").result()
         equal(whole, alone(run, "b", x[1]))
 
 

@@ -121,6 +121,12 @@ def test_files_and_servers_that_do_not_fit(run, tmp_path):
         open_store(str(tmp_path / "text"), run, 5, "recent")
     with pytest.raises(UserError, match="no Redis server answers"):
         open_store(f"redis://127.0.0.1:{free_port()}", run, 5, "recent")
+    for url in ("http://x", "Redis://127.0.0.1", "redis:/127.0.0.1", "http://me:secret@x"):
+        with pytest.raises(UserError, match="^--states .*is neither an address of Redis") as error:
+            open_store(url, run, 5, "recent")
+        assert "secret" not in str(error.value)
+    with pytest.raises(UserError, match="cannot be opened .*--states"):
+        open_store(str(tmp_path), run, 5, "recent")
     with pytest.raises(UserError, match="--max-clients: is of SQLite"):
         open_store("redis://127.0.0.1:1", run, 5, "recent", most=3)
     assert about(run, 5, "recent") == {"run": run.identity, "history": 5, "keep": "recent"}

@@ -15,7 +15,7 @@ from iciia_exp.data.states import ClientStates
 from iciia_exp.data.views import CloudView
 from iciia_exp.errors import UserError
 from iciia_exp.ledger import Link
-from iciia_exp.methods.base import Method
+from iciia_exp.methods.base import Ask, Method
 
 __all__ = ["Learned", "Personal", "class_counts"]
 
@@ -43,6 +43,11 @@ class Personal(Method):
     causal = True
     #: States by client number; None before the devices have learned.
     states: ClientStates | None = None
+
+    @property
+    def learns_alone(self) -> bool:
+        """Whether a device learns from its own images alone, so that a new client can at any time."""
+        return Ask.CLOUD_SAMPLES not in self.asks
 
     @property
     @abstractmethod

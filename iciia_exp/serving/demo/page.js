@@ -211,7 +211,11 @@ const demo = (() => {
     };
     const chosen = () => Number(document.querySelector("[name=client]:checked").value);
     document.getElementById("clear").onclick = clear;
-    document.getElementById("send").onclick = () => addTo(chosen(), async () => pixelsOf(pad, pad.width, pad.height)).then(clear);
+    document.getElementById("send").onclick = () => {
+      const drawn = pixelsOf(pad, pad.width, pad.height); // now: its turn comes when the others are done
+      clear();
+      addTo(chosen(), async () => drawn);
+    };
     const files = document.getElementById("files"), input = document.querySelector(".input");
     const take = (list) => { for (const file of list) addTo(chosen(), () => fromFile(file)); };
     files.onchange = () => {
