@@ -51,6 +51,7 @@ from iciia_exp.methods.base import Facts
 from iciia_exp.recipe import Recipe
 from iciia_exp.results.plots import gain_per_client
 from iciia_exp.results.summary import harmed_by_chance, summarise
+from iciia_exp.tasks import SINGLE_LABEL
 
 TRAINER = {"_target_": "lightning.pytorch.Trainer", "accelerator": "cpu", "devices": 1}
 
@@ -89,6 +90,7 @@ def measure(clients: int, images: int, dim: int, classes: int, uneven: bool) -> 
     summary = timed("summary", lambda: summarise(counts))
     timed("(of it, harm by chance)", lambda: harmed_by_chance(counts))
     row = {"dataset": "synthetic", "backbone": "none", "method": "iciia", "name": "bench", "digest": "d"}
+    row["task"] = SINGLE_LABEL
     row |= {"setting_digest": "s", "partition_digest": "p", "overhead_percent": 1.0, "per_image_overhead_percent": 1.0}
     row |= {"sequence_macs": 1, **summary}
     with tempfile.TemporaryDirectory() as name:

@@ -126,15 +126,16 @@ def methods(options: argparse.Namespace) -> None:
             method.learn(cloud, lambda *_: {})
             link = Link(kind, method.budget(Sizes()))
             shards = np.split(np.arange(len(clients)), range(SHARD, len(clients), SHARD))
+            every = max(1, len(shards) // 5)
             looped, together, held = [], [], 0
             for at, numbers in enumerate(shards):
                 own = devices.own(numbers)
                 with torch.no_grad():
                     together.append(timed(partial(method.personalise, own, link, cloud)) / len(numbers))
-                if at % (len(shards) // 5) == 0:
+                if at % every == 0:
                     looped.append(timed(partial(loop, head, cloud, numbers[: options.looped], kind)) / options.looped)
                     held = held or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-            pairs = zip(looped, together[:: len(shards) // 5], strict=False)
+            pairs = zip(looped, together[::every], strict=False)
             ratio = statistics.median(a / b for a, b in pairs)
             one, many = (1e3 * statistics.median(times) for times in (looped, together))
             whole = sum(t * len(n) for t, n in zip(together, shards, strict=True))

@@ -76,17 +76,18 @@ def main() -> None:
     torch.set_default_device(options.device)
     torch.set_num_threads(options.threads)
     keep_freed_memory()
+    shard = min(SHARD, options.devices)
     for name, (classes, dim, images, held) in SIZES.items():
         torch.manual_seed(0)
         head = nn.Linear(dim, classes)
         looped, together = [], []
-        for _ in range(max(3, options.devices // SHARD)):
-            train, val = (examples(SHARD, n, dim, classes) for n in (images, held))
+        for _ in range(max(3, options.devices // shard)):
+            train, val = (examples(shard, n, dim, classes) for n in (images, held))
             few = slice(0, options.looped)
             slow, fast = partial(loop, head, train.take(few), val.take(few)), partial(fit_many, head, train, val)
             looped.append(timed(slow, options.device) / options.looped)
             fast = partial(fast, SINGLE_LABEL, RECIPE, patience=EPOCHS)
-            together.append(timed(fast, options.device) / SHARD)
+            together.append(timed(fast, options.device) / shard)
         ratio = statistics.median(a / b for a, b in zip(looped, together, strict=True))
         one, many = (1e3 * statistics.median(times) for times in (looped, together))
         print(f"{name:<26} loop {one:7.2f} ms a client, fit_many {many:6.3f} ms, {ratio:5.0f} times", flush=True)

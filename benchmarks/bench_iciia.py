@@ -38,11 +38,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from iciia_exp import tasks
 from iciia_exp.cost import attention_macs
 from iciia_exp.machine import keep_freed_memory
 from iciia_exp.methods.base import Facts
 from iciia_exp.models.iciia import ICIIA
+from iciia_exp.tasks import SINGLE_LABEL
 
 S, K = 16, 1000
 
@@ -226,19 +226,19 @@ def stream(options: argparse.Namespace) -> None:
     head = nn.Linear(dim, 200)
     method = IciiaMethod(Facts.of(head), 2, 4, 256, attention="causal").eval().requires_grad_(False)
     people, batches = Clients(ids, ids, nobody, nobody, rows), FeatureBatches(features, labels)
-    options = Evaluation(history_lengths=range(16), history_orders=S, history_longest=15)
+    settings = Evaluation(history_lengths=range(16), history_orders=S, history_longest=15)
     x_MD, y_M = torch.from_numpy(features), torch.from_numpy(labels)
     pairs = rng.integers(0, 16, 300)
 
     def ours() -> None:
-        history_table(Setup(method, head, batches, people), options, protocols=("stream",))
+        history_table(Setup(method, head, batches, people), settings, protocols=("stream",))
 
     def loop() -> None:
         with torch.inference_mode():
             for i, n in enumerate(pairs):
                 y_1 = y_M[i + n, None]
                 for logits_1K in (method.stream(x_MD[None, i : i + n + 1])[:, -1], head(x_MD[i + n, None])):
-                    tasks.correct(logits_1K, y_1), tasks.log_loss(logits_1K, y_1)
+                    SINGLE_LABEL.correct(logits_1K, y_1), SINGLE_LABEL.log_loss(logits_1K, y_1)
 
     one, many = [], []
     for _ in range(options.repeats):

@@ -25,18 +25,18 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-TRAIN, TEST, K, D = 1_281_167, 50_000, 1000, 1280
+TRAIN, TEST, K = 1_281_167, 50_000, 1000
 
 
-def write_vectors(folder: Path, images: int) -> None:
+def write_vectors(folder: Path, images: int, dim: int) -> None:
     """Write ``features.npy`` and ``images.csv`` of ``images`` train images, and of test images in proportion."""
     rng, test = np.random.default_rng(0), round(TEST * images / TRAIN)
     labels = np.concatenate([np.arange(count) % K for count in (images, test)])
-    mean_KD = rng.standard_normal((K, D), dtype=np.float32)
-    vectors = np.lib.format.open_memmap(folder / "features.npy", "w+", np.float16, (len(labels), D))
+    mean_KD = rng.standard_normal((K, dim), dtype=np.float32)
+    vectors = np.lib.format.open_memmap(folder / "features.npy", "w+", np.float16, (len(labels), dim))
     for start in range(0, len(labels), 1 << 16):
         rows = labels[start : start + (1 << 16)]
-        noise = 4 * rng.standard_normal((len(rows), D), dtype=np.float32)
+        noise = 4 * rng.standard_normal((len(rows), dim), dtype=np.float32)
         vectors[start : start + len(rows)] = np.maximum(mean_KD[rows] + noise, 0)
     vectors.flush()
     with (files("iciia_exp.data.tables") / "imagenet_parents.csv").open(encoding="utf-8") as file:
@@ -56,6 +56,7 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, default=1)
     parser.add_argument("--share", type=float, default=1.0, help="of an epoch's batches")
     parser.add_argument("--images", type=int, default=TRAIN, help="train images")
+    parser.add_argument("--dim", type=int, default=1280, help="numbers of a vector")
     parser.add_argument("--batch", type=int, default=64, help="clients of a step")
     parser.add_argument("--folder", type=Path, help="for vectors and runs; kept (default: a temporary one)")
     options = parser.parse_args()
@@ -64,7 +65,7 @@ def main() -> None:
         folder.mkdir(exist_ok=True)
         if not (folder / "images.csv").is_file():
             start = time.perf_counter()
-            write_vectors(folder, options.images)
+            write_vectors(folder, options.images, options.dim)
             print(f"vectors written in {time.perf_counter() - start:.0f} s", flush=True)
         arguments = [
             *("+experiment=features", f"data_dir={folder}", "partition=parent_category", "backbone.reserve=0.01"),

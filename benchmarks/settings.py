@@ -299,8 +299,9 @@ TABLES |= {
         40,
         f"+experiment=miet_omniglot data_dir={{data}} {VIT} dataset.seed={{seed}} seed={{seed}}",
         {
-            "linear_probe": "method=linear_probe method.epochs=100",
-            **named("miet", "blocks=0", "blocks=1", more="method.epochs=60"),
+            "linear_probe": "method=linear_probe method.epochs=110",
+            **named("miet", "blocks=0", more="method.epochs=110"),
+            **named("miet", "blocks=1", more="method.epochs=60"),  # after 50 of a linear classifier
         },
         TUNING,
         "linear_probe",
