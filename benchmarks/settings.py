@@ -135,7 +135,8 @@ TINY_SMALL = f"{TINY} {MOBILENET} num_layers=2 groups=256"
 #: Behind each backbone; ICIIA-B behind `BASE` alone, as a run of it takes more than an hour.
 BEHIND = (
     of("client_profile")
-    | {"ICIIA-B": "method=iciia num_layers=3 groups=1", "ICIIA-T": "method=iciia num_layers=3 groups=256"}
+    | {"ICIIA-B": "method=iciia num_layers=3 groups=1 optimizer.lr=1e-4"}
+    | {"ICIIA-T": "method=iciia num_layers=3 groups=256"}
     | of("client_types")
     | TUNED
 )
