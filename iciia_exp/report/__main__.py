@@ -51,7 +51,8 @@ def _report(options: argparse.Namespace) -> int:
     for flag, path in (("--html", options.html), ("--out", options.out)):
         if path is not None and path.exists() and path.is_dir() != (flag == "--out"):
             raise UserError(f"{flag} {path}: is a {'file' if path.is_file() else 'folder'}; choose another name")
-    rows, written = select(load_runs(options.folders), options.where), list[Path]()
+    rows = select(load_runs(options.folders), options.where)
+    made: dict[Path, Any] = {}  # written together at the end: a damaged table leaves an earlier report as it is
     shown = [(title, settings(part)) for title, part in comparisons(rows)]
     for number, (title, table) in enumerate(shown):
         text = summary(table)
@@ -69,16 +70,18 @@ def _report(options: argparse.Namespace) -> int:
             files = {"table.csv": csv(table), "table.md": lines, "table.tex": latex(text, title)}
             files |= {f"{name}.md": history for name, history in histories.items()}
             for name, content in (files | dict(all_figures(table, title))).items():
-                written += _write(options.out / (f"{number}-{name}" if number else name), content)
+                made[options.out / (f"{number}-{name}" if number else name)] = content
     sweeps = partition_sweeps(rows)
     for number, sweep in enumerate(sweeps):
         swept = markdown(sweep_table(sweep))
         print(f"\n## {printable(sweep.title, lines=False)}\n\n{swept}")
         if options.out:
-            written += _write(options.out / f"{number}-heterogeneity.md", swept)
-            written += _write(options.out / f"{number}-heterogeneity", draw_heterogeneity(sweep))
+            made[options.out / f"{number}-heterogeneity.md"] = swept
+            made[options.out / f"{number}-heterogeneity"] = draw_heterogeneity(sweep)
+    whole = page(shown, sweeps) if options.html else None
+    written = [path for name, content in made.items() for path in _write(name, content)]
     if options.html:
-        _write(options.html, page(shown, sweeps))
+        _write(options.html, whole)
         print(f"\npage: {printable(options.html)}")
     if options.out:
         _only(options.out, {path.name for path in written})

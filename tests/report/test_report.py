@@ -283,8 +283,13 @@ def test_a_table_without_a_column_is_named(outputs, tmp_path, capsys):
     for path in (tmp_path / "outputs").rglob("clients.parquet"):
         pd.read_parquet(path).drop(columns="decisions").to_parquet(path)
         (path.parent / "checksums.json").unlink()
-    assert main([str(tmp_path / "outputs"), "--html", str(tmp_path / "a.html")]) == 1
+    (tmp_path / "report").mkdir()
+    (tmp_path / "report" / "table.md").write_text("earlier")
+    to = ["--html", str(tmp_path / "a.html"), "--out", str(tmp_path / "report")]
+    assert main([str(tmp_path / "outputs"), *to]) == 1
     (line,) = capsys.readouterr().err.splitlines()
+    assert [(path.name, path.read_text()) for path in (tmp_path / "report").iterdir()] == [("table.md", "earlier")]
+    assert not (tmp_path / "a.html").exists()
     assert re.fullmatch(
         r"error: (.*)/clients\.parquet: has no column decisions; delete \1 and repeat the command", line
     )
