@@ -132,7 +132,7 @@ LITE = (
 BACKBONES = {"MobileNetV2": MOBILENET, "EfficientNet-lite0": LITE.format(n=0), "EfficientNet-lite2": LITE.format(n=2)}
 #: Behind MobileNetV2, with two layers in small groups.
 TINY_SMALL = f"{TINY} {MOBILENET} num_layers=2 groups=256"
-#: Behind each backbone; ICIIA-B behind `BASE` alone, as a run of it takes more than an hour.
+#: Behind each backbone; ICIIA-B behind `BASE` alone, whose runs take half an hour, ten times those of ICIIA-T.
 BEHIND = (
     of("client_profile")
     | {"ICIIA-B": "method=iciia num_layers=3 groups=1 optimizer.lr=1e-4"}
