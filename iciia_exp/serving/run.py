@@ -380,8 +380,10 @@ def _last_finished(path: Path) -> Path | None:
     """Return the folder of a run's newest evaluation, by what it says itself: a copy has other times."""
     found = []
     for file in sorted(path.glob("evaluation-*/results.json")):
-        with contextlib.suppress(UserError):  # which is raised when it is read
-            found.append((str(read_json(file).get("finished")), file.stat().st_mtime, file.parent))
+        finished = ""  # of a damaged one, which is an error when it is read; there may be others
+        with contextlib.suppress(UserError):
+            finished = str(read_json(file).get("finished"))
+        found.append((finished, file.stat().st_mtime, file.parent))
     return max(found)[-1] if found else None
 
 
