@@ -90,9 +90,8 @@ def measure(clients: int, images: int, dim: int, classes: int, uneven: bool) -> 
     summary = timed("summary", lambda: summarise(counts))
     timed("(of it, harm by chance)", lambda: harmed_by_chance(counts))
     row = {"dataset": "synthetic", "backbone": "none", "method": "iciia", "name": "bench", "digest": "d"}
-    row["task"] = SINGLE_LABEL
     row |= {"setting_digest": "s", "partition_digest": "p", "overhead_percent": 1.0, "per_image_overhead_percent": 1.0}
-    row |= {"sequence_macs": 1, **summary}
+    row |= {"sequence_macs": 1, "task": SINGLE_LABEL, **summary}
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         timed("parquet", lambda: table.to_parquet(folder / "clients.parquet", index=False))

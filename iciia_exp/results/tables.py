@@ -34,7 +34,7 @@ _COMMON = (
 )
 
 # results of a run itself; a repository has the same ones, and no tables beside them
-_EVALUATION = "evaluation-*/*"
+_EVALUATION = "evaluation-*"
 
 # columns of `clients.parquet` that tables and figures read
 _OF_CLIENTS = ("client", "client_type", "images", "classes", "decisions", "backbone_correct", "method_correct")
@@ -64,11 +64,11 @@ def load_runs(folders: Iterable[Path]) -> list[dict[str, Any]]:
             except UserError as error:
                 damaged.append(error)
                 continue
-            whole = path.match(_EVALUATION)
+            whole = path.parent.match(_EVALUATION)
             row |= {"run_dir": path.parent, "latency_percent": _latency(path.parent.parent) if whole else None}
-            known = rows.setdefault((row["name"], row["evaluation_digest"]), row)
-            if whole and not known["run_dir"].match(_EVALUATION[:-2]):
-                rows[row["name"], row["evaluation_digest"]] = row
+            key = (row["name"], row["evaluation_digest"])
+            if key not in rows or (whole and not rows[key]["run_dir"].match(_EVALUATION)):
+                rows[key] = row
         if len(damaged) == len(paths):
             raise damaged[0]
         for problem in damaged:

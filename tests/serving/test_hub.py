@@ -66,9 +66,9 @@ def test_the_card_is_one_of_the_hub(finished, tmp_path):
     assert 'Run.from_pretrained("digits-iciia")' in card.text
 
 
-def shown(run, tmp_path):
+def shown(run, tmp_path, backbone=None):
     """Return the card of a run's repository, and its code."""
-    card = ModelCard.load(run.save_pretrained(tmp_path / "my_model") / "README.md")
+    card = ModelCard.load(run.save_pretrained(tmp_path / "my_model", backbone) / "README.md")
     (code,) = re.findall("```python\n(.*?)```", card.text, re.S)
     return card.text, code
 
@@ -114,8 +114,7 @@ def test_the_code_of_the_card_runs(method, with_backbone, stages, tmp_path, monk
     execute(made)
     run = Run.load(made.run.folder)
     backbone = run.load_backbone() if with_backbone else None
-    card = ModelCard.load(run.save_pretrained(tmp_path / "my_model", backbone) / "README.md")
-    (code,) = re.findall("```python\n(.*?)```", card.text, re.S)
+    _, code = shown(run, tmp_path, backbone)
     features = torch.from_numpy(run.features.array()[:6].copy())
     image = Image.new("L", (8, 8), 90) if with_backbone else features[0]
     monkeypatch.chdir(tmp_path)
